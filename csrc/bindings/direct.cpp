@@ -1,0 +1,203 @@
+// The stages on any arrays that speak DLPack, without Paddle. The caller allocates the outputs;
+// rrattn/direct.py is the face of this module.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "../core/arguments.h"
+#include "../cpu/kernels.h"
+#include "dlpack.h"
+
+namespace py = pybind11;
+
+namespace rrattn {
+
+namespace {
+
+ElementType element_type(const std::string& name) {
+  if (name == "float32") return ElementType::kFloat32;
+  if (name == "float16") return ElementType::kFloat16;
+  if (name == "bfloat16") return ElementType::kBFloat16;
+  if (name == "int32") return ElementType::kInt32;
+  return ElementType::kOther;
+}
+
+std::string type_name(const DLDataType& type) {
+  const std::string bits = std::to_string(type.bits);
+  if (type.lanes != 1) return "vectors of " + std::to_string(type.lanes);
+  switch (type.code) {
+    case 0:
+      return "int" + bits;
+    case 1:
+      return "uint" + bits;
+    case 2:
+      return "float" + bits;
+    case 4:
+      return "bfloat" + bits;
+    default:
+      return "DLPack type " + std::to_string(type.code);
+  }
+}
+
+std::string device_name(const DLDevice& device) {
+  if (device.device_type == 1) return "cpu";
+  if (device.device_type == 2) return "cuda:" + std::to_string(device.device_id);
+  return "DLPack device " + std::to_string(device.device_type);
+}
+
+// An Array over a Python object's memory, which the capsule keeps alive.
+struct Borrowed {
+  py::capsule capsule;
+  Array array;
+};
+
+// `halves` is what 16-bit integers stand for, where the array library has no such type; empty:
+// nothing.
+Borrowed borrow(const py::object& object, const char* name, const std::string& halves) {
+  if (!py::hasattr(object, "__dlpack__")) {
+    throw py::type_error(std::string(name) + " is a " +
+                         py::str(py::type::of(object)).cast<std::string>() +
+                         ", but must be an array with __dlpack__");
+  }
+  Borrowed borrowed{object.attr("__dlpack__")(), {}};
+  const auto* managed = static_cast<const DLManagedTensor*>(borrowed.capsule.get_pointer());
+  const DLTensor& tensor = managed->dl_tensor;
+  Array& array = borrowed.array;
+  array.name = name;
+  array.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  array.type_name = type_name(tensor.dtype);
+  if (!halves.empty() && array.type_name == "uint16") array.type_name = halves;
+  array.type = element_type(array.type_name);
+  array.device = device_name(tensor.device);
+  array.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
+  array.strides.resize(tensor.ndim);
+  int64_t contiguous = 1;
+  for (int i = tensor.ndim; i-- > 0; contiguous *= tensor.shape[i]) {
+    array.strides[i] = tensor.strides ? tensor.strides[i] : contiguous;
+  }
+  if (array.device != "cpu")
+    throw std::invalid_argument(array.name + " is on " + array.device + ", but must be on cpu");
+  return borrowed;
+}
+
+// All arrays of one call, alive until it ends.
+class Arrays {
+ public:
+  explicit Arrays(const std::optional<std::string>& dtype) : dtype_(dtype.value_or("")) {
+    if (dtype && *dtype != "float32" && *dtype != "float16" && *dtype != "bfloat16") {
+      throw std::invalid_argument("dtype is " + *dtype +
+                                  ", but must be float32, float16 or bfloat16");
+    }
+  }
+  const Array& operator()(const py::object& object, const char* name) {
+    borrowed_.push_back(std::make_unique<Borrowed>(borrow(object, name, dtype_)));
+    return borrowed_.back()->array;
+  }
+  // One that holds elements of the call's dtype.
+  const Array& values(const py::object& object, const char* name) {
+    const Array& array = (*this)(object, name);
+    if (!dtype_.empty() && array.type_name != dtype_) {
+      throw std::invalid_argument(array.name + " has dtype " + array.type_name + ", but dtype is " +
+                                  dtype_);
+    }
+    return array;
+  }
+  OptionalArray optional(const py::object& object, const char* name) {
+    if (object.is_none()) return std::nullopt;
+    return (*this)(object, name);
+  }
+
+ private:
+  std::string dtype_;
+  std::vector<std::unique_ptr<Borrowed>> borrowed_;
+};
+
+template <typename Params>
+void run(Params params, const std::optional<int>& num_threads,
+         int64_t (*workspace_bytes)(const Params&), void (*run_stage)(const Params&)) {
+  params.execution.num_threads = num_threads.value_or(omp_get_max_threads());
+  if (params.execution.num_threads < 1) {
+    throw std::invalid_argument("num_threads is " + std::to_string(params.execution.num_threads) +
+                                ", but must be at least 1");
+  }
+  const std::unique_ptr<char[]> workspace(new char[workspace_bytes(params)]);
+  params.execution.workspace = workspace.get();
+  py::gil_scoped_release unlocked;
+  run_stage(params);
+}
+
+using Scale = std::optional<double>;
+using Name = std::optional<std::string>;
+using Threads = std::optional<int>;
+
+void estimate_block_scores(const py::object& query, const py::object& key,
+                           const py::object& block_scores, const py::object& startend_row_indices,
+                           bool causal, int64_t stride, int64_t head_offset, Scale softmax_scale,
+                           const Name& dtype, Threads num_threads) {
+  Arrays arrays(dtype);
+  run(estimate_params(arrays.values(query, "query"), arrays.values(key, "key"),
+                      arrays.optional(startend_row_indices, "startend_row_indices"),
+                      arrays(block_scores, "block_scores"), causal, stride, head_offset,
+                      softmax_scale),
+      num_threads, cpu::estimate_workspace_bytes, cpu::run_estimate);
+}
+
+void select_blocks(const py::object& block_scores, const py::object& block_mask,
+                   const py::object& startend_row_indices, double threshold,
+                   const py::object& head_thresholds, bool causal, int64_t seqlen_q,
+                   int64_t seqlen_k, bool keep_sink, bool keep_last, Threads num_threads) {
+  Arrays arrays(std::nullopt);
+  run(select_params(arrays(block_scores, "block_scores"),
+                    arrays.optional(startend_row_indices, "startend_row_indices"),
+                    arrays(block_mask, "block_mask"), threshold,
+                    arrays.optional(head_thresholds, "threshold"), causal, seqlen_q, seqlen_k,
+                    keep_sink, keep_last),
+      num_threads, cpu::select_workspace_bytes, cpu::run_select);
+}
+
+void block_sparse_attention(const py::object& query, const py::object& key, const py::object& value,
+                            const py::object& block_mask, const py::object& out,
+                            const py::object& lse, const py::object& startend_row_indices,
+                            bool causal, Scale softmax_scale, const Name& dtype,
+                            Threads num_threads) {
+  Arrays arrays(dtype);
+  run(attend_params(arrays.values(query, "query"), arrays.values(key, "key"),
+                    arrays.values(value, "value"), arrays(block_mask, "block_mask"),
+                    arrays.optional(startend_row_indices, "startend_row_indices"),
+                    arrays.values(out, "out"), arrays(lse, "lse"), causal, softmax_scale),
+      num_threads, cpu::attend_workspace_bytes, cpu::run_attend);
+}
+
+void block_sparse_attention_backward(const py::object& query, const py::object& key,
+                                     const py::object& value, const py::object& block_mask,
+                                     const py::object& out, const py::object& lse,
+                                     const py::object& grad_out, const py::object& grad_query,
+                                     const py::object& grad_key, const py::object& grad_value,
+                                     const py::object& startend_row_indices, bool causal,
+                                     Scale softmax_scale, const Name& dtype, Threads num_threads) {
+  Arrays arrays(dtype);
+  run(backward_params(arrays.values(query, "query"), arrays.values(key, "key"),
+                      arrays.values(value, "value"), arrays(block_mask, "block_mask"),
+                      arrays.optional(startend_row_indices, "startend_row_indices"),
+                      arrays.values(out, "out"), arrays(lse, "lse"),
+                      arrays.values(grad_out, "grad_out"), arrays.values(grad_query, "grad_query"),
+                      arrays.values(grad_key, "grad_key"), arrays.values(grad_value, "grad_value"),
+                      causal, softmax_scale),
+      num_threads, cpu::backward_workspace_bytes, cpu::run_backward);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_direct, module) {
+  module.def("estimate_block_scores", &estimate_block_scores);
+  module.def("select_blocks", &select_blocks);
+  module.def("block_sparse_attention", &block_sparse_attention);
+  module.def("block_sparse_attention_backward", &block_sparse_attention_backward);
+  module.def("available_simd", &cpu::available_simd);
+  module.def("set_simd", &cpu::set_simd);
+  module.def("simd", [] { return std::string(cpu::kernels().name); });
+}
+
+}  // namespace rrattn

@@ -1,0 +1,287 @@
+// The Paddle operators: check, allocate the outputs, fill the parameter structs, run.
+//
+//   rrattn_estimate      query, key                     -> block_scores
+//   rrattn_select        block_scores                   -> block_mask
+//   rrattn_attend        query, key, value, block_mask  -> out, lse
+//   rrattn_rr_attention  query, key, value              -> out, lse, block_mask   (the three above)
+//
+// The last two have gradients, both over the forward's own block mask. The selection carries none.
+#include <omp.h>
+
+#include <memory>
+
+#include "../core/arguments.h"
+#include "../cpu/kernels.h"
+#include "paddle/extension.h"
+
+namespace rrattn {
+
+namespace {
+
+using paddle::Tensor;
+using OptionalTensor = paddle::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+using OptionalShape = paddle::optional<Shape>;
+using DType = paddle::DataType;
+
+// Paddle turns its own exceptions into Python's and ends the process on any other, so every
+// function that it calls goes through Guarded<function>::call.
+template <auto kFunction>
+struct Guarded;
+
+template <typename Result, typename... Arguments, Result (*kFunction)(Arguments...)>
+struct Guarded<kFunction> {
+  static Result call(Arguments... arguments) {
+    try {
+      return kFunction(arguments...);
+    } catch (const std::invalid_argument& error) {
+      PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));
+    } catch (const std::bad_alloc&) {
+      PADDLE_THROW(common::errors::ResourceExhausted("rrattn found no memory for its workspace"));
+    }
+  }
+};
+
+Array describe(const Tensor& tensor, const char* name) {
+  Array array;
+  array.name = name;
+  array.shape = tensor.shape();
+  for (int i = 0; i < tensor.strides().size(); ++i) array.strides.push_back(tensor.strides()[i]);
+  array.data =
+      array.shape.size() && tensor.numel() == 0 ? nullptr : const_cast<void*>(tensor.data());
+  switch (tensor.dtype()) {
+    case DType::FLOAT32:
+      array.type = ElementType::kFloat32;
+      break;
+    case DType::FLOAT16:
+      array.type = ElementType::kFloat16;
+      break;
+    case DType::BFLOAT16:
+      array.type = ElementType::kBFloat16;
+      break;
+    case DType::INT32:
+      array.type = ElementType::kInt32;
+      break;
+    default:
+      break;
+  }
+  array.type_name = phi::DataTypeToString(tensor.dtype());
+  array.device = tensor.is_cpu() ? "cpu" : tensor.place().DebugString();
+  return array;
+}
+
+OptionalArray describe(const OptionalTensor& tensor, const char* name) {
+  if (!tensor) return std::nullopt;
+  return describe(*tensor, name);
+}
+
+// Sizes that are not known yet (-1, while a program is being built) stay so.
+int64_t num_blocks(int64_t length) { return length < 0 ? -1 : ceil_div(length, kBlockSize); }
+int64_t num_words(int64_t blocks) { return blocks < 0 ? -1 : ceil_div(blocks, kMaskWordBits); }
+
+void check_ranks(const Shape& query, const Shape& key) {
+  require_rank("query", query, 4, "[batch, seqlen_q, num_heads, head_dim]");
+  require_rank("key", key, 4, "[batch, seqlen_k, num_heads_k, head_dim]");
+}
+
+Shape scores_shape(const Shape& query, const Shape& key) {
+  check_ranks(query, key);
+  return {query[0], query[2], num_blocks(query[1]), num_blocks(key[1])};
+}
+Shape mask_shape(const Shape& scores) {
+  require_rank("block_scores", scores, 4, "[batch, num_heads, query blocks, key blocks]");
+  return {scores[0], scores[1], scores[2], num_words(scores[3])};
+}
+Shape lse_shape(const Shape& query) { return {query[0], query[2], query[1]}; }
+
+void check_on_cpu(const Tensor& tensor, const char* name) {
+  if (!tensor.is_cpu()) {
+    throw std::invalid_argument(std::string(name) + " is on " + tensor.place().DebugString() +
+                                ", but this build of rrattn supports: cpu");
+  }
+}
+
+template <typename Params>
+void run(Params params, int64_t (*workspace_bytes)(const Params&),
+         void (*run_stage)(const Params&)) {
+  params.execution.num_threads = omp_get_max_threads();
+  const std::unique_ptr<char[]> workspace(new char[workspace_bytes(params)]);
+  params.execution.workspace = workspace.get();
+  run_stage(params);
+}
+
+std::vector<Tensor> estimate(const Tensor& query, const Tensor& key,
+                             const OptionalTensor& startend_row_indices, bool causal,
+                             int64_t stride, int64_t head_offset, float softmax_scale) {
+  check_on_cpu(query, "query");
+  Tensor block_scores =
+      paddle::empty(scores_shape(query.shape(), key.shape()), DType::FLOAT32, query.place());
+  run(estimate_params(describe(query, "query"), describe(key, "key"),
+                      describe(startend_row_indices, "startend_row_indices"),
+                      describe(block_scores, "block_scores"), causal, stride, head_offset,
+                      softmax_scale),
+      cpu::estimate_workspace_bytes, cpu::run_estimate);
+  return {block_scores};
+}
+
+std::vector<Tensor> select(const Tensor& block_scores, const OptionalTensor& startend_row_indices,
+                           const OptionalTensor& head_thresholds, float threshold, bool causal,
+                           int64_t seqlen_q, int64_t seqlen_k, bool keep_sink, bool keep_last) {
+  check_on_cpu(block_scores, "block_scores");
+  Tensor block_mask =
+      paddle::empty(mask_shape(block_scores.shape()), DType::INT32, block_scores.place());
+  run(select_params(describe(block_scores, "block_scores"),
+                    describe(startend_row_indices, "startend_row_indices"),
+                    describe(block_mask, "block_mask"), threshold,
+                    describe(head_thresholds, "threshold"), causal, seqlen_q, seqlen_k, keep_sink,
+                    keep_last),
+      cpu::select_workspace_bytes, cpu::run_select);
+  return {block_mask};
+}
+
+std::vector<Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
+                           const Tensor& block_mask, const OptionalTensor& startend_row_indices,
+                           bool causal, float softmax_scale) {
+  check_on_cpu(query, "query");
+  check_ranks(query.shape(), key.shape());
+  Tensor out = paddle::empty(query.shape(), query.dtype(), query.place());
+  Tensor lse = paddle::empty(lse_shape(query.shape()), DType::FLOAT32, query.place());
+  run(attend_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
+                    describe(block_mask, "block_mask"),
+                    describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
+                    describe(lse, "lse"), causal, softmax_scale),
+      cpu::attend_workspace_bytes, cpu::run_attend);
+  return {out, lse};
+}
+
+std::vector<Tensor> attend_backward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                    const Tensor& block_mask,
+                                    const OptionalTensor& startend_row_indices, const Tensor& out,
+                                    const Tensor& lse, const Tensor& grad_out, bool causal,
+                                    float softmax_scale) {
+  Tensor grad_query = paddle::empty(query.shape(), query.dtype(), query.place());
+  Tensor grad_key = paddle::empty(key.shape(), key.dtype(), key.place());
+  Tensor grad_value = paddle::empty(value.shape(), value.dtype(), value.place());
+  run(backward_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
+                      describe(block_mask, "block_mask"),
+                      describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
+                      describe(lse, "lse"), describe(grad_out, "grad_out"),
+                      describe(grad_query, "grad_query"), describe(grad_key, "grad_key"),
+                      describe(grad_value, "grad_value"), causal, softmax_scale),
+      cpu::backward_workspace_bytes, cpu::run_backward);
+  return {grad_query, grad_key, grad_value};
+}
+
+std::vector<Tensor> rr_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                 const OptionalTensor& startend_row_indices,
+                                 const OptionalTensor& head_thresholds, float threshold,
+                                 bool causal, int64_t stride, int64_t head_offset,
+                                 float softmax_scale, bool keep_sink, bool keep_last) {
+  const Tensor block_scores =
+      estimate(query, key, startend_row_indices, causal, stride, head_offset, softmax_scale)[0];
+  const Tensor block_mask =
+      select(block_scores, startend_row_indices, head_thresholds, threshold, causal,
+             query.shape()[1], key.shape()[1], keep_sink, keep_last)[0];
+  std::vector<Tensor> outputs =
+      attend(query, key, value, block_mask, startend_row_indices, causal, softmax_scale);
+  outputs.push_back(block_mask);
+  return outputs;
+}
+
+std::vector<Tensor> rr_attention_backward(const Tensor& query, const Tensor& key,
+                                          const Tensor& value,
+                                          const OptionalTensor& startend_row_indices,
+                                          const Tensor& out, const Tensor& lse,
+                                          const Tensor& block_mask, const Tensor& grad_out, float,
+                                          bool causal, int64_t, int64_t, float softmax_scale, bool,
+                                          bool) {
+  return attend_backward(query, key, value, block_mask, startend_row_indices, out, lse, grad_out,
+                         causal, softmax_scale);
+}
+
+using OptionalDType = paddle::optional<DType>;
+
+std::vector<Shape> estimate_shape(const Shape& query, const Shape& key, const OptionalShape&) {
+  return {scores_shape(query, key)};
+}
+std::vector<DType> estimate_dtype(DType, DType, const OptionalDType&) { return {DType::FLOAT32}; }
+
+std::vector<Shape> select_shape(const Shape& block_scores, const OptionalShape&,
+                                const OptionalShape&) {
+  return {mask_shape(block_scores)};
+}
+std::vector<DType> select_dtype(DType, const OptionalDType&, const OptionalDType&) {
+  return {DType::INT32};
+}
+
+std::vector<Shape> attend_shape(const Shape& query, const Shape&, const Shape&, const Shape&,
+                                const OptionalShape&) {
+  return {query, lse_shape(query)};
+}
+std::vector<DType> attend_dtype(DType query, DType, DType, DType, const OptionalDType&) {
+  return {query, DType::FLOAT32};
+}
+
+std::vector<Shape> rr_attention_shape(const Shape& query, const Shape& key, const Shape&,
+                                      const OptionalShape&, const OptionalShape&) {
+  return {query, lse_shape(query), mask_shape(scores_shape(query, key))};
+}
+std::vector<DType> rr_attention_dtype(DType query, DType, DType, const OptionalDType&,
+                                      const OptionalDType&) {
+  return {query, DType::FLOAT32, DType::INT32};
+}
+
+}  // namespace
+
+}  // namespace rrattn
+
+PD_BUILD_OP(rrattn_estimate)
+    .Inputs({"Query", "Key", paddle::Optional("StartendRowIndices")})
+    .Outputs({"BlockScores"})
+    .Attrs({"causal: bool", "stride: int64_t", "head_offset: int64_t", "softmax_scale: float"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::estimate>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::estimate_shape>::call))
+    .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::estimate_dtype));
+
+PD_BUILD_OP(rrattn_select)
+    .Inputs({"BlockScores", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("HeadThresholds")})
+    .Outputs({"BlockMask"})
+    .Attrs({"threshold: float", "causal: bool", "seqlen_q: int64_t", "seqlen_k: int64_t",
+            "keep_sink: bool", "keep_last: bool"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::select>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::select_shape>::call))
+    .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::select_dtype));
+
+PD_BUILD_OP(rrattn_attend)
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices")})
+    .Outputs({"Out", "Lse"})
+    .Attrs({"causal: bool", "softmax_scale: float"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::attend_shape>::call))
+    .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::attend_dtype));
+
+PD_BUILD_GRAD_OP(rrattn_attend)
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
+             "Lse", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
+    .Attrs({"causal: bool", "softmax_scale: float"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend_backward>::call));
+
+PD_BUILD_OP(rrattn_rr_attention)
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("HeadThresholds")})
+    .Outputs({"Out", "Lse", "BlockMask"})
+    .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
+            "softmax_scale: float", "keep_sink: bool", "keep_last: bool"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::rr_attention_shape>::call))
+    .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::rr_attention_dtype));
+
+PD_BUILD_GRAD_OP(rrattn_rr_attention)
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Out", "Lse",
+             "BlockMask", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
+    .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
+            "softmax_scale: float", "keep_sink: bool", "keep_last: bool"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention_backward>::call));

@@ -1,0 +1,335 @@
+#include "arguments.h"
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+
+namespace rrattn {
+
+namespace {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+std::string to_string(const std::vector<int64_t>& shape) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+  text << "]";
+  return text.str();
+}
+
+constexpr int64_t kMaxLength = int64_t{1} << 30;  // row numbers and lane arithmetic are int32
+
+void require_shape(const Array& array, const std::vector<int64_t>& shape, const char* meaning) {
+  if (array.shape != shape) {
+    fail(array.name, " has shape ", to_string(array.shape), ", but must have ", to_string(shape),
+         ": ", meaning);
+  }
+}
+
+void require_type(const Array& array, ElementType type, const char* type_name) {
+  if (array.type != type)
+    fail(array.name, " has dtype ", array.type_name, ", but must have ", type_name);
+}
+
+void require_contiguous(const Array& array) {
+  int64_t expected = 1;
+  for (size_t i = array.shape.size(); i-- > 0;) {
+    if (array.shape[i] == 0) return;
+    if (array.shape[i] != 1 && array.strides[i] != expected) {
+      fail(array.name, " has strides ", to_string(array.strides), " for shape ",
+           to_string(array.shape), ", but must be contiguous");
+    }
+    expected *= array.shape[i];
+  }
+}
+
+void require_same_device(const Array& array, const Array& first) {
+  if (array.device != first.device) {
+    fail(array.name, " is on ", array.device, ", but ", first.name, " is on ", first.device,
+         "; all tensors must be on the same device");
+  }
+}
+
+DataType data_type(const Array& array) {
+  switch (array.type) {
+    case ElementType::kFloat32:
+      return DataType::kFloat32;
+    case ElementType::kFloat16:
+      return DataType::kFloat16;
+    case ElementType::kBFloat16:
+      return DataType::kBFloat16;
+    default:
+      fail(array.name, " has dtype ", array.type_name,
+           ", but must have float32, float16 or bfloat16");
+  }
+}
+
+// A [B, L, H, D] tensor in place.
+Rows rows_of(const Array& array) {
+  if (array.shape[3] != 1 && array.strides[3] != 1) {
+    fail(array.name, " has strides ", to_string(array.strides),
+         ", but its last dimension must be contiguous (stride 1)");
+  }
+  return {array.data, array.strides[0], array.strides[1], array.strides[2]};
+}
+
+// A tensor that must look like the query (or the key) in everything but strides.
+Rows rows_like(const Array& array, const Array& model, const char* meaning) {
+  require_shape(array, model.shape, meaning);
+  require_type(array, model.type, model.type_name.c_str());
+  require_same_device(array, model);
+  return rows_of(array);
+}
+
+constexpr const char* kQueryMeaning = "[batch, seqlen_q, num_heads, head_dim]";
+constexpr const char* kKeyMeaning = "[batch, seqlen_k, num_heads_k, head_dim]";
+
+RowBounds row_bounds(const OptionalArray& indices, const Visibility& visibility,
+                     int64_t num_heads_k, const Array& first) {
+  if (!indices) return {};
+  require_rank(indices->name, indices->shape, 4,
+               "[batch, 1 | num_heads_k | num_heads, seqlen_k, bounds]");
+  require_type(*indices, ElementType::kInt32, "int32");
+  require_same_device(*indices, first);
+  const std::vector<int64_t>& shape = indices->shape;
+  if (shape[0] != visibility.batch) {
+    fail(indices->name, " has batch size ", shape[0], ", but must have ", visibility.batch);
+  }
+  if (shape[1] != 1 && shape[1] != visibility.num_heads &&
+      (num_heads_k == 0 || shape[1] != num_heads_k)) {
+    fail(indices->name, " has ", shape[1], " heads, but must have 1, num_heads_k",
+         num_heads_k ? " (" + std::to_string(num_heads_k) + ")" : "", " or num_heads (",
+         visibility.num_heads, ")");
+  }
+  if (shape[2] != visibility.seqlen_k) {
+    fail(indices->name, " has length ", shape[2], ", but must have seqlen_k (", visibility.seqlen_k,
+         ")");
+  }
+  if (visibility.causal ? shape[3] != 1 && shape[3] != 2 : shape[3] != 2 && shape[3] != 4) {
+    fail(indices->name, " has ", shape[3], " bounds, but must have ",
+         visibility.causal ? "1 or 2" : "2 or 4", " when causal is ",
+         visibility.causal ? "True" : "False");
+  }
+  return {static_cast<const int32_t*>(indices->data),
+          static_cast<int>(shape[3]),
+          shape[1],
+          indices->strides[0],
+          indices->strides[1],
+          indices->strides[2],
+          indices->strides[3]};
+}
+
+void check_lengths(int64_t seqlen_q, int64_t seqlen_k, bool causal) {
+  if (seqlen_q < 0 || seqlen_q > kMaxLength || seqlen_k < 0 || seqlen_k > kMaxLength) {
+    fail("seqlen_q is ", seqlen_q, " and seqlen_k is ", seqlen_k, ", but both must be from 0 to ",
+         kMaxLength);
+  }
+  if (causal && seqlen_q > seqlen_k) {
+    fail("seqlen_q is ", seqlen_q, " and seqlen_k is ", seqlen_k,
+         ", but when causal is True seqlen_q must be at most seqlen_k (queries are the last "
+         "positions of the keys)");
+  }
+}
+
+struct QueryKey {
+  Visibility visibility;
+  Heads heads;
+};
+
+QueryKey check_query_key(const Array& query, const Array& key,
+                         const OptionalArray& startend_row_indices, bool causal) {
+  require_rank(query.name, query.shape, 4, kQueryMeaning);
+  require_rank(key.name, key.shape, 4, kKeyMeaning);
+  QueryKey found;
+  Visibility& visibility = found.visibility;
+  Heads& heads = found.heads;
+  visibility = {query.shape[0], query.shape[1], key.shape[1], query.shape[2], causal, {}};
+  heads = {key.shape[2], query.shape[3], data_type(query)};
+  require_type(key, query.type, query.type_name.c_str());
+  require_same_device(key, query);
+  if (key.shape[0] != visibility.batch) {
+    fail("key has batch size ", key.shape[0], ", but must have that of query, ", visibility.batch);
+  }
+  if (key.shape[3] != heads.head_dim) {
+    fail("key has head_dim ", key.shape[3], ", but must have that of query, ", heads.head_dim);
+  }
+  if (heads.head_dim < 8 || heads.head_dim > 256 || heads.head_dim % 8 != 0) {
+    fail("head_dim is ", heads.head_dim, ", but must be a multiple of 8 from 8 to 256");
+  }
+  if (heads.num_heads_k == 0 ? visibility.num_heads != 0
+                             : visibility.num_heads % heads.num_heads_k != 0) {
+    fail("query has ", visibility.num_heads, " heads and key has ", heads.num_heads_k,
+         ", but the number of query heads must be a multiple of the number of key heads");
+  }
+  check_lengths(visibility.seqlen_q, visibility.seqlen_k, causal);
+  visibility.row_bounds = row_bounds(startend_row_indices, visibility, heads.num_heads_k, query);
+  return found;
+}
+
+float scale_or_default(std::optional<double> softmax_scale, int64_t head_dim) {
+  const double scale = softmax_scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)));
+  if (!std::isfinite(static_cast<float>(scale)))
+    fail("softmax_scale is ", scale, ", but must be finite");
+  return static_cast<float>(scale);
+}
+
+const uint32_t* check_block_mask(const Array& block_mask, const Visibility& visibility,
+                                 const Array& first) {
+  require_rank(block_mask.name, block_mask.shape, 4,
+               "[batch, num_heads, query blocks, words of 32 key blocks]");
+  require_type(block_mask, ElementType::kInt32, "int32");
+  require_same_device(block_mask, first);
+  require_shape(block_mask,
+                {visibility.batch, visibility.num_heads, visibility.num_m_blocks(),
+                 visibility.num_mask_words()},
+                "[batch, num_heads, ceil(seqlen_q / 128), ceil(ceil(seqlen_k / 128) / 32)]");
+  require_contiguous(block_mask);
+  return static_cast<const uint32_t*>(block_mask.data);
+}
+
+float* check_block_scores(const Array& block_scores, const Visibility& visibility) {
+  require_type(block_scores, ElementType::kFloat32, "float32");
+  require_shape(block_scores,
+                {visibility.batch, visibility.num_heads, visibility.num_m_blocks(),
+                 visibility.num_n_blocks()},
+                "[batch, num_heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)]");
+  require_contiguous(block_scores);
+  return static_cast<float*>(block_scores.data);
+}
+
+float* check_lse(const Array& lse, const Visibility& visibility, const Array& first) {
+  require_type(lse, ElementType::kFloat32, "float32");
+  require_same_device(lse, first);
+  require_shape(lse, {visibility.batch, visibility.num_heads, visibility.seqlen_q},
+                "[batch, num_heads, seqlen_q]");
+  require_contiguous(lse);
+  return static_cast<float*>(lse.data);
+}
+
+}  // namespace
+
+void require_rank(const std::string& name, const std::vector<int64_t>& shape, size_t rank,
+                  const char* meaning) {
+  if (shape.size() != rank) {
+    fail(name, " has ", shape.size(), " dimensions, shape ", to_string(shape), ", but must have ",
+         rank, ": ", meaning);
+  }
+}
+
+EstimateParams estimate_params(const Array& query, const Array& key,
+                               const OptionalArray& startend_row_indices, const Array& block_scores,
+                               bool causal, int64_t stride, int64_t head_offset,
+                               std::optional<double> softmax_scale) {
+  EstimateParams params;
+  const QueryKey checked = check_query_key(query, key, startend_row_indices, causal);
+  params.visibility = checked.visibility;
+  params.heads = checked.heads;
+  params.query = rows_of(query);
+  params.key = rows_of(key);
+  if (stride < 2 || stride > 64 || kBlockSize % stride != 0) {
+    fail("stride is ", stride,
+         ", but must be a divisor of 128 from 2 to 64: 2, 4, 8, 16, 32 or 64");
+  }
+  if (head_offset < 0) fail("head_offset is ", head_offset, ", but must be at least 0");
+  params.stride = static_cast<int>(stride);
+  params.head_offset = head_offset;
+  params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
+  require_same_device(block_scores, query);
+  params.block_scores = check_block_scores(block_scores, params.visibility);
+  return params;
+}
+
+SelectParams select_params(const Array& block_scores, const OptionalArray& startend_row_indices,
+                           const Array& block_mask, double threshold,
+                           const OptionalArray& head_thresholds, bool causal, int64_t seqlen_q,
+                           int64_t seqlen_k, bool keep_sink, bool keep_last) {
+  SelectParams params;
+  require_rank(block_scores.name, block_scores.shape, 4,
+               "[batch, num_heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)]");
+  check_lengths(seqlen_q, seqlen_k, causal);
+  params.visibility = {block_scores.shape[0], seqlen_q, seqlen_k,
+                       block_scores.shape[1], causal,   {}};
+  params.block_scores = check_block_scores(block_scores, params.visibility);
+  // The number of key heads is not known here: any number that divides the query heads may be it.
+  const int64_t index_heads = startend_row_indices && startend_row_indices->shape.size() == 4
+                                  ? startend_row_indices->shape[1]
+                                  : 1;
+  const bool divides = index_heads > 0 && params.visibility.num_heads % index_heads == 0;
+  params.visibility.row_bounds =
+      row_bounds(startend_row_indices, params.visibility, divides ? index_heads : 0, block_scores);
+
+  const auto check_threshold = [](float tau, const std::string& name) {
+    if (!(tau > 0 && tau <= 1)) fail(name, " is ", tau, ", but must be in (0, 1]");
+  };
+  if (head_thresholds) {
+    const int64_t num_heads = params.visibility.num_heads;
+    require_type(*head_thresholds, ElementType::kFloat32, "float32");
+    require_same_device(*head_thresholds, block_scores);
+    require_shape(*head_thresholds, {num_heads}, "[num_heads], one threshold for each query head");
+    require_contiguous(*head_thresholds);
+    params.head_thresholds = static_cast<const float*>(head_thresholds->data);
+    // Device memory is not read here; a threshold there outside (0, 1] keeps every visible block.
+    for (int64_t h = 0; block_scores.device == "cpu" && h < num_heads; ++h) {
+      check_threshold(params.head_thresholds[h], "threshold[" + std::to_string(h) + "]");
+    }
+  } else {
+    params.threshold = static_cast<float>(threshold);
+    check_threshold(params.threshold, "threshold");
+  }
+  params.keep_sink = keep_sink;
+  params.keep_last = keep_last;
+  params.block_mask =
+      const_cast<uint32_t*>(check_block_mask(block_mask, params.visibility, block_scores));
+  return params;
+}
+
+AttendParams attend_params(const Array& query, const Array& key, const Array& value,
+                           const Array& block_mask, const OptionalArray& startend_row_indices,
+                           const Array& out, const Array& lse, bool causal,
+                           std::optional<double> softmax_scale) {
+  AttendParams params;
+  const QueryKey checked = check_query_key(query, key, startend_row_indices, causal);
+  params.visibility = checked.visibility;
+  params.heads = checked.heads;
+  params.query = rows_of(query);
+  params.key = rows_of(key);
+  params.value = rows_like(value, key, kKeyMeaning);
+  params.block_mask = check_block_mask(block_mask, params.visibility, query);
+  params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
+  params.out = rows_like(out, query, kQueryMeaning);
+  params.lse = check_lse(lse, params.visibility, query);
+  return params;
+}
+
+BackwardParams backward_params(const Array& query, const Array& key, const Array& value,
+                               const Array& block_mask, const OptionalArray& startend_row_indices,
+                               const Array& out, const Array& lse, const Array& grad_out,
+                               const Array& grad_query, const Array& grad_key,
+                               const Array& grad_value, bool causal,
+                               std::optional<double> softmax_scale) {
+  const AttendParams forward = attend_params(query, key, value, block_mask, startend_row_indices,
+                                             out, lse, causal, softmax_scale);
+  BackwardParams params;
+  params.visibility = forward.visibility;
+  params.heads = forward.heads;
+  params.query = forward.query;
+  params.key = forward.key;
+  params.value = forward.value;
+  params.block_mask = forward.block_mask;
+  params.out = forward.out;
+  params.lse = forward.lse;
+  params.softmax_scale = forward.softmax_scale;
+  params.grad_out = rows_like(grad_out, query, kQueryMeaning);
+  params.grad_query = rows_like(grad_query, query, kQueryMeaning);
+  params.grad_key = rows_like(grad_key, key, kKeyMeaning);
+  params.grad_value = rows_like(grad_value, key, kKeyMeaning);
+  return params;
+}
+
+}  // namespace rrattn

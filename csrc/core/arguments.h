@@ -1,0 +1,58 @@
+// The one place where arguments are checked. A binding describes each tensor as an Array and gets
+// back the filled parameter struct, or std::invalid_argument with a message that names the value
+// and what is allowed. Nothing is read from a tensor here but thresholds in host memory, and
+// nothing is written.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+namespace rrattn {
+
+enum class ElementType { kFloat32, kFloat16, kBFloat16, kInt32, kOther };
+
+struct Array {
+  std::string name;  // as the user knows it, for messages
+  void* data = nullptr;
+  ElementType type = ElementType::kOther;
+  std::string type_name;
+  std::string device;  // "cpu", "cuda:0", ...
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides;  // in elements
+};
+
+using OptionalArray = std::optional<Array>;
+
+// Throws unless the shape has this many dimensions; `meaning` names them.
+void require_rank(const std::string& name, const std::vector<int64_t>& shape, size_t rank,
+                  const char* meaning);
+
+// Outputs are part of the arguments: their shapes are what the functions below demand.
+//   block_scores [B, Hq, Mq, Mk]   block_mask [B, Hq, Mq, ceil(Mk / 32)]   lse [B, Hq, Lq], all
+//   contiguous
+EstimateParams estimate_params(const Array& query, const Array& key,
+                               const OptionalArray& startend_row_indices, const Array& block_scores,
+                               bool causal, int64_t stride, int64_t head_offset,
+                               std::optional<double> softmax_scale);
+
+SelectParams select_params(const Array& block_scores, const OptionalArray& startend_row_indices,
+                           const Array& block_mask, double threshold,
+                           const OptionalArray& head_thresholds, bool causal, int64_t seqlen_q,
+                           int64_t seqlen_k, bool keep_sink, bool keep_last);
+
+AttendParams attend_params(const Array& query, const Array& key, const Array& value,
+                           const Array& block_mask, const OptionalArray& startend_row_indices,
+                           const Array& out, const Array& lse, bool causal,
+                           std::optional<double> softmax_scale);
+
+BackwardParams backward_params(const Array& query, const Array& key, const Array& value,
+                               const Array& block_mask, const OptionalArray& startend_row_indices,
+                               const Array& out, const Array& lse, const Array& grad_out,
+                               const Array& grad_query, const Array& grad_key,
+                               const Array& grad_value, bool causal,
+                               std::optional<double> softmax_scale);
+
+}  // namespace rrattn

@@ -1,0 +1,108 @@
+// Block geometry: which key blocks a query block can see, under the causal diagonal and FlashMask.
+//
+// FlashMask gives each key two half-open row intervals, [lower_start, lower_end) and [upper_start,
+// upper_end); a row inside either does not see the key. Over a run of keys (a block, or a sample
+// stride) only the extremes count:
+//   hidden   the whole run is unseen: above the diagonal, or every row lies in one interval of
+//   every key partial  not hidden, but some row may lie in an interval of some key ("touched" in
+//   the docs) open     FlashMask masks nothing here (the diagonal still may)
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "params.h"
+
+namespace rrattn {
+
+constexpr int32_t kRowInfinity = std::numeric_limits<int32_t>::max();
+constexpr int32_t kRowMinusInfinity = std::numeric_limits<int32_t>::min();
+
+struct Interval {
+  int32_t start, end;
+  bool contains(int64_t row) const { return start <= row && row < end; }
+};
+
+struct KeyBounds {
+  Interval lower, upper;
+  bool mask(int64_t row) const { return lower.contains(row) || upper.contains(row); }
+};
+
+// `bounds` points at the first key of a batch entry and head.
+inline KeyBounds load_key_bounds(const RowBounds& layout, bool causal, const int32_t* bounds,
+                                 int64_t key) {
+  const int32_t* at = bounds + key * layout.key_stride;
+  const auto bound = [&](int i) { return at[i * layout.bound_stride]; };
+  const Interval none{kRowInfinity, kRowInfinity};
+  if (causal) return {{bound(0), layout.num_bounds == 2 ? bound(1) : kRowInfinity}, none};
+  if (layout.num_bounds == 2) return {{bound(0), kRowInfinity}, {kRowMinusInfinity, bound(1)}};
+  return {{bound(0), bound(1)}, {bound(2), bound(3)}};
+}
+
+inline const int32_t* row_bounds_of(const RowBounds& layout, int64_t batch, int64_t head) {
+  return layout.data + batch * layout.batch_stride + head * layout.head_stride;
+}
+
+// The extremes of one of the two intervals over a run of keys.
+struct IntervalExtremes {
+  int32_t max_start = kRowMinusInfinity,
+          min_end = kRowInfinity;  // rows here are masked for every key
+  int32_t min_start = kRowInfinity,
+          max_end = kRowMinusInfinity;  // rows outside are masked for no key
+
+  void add(const Interval& interval) {
+    max_start = std::max(max_start, interval.start);
+    min_end = std::min(min_end, interval.end);
+    min_start = std::min(min_start, interval.start);
+    max_end = std::max(max_end, interval.end);
+  }
+  bool hides(int64_t first_row, int64_t last_row) const {
+    return first_row >= max_start && last_row < min_end;
+  }
+  bool meets(int64_t first_row, int64_t last_row) const {
+    return first_row < max_end && last_row >= min_start;
+  }
+};
+
+struct RunBounds {
+  IntervalExtremes lower, upper;
+
+  bool hides(int64_t first_row, int64_t last_row) const {
+    return lower.hides(first_row, last_row) || upper.hides(first_row, last_row);
+  }
+  bool meets(int64_t first_row, int64_t last_row) const {
+    return lower.meets(first_row, last_row) || upper.meets(first_row, last_row);
+  }
+};
+
+inline RunBounds run_bounds(const RowBounds& layout, bool causal, const int32_t* bounds,
+                            int64_t first_key, int64_t end_key) {
+  RunBounds run;
+  for (int64_t key = first_key; key < end_key; ++key) {
+    const KeyBounds at = load_key_bounds(layout, causal, bounds, key);
+    run.lower.add(at.lower);
+    run.upper.add(at.upper);
+  }
+  return run;
+}
+
+enum class BlockKind { kHidden, kPartial, kOpen };
+
+// `block_bounds` holds the key blocks of one batch entry and head; null without FlashMask.
+inline BlockKind classify_block(const Visibility& visibility, const RunBounds* block_bounds,
+                                int64_t m_block, int64_t n_block) {
+  const int64_t first_row = m_block * kBlockSize;
+  const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;
+  if (visibility.causal && n_block * kBlockSize > last_row + visibility.shift())
+    return BlockKind::kHidden;
+  if (block_bounds == nullptr) return BlockKind::kOpen;
+  if (block_bounds[n_block].hides(first_row, last_row)) return BlockKind::kHidden;
+  return block_bounds[n_block].meets(first_row, last_row) ? BlockKind::kPartial : BlockKind::kOpen;
+}
+
+inline bool selected(const uint32_t* mask_row, int64_t n_block) {
+  return (mask_row[n_block / kMaskWordBits] >> (n_block % kMaskWordBits)) & 1u;
+}
+
+}  // namespace rrattn

@@ -1,0 +1,125 @@
+// What every stage works on, whatever the device: plain structs of pointers, sizes and strides.
+//
+// Strides are counted in elements. A stage is `run_<stage>(const <Stage>Params&)`, in namespace
+// `cpu` or `cuda`; it allocates nothing, so the caller hands it a workspace of
+// `<stage>_workspace_bytes(params)`.
+#pragma once
+
+#include <cstdint>
+
+namespace rrattn {
+
+constexpr int kBlockSize = 128;    // tokens a block, of queries and of keys: the unit of sparsity
+constexpr int kMaskWordBits = 32;  // key blocks a word of the packed block mask
+
+enum class DataType { kFloat32, kFloat16, kBFloat16 };
+
+inline int64_t size_of(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A [B, L, H, D] tensor whose D elements lie side by side.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// FlashMask: row intervals that are masked for a key, [B, num_heads, Lk, num_bounds] int32.
+struct RowBounds {
+  const int32_t* data = nullptr;  // null: no FlashMask
+  int num_bounds = 0;             // 1 or 2 when causal, 2 or 4 when not
+  int64_t num_heads = 1;          // 1, the number of key heads or the number of query heads
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t key_stride = 0;
+  int64_t bound_stride = 0;
+};
+
+// What all stages share: who attends to whom.
+struct Visibility {
+  int64_t batch = 0;
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;
+  int64_t num_heads = 0;  // query heads
+  bool causal = false;    // bottom-right aligned: query i sees keys up to i + shift()
+  RowBounds row_bounds;
+
+  int64_t shift() const { return seqlen_k - seqlen_q; }
+  int64_t num_m_blocks() const { return ceil_div(seqlen_q, kBlockSize); }
+  int64_t num_n_blocks() const { return ceil_div(seqlen_k, kBlockSize); }
+  int64_t num_mask_words() const { return ceil_div(num_n_blocks(), kMaskWordBits); }
+  // Runs of run_length keys that have FlashMask bounds of their own, [B, bounds heads, runs].
+  int64_t num_run_bounds(int64_t run_length) const {
+    return row_bounds.data ? batch * row_bounds.num_heads * ceil_div(seqlen_k, run_length) : 0;
+  }
+  // The FlashMask head that holds for query head h (heads of a group lie side by side).
+  int64_t bounds_head(int64_t h) const { return h * row_bounds.num_heads / num_heads; }
+};
+
+struct Heads {
+  int64_t num_heads_k = 0;
+  int64_t head_dim = 0;
+  DataType dtype = DataType::kFloat32;
+};
+
+struct Execution {
+  void* workspace = nullptr;
+  int num_threads = 1;  // CPU only
+};
+
+struct EstimateParams {
+  Visibility visibility;
+  Heads heads;
+  Rows query;  // [B, Lq, Hq, D]
+  Rows key;    // [B, Lk, Hkv, D]
+  int stride = 0;
+  int64_t head_offset = 0;
+  float softmax_scale = 0;
+  float* block_scores = nullptr;  // [B, Hq, Mq, Mk], written whole
+  Execution execution;
+};
+
+struct SelectParams {
+  Visibility visibility;
+  const float* block_scores = nullptr;     // [B, Hq, Mq, Mk]
+  float threshold = 0;                     // tau of every head, unless
+  const float* head_thresholds = nullptr;  // [Hq] or null
+  bool keep_sink = true;
+  bool keep_last = false;
+  uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)], written whole
+  Execution execution;
+};
+
+struct AttendParams {
+  Visibility visibility;
+  Heads heads;
+  Rows query;                            // [B, Lq, Hq, D]
+  Rows key;                              // [B, Lk, Hkv, D]
+  Rows value;                            // [B, Lk, Hkv, D]
+  const uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)]
+  float softmax_scale = 0;
+  Rows out;              // [B, Lq, Hq, D], written whole
+  float* lse = nullptr;  // [B, Hq, Lq], written whole
+  Execution execution;
+};
+
+struct BackwardParams {
+  Visibility visibility;
+  Heads heads;
+  Rows query;                            // [B, Lq, Hq, D]
+  Rows key;                              // [B, Lk, Hkv, D]
+  Rows value;                            // [B, Lk, Hkv, D]
+  const uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)]
+  Rows out;                              // [B, Lq, Hq, D], of the forward pass
+  const float* lse = nullptr;            // [B, Hq, Lq], of the forward pass
+  float softmax_scale = 0;
+  Rows grad_out;    // [B, Lq, Hq, D]
+  Rows grad_query;  // [B, Lq, Hq, D], written whole
+  Rows grad_key;    // [B, Lk, Hkv, D], written whole
+  Rows grad_value;  // [B, Lk, Hkv, D], written whole
+  Execution execution;
+};
+
+}  // namespace rrattn

@@ -1,0 +1,198 @@
+// Block-sparse flash attention on the CPU.
+//
+//   query [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]  ->  out [B,
+//   Lq, Hq, D], lse [B, Hq, Lq]
+//
+// A thread takes one query block of up to kHeadsPerItem heads that share a key head, and walks the
+// key blocks that any of them selected: it reads K and V once for all of these heads. Queries are
+// the lanes (tiles.h), so the online softmax is plain vector arithmetic. Scores are kept in units
+// of log2, which turns exp into exp2.
+#pragma once
+
+#include "masking.h"
+
+namespace rrattn::cpu::RRATTN_SIMD {
+
+constexpr int64_t kHeadsPerItem = 4;
+
+struct AttendScratch {
+  float *query_strips, *out_strips;  // [kHeadsPerItem][kStrips][D][kStrip]
+  float *row_max, *row_sum;          // [kHeadsPerItem][kBlockSize]
+  float *key_tile, *value_tile;      // [kBlockSize][D]
+  float* scores;                     // [kBlockSize][kStrip]
+  float* row_buffer;                 // [D]
+
+  AttendScratch(Arena& arena, const AttendParams& params)
+      : AttendScratch(arena, params.heads.head_dim) {}
+  AttendScratch(Arena& arena, int64_t head_dim)
+      : query_strips(arena.take<float>(kHeadsPerItem * kBlockSize * head_dim)),
+        out_strips(arena.take<float>(kHeadsPerItem * kBlockSize * head_dim)),
+        row_max(arena.take<float>(kHeadsPerItem * kBlockSize)),
+        row_sum(arena.take<float>(kHeadsPerItem * kBlockSize)),
+        key_tile(arena.take<float>(kBlockSize * head_dim)),
+        value_tile(arena.take<float>(kBlockSize * head_dim)),
+        scores(arena.take<float>(kBlockSize * kStrip)),
+        row_buffer(arena.take<float>(head_dim)) {}
+};
+
+// scores[num_keys][kStrip] becomes the probabilities relative to the new row_max, row_sum follows,
+// and rescale[kStrip] is what the output so far is to be multiplied with.
+inline void softmax_step(int64_t num_keys, float* scores, float* row_max, float* row_sum,
+                         float* rescale) {
+  for (int v = 0; v < kTileVecs; ++v) {
+    float* column = scores + v * kLanes;
+    const Vec old_max = load(row_max + v * kLanes);
+    Vec new_max = old_max;
+    for (int64_t i = 0; i < num_keys; ++i) new_max = max(new_max, load(column + i * kStrip));
+    const Vec base =
+        new_max == kMinusInfinity ? Vec{} : new_max;  // nothing seen yet: keep -inf - base at -inf
+    Vec sum{};
+    for (int64_t i = 0; i < num_keys; ++i) {
+      const Vec p = exp2(load(column + i * kStrip) - base);
+      store(column + i * kStrip, p);
+      sum += p;
+    }
+    const Vec factor = exp2(old_max - base);
+    store(rescale + v * kLanes, factor);
+    store(row_max + v * kLanes, new_max);
+    store(row_sum + v * kLanes, load(row_sum + v * kLanes) * factor + sum);
+  }
+}
+
+// One strip of queries against one block of keys.
+inline void attend_strip(const AttendParams& params, const HeadMask& mask, bool flash_mask,
+                         int64_t first_query, int64_t first_key, int64_t slot,
+                         AttendScratch& scratch) {
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim;
+  const int64_t last_query = first_query + clip_count(first_query, visibility.seqlen_q, kStrip) - 1;
+  const int64_t end_key =
+      visibility.causal ? last_query + visibility.shift() + 1 : visibility.seqlen_k;
+  const int64_t num_keys = clip_count(first_key, end_key, kBlockSize);
+  if (num_keys == 0 || last_query < first_query) return;
+
+  const int64_t column = first_query % kBlockSize;
+  float* query_strip = scratch.query_strips + (slot * kBlockSize + column) * head_dim;
+  float* out_strip = scratch.out_strips + (slot * kBlockSize + column) * head_dim;
+  float* row_max = scratch.row_max + slot * kBlockSize + column;
+  float* row_sum = scratch.row_sum + slot * kBlockSize + column;
+  alignas(64) float rescale[kStrip];
+
+  const int64_t padded_keys = round_up(num_keys, kTileRows);
+  multiply<Into::kFresh>(padded_keys, head_dim, scratch.key_tile, head_dim, 1, query_strip,
+                         scratch.scores);
+  const bool diagonal =
+      visibility.causal && first_key + padded_keys - 1 > first_query + visibility.shift();
+  if (diagonal || flash_mask || first_key + padded_keys > visibility.seqlen_k) {
+    mask_keys_by_queries(mask, flash_mask, first_key, padded_keys, first_query, scratch.scores);
+  }
+  softmax_step(padded_keys, scratch.scores, row_max, row_sum, rescale);
+  multiply<Into::kScaledSum>(head_dim, padded_keys, scratch.value_tile, 1, head_dim, scratch.scores,
+                             out_strip, rescale);
+}
+
+// Heads [first_head, first_head + num_heads), which share key head `key_head`, of one query block.
+inline void attend_item(const AttendParams& params, const RunBounds* block_bounds, int64_t batch,
+                        int64_t key_head, int64_t first_head, int64_t num_heads, int64_t m_block,
+                        AttendScratch& scratch) {
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim;
+  const int64_t first_query = m_block * kBlockSize;
+  const int64_t num_words = visibility.num_mask_words();
+  const uint32_t* mask_rows[kHeadsPerItem];
+
+  for (int64_t slot = 0; slot < num_heads; ++slot) {
+    const int64_t head = first_head + slot;
+    mask_rows[slot] =
+        params.block_mask +
+        ((batch * visibility.num_heads + head) * visibility.num_m_blocks() + m_block) * num_words;
+    const HeadView query(params.query, params.heads, batch, head);
+    for (int64_t c = 0; c < kBlockSize; c += kStrip) {
+      read_strip(query, first_query + c, 1,
+                 clip_count(first_query + c, visibility.seqlen_q, kStrip),
+                 params.softmax_scale * kLog2E,
+                 scratch.query_strips + (slot * kBlockSize + c) * head_dim, scratch.row_buffer);
+    }
+    for (int64_t i = 0; i < kBlockSize; ++i)
+      scratch.row_max[slot * kBlockSize + i] = kMinusInfinity;
+  }
+  memset(scratch.row_sum, 0, num_heads * kBlockSize * sizeof(float));
+  memset(scratch.out_strips, 0, num_heads * kBlockSize * head_dim * sizeof(float));
+
+  const HeadView key(params.key, params.heads, batch, key_head),
+      value(params.value, params.heads, batch, key_head);
+  for (int64_t n_block = 0; n_block < visibility.num_n_blocks(); ++n_block) {
+    const int64_t first_key = n_block * kBlockSize;
+    bool tile_read = false;
+    for (int64_t slot = 0; slot < num_heads; ++slot) {
+      if (!selected(mask_rows[slot], n_block)) continue;
+      const HeadMask mask(visibility, block_bounds, batch, first_head + slot);
+      const BlockKind kind = mask.kind(m_block, n_block);
+      if (kind == BlockKind::kHidden) continue;
+      if (!tile_read) {
+        const int64_t num_keys = clip_count(first_key, visibility.seqlen_k, kBlockSize);
+        read_tile(key, first_key, num_keys, scratch.key_tile);
+        read_tile(value, first_key, num_keys, scratch.value_tile);
+        tile_read = true;
+      }
+      for (int64_t c = 0; c < kBlockSize; c += kStrip) {
+        attend_strip(params, mask, kind == BlockKind::kPartial, first_query + c, first_key, slot,
+                     scratch);
+      }
+    }
+  }
+
+  for (int64_t slot = 0; slot < num_heads; ++slot) {
+    const int64_t head = first_head + slot;
+    const HeadView out(params.out, params.heads, batch, head);
+    const int64_t num_queries = clip_count(first_query, visibility.seqlen_q, kBlockSize);
+    float* row_max = scratch.row_max + slot * kBlockSize;
+    float* row_sum = scratch.row_sum + slot * kBlockSize;
+    float* lse =
+        params.lse + (batch * visibility.num_heads + head) * visibility.seqlen_q + first_query;
+    for (int64_t i = 0; i < num_queries; ++i) {
+      lse[i] = row_max[i] * kLn2 + __builtin_logf(row_sum[i]);
+      row_sum[i] = row_sum[i] == 0 ? 0 : 1 / row_sum[i];
+    }
+    for (int64_t c = 0; c < num_queries; c += kStrip) {
+      write_strip(out, first_query + c, clip_count(c, num_queries, kStrip),
+                  scratch.out_strips + (slot * kBlockSize + c) * head_dim, row_sum + c,
+                  scratch.row_buffer);
+    }
+  }
+}
+
+inline int64_t attend_workspace_bytes(const AttendParams& params) {
+  Arena arena;
+  arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+  return workspace_bytes<AttendScratch>(arena, params);
+}
+
+inline void run_attend(const AttendParams& params) {
+  const Visibility& visibility = params.visibility;
+  const int num_threads = params.execution.num_threads;
+  Arena arena(params.execution.workspace);
+  RunBounds* block_bounds = arena.take<RunBounds>(visibility.num_run_bounds(kBlockSize));
+  compute_run_bounds(visibility, kBlockSize, num_threads, block_bounds);
+
+  const int64_t group = visibility.num_heads / params.heads.num_heads_k;
+  const int64_t chunks = ceil_div(group, kHeadsPerItem);
+  const int64_t per_m_block = visibility.batch * params.heads.num_heads_k * chunks;
+  const int64_t num_items = per_m_block * visibility.num_m_blocks();
+#pragma omp parallel num_threads(num_threads)
+  {
+    AttendScratch scratch = thread_scratch<AttendScratch>(arena, params);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < num_items; ++item) {
+      const int64_t m_block =
+          visibility.num_m_blocks() - 1 - item / per_m_block;  // causal: the longest first
+      const int64_t chunk = item % chunks, key_head = item / chunks % params.heads.num_heads_k;
+      const int64_t batch = item % per_m_block / chunks / params.heads.num_heads_k;
+      const int64_t first_head = key_head * group + chunk * kHeadsPerItem;
+      const int64_t num_heads = clip_count(first_head, (key_head + 1) * group, kHeadsPerItem);
+      attend_item(params, block_bounds, batch, key_head, first_head, num_heads, m_block, scratch);
+    }
+  }
+}
+
+}  // namespace rrattn::cpu::RRATTN_SIMD

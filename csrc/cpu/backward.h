@@ -1,0 +1,309 @@
+// Gradients of block-sparse flash attention on the CPU.
+//
+//   P = exp(S - lse),  dP = dO V^T,  delta = rowsum(dO * O),  dS = P * (dP - delta)
+//   dV = P^T dO,  dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
+//
+// Two walks over the selected tiles, each owning what it writes: query blocks (lanes are queries,
+// keys stream past) give dQ, key blocks (lanes are keys, queries stream past) give dK and dV summed
+// over the heads of the group. S and dP are computed twice, 7 products instead of 5; in exchange
+// nothing is shared between threads, so the result does not depend on their number, and no L x L or
+// per-thread L x D buffer is needed.
+#pragma once
+
+#include "masking.h"
+
+namespace rrattn::cpu::RRATTN_SIMD {
+
+// Buffers of either walk: the still side's strips, the sums of the walk, and the streaming side's
+// tiles.
+struct BackwardScratch {
+  float *still_a, *still_b;    // [kStrips][D][kStrip]: Q and dO, or K and V
+  float *sum_a, *sum_b;        // [kStrips][D][kStrip]: dQ and none, or dK and dV
+  float *stream_a, *stream_b;  // [kBlockSize][D]: K and V, or Q and dO
+  float *scores, *grad;        // [kBlockSize][kStrip]: S then P, dP then dS
+  float* row_buffer;           // [D]
+
+  BackwardScratch(Arena& arena, const BackwardParams& params)
+      : BackwardScratch(arena, params.heads.head_dim) {}
+  BackwardScratch(Arena& arena, int64_t head_dim)
+      : still_a(arena.take<float>(kBlockSize * head_dim)),
+        still_b(arena.take<float>(kBlockSize * head_dim)),
+        sum_a(arena.take<float>(kBlockSize * head_dim)),
+        sum_b(arena.take<float>(kBlockSize * head_dim)),
+        stream_a(arena.take<float>(kBlockSize * head_dim)),
+        stream_b(arena.take<float>(kBlockSize * head_dim)),
+        scores(arena.take<float>(kBlockSize * kStrip)),
+        grad(arena.take<float>(kBlockSize * kStrip)),
+        row_buffer(arena.take<float>(head_dim)) {}
+};
+
+// What the softmax left behind for each query, [B, Hq, Lq]: lse in log2 units (+inf where nothing
+// was visible, which makes every probability 0), and delta.
+struct SoftmaxState {
+  float *lse, *delta;
+  SoftmaxState(Arena& arena, const Visibility& visibility)
+      : lse(arena.take<float>(visibility.batch * visibility.num_heads * visibility.seqlen_q)),
+        delta(arena.take<float>(visibility.batch * visibility.num_heads * visibility.seqlen_q)) {}
+};
+
+inline void compute_softmax_state(const BackwardParams& params, const SoftmaxState& state,
+                                  const Arena& arena) {
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim;
+#pragma omp parallel num_threads(params.execution.num_threads)
+  {
+    const BackwardScratch scratch = thread_scratch<BackwardScratch>(arena, params);
+    float *out_row = scratch.stream_a, *grad_row = scratch.stream_b;
+#pragma omp for
+    for (int64_t i = 0; i < visibility.batch * visibility.num_heads * visibility.seqlen_q; ++i) {
+      const int64_t row = i % visibility.seqlen_q,
+                    head = i / visibility.seqlen_q % visibility.num_heads;
+      const int64_t batch = i / visibility.seqlen_q / visibility.num_heads;
+      HeadView(params.out, params.heads, batch, head).read(row, out_row);
+      HeadView(params.grad_out, params.heads, batch, head).read(row, grad_row);
+      float delta = 0;
+      for (int64_t d = 0; d < head_dim; ++d) delta += out_row[d] * grad_row[d];
+      const bool nothing_visible = params.lse[i] == kMinusInfinity;
+      state.lse[i] = nothing_visible ? -kMinusInfinity : params.lse[i] * kLog2E;
+      state.delta[i] = nothing_visible ? 0 : delta;
+    }
+  }
+}
+
+// scores becomes P and grad becomes dS, given lse and delta of each column.
+inline void softmax_gradient_by_column(int64_t rows, const float* lse, const float* delta,
+                                       float* scores, float* grad) {
+  for (int64_t i = 0; i < rows * kStrip; i += kLanes) {
+    const Vec p = exp2(load(scores + i) - load(lse + i % kStrip));
+    store(grad + i, p * (load(grad + i) - load(delta + i % kStrip)));
+  }
+}
+
+// The same, given lse and delta of each row; P is kept, for dV.
+inline void softmax_gradient_by_row(int64_t rows, const float* lse, const float* delta,
+                                    float* scores, float* grad) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = r * kStrip; i < (r + 1) * kStrip; i += kLanes) {
+      const Vec p = exp2(load(scores + i) - lse[r]);
+      store(scores + i, p);
+      store(grad + i, p * (load(grad + i) - delta[r]));
+    }
+  }
+}
+
+inline void fill(float* to, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+// dQ of one query block of one head.
+inline void grad_query_item(const BackwardParams& params, const RunBounds* block_bounds,
+                            const SoftmaxState& state, int64_t batch, int64_t head, int64_t m_block,
+                            const BackwardScratch& scratch) {
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim;
+  const int64_t key_head = head * params.heads.num_heads_k / visibility.num_heads;
+  const int64_t first_query = m_block * kBlockSize;
+  const int64_t num_queries = clip_count(first_query, visibility.seqlen_q, kBlockSize);
+  const HeadMask mask(visibility, block_bounds, batch, head);
+  const HeadView key(params.key, params.heads, batch, key_head),
+      value(params.value, params.heads, batch, key_head);
+  const HeadView query(params.query, params.heads, batch, head),
+      grad_out(params.grad_out, params.heads, batch, head);
+  const uint32_t* mask_row =
+      params.block_mask +
+      ((batch * visibility.num_heads + head) * visibility.num_m_blocks() + m_block) *
+          visibility.num_mask_words();
+
+  alignas(64) float lse[kBlockSize], delta[kBlockSize];
+  const int64_t state_row =
+      (batch * visibility.num_heads + head) * visibility.seqlen_q + first_query;
+  memcpy(lse, state.lse + state_row, num_queries * sizeof(float));
+  memcpy(delta, state.delta + state_row, num_queries * sizeof(float));
+  fill(lse + num_queries, kBlockSize - num_queries, -kMinusInfinity);
+  fill(delta + num_queries, kBlockSize - num_queries, 0);
+  for (int64_t c = 0; c < num_queries; c += kStrip) {
+    const int64_t columns = clip_count(c, num_queries, kStrip);
+    read_strip(query, first_query + c, 1, columns, params.softmax_scale * kLog2E,
+               scratch.still_a + c * head_dim, scratch.row_buffer);
+    read_strip(grad_out, first_query + c, 1, columns, 1, scratch.still_b + c * head_dim,
+               scratch.row_buffer);
+  }
+  memset(scratch.sum_a, 0, kBlockSize * head_dim * sizeof(float));
+
+  for (int64_t n_block = 0; n_block < visibility.num_n_blocks(); ++n_block) {
+    if (!selected(mask_row, n_block)) continue;
+    const BlockKind kind = mask.kind(m_block, n_block);
+    if (kind == BlockKind::kHidden) continue;
+    const bool flash_mask = kind == BlockKind::kPartial;
+    const int64_t first_key = n_block * kBlockSize;
+    read_tile(key, first_key, clip_count(first_key, visibility.seqlen_k, kBlockSize),
+              scratch.stream_a);
+    read_tile(value, first_key, clip_count(first_key, visibility.seqlen_k, kBlockSize),
+              scratch.stream_b);
+    for (int64_t c = 0; c < num_queries; c += kStrip) {
+      const int64_t strip_query = first_query + c;
+      const int64_t last_query = strip_query + clip_count(c, num_queries, kStrip) - 1;
+      const int64_t end_key =
+          visibility.causal ? last_query + visibility.shift() + 1 : visibility.seqlen_k;
+      const int64_t num_keys = round_up(clip_count(first_key, end_key, kBlockSize), kTileRows);
+      multiply<Into::kFresh>(num_keys, head_dim, scratch.stream_a, head_dim, 1,
+                             scratch.still_a + c * head_dim, scratch.scores);
+      multiply<Into::kFresh>(num_keys, head_dim, scratch.stream_b, head_dim, 1,
+                             scratch.still_b + c * head_dim, scratch.grad);
+      const bool diagonal =
+          visibility.causal && first_key + num_keys - 1 > strip_query + visibility.shift();
+      if (diagonal || flash_mask || first_key + num_keys > visibility.seqlen_k) {
+        mask_keys_by_queries(mask, flash_mask, first_key, num_keys, strip_query, scratch.scores);
+      }
+      softmax_gradient_by_column(num_keys, lse + c, delta + c, scratch.scores, scratch.grad);
+      multiply<Into::kSum>(head_dim, num_keys, scratch.stream_a, 1, head_dim, scratch.grad,
+                           scratch.sum_a + c * head_dim);
+    }
+  }
+
+  alignas(64) float scale[kStrip];
+  fill(scale, kStrip, params.softmax_scale);
+  const HeadView grad_query(params.grad_query, params.heads, batch, head);
+  for (int64_t c = 0; c < num_queries; c += kStrip) {
+    write_strip(grad_query, first_query + c, clip_count(c, num_queries, kStrip),
+                scratch.sum_a + c * head_dim, scale, scratch.row_buffer);
+  }
+}
+
+// What one query block of one head adds to dK and dV of one key block.
+inline void grad_key_value_tile(const BackwardParams& params, const HeadMask& mask, bool flash_mask,
+                                const SoftmaxState& state, int64_t batch, int64_t head,
+                                int64_t m_block, int64_t n_block, const BackwardScratch& scratch) {
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim;
+  const int64_t first_query = m_block * kBlockSize, first_key = n_block * kBlockSize;
+  const int64_t num_queries = clip_count(first_query, visibility.seqlen_q, kBlockSize);
+  const int64_t num_keys = clip_count(first_key, visibility.seqlen_k, kBlockSize);
+  read_tile(HeadView(params.query, params.heads, batch, head), first_query, num_queries,
+            scratch.stream_a);
+  read_tile(HeadView(params.grad_out, params.heads, batch, head), first_query, num_queries,
+            scratch.stream_b);
+
+  float lse[kBlockSize], delta[kBlockSize];
+  const int64_t state_row =
+      (batch * visibility.num_heads + head) * visibility.seqlen_q + first_query;
+  memcpy(lse, state.lse + state_row, num_queries * sizeof(float));
+  memcpy(delta, state.delta + state_row, num_queries * sizeof(float));
+  fill(lse + num_queries, kBlockSize - num_queries, -kMinusInfinity);
+  fill(delta + num_queries, kBlockSize - num_queries, 0);
+
+  for (int64_t c = 0; c < num_keys; c += kStrip) {
+    // Queries before `skipped` lie wholly above the diagonal of this strip.
+    const int64_t first_seeing =
+        visibility.causal ? first_key + c - visibility.shift() - first_query : 0;
+    const int64_t skipped = clip_count(0, first_seeing, kBlockSize) / kTileRows * kTileRows;
+    const int64_t rows = round_up(num_queries, kTileRows) - skipped;
+    if (rows <= 0) continue;
+    const float* query_tile = scratch.stream_a + skipped * head_dim;
+    const float* grad_out_tile = scratch.stream_b + skipped * head_dim;
+    multiply<Into::kFresh>(rows, head_dim, query_tile, head_dim, 1, scratch.still_a + c * head_dim,
+                           scratch.scores);
+    multiply<Into::kFresh>(rows, head_dim, grad_out_tile, head_dim, 1,
+                           scratch.still_b + c * head_dim, scratch.grad);
+    const bool diagonal = visibility.causal &&
+                          first_key + c + kStrip - 1 > first_query + skipped + visibility.shift();
+    if (diagonal || flash_mask) {
+      mask_queries_by_keys(mask, flash_mask, first_query + skipped, rows, first_key + c,
+                           scratch.scores);
+    }
+    softmax_gradient_by_row(rows, lse + skipped, delta + skipped, scratch.scores, scratch.grad);
+    multiply<Into::kSum>(head_dim, rows, query_tile, 1, head_dim, scratch.grad,
+                         scratch.sum_a + c * head_dim);
+    multiply<Into::kSum>(head_dim, rows, grad_out_tile, 1, head_dim, scratch.scores,
+                         scratch.sum_b + c * head_dim);
+  }
+}
+
+// dK and dV of one key block of one key head, over all query heads of its group.
+inline void grad_key_value_item(const BackwardParams& params, const RunBounds* block_bounds,
+                                const SoftmaxState& state, int64_t batch, int64_t key_head,
+                                int64_t n_block, const BackwardScratch& scratch) {
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim;
+  const int64_t group = visibility.num_heads / params.heads.num_heads_k;
+  const int64_t first_key = n_block * kBlockSize;
+  const int64_t num_keys = clip_count(first_key, visibility.seqlen_k, kBlockSize);
+  const HeadView key(params.key, params.heads, batch, key_head),
+      value(params.value, params.heads, batch, key_head);
+  for (int64_t c = 0; c < num_keys; c += kStrip) {
+    const int64_t columns = clip_count(c, num_keys, kStrip);
+    read_strip(key, first_key + c, 1, columns, params.softmax_scale * kLog2E,
+               scratch.still_a + c * head_dim, scratch.row_buffer);
+    read_strip(value, first_key + c, 1, columns, 1, scratch.still_b + c * head_dim,
+               scratch.row_buffer);
+  }
+  memset(scratch.sum_a, 0, kBlockSize * head_dim * sizeof(float));
+  memset(scratch.sum_b, 0, kBlockSize * head_dim * sizeof(float));
+
+  for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+    const HeadMask mask(visibility, block_bounds, batch, head);
+    for (int64_t m_block = 0; m_block < visibility.num_m_blocks(); ++m_block) {
+      const uint32_t* mask_row =
+          params.block_mask +
+          ((batch * visibility.num_heads + head) * visibility.num_m_blocks() + m_block) *
+              visibility.num_mask_words();
+      if (!selected(mask_row, n_block)) continue;
+      const BlockKind kind = mask.kind(m_block, n_block);
+      if (kind == BlockKind::kHidden) continue;
+      grad_key_value_tile(params, mask, kind == BlockKind::kPartial, state, batch, head, m_block,
+                          n_block, scratch);
+    }
+  }
+
+  alignas(64) float scale[kStrip], one[kStrip];
+  fill(scale, kStrip, params.softmax_scale);
+  fill(one, kStrip, 1);
+  const HeadView grad_key(params.grad_key, params.heads, batch, key_head);
+  const HeadView grad_value(params.grad_value, params.heads, batch, key_head);
+  for (int64_t c = 0; c < num_keys; c += kStrip) {
+    const int64_t columns = clip_count(c, num_keys, kStrip);
+    write_strip(grad_key, first_key + c, columns, scratch.sum_a + c * head_dim, scale,
+                scratch.row_buffer);
+    write_strip(grad_value, first_key + c, columns, scratch.sum_b + c * head_dim, one,
+                scratch.row_buffer);
+  }
+}
+
+inline int64_t backward_workspace_bytes(const BackwardParams& params) {
+  Arena arena;
+  arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+  SoftmaxState(arena, params.visibility);
+  return workspace_bytes<BackwardScratch>(arena, params);
+}
+
+inline void run_backward(const BackwardParams& params) {
+  const Visibility& visibility = params.visibility;
+  const int num_threads = params.execution.num_threads;
+  Arena arena(params.execution.workspace);
+  RunBounds* block_bounds = arena.take<RunBounds>(visibility.num_run_bounds(kBlockSize));
+  const SoftmaxState state(arena, visibility);
+  compute_run_bounds(visibility, kBlockSize, num_threads, block_bounds);
+  compute_softmax_state(params, state, arena);
+
+  const int64_t query_heads = visibility.batch * visibility.num_heads;
+  const int64_t key_heads = visibility.batch * params.heads.num_heads_k;
+#pragma omp parallel num_threads(num_threads)
+  {
+    const BackwardScratch scratch = thread_scratch<BackwardScratch>(arena, params);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t item = 0; item < query_heads * visibility.num_m_blocks(); ++item) {
+      const int64_t m_block =
+          visibility.num_m_blocks() - 1 - item / query_heads;  // causal: the longest first
+      grad_query_item(params, block_bounds, state, item % query_heads / visibility.num_heads,
+                      item % visibility.num_heads, m_block, scratch);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < key_heads * visibility.num_n_blocks(); ++item) {
+      const int64_t n_block = item / key_heads;
+      grad_key_value_item(params, block_bounds, state, item % key_heads / params.heads.num_heads_k,
+                          item % params.heads.num_heads_k, n_block, scratch);
+    }
+  }
+}
+
+}  // namespace rrattn::cpu::RRATTN_SIMD

@@ -1,0 +1,281 @@
+// Block scores on the CPU.
+//
+//   query [B, Lq, Hq, D], key [B, Lk, Hkv, D]  ->  block_scores [B, Hq, Mq, Mk]
+//
+// Keys are summed over each stride once. Then a thread takes a strip of sampled queries (the lanes,
+// tiles.h) and walks the strides in tiles of 128, once: the softmax's maximum so far scales the sum
+// of each key block, the maximum at that time is kept for each tile, and at the end every block's
+// sum is brought to the final maximum. The matrix of stride scores is never stored; what is, is one
+// row of block sums for each lane.
+#pragma once
+
+#include "masking.h"
+
+namespace rrattn::cpu::RRATTN_SIMD {
+
+constexpr int64_t kStridesPerTile = 128;
+
+struct EstimateShape {
+  int64_t stride;             // tokens
+  int64_t strides_per_block;  // R
+  int64_t num_strides;        // of the keys
+  int64_t num_tiles;          // of kStridesPerTile strides
+  int64_t blocks_per_tile;
+  int64_t m_blocks_per_item, strips_per_item;  // one of the two is 1
+
+  explicit EstimateShape(const EstimateParams& params)
+      : stride(params.stride),
+        strides_per_block(kBlockSize / stride),
+        num_strides(ceil_div(params.visibility.seqlen_k, stride)),
+        num_tiles(ceil_div(num_strides, kStridesPerTile)),
+        blocks_per_tile(kStridesPerTile / strides_per_block),
+        m_blocks_per_item(strides_per_block < kStrip ? kStrip / strides_per_block : 1),
+        strips_per_item(strides_per_block < kStrip ? 1 : strides_per_block / kStrip) {}
+};
+
+// Shared by all threads, written before the walk.
+struct PooledKeys {
+  float* keys;        // [B, Hkv, num_strides, D], and room for a last tile that reads past the end
+  RunBounds* bounds;  // [B, bounds heads, num_strides]; nothing without FlashMask
+
+  PooledKeys(Arena& arena, const EstimateParams& params) {
+    const EstimateShape shape(params);
+    const Visibility& visibility = params.visibility;
+    const int64_t rows =
+        visibility.batch * params.heads.num_heads_k * shape.num_strides + kStridesPerTile;
+    keys = arena.take<float>(rows * params.heads.head_dim);
+    bounds = arena.take<RunBounds>(visibility.num_run_bounds(params.stride));
+  }
+};
+
+struct EstimateScratch {
+  float* query_strip;  // [D][kStrip]
+  float* scores;       // [kStridesPerTile][kStrip]
+  float* block_sums;  // [num_tiles * blocks_per_tile][kStrip], each relative to its tile's entry of
+  float* tile_max;    // [num_tiles][kStrip]
+  float* row_buffer;  // [D]
+
+  EstimateScratch(Arena& arena, const EstimateParams& params) {
+    const EstimateShape shape(params);
+    query_strip = arena.take<float>(params.heads.head_dim * kStrip);
+    scores = arena.take<float>(kStridesPerTile * kStrip);
+    block_sums = arena.take<float>(shape.num_tiles * shape.blocks_per_tile * kStrip);
+    tile_max = arena.take<float>(shape.num_tiles * kStrip);
+    row_buffer = arena.take<float>(params.heads.head_dim);
+  }
+};
+
+inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, const Arena& arena) {
+  const EstimateShape shape(params);
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim, num_heads_k = params.heads.num_heads_k;
+#pragma omp parallel num_threads(params.execution.num_threads)
+  {
+    float* row = thread_scratch<EstimateScratch>(arena, params).row_buffer;
+#pragma omp for
+    for (int64_t i = 0; i < visibility.batch * num_heads_k * shape.num_strides; ++i) {
+      const int64_t first_key = i % shape.num_strides * shape.stride;
+      const int64_t head = i / shape.num_strides;
+      const HeadView key(params.key, params.heads, head / num_heads_k, head % num_heads_k);
+      float* sum = pooled.keys + i * head_dim;
+      key.read(first_key, sum);
+      for (int64_t r = 1; r < clip_count(first_key, visibility.seqlen_k, shape.stride); ++r) {
+        key.read(first_key + r, row);
+        for (int64_t d = 0; d < head_dim; ++d) sum[d] += row[d];
+      }
+    }
+  }
+}
+
+// The sampled queries of one strip: column c is token first_token + c * stride.
+struct SampledQueries {
+  int64_t first_token, last_token;  // last_token < first_token: none
+  int64_t count;
+  alignas(64) int32_t token[kStrip];
+  alignas(64) int32_t
+      last_stride_seen[kStrip];  // under the causal diagonal; -1 for columns past the sequence
+
+  SampledQueries(const EstimateParams& params, const EstimateShape& shape, int64_t head,
+                 int64_t first_sample) {
+    const Visibility& visibility = params.visibility;
+    const int64_t phase = (params.head_offset + head) % shape.stride;
+    first_token = first_sample * shape.stride + phase;
+    count = first_token < visibility.seqlen_q
+                ? ceil_div(visibility.seqlen_q - first_token, shape.stride)
+                : 0;
+    count = clip_count(0, count, kStrip);
+    last_token = first_token + (count - 1) * shape.stride;
+    for (int64_t c = 0; c < kStrip; ++c) {
+      const int64_t at = first_token + (c < count ? c : 0) * shape.stride;
+      const int64_t seen =
+          visibility.causal ? (at + visibility.shift()) / shape.stride : shape.num_strides - 1;
+      token[c] = static_cast<int32_t>(at);
+      last_stride_seen[c] = static_cast<int32_t>(c < count ? seen : -1);
+    }
+  }
+};
+
+// -inf where the sampled query does not see the stride.
+inline void mask_strides(const SampledQueries& queries, const RunBounds* bounds,
+                         int64_t first_stride, int64_t end_stride, int64_t rows, float* scores) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t j = first_stride + i;
+    for (int v = 0; v < kTileVecs; ++v) {
+      VecInt hidden = load(queries.last_stride_seen + v * kLanes) < static_cast<int32_t>(j);
+      if (j >= end_stride) {
+        hidden = splat(-1);
+      } else if (bounds != nullptr) {
+        const VecInt token = load(queries.token + v * kLanes);
+        hidden |= inside(token, splat(bounds[j].lower.max_start), splat(bounds[j].lower.min_end));
+        hidden |= inside(token, splat(bounds[j].upper.max_start), splat(bounds[j].upper.min_end));
+      }
+      hide(scores + i * kStrip + v * kLanes, hidden);
+    }
+  }
+}
+
+inline bool hides_all(const RunBounds* bounds, int64_t first_stride, int64_t end_stride,
+                      int64_t first_token, int64_t last_token) {
+  for (int64_t j = first_stride; j < end_stride; ++j) {
+    if (!bounds[j].hides(first_token, last_token)) return false;
+  }
+  return true;
+}
+
+// The block sums of one tile of scores, relative to the maximum so far, which goes to tile_max.
+inline void sum_blocks(int64_t num_blocks, int64_t strides_per_block, const float* scores,
+                       float* row_max, float* row_sum, float* block_sums, float* tile_max) {
+  for (int v = 0; v < kTileVecs; ++v) {
+    const float* column = scores + v * kLanes;
+    const Vec old_max = load(row_max + v * kLanes);
+    Vec new_max = old_max;
+    for (int64_t i = 0; i < num_blocks * strides_per_block; ++i)
+      new_max = max(new_max, load(column + i * kStrip));
+    const Vec base =
+        new_max == kMinusInfinity ? Vec{} : new_max;  // nothing seen yet: keep -inf - base at -inf
+    Vec sum = load(row_sum + v * kLanes) * exp2(old_max - base);
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      Vec block_sum{};
+      for (int64_t i = block * strides_per_block; i < (block + 1) * strides_per_block; ++i) {
+        block_sum += exp2(load(column + i * kStrip) - base);
+      }
+      store(block_sums + block * kStrip + v * kLanes, block_sum);
+      sum += block_sum;
+    }
+    store(row_max + v * kLanes, new_max);
+    store(row_sum + v * kLanes, sum);
+    store(tile_max + v * kLanes, new_max);
+  }
+}
+
+// Adds one strip of sampled queries to the rows of block_scores from m_block on.
+inline void estimate_strip(const EstimateParams& params, const EstimateShape& shape,
+                           const PooledKeys& pooled, int64_t batch, int64_t head,
+                           int64_t first_sample, const EstimateScratch& scratch) {
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim;
+  const SampledQueries queries(params, shape, head, first_sample);
+  if (queries.count == 0) return;
+  const int64_t key_head =
+      batch * params.heads.num_heads_k + head * params.heads.num_heads_k / visibility.num_heads;
+  const float* keys = pooled.keys + key_head * shape.num_strides * head_dim;
+  const RunBounds* bounds = run_bounds_of(visibility, shape.stride, pooled.bounds, batch, head);
+  read_strip(HeadView(params.query, params.heads, batch, head), queries.first_token, shape.stride,
+             queries.count, params.softmax_scale * kLog2E / static_cast<float>(shape.stride),
+             scratch.query_strip, scratch.row_buffer);
+
+  alignas(64) float row_max[kStrip], row_sum[kStrip] = {};
+  for (float& m : row_max) m = kMinusInfinity;
+  const int64_t end_stride =
+      clip_count(0, queries.last_stride_seen[queries.count - 1] + 1, shape.num_strides);
+  const int64_t num_tiles = ceil_div(end_stride, kStridesPerTile);
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t first_stride = tile * kStridesPerTile;
+    const int64_t num_strides = clip_count(first_stride, end_stride, kStridesPerTile);
+    const int64_t num_blocks = ceil_div(num_strides, shape.strides_per_block);
+    const int64_t rows = round_up(num_blocks * shape.strides_per_block, kTileRows);
+    float* block_sums = scratch.block_sums + tile * shape.blocks_per_tile * kStrip;
+    float* tile_max = scratch.tile_max + tile * kStrip;
+    if (bounds && hides_all(bounds, first_stride, first_stride + num_strides, queries.first_token,
+                            queries.last_token)) {
+      memset(block_sums, 0, num_blocks * kStrip * sizeof(float));
+      memcpy(tile_max, row_max, sizeof(row_max));
+      continue;
+    }
+    multiply<Into::kFresh>(rows, head_dim, keys + first_stride * head_dim, head_dim, 1,
+                           scratch.query_strip, scratch.scores);
+    const bool diagonal = first_stride + rows - 1 > queries.last_stride_seen[0];
+    if (diagonal || bounds || queries.count < kStrip || num_strides < rows) {
+      mask_strides(queries, bounds, first_stride, end_stride, rows, scratch.scores);
+    }
+    sum_blocks(num_blocks, shape.strides_per_block, scratch.scores, row_max, row_sum, block_sums,
+               tile_max);
+  }
+
+  const int64_t lanes_per_row = shape.strides_per_block < kStrip ? shape.strides_per_block : kStrip;
+  const int64_t first_m_block = first_sample / shape.strides_per_block;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    alignas(64) float factor[kStrip], share[kStrip];
+    for (int v = 0; v < kTileVecs; ++v) {
+      const Vec sum = load(row_sum + v * kLanes), final_max = load(row_max + v * kLanes);
+      const Vec base = final_max == kMinusInfinity ? Vec{} : final_max;
+      const Vec relative = exp2(load(scratch.tile_max + tile * kStrip + v * kLanes) - base);
+      store(factor + v * kLanes, sum == 0.f ? Vec{} : relative / sum);
+    }
+    const int64_t end_block = ceil_div(end_stride, shape.strides_per_block);
+    const int64_t first_block = tile * shape.blocks_per_tile;
+    for (int64_t n_block = first_block;
+         n_block < end_block && n_block < first_block + shape.blocks_per_tile; ++n_block) {
+      for (int v = 0; v < kTileVecs; ++v) {
+        store(share + v * kLanes,
+              load(scratch.block_sums + n_block * kStrip + v * kLanes) * load(factor + v * kLanes));
+      }
+      for (int64_t c = 0; c < queries.count; c += lanes_per_row) {
+        const int64_t m_block = first_m_block + c / lanes_per_row;
+        float sum = 0;
+        for (int64_t lane = c; lane < c + lanes_per_row; ++lane) sum += share[lane];
+        params.block_scores[((batch * visibility.num_heads + head) * visibility.num_m_blocks() +
+                             m_block) *
+                                visibility.num_n_blocks() +
+                            n_block] += sum;
+      }
+    }
+  }
+}
+
+inline int64_t estimate_workspace_bytes(const EstimateParams& params) {
+  Arena arena;
+  PooledKeys(arena, params);
+  return workspace_bytes<EstimateScratch>(arena, params);
+}
+
+inline void run_estimate(const EstimateParams& params) {
+  const EstimateShape shape(params);
+  const Visibility& visibility = params.visibility;
+  Arena arena(params.execution.workspace);
+  const PooledKeys pooled(arena, params);
+  pool_keys(params, pooled, arena);
+  compute_run_bounds(visibility, shape.stride, params.execution.num_threads, pooled.bounds);
+
+  const int64_t num_heads = visibility.batch * visibility.num_heads;
+  const int64_t items_per_head = ceil_div(visibility.num_m_blocks(), shape.m_blocks_per_item);
+  memset(params.block_scores, 0,
+         num_heads * visibility.num_m_blocks() * visibility.num_n_blocks() * sizeof(float));
+#pragma omp parallel num_threads(params.execution.num_threads)
+  {
+    const EstimateScratch scratch = thread_scratch<EstimateScratch>(arena, params);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < num_heads * items_per_head; ++item) {
+      const int64_t m_block =
+          (items_per_head - 1 - item / num_heads) * shape.m_blocks_per_item;  // the longest first
+      const int64_t head = item % num_heads;
+      for (int64_t strip = 0; strip < shape.strips_per_item; ++strip) {
+        estimate_strip(params, shape, pooled, head / visibility.num_heads,
+                       head % visibility.num_heads,
+                       m_block * shape.strides_per_block + strip * kStrip, scratch);
+      }
+    }
+  }
+}
+
+}  // namespace rrattn::cpu::RRATTN_SIMD

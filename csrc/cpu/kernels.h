@@ -1,0 +1,47 @@
+// The stages on the CPU. Three builds of the same source, one for each instruction set; the best
+// that the machine runs is chosen when first needed.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../core/params.h"
+
+namespace rrattn::cpu {
+
+struct Kernels {
+  const char* name;
+  int64_t (*estimate_workspace_bytes)(const EstimateParams&);
+  void (*run_estimate)(const EstimateParams&);
+  int64_t (*attend_workspace_bytes)(const AttendParams&);
+  void (*run_attend)(const AttendParams&);
+  int64_t (*backward_workspace_bytes)(const BackwardParams&);
+  void (*run_backward)(const BackwardParams&);
+};
+
+extern const Kernels kBaselineKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// The kernels in use.
+const Kernels& kernels();
+
+// Names that this machine can run, best first, and the choice of one (std::invalid_argument for any
+// other).
+std::vector<std::string> available_simd();
+void set_simd(const std::string& name);
+
+int64_t estimate_workspace_bytes(const EstimateParams& params);
+int64_t select_workspace_bytes(const SelectParams& params);
+int64_t attend_workspace_bytes(const AttendParams& params);
+int64_t backward_workspace_bytes(const BackwardParams& params);
+
+void run_estimate(const EstimateParams& params);
+void run_select(const SelectParams& params);
+void run_attend(const AttendParams& params);
+void run_backward(const BackwardParams& params);
+
+}  // namespace rrattn::cpu

@@ -1,0 +1,91 @@
+// Token-level masking of a strip of scores, and what decides where it is needed.
+#pragma once
+
+#include "tiles.h"
+
+namespace rrattn::cpu::RRATTN_SIMD {
+
+// The block bounds and the FlashMask of one batch entry and query head; null pointers without
+// FlashMask.
+struct HeadMask {
+  const Visibility& visibility;
+  const RunBounds* block_bounds = nullptr;
+  const int32_t* bounds = nullptr;
+
+  HeadMask(const Visibility& visibility, const RunBounds* all_block_bounds, int64_t batch,
+           int64_t head)
+      : visibility(visibility) {
+    const RowBounds& layout = visibility.row_bounds;
+    if (layout.data == nullptr) return;
+    block_bounds = run_bounds_of(visibility, kBlockSize, all_block_bounds, batch, head);
+    bounds = row_bounds_of(layout, batch, visibility.bounds_head(head));
+  }
+  BlockKind kind(int64_t m_block, int64_t n_block) const {
+    return classify_block(visibility, block_bounds, m_block, n_block);
+  }
+  KeyBounds key_bounds(int64_t key) const {
+    return load_key_bounds(visibility.row_bounds, visibility.causal, bounds, key);
+  }
+};
+
+RRATTN_INLINE VecInt inside(VecInt row, VecInt start, VecInt end) {
+  return (row >= start) & (row < end);
+}
+
+RRATTN_INLINE void hide(float* scores, VecInt hidden) {
+  store(scores, hidden ? splat(kMinusInfinity) : load(scores));
+}
+
+// Keys down the rows of `scores`, queries across: -inf where the query does not see the key.
+inline void mask_keys_by_queries(const HeadMask& mask, bool flash_mask, int64_t first_key,
+                                 int64_t num_keys, int64_t first_query, float* scores) {
+  const Visibility& visibility = mask.visibility;
+  for (int64_t i = 0; i < num_keys; ++i) {
+    const int64_t key = first_key + i;
+    const int32_t first_row_that_sees =
+        static_cast<int32_t>(visibility.causal ? key - visibility.shift() : 0);
+    for (int v = 0; v < kTileVecs; ++v) {
+      const VecInt row = lane_indices(static_cast<int32_t>(first_query) + v * kLanes);
+      VecInt hidden = row < first_row_that_sees;
+      if (key >= visibility.seqlen_k) {
+        hidden = splat(-1);
+      } else if (flash_mask) {
+        const KeyBounds at = mask.key_bounds(key);
+        hidden |= inside(row, splat(at.lower.start), splat(at.lower.end));
+        hidden |= inside(row, splat(at.upper.start), splat(at.upper.end));
+      }
+      hide(scores + i * kStrip + v * kLanes, hidden);
+    }
+  }
+}
+
+// Queries down the rows of `scores`, keys across: -inf where the query does not see the key.
+inline void mask_queries_by_keys(const HeadMask& mask, bool flash_mask, int64_t first_query,
+                                 int64_t num_queries, int64_t first_key, float* scores) {
+  const Visibility& visibility = mask.visibility;
+  alignas(64) int32_t lower_start[kStrip], lower_end[kStrip], upper_start[kStrip],
+      upper_end[kStrip];
+  for (int c = 0; c < kStrip && flash_mask; ++c) {
+    const int64_t last_key = visibility.seqlen_k - 1;  // columns past it are never stored
+    const KeyBounds at = mask.key_bounds(first_key + c < last_key ? first_key + c : last_key);
+    lower_start[c] = at.lower.start;
+    lower_end[c] = at.lower.end;
+    upper_start[c] = at.upper.start;
+    upper_end[c] = at.upper.end;
+  }
+  for (int64_t i = 0; i < num_queries; ++i) {
+    const int32_t row = static_cast<int32_t>(first_query + i);
+    const int32_t last_key_seen =
+        visibility.causal ? row + static_cast<int32_t>(visibility.shift()) : kRowInfinity;
+    for (int v = 0; v < kTileVecs; ++v) {
+      VecInt hidden = lane_indices(static_cast<int32_t>(first_key) + v * kLanes) > last_key_seen;
+      if (flash_mask) {
+        hidden |= inside(splat(row), load(lower_start + v * kLanes), load(lower_end + v * kLanes));
+        hidden |= inside(splat(row), load(upper_start + v * kLanes), load(upper_end + v * kLanes));
+      }
+      hide(scores + i * kStrip + v * kLanes, hidden);
+    }
+  }
+}
+
+}  // namespace rrattn::cpu::RRATTN_SIMD

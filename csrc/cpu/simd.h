@@ -1,0 +1,105 @@
+// Vectors of float and the two inner loops that all CPU stages share, for whatever instruction set
+// the including file (simd_avx512.cpp, simd_avx2.cpp, simd_baseline.cpp) has switched on. GCC's
+// vector extensions carry the arithmetic, so the same lines become AVX-512, AVX2, SSE or NEON.
+//
+// Everything here and in the files that include it is in a namespace of the instruction set's name
+// and uses no template of the standard library: a weak symbol shared between the three would let
+// the linker run AVX-512 code on any machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace rrattn::cpu::RRATTN_SIMD {
+
+constexpr int kLanes = RRATTN_SIMD_LANES;
+constexpr int kTileRows = RRATTN_SIMD_TILE_ROWS;  // rows of a register tile
+constexpr int kTileVecs = 2;                      // vectors of a register tile
+constexpr int kStrip =
+    kTileVecs * kLanes;  // columns of a register tile: the unit in which stages walk
+
+typedef float Vec __attribute__((vector_size(4 * RRATTN_SIMD_LANES)));
+typedef int32_t VecInt __attribute__((vector_size(4 * RRATTN_SIMD_LANES)));
+
+#define RRATTN_INLINE inline __attribute__((always_inline))
+
+RRATTN_INLINE Vec load(const float* from) {
+  Vec v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+RRATTN_INLINE VecInt load(const int32_t* from) {
+  VecInt v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+RRATTN_INLINE void store(float* to, Vec v) { memcpy(to, &v, sizeof(v)); }
+RRATTN_INLINE Vec splat(float x) { return x - Vec{}; }
+RRATTN_INLINE VecInt splat(int32_t x) { return x - VecInt{}; }
+RRATTN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.693147180559945309417f;
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+// 2^x to about 1 ulp, exactly 1 at 0; 0 below -127 (no denormals), infinity from 128 on, NaN for
+// NaN. x = n + f with |f| <= 1/2; 2^f is the minimax polynomial of degree 6 with its constant held
+// at 1 (relative error 2e-9 before rounding).
+RRATTN_INLINE Vec exp2(Vec x) {
+  x = x < -127.f ? splat(-127.f) : x;
+  x = x > 128.f ? splat(128.f) : x;
+  const float kRound =
+      12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const Vec shifted = x + kRound;
+  const Vec f = x - (shifted - kRound);
+  Vec p = splat(0.000153533591f);
+  p = p * f + 0.0013398875f;
+  p = p * f + 0.00961843692f;
+  p = p * f + 0.0555033237f;
+  p = p * f + 0.240226477f;
+  p = p * f + 0.693147182f;
+  p = p * f + 1.f;
+  const VecInt scale = ((VecInt)shifted - 0x4b400000 + 127) << 23;
+  return p * (Vec)scale;
+}
+
+enum class Into { kFresh, kSum, kScaledSum };
+
+// c[rows x kStrip] = a[rows x depth] b[depth x kStrip]   (kFresh), plus c (kSum), plus c *
+// column_scale (kScaledSum). Element (r, k) of a is a[r * a_row + k * a_depth]; b and c hold rows
+// of kStrip floats side by side. rows is a multiple of kTileRows.
+template <Into kInto>
+RRATTN_INLINE void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_row,
+                            int64_t a_depth, const float* b, float* c,
+                            const float* column_scale = nullptr) {
+  for (int64_t r0 = 0; r0 < rows; r0 += kTileRows) {
+    Vec sum[kTileRows][kTileVecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v) {
+        sum[r][v] = kInto == Into::kFresh ? Vec{} : load(c + (r0 + r) * kStrip + v * kLanes);
+        if (kInto == Into::kScaledSum) sum[r][v] *= load(column_scale + v * kLanes);
+      }
+    }
+    const float* a_tile = a + r0 * a_row;
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec b_vec[kTileVecs];
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v) b_vec[v] = load(b + k * kStrip + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vec a_vec = splat(a_tile[r * a_row + k * a_depth]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVecs; ++v) sum[r][v] += a_vec * b_vec[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v) store(c + (r0 + r) * kStrip + v * kLanes, sum[r][v]);
+    }
+  }
+}
+
+}  // namespace rrattn::cpu::RRATTN_SIMD

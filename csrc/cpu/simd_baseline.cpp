@@ -1,0 +1,14 @@
+// The CPU stages for any processor: SSE2 on x86-64, NEON on aarch64.
+
+#define RRATTN_SIMD baseline
+#define RRATTN_SIMD_LANES 4
+#define RRATTN_SIMD_TILE_ROWS 4
+
+// Everything that other files compile too comes before the switch, so that no shared inline
+// function uses it.
+#include "simd_includes.h"
+#include "simd_kernels.h"
+
+namespace rrattn::cpu {
+const Kernels kBaselineKernels = baseline::make_kernels("baseline");
+}

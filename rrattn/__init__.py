@@ -1,0 +1,30 @@
+"""RRAttention for PaddlePaddle: dynamic block-sparse attention for long contexts (arXiv 2602.05853).
+
+Where Paddle is not installed, only :mod:`rrattn.direct` is there, the kernels on plain arrays.
+"""
+
+import importlib.util as _importlib_util
+
+if _importlib_util.find_spec("paddle") is not None:
+    from .config import BLOCK_SIZE, RRAttentionConfig
+    from .functional import block_sparse_attention, estimate_block_scores, rr_attention, select_blocks
+    from .integrations import disable, enable, layer_densities, layer_selections
+    from .layer import RRAttention
+    from .masks import block_density, pack_block_mask, unpack_block_mask
+
+    __all__ = [
+        "BLOCK_SIZE",
+        "RRAttention",
+        "RRAttentionConfig",
+        "block_density",
+        "block_sparse_attention",
+        "disable",
+        "enable",
+        "estimate_block_scores",
+        "layer_densities",
+        "layer_selections",
+        "pack_block_mask",
+        "rr_attention",
+        "select_blocks",
+        "unpack_block_mask",
+    ]

@@ -1,0 +1,86 @@
+"""Settings of RRAttention: the sole home of their defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BLOCK_SIZE = 128
+"""Tokens in a block, of queries and of keys: the unit of sparsity."""
+
+STRIDES = (2, 4, 8, 16, 32, 64)
+"""Sample strides that can be used: divisors of the block size that leave at least two samples in a block."""
+
+
+@dataclass(frozen=True)
+class RRAttentionConfig:
+    """Settings of RRAttention (arXiv 2602.05853) for a model.
+
+    Parameters
+    ----------
+    stride : int
+        Sample stride in tokens: one query in `stride` is sampled, keys are summed over `stride` tokens. A larger one
+        estimates faster and less finely. One of 2, 4, 8, 16, 32, 64; the paper uses 8 and 16.
+    threshold : float or sequence
+        Share of the estimated attention mass to keep, in (0, 1]; 1 keeps every block (dense attention). A sequence has
+        one entry per layer, each a float or a sequence of one float per query head.
+    keep_sink : bool
+        Always keep the first visible key block of a row (the attention sink).
+    keep_last : bool
+        Keep every visible block of the last query block row.
+    head_offset : int
+        Number of the first query head, for heads sharded over ranks: the sampled positions depend on it.
+    softmax_scale : float, optional
+        Default: 1 / sqrt(head_dim), or what the model asks for.
+
+    Raises
+    ------
+    ValueError
+        With the value and what is allowed.
+    """
+
+    stride: int = 8
+    threshold: float | Sequence[float | Sequence[float]] = 0.95
+    keep_sink: bool = True
+    keep_last: bool = False
+    head_offset: int = 0
+    softmax_scale: float | None = None
+
+    def __post_init__(self):
+        if self.stride not in STRIDES:
+            raise ValueError(f"stride is {self.stride}, but must be one of {', '.join(map(str, STRIDES))}")
+        if isinstance(self.head_offset, bool) or not isinstance(self.head_offset, int) or self.head_offset < 0:
+            raise ValueError(f"head_offset is {self.head_offset!r}, but must be an integer of at least 0")
+        if self.softmax_scale is not None and not math.isfinite(self.softmax_scale):
+            raise ValueError(f"softmax_scale is {self.softmax_scale}, but must be finite")
+        for name in ("keep_sink", "keep_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be True or False")
+        object.__setattr__(self, "threshold", _checked(self.threshold, "threshold", depth=2))
+
+    def layer_threshold(self, layer_index: int, num_layers: int) -> float | tuple[float, ...]:
+        """The threshold of one layer: a float, or a tuple of one float per query head.
+
+        Raises
+        ------
+        ValueError
+            When thresholds are given per layer, but not for `num_layers` layers.
+        """
+        if isinstance(self.threshold, float):
+            return self.threshold
+        if len(self.threshold) != num_layers:
+            raise ValueError(
+                f"threshold has {len(self.threshold)} entries, but the model has {num_layers} layers: "
+                "give one float, or one entry per layer"
+            )
+        return self.threshold[layer_index]
+
+
+def _checked(threshold, name, depth):
+    """A float in (0, 1], or tuples of such to the given depth."""
+    if isinstance(threshold, (list, tuple)) and depth > 0:
+        return tuple(_checked(entry, f"{name}[{i}]", depth - 1) for i, entry in enumerate(threshold))
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+        raise ValueError(f"{name} is {threshold!r}, but must be in (0, 1]")
+    return float(threshold)

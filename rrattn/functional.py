@@ -1,0 +1,308 @@
+"""RRAttention and its three stages as functions on Paddle tensors.
+
+Shapes are Paddle's attention layout: query [B, Lq, Hq, D], key and value [B, Lk, Hkv, D], Hq a multiple of Hkv. Queries
+are the last Lq positions of the keys. Blocks are of 128 tokens; Mq = ceil(Lq / 128) and Mk = ceil(Lk / 128).
+
+float32, float16 and bfloat16 are computed in float32. Head sizes are the multiples of 8 up to 256. Tensors are read in
+place when their last dimension is contiguous. Where `paddle.amp.auto_cast` is active, query, key and value are cast to
+its dtype first, as for Paddle's own attention.
+
+Bad arguments raise ValueError (TypeError for what is no tensor) with the value and what is allowed, before anything
+runs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import paddle
+from paddle.jit.marker import unified
+
+from .config import RRAttentionConfig
+from .library import call
+
+_DEFAULTS = RRAttentionConfig()
+
+
+@unified  # to_static traces through these as they are
+def rr_attention(
+    query,
+    key,
+    value,
+    startend_row_indices=None,
+    *,
+    causal=False,
+    training=True,
+    stride=_DEFAULTS.stride,
+    threshold=_DEFAULTS.threshold,
+    head_offset=_DEFAULTS.head_offset,
+    softmax_scale=_DEFAULTS.softmax_scale,
+    keep_sink=_DEFAULTS.keep_sink,
+    keep_last=_DEFAULTS.keep_last,
+    return_softmax_lse=False,
+    return_block_mask=False,
+):
+    """Attention over the key blocks that hold most of each query block's attention (arXiv 2602.05853).
+
+    Estimates block scores from one query in `stride` and keys summed over `stride`, keeps for each query block the
+    smallest set of key blocks whose scores reach `threshold` of the row's sum, and attends to these alone.
+    Differentiable in query, key and value; the selection itself carries no gradient.
+
+    Parameters
+    ----------
+    query : Tensor
+        [B, Lq, Hq, D] float32, float16 or bfloat16.
+    key, value : Tensor
+        [B, Lk, Hkv, D], same dtype.
+    startend_row_indices : Tensor, optional
+        [B, 1 | Hkv | Hq, Lk, 1 | 2 | 4] int32: FlashMask, as in `paddle.nn.functional.flashmask_attention`.
+    causal : bool
+        Query i sees keys up to i + Lk - Lq; needs Lq <= Lk.
+    training : bool
+        False: the result carries no gradient and nothing is kept for a backward pass.
+    stride : int
+        Sample stride in tokens: 2, 4, 8, 16, 32 or 64.
+    threshold : float or Tensor
+        Share of the estimated mass to keep, in (0, 1]; 1 is dense attention. A float32 tensor of Hq elements gives each
+        head its own.
+    head_offset : int
+        Number of this rank's first query head, where heads are sharded.
+    softmax_scale : float, optional
+        Default: 1 / sqrt(D).
+    keep_sink : bool
+        Always keep a row's first visible key block.
+    keep_last : bool
+        Keep every visible block of the last query block row.
+    return_softmax_lse, return_block_mask : bool
+        Return these too.
+
+    Returns
+    -------
+    out : Tensor
+        [B, Lq, Hq, D], the query's dtype. A row that sees nothing is zero.
+    lse : Tensor, with return_softmax_lse
+        [B, Hq, Lq] float32: log-sum-exp of each row over the selected blocks, -inf where it sees nothing. No gradient.
+    block_mask : Tensor, with return_block_mask
+        [B, Hq, Mq, ceil(Mk / 32)] int32, see :func:`rrattn.unpack_block_mask`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
+
+    Examples
+    --------
+    >>> query = paddle.randn([1, 4096, 8, 64])
+    >>> key, value = paddle.randn([1, 4096, 2, 64]), paddle.randn([1, 4096, 2, 64])
+    >>> out = rrattn.rr_attention(query, key, value, causal=True, threshold=0.9)
+    """
+    query, key, value = _attention_inputs(query, key, value)
+    scalar, per_head = _split_threshold(threshold)
+    with paddle.set_grad_enabled(training and paddle.is_grad_enabled()):
+        out, lse, block_mask = call(
+            "rr_attention",
+            query,
+            key,
+            value,
+            _optional_tensor(startend_row_indices, "startend_row_indices"),
+            per_head,
+            scalar,
+            bool(causal),
+            _integer(stride, "stride"),
+            _integer(head_offset, "head_offset"),
+            _scale(softmax_scale, query),
+            bool(keep_sink),
+            bool(keep_last),
+        )
+    return _results(out, lse if return_softmax_lse else None, block_mask if return_block_mask else None)
+
+
+@unified
+def estimate_block_scores(
+    query,
+    key,
+    startend_row_indices=None,
+    *,
+    causal,
+    stride=_DEFAULTS.stride,
+    head_offset=_DEFAULTS.head_offset,
+    softmax_scale=_DEFAULTS.softmax_scale,
+):
+    """Estimate how much each query block attends to each key block: the first stage of :func:`rr_attention`.
+
+    The parameters are those of :func:`rr_attention`.
+
+    Returns
+    -------
+    block_scores : Tensor
+        [B, Hq, Mq, Mk] float32, no gradient: softmax probabilities over strides, summed over the pairs of strides of
+        each pair of blocks. A row sums to the number of its sampled queries that see anything (at most 128 / stride).
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
+    """
+    query, key = _attention_inputs(query, key)
+    with paddle.no_grad():
+        return call(
+            "estimate",
+            query,
+            key,
+            _optional_tensor(startend_row_indices, "startend_row_indices"),
+            bool(causal),
+            _integer(stride, "stride"),
+            _integer(head_offset, "head_offset"),
+            _scale(softmax_scale, query),
+        )
+
+
+@unified
+def select_blocks(
+    block_scores,
+    threshold,
+    startend_row_indices=None,
+    *,
+    causal,
+    seqlen_q,
+    seqlen_k,
+    keep_sink=_DEFAULTS.keep_sink,
+    keep_last=_DEFAULTS.keep_last,
+):
+    """Keep the blocks whose scores reach `threshold` of their row's sum: the second stage of :func:`rr_attention`.
+
+    Blocks are taken from the largest score down, the lower index first among equals, while the mass before one is below
+    `threshold` times the row's; masses are added in fixed point, so that every device selects the same. Also kept: the
+    blocks on the row's own diagonal (when causal), blocks that FlashMask masks in part, and what `keep_sink` and
+    `keep_last` ask for. A row with a score that is NaN, negative or 2^18 and up keeps every visible block.
+
+    Parameters
+    ----------
+    block_scores : Tensor
+        [B, Hq, Mq, Mk] float32.
+    seqlen_q, seqlen_k : int
+        Lengths in tokens.
+    threshold, startend_row_indices, causal, keep_sink, keep_last
+        As in :func:`rr_attention`.
+
+    Returns
+    -------
+    block_mask : Tensor
+        [B, Hq, Mq, ceil(Mk / 32)] int32: bit j % 32 of word j / 32 for key block j.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
+    """
+    scalar, per_head = _split_threshold(threshold)
+    with paddle.no_grad():
+        return call(
+            "select",
+            _tensor(block_scores, "block_scores"),
+            _optional_tensor(startend_row_indices, "startend_row_indices"),
+            per_head,
+            scalar,
+            bool(causal),
+            _integer(seqlen_q, "seqlen_q"),
+            _integer(seqlen_k, "seqlen_k"),
+            bool(keep_sink),
+            bool(keep_last),
+        )
+
+
+@unified
+def block_sparse_attention(
+    query,
+    key,
+    value,
+    block_mask,
+    startend_row_indices=None,
+    *,
+    causal,
+    softmax_scale=_DEFAULTS.softmax_scale,
+    return_softmax_lse=False,
+):
+    """Attention over given blocks: the third stage of :func:`rr_attention`, differentiable in query, key and value.
+
+    Parameters
+    ----------
+    block_mask : Tensor
+        [B, Hq, Mq, ceil(Mk / 32)] int32, from :func:`select_blocks` or :func:`rrattn.pack_block_mask`. Bits of blocks
+        that causal or FlashMask hide do no harm.
+    query, key, value, startend_row_indices, causal, softmax_scale, return_softmax_lse
+        As in :func:`rr_attention`.
+
+    Returns
+    -------
+    out, lse
+        As in :func:`rr_attention`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
+    """
+    query, key, value = _attention_inputs(query, key, value)
+    out, lse = call(
+        "attend",
+        query,
+        key,
+        value,
+        _tensor(block_mask, "block_mask"),
+        _optional_tensor(startend_row_indices, "startend_row_indices"),
+        bool(causal),
+        _scale(softmax_scale, query),
+    )
+    return _results(out, lse if return_softmax_lse else None)
+
+
+def _tensor(tensor, name):
+    if not isinstance(tensor, (paddle.Tensor, paddle.pir.Value)):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a paddle.Tensor")
+    return tensor
+
+
+def _optional_tensor(tensor, name):
+    return None if tensor is None else _tensor(tensor, name)
+
+
+def _attention_inputs(query, key, value=None):
+    """The tensors, in the dtype of auto_cast where that is active."""
+    tensors = [_tensor(query, "query"), _tensor(key, "key")]
+    if value is not None:
+        tensors.append(_tensor(value, "value"))
+    if paddle.amp.is_autocast_enabled():
+        dtype = paddle.amp.get_autocast_dtype()
+        tensors = [tensor.astype(dtype) for tensor in tensors]
+    return tensors
+
+
+def _split_threshold(threshold):
+    """(float, None), or (unused float, float32 tensor of one element per head)."""
+    if isinstance(threshold, (paddle.Tensor, paddle.pir.Value)):
+        return 1.0, threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(
+            f"threshold is a {type(threshold).__name__}, but must be a float in (0, 1] or a float32 Tensor of one per head"
+        )
+    return float(threshold), None
+
+
+def _integer(value, name):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, but must be an integer")
+    return value
+
+
+def _scale(softmax_scale, query):
+    if softmax_scale is not None:
+        return float(softmax_scale)
+    head_dim = query.shape[-1] if query.shape else 0
+    return 1 / math.sqrt(head_dim) if head_dim > 0 else 1.0  # the operator refuses the others
+
+
+def _results(out, *extras):
+    """out alone, or with the extras that were asked for."""
+    asked = [extra for extra in extras if extra is not None]
+    return (out, *asked) if asked else out
