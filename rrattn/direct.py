@@ -12,6 +12,8 @@ numbers of query and key blocks.
 
 from __future__ import annotations
 
+from numbers import Real
+
 from . import _direct
 
 available_simd = _direct.available_simd
@@ -75,15 +77,15 @@ def select_blocks(
     ----------
     block_scores : [B, Hq, Mq, Mk] float32
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output: bit j % 32 of word j / 32 for key block j
-    threshold : float in (0, 1], or [Hq] float32
+    threshold : float in (0, 1], or [Hq] or [1] float32
     startend_row_indices, causal, keep_sink, keep_last : as in :func:`rrattn.rr_attention`
     """
-    scalar = isinstance(threshold, (int, float))
+    scalar = isinstance(threshold, Real)
     _direct.select_blocks(
         block_scores,
         block_mask,
         startend_row_indices,
-        threshold if scalar else 1.0,
+        float(threshold) if scalar else 1.0,
         None if scalar else threshold,
         causal,
         seqlen_q,

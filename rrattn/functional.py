@@ -14,6 +14,7 @@ runs.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import paddle
 from paddle.jit.marker import unified
@@ -64,7 +65,7 @@ def rr_attention(
         Sample stride in tokens: 2, 4, 8, 16, 32 or 64.
     threshold : float or Tensor
         Share of the estimated mass to keep, in (0, 1]; 1 is dense attention. A float32 tensor of Hq elements gives each
-        head its own.
+        head its own; one of a single element holds for all.
     head_offset : int
         Number of this rank's first query head, where heads are sharded.
     softmax_scale : float, optional
@@ -104,7 +105,7 @@ def rr_attention(
             query,
             key,
             value,
-            _optional_tensor(startend_row_indices, "startend_row_indices"),
+            _row_indices(startend_row_indices, key, causal),
             per_head,
             scalar,
             bool(causal),
@@ -149,7 +150,7 @@ def estimate_block_scores(
             "estimate",
             query,
             key,
-            _optional_tensor(startend_row_indices, "startend_row_indices"),
+            _row_indices(startend_row_indices, key, causal),
             bool(causal),
             _integer(stride, "stride"),
             _integer(head_offset, "head_offset"),
@@ -200,7 +201,7 @@ def select_blocks(
         return call(
             "select",
             _tensor(block_scores, "block_scores"),
-            _optional_tensor(startend_row_indices, "startend_row_indices"),
+            _row_indices(startend_row_indices, block_scores, causal),
             per_head,
             scalar,
             bool(causal),
@@ -250,7 +251,7 @@ def block_sparse_attention(
         key,
         value,
         _tensor(block_mask, "block_mask"),
-        _optional_tensor(startend_row_indices, "startend_row_indices"),
+        _row_indices(startend_row_indices, key, causal),
         bool(causal),
         _scale(softmax_scale, query),
     )
@@ -263,8 +264,17 @@ def _tensor(tensor, name):
     return tensor
 
 
-def _optional_tensor(tensor, name):
-    return None if tensor is None else _tensor(tensor, name)
+def _row_indices(indices, like, causal):
+    """FlashMask as it is. Paddle hands an empty tensor to an operator as an absent one: it has to be refused here."""
+    if indices is None:
+        return None
+    shape = list(_tensor(indices, "startend_row_indices").shape)
+    if 0 in shape and 0 not in like.shape:
+        raise ValueError(
+            f"startend_row_indices has {shape[-1]} bounds, shape {shape}, "
+            f"but must have {'1 or 2' if causal else '2 or 4'} when causal is {bool(causal)}, and no size of 0"
+        )
+    return indices
 
 
 def _attention_inputs(query, key, value=None):
@@ -282,9 +292,10 @@ def _split_threshold(threshold):
     """(float, None), or (unused float, float32 tensor of one element per head)."""
     if isinstance(threshold, (paddle.Tensor, paddle.pir.Value)):
         return 1.0, threshold
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
         raise TypeError(
-            f"threshold is a {type(threshold).__name__}, but must be a float in (0, 1] or a float32 Tensor of one per head"
+            f"threshold is a {type(threshold).__name__}, but must be a float in (0, 1] "
+            "or a float32 Tensor of one per head"
         )
     return float(threshold), None
 

@@ -1,5 +1,6 @@
 #include "arguments.h"
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 #include <stdexcept>
@@ -37,10 +38,15 @@ void require_type(const Array& array, ElementType type, const char* type_name) {
     fail(array.name, " has dtype ", array.type_name, ", but must have ", type_name);
 }
 
+// The strides of an empty tensor mean nothing.
+bool is_empty(const Array& array) {
+  return std::find(array.shape.begin(), array.shape.end(), 0) != array.shape.end();
+}
+
 void require_contiguous(const Array& array) {
+  if (is_empty(array)) return;
   int64_t expected = 1;
   for (size_t i = array.shape.size(); i-- > 0;) {
-    if (array.shape[i] == 0) return;
     if (array.shape[i] != 1 && array.strides[i] != expected) {
       fail(array.name, " has strides ", to_string(array.strides), " for shape ",
            to_string(array.shape), ", but must be contiguous");
@@ -72,7 +78,7 @@ DataType data_type(const Array& array) {
 
 // A [B, L, H, D] tensor in place.
 Rows rows_of(const Array& array) {
-  if (array.shape[3] != 1 && array.strides[3] != 1) {
+  if (!is_empty(array) && array.shape[3] != 1 && array.strides[3] != 1) {
     fail(array.name, " has strides ", to_string(array.strides),
          ", but its last dimension must be contiguous (stride 1)");
   }
@@ -271,11 +277,15 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& start
     const int64_t num_heads = params.visibility.num_heads;
     require_type(*head_thresholds, ElementType::kFloat32, "float32");
     require_same_device(*head_thresholds, block_scores);
-    require_shape(*head_thresholds, {num_heads}, "[num_heads], one threshold for each query head");
+    if (head_thresholds->shape != std::vector<int64_t>{1}) {
+      require_shape(*head_thresholds, {num_heads}, "[num_heads], one for each query head, or [1]");
+    }
     require_contiguous(*head_thresholds);
     params.head_thresholds = static_cast<const float*>(head_thresholds->data);
+    params.head_threshold_stride = head_thresholds->shape[0] == 1 ? 0 : 1;
+    const int64_t count = head_thresholds->shape[0];
     // Device memory is not read here; a threshold there outside (0, 1] keeps every visible block.
-    for (int64_t h = 0; block_scores.device == "cpu" && h < num_heads; ++h) {
+    for (int64_t h = 0; block_scores.device == "cpu" && h < count; ++h) {
       check_threshold(params.head_thresholds[h], "threshold[" + std::to_string(h) + "]");
     }
   } else {

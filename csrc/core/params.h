@@ -85,7 +85,8 @@ struct SelectParams {
   Visibility visibility;
   const float* block_scores = nullptr;     // [B, Hq, Mq, Mk]
   float threshold = 0;                     // tau of every head, unless
-  const float* head_thresholds = nullptr;  // [Hq] or null
+  const float* head_thresholds = nullptr;  // [Hq], or one for all, or null
+  int64_t head_threshold_stride = 0;       // 1 or 0
   bool keep_sink = true;
   bool keep_last = false;
   uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)], written whole

@@ -48,11 +48,11 @@ inline void softmax_step(int64_t num_keys, float* scores, float* row_max, float*
         new_max == kMinusInfinity ? Vec{} : new_max;  // nothing seen yet: keep -inf - base at -inf
     Vec sum{};
     for (int64_t i = 0; i < num_keys; ++i) {
-      const Vec p = exp2(load(column + i * kStrip) - base);
+      const Vec p = exp2((load(column + i * kStrip) - base) * kLog2E);
       store(column + i * kStrip, p);
       sum += p;
     }
-    const Vec factor = exp2(old_max - base);
+    const Vec factor = exp2((old_max - base) * kLog2E);
     store(rescale + v * kLanes, factor);
     store(row_max + v * kLanes, new_max);
     store(row_sum + v * kLanes, load(row_sum + v * kLanes) * factor + sum);
@@ -109,8 +109,7 @@ inline void attend_item(const AttendParams& params, const RunBounds* block_bound
     const HeadView query(params.query, params.heads, batch, head);
     for (int64_t c = 0; c < kBlockSize; c += kStrip) {
       read_strip(query, first_query + c, 1,
-                 clip_count(first_query + c, visibility.seqlen_q, kStrip),
-                 params.softmax_scale * kLog2E,
+                 clip_count(first_query + c, visibility.seqlen_q, kStrip), params.softmax_scale,
                  scratch.query_strips + (slot * kBlockSize + c) * head_dim, scratch.row_buffer);
     }
     for (int64_t i = 0; i < kBlockSize; ++i)
@@ -151,7 +150,7 @@ inline void attend_item(const AttendParams& params, const RunBounds* block_bound
     float* lse =
         params.lse + (batch * visibility.num_heads + head) * visibility.seqlen_q + first_query;
     for (int64_t i = 0; i < num_queries; ++i) {
-      lse[i] = row_max[i] * kLn2 + __builtin_logf(row_sum[i]);
+      lse[i] = row_max[i] + __builtin_logf(row_sum[i]);
       row_sum[i] = row_sum[i] == 0 ? 0 : 1 / row_sum[i];
     }
     for (int64_t c = 0; c < num_queries; c += kStrip) {

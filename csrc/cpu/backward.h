@@ -37,7 +37,7 @@ struct BackwardScratch {
         row_buffer(arena.take<float>(head_dim)) {}
 };
 
-// What the softmax left behind for each query, [B, Hq, Lq]: lse in log2 units (+inf where nothing
+// What the softmax left behind for each query, [B, Hq, Lq]: lse (+inf where nothing
 // was visible, which makes every probability 0), and delta.
 struct SoftmaxState {
   float *lse, *delta;
@@ -64,7 +64,7 @@ inline void compute_softmax_state(const BackwardParams& params, const SoftmaxSta
       float delta = 0;
       for (int64_t d = 0; d < head_dim; ++d) delta += out_row[d] * grad_row[d];
       const bool nothing_visible = params.lse[i] == kMinusInfinity;
-      state.lse[i] = nothing_visible ? -kMinusInfinity : params.lse[i] * kLog2E;
+      state.lse[i] = nothing_visible ? -kMinusInfinity : params.lse[i];
       state.delta[i] = nothing_visible ? 0 : delta;
     }
   }
@@ -74,7 +74,7 @@ inline void compute_softmax_state(const BackwardParams& params, const SoftmaxSta
 inline void softmax_gradient_by_column(int64_t rows, const float* lse, const float* delta,
                                        float* scores, float* grad) {
   for (int64_t i = 0; i < rows * kStrip; i += kLanes) {
-    const Vec p = exp2(load(scores + i) - load(lse + i % kStrip));
+    const Vec p = exp2((load(scores + i) - load(lse + i % kStrip)) * kLog2E);
     store(grad + i, p * (load(grad + i) - load(delta + i % kStrip)));
   }
 }
@@ -84,7 +84,7 @@ inline void softmax_gradient_by_row(int64_t rows, const float* lse, const float*
                                     float* scores, float* grad) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = r * kStrip; i < (r + 1) * kStrip; i += kLanes) {
-      const Vec p = exp2(load(scores + i) - lse[r]);
+      const Vec p = exp2((load(scores + i) - lse[r]) * kLog2E);
       store(scores + i, p);
       store(grad + i, p * (load(grad + i) - delta[r]));
     }
@@ -123,7 +123,7 @@ inline void grad_query_item(const BackwardParams& params, const RunBounds* block
   fill(delta + num_queries, kBlockSize - num_queries, 0);
   for (int64_t c = 0; c < num_queries; c += kStrip) {
     const int64_t columns = clip_count(c, num_queries, kStrip);
-    read_strip(query, first_query + c, 1, columns, params.softmax_scale * kLog2E,
+    read_strip(query, first_query + c, 1, columns, params.softmax_scale,
                scratch.still_a + c * head_dim, scratch.row_buffer);
     read_strip(grad_out, first_query + c, 1, columns, 1, scratch.still_b + c * head_dim,
                scratch.row_buffer);
@@ -232,8 +232,8 @@ inline void grad_key_value_item(const BackwardParams& params, const RunBounds* b
       value(params.value, params.heads, batch, key_head);
   for (int64_t c = 0; c < num_keys; c += kStrip) {
     const int64_t columns = clip_count(c, num_keys, kStrip);
-    read_strip(key, first_key + c, 1, columns, params.softmax_scale * kLog2E,
-               scratch.still_a + c * head_dim, scratch.row_buffer);
+    read_strip(key, first_key + c, 1, columns, params.softmax_scale, scratch.still_a + c * head_dim,
+               scratch.row_buffer);
     read_strip(value, first_key + c, 1, columns, 1, scratch.still_b + c * head_dim,
                scratch.row_buffer);
   }

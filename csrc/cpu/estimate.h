@@ -3,10 +3,10 @@
 //   query [B, Lq, Hq, D], key [B, Lk, Hkv, D]  ->  block_scores [B, Hq, Mq, Mk]
 //
 // Keys are summed over each stride once. Then a thread takes a strip of sampled queries (the lanes,
-// tiles.h) and walks the strides in tiles of 128, once: the softmax's maximum so far scales the sum
-// of each key block, the maximum at that time is kept for each tile, and at the end every block's
-// sum is brought to the final maximum. The matrix of stride scores is never stored; what is, is one
-// row of block sums for each lane.
+// tiles.h) and walks the strides in tiles of 128, once. The sum of each key block is kept relative
+// to the softmax's base of that time, a base for each tile, and at the end all sums are brought to
+// the final base. The matrix of stride scores is never stored; what is, is one row of block sums
+// for each lane.
 #pragma once
 
 #include "masking.h"
@@ -51,16 +51,16 @@ struct PooledKeys {
 struct EstimateScratch {
   float* query_strip;  // [D][kStrip]
   float* scores;       // [kStridesPerTile][kStrip]
-  float* block_sums;  // [num_tiles * blocks_per_tile][kStrip], each relative to its tile's entry of
-  float* tile_max;    // [num_tiles][kStrip]
-  float* row_buffer;  // [D]
+  float* block_sums;   // [num_tiles * blocks_per_tile][kStrip], each relative to its tile's
+  float* tile_base;    // [num_tiles][kStrip]
+  float* row_buffer;   // [D]
 
   EstimateScratch(Arena& arena, const EstimateParams& params) {
     const EstimateShape shape(params);
     query_strip = arena.take<float>(params.heads.head_dim * kStrip);
     scores = arena.take<float>(kStridesPerTile * kStrip);
     block_sums = arena.take<float>(shape.num_tiles * shape.blocks_per_tile * kStrip);
-    tile_max = arena.take<float>(shape.num_tiles * kStrip);
+    tile_base = arena.take<float>(shape.num_tiles * kStrip);
     row_buffer = arena.take<float>(params.heads.head_dim);
   }
 };
@@ -142,29 +142,34 @@ inline bool hides_all(const RunBounds* bounds, int64_t first_stride, int64_t end
   return true;
 }
 
-// The block sums of one tile of scores, relative to the maximum so far, which goes to tile_max.
+// The base of a row that has seen no stride: far below every score, yet far above what a hidden one
+// counts as.
+constexpr float kNothingSeen = -1e29f;
+
+// The block sums of one tile of scores, relative to 2^base. The base follows the row's maximum in
+// whole steps, so that sums differ by exact powers of two however the strides fall into tiles:
+// sequences packed into one row select what they would select apart.
 inline void sum_blocks(int64_t num_blocks, int64_t strides_per_block, const float* scores,
-                       float* row_max, float* row_sum, float* block_sums, float* tile_max) {
+                       float* row_base, float* row_sum, float* block_sums, float* tile_base) {
   for (int v = 0; v < kTileVecs; ++v) {
     const float* column = scores + v * kLanes;
-    const Vec old_max = load(row_max + v * kLanes);
-    Vec new_max = old_max;
+    const Vec old_base = load(row_base + v * kLanes);
+    Vec largest = old_base;
     for (int64_t i = 0; i < num_blocks * strides_per_block; ++i)
-      new_max = max(new_max, load(column + i * kStrip));
-    const Vec base =
-        new_max == kMinusInfinity ? Vec{} : new_max;  // nothing seen yet: keep -inf - base at -inf
-    Vec sum = load(row_sum + v * kLanes) * exp2(old_max - base);
+      largest = max(largest, load(column + i * kStrip));
+    const Vec base = round_to_whole(largest);
+    Vec sum = load(row_sum + v * kLanes) * exp2(old_base - base);
     for (int64_t block = 0; block < num_blocks; ++block) {
       Vec block_sum{};
       for (int64_t i = block * strides_per_block; i < (block + 1) * strides_per_block; ++i) {
-        block_sum += exp2(load(column + i * kStrip) - base);
+        block_sum += exp2_from(load(column + i * kStrip), base);
       }
       store(block_sums + block * kStrip + v * kLanes, block_sum);
       sum += block_sum;
     }
-    store(row_max + v * kLanes, new_max);
+    store(row_base + v * kLanes, base);
     store(row_sum + v * kLanes, sum);
-    store(tile_max + v * kLanes, new_max);
+    store(tile_base + v * kLanes, base);
   }
 }
 
@@ -184,8 +189,8 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
              queries.count, params.softmax_scale * kLog2E / static_cast<float>(shape.stride),
              scratch.query_strip, scratch.row_buffer);
 
-  alignas(64) float row_max[kStrip], row_sum[kStrip] = {};
-  for (float& m : row_max) m = kMinusInfinity;
+  alignas(64) float row_base[kStrip], row_sum[kStrip] = {};
+  for (float& base : row_base) base = kNothingSeen;
   const int64_t end_stride =
       clip_count(0, queries.last_stride_seen[queries.count - 1] + 1, shape.num_strides);
   const int64_t num_tiles = ceil_div(end_stride, kStridesPerTile);
@@ -195,11 +200,11 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
     const int64_t num_blocks = ceil_div(num_strides, shape.strides_per_block);
     const int64_t rows = round_up(num_blocks * shape.strides_per_block, kTileRows);
     float* block_sums = scratch.block_sums + tile * shape.blocks_per_tile * kStrip;
-    float* tile_max = scratch.tile_max + tile * kStrip;
+    float* tile_base = scratch.tile_base + tile * kStrip;
     if (bounds && hides_all(bounds, first_stride, first_stride + num_strides, queries.first_token,
                             queries.last_token)) {
       memset(block_sums, 0, num_blocks * kStrip * sizeof(float));
-      memcpy(tile_max, row_max, sizeof(row_max));
+      memcpy(tile_base, row_base, sizeof(row_base));
       continue;
     }
     multiply<Into::kFresh>(rows, head_dim, keys + first_stride * head_dim, head_dim, 1,
@@ -208,8 +213,8 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
     if (diagonal || bounds || queries.count < kStrip || num_strides < rows) {
       mask_strides(queries, bounds, first_stride, end_stride, rows, scratch.scores);
     }
-    sum_blocks(num_blocks, shape.strides_per_block, scratch.scores, row_max, row_sum, block_sums,
-               tile_max);
+    sum_blocks(num_blocks, shape.strides_per_block, scratch.scores, row_base, row_sum, block_sums,
+               tile_base);
   }
 
   const int64_t lanes_per_row = shape.strides_per_block < kStrip ? shape.strides_per_block : kStrip;
@@ -217,9 +222,9 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     alignas(64) float factor[kStrip], share[kStrip];
     for (int v = 0; v < kTileVecs; ++v) {
-      const Vec sum = load(row_sum + v * kLanes), final_max = load(row_max + v * kLanes);
-      const Vec base = final_max == kMinusInfinity ? Vec{} : final_max;
-      const Vec relative = exp2(load(scratch.tile_max + tile * kStrip + v * kLanes) - base);
+      const Vec sum = load(row_sum + v * kLanes);
+      const Vec relative =
+          exp2(load(scratch.tile_base + tile * kStrip + v * kLanes) - load(row_base + v * kLanes));
       store(factor + v * kLanes, sum == 0.f ? Vec{} : relative / sum);
     }
     const int64_t end_block = ceil_div(end_stride, shape.strides_per_block);

@@ -122,7 +122,9 @@ void run_select(const SelectParams& params) {
         scratch.kinds[n] = classify_block(visibility, bounds, m_block, n);
       uint32_t* mask_row = params.block_mask + row * num_words;
       std::fill(mask_row, mask_row + num_words, 0u);
-      const float tau = params.head_thresholds ? params.head_thresholds[head] : params.threshold;
+      const float tau = params.head_thresholds
+                            ? params.head_thresholds[head * params.head_threshold_stride]
+                            : params.threshold;
       keep_top(params.block_scores + row * num_n_blocks, tau, num_n_blocks, scratch, mask_row);
       keep_by_rule(params, m_block, scratch, mask_row);
     }

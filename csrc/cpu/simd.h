@@ -39,19 +39,17 @@ RRATTN_INLINE VecInt splat(int32_t x) { return x - VecInt{}; }
 RRATTN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.693147180559945309417f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
-// 2^x to about 1 ulp, exactly 1 at 0; 0 below -127 (no denormals), infinity from 128 on, NaN for
-// NaN. x = n + f with |f| <= 1/2; 2^f is the minimax polynomial of degree 6 with its constant held
-// at 1 (relative error 2e-9 before rounding).
-RRATTN_INLINE Vec exp2(Vec x) {
-  x = x < -127.f ? splat(-127.f) : x;
-  x = x > 128.f ? splat(128.f) : x;
-  const float kRound =
-      12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const Vec shifted = x + kRound;
-  const Vec f = x - (shifted - kRound);
+// 2^(n + f) for whole n and |f| <= 1/2, to about 1 ulp and exactly 2^n at f = 0; 0 for n <= -127
+// (no denormals), infinity for n >= 128. 2^f is the minimax polynomial of degree 6 with its
+// constant held at 1 (relative error 2e-9 before rounding).
+constexpr float kRounder =
+    12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number, left in the low bits
+
+RRATTN_INLINE Vec exp2_parts(Vec n, Vec f) {
+  n = n < -127.f ? splat(-127.f) : n;
+  n = n > 128.f ? splat(128.f) : n;
   Vec p = splat(0.000153533591f);
   p = p * f + 0.0013398875f;
   p = p * f + 0.00961843692f;
@@ -59,29 +57,43 @@ RRATTN_INLINE Vec exp2(Vec x) {
   p = p * f + 0.240226477f;
   p = p * f + 0.693147182f;
   p = p * f + 1.f;
-  const VecInt scale = ((VecInt)shifted - 0x4b400000 + 127) << 23;
+  const VecInt scale = ((VecInt)(n + kRounder) - 0x4b400000 + 127) << 23;
   return p * (Vec)scale;
+}
+
+// 2^x, NaN for NaN.
+RRATTN_INLINE Vec exp2(Vec x) {
+  x = x < -127.f ? splat(-127.f) : x;
+  x = x > 128.f ? splat(128.f) : x;
+  const Vec n = (x + kRounder) - kRounder;
+  return exp2_parts(n, x - n);
+}
+
+// The nearest whole number; large floats are whole already.
+RRATTN_INLINE Vec round_to_whole(Vec x) {
+  return (x < 4194304.f) & (x > -4194304.f) ? (x + kRounder) - kRounder : x;
+}
+
+// 2^(x - base) for a whole base, NaN for NaN. Another base changes the result by a power of two and
+// nothing else, which 2^(x - base) with a rounded difference would not do.
+RRATTN_INLINE Vec exp2_from(Vec x, Vec base) {
+  x = x < -1e30f ? splat(-1e30f) : x;  // -infinity has no fraction
+  const Vec n = round_to_whole(x);
+  return exp2_parts(n - base, x - n);
 }
 
 enum class Into { kFresh, kSum, kScaledSum };
 
 // c[rows x kStrip] = a[rows x depth] b[depth x kStrip]   (kFresh), plus c (kSum), plus c *
 // column_scale (kScaledSum). Element (r, k) of a is a[r * a_row + k * a_depth]; b and c hold rows
-// of kStrip floats side by side. rows is a multiple of kTileRows.
+// of kStrip floats side by side. rows is a multiple of kTileRows. The product is summed apart from
+// c, which keeps rounding errors of long sums down.
 template <Into kInto>
 RRATTN_INLINE void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_row,
                             int64_t a_depth, const float* b, float* c,
                             const float* column_scale = nullptr) {
   for (int64_t r0 = 0; r0 < rows; r0 += kTileRows) {
-    Vec sum[kTileRows][kTileVecs];
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kTileVecs; ++v) {
-        sum[r][v] = kInto == Into::kFresh ? Vec{} : load(c + (r0 + r) * kStrip + v * kLanes);
-        if (kInto == Into::kScaledSum) sum[r][v] *= load(column_scale + v * kLanes);
-      }
-    }
+    Vec sum[kTileRows][kTileVecs] = {};
     const float* a_tile = a + r0 * a_row;
     for (int64_t k = 0; k < depth; ++k) {
       Vec b_vec[kTileVecs];
@@ -97,7 +109,12 @@ RRATTN_INLINE void multiply(int64_t rows, int64_t depth, const float* a, int64_t
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kTileVecs; ++v) store(c + (r0 + r) * kStrip + v * kLanes, sum[r][v]);
+      for (int v = 0; v < kTileVecs; ++v) {
+        float* to = c + (r0 + r) * kStrip + v * kLanes;
+        if (kInto == Into::kSum) sum[r][v] += load(to);
+        if (kInto == Into::kScaledSum) sum[r][v] += load(to) * load(column_scale + v * kLanes);
+        store(to, sum[r][v]);
+      }
     }
   }
 }

@@ -1,0 +1,154 @@
+"""RRAttention as a Paddle layer, with a view on what its last call selected."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import paddle
+from paddle import nn
+
+from .config import BLOCK_SIZE, RRAttentionConfig
+from .functional import block_sparse_attention, rr_attention
+from .masks import WORD_BITS, block_density
+
+# A layer keeps its last block mask up to this size and only the density of a larger one: at 1M tokens and 32 heads
+# a mask takes 268 MB, and a model has many layers.
+MASK_BYTES_KEPT = 64 << 20
+
+
+class BlockSelection:
+    """Which blocks one call of attention attended.
+
+    Attributes
+    ----------
+    block_mask : Tensor or None
+        int32 [B, Hq, Mq, ceil(Mk / 32)] (see `rrattn.masks`); None when it was larger than MASK_BYTES_KEPT.
+    causal : bool
+    seqlen_q, seqlen_k : int
+    """
+
+    def __init__(self, block_mask: paddle.Tensor, *, causal: bool, seqlen_q: int, seqlen_k: int):
+        self.block_mask = block_mask
+        self.causal = causal
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self._density = None
+        if block_mask.size * 4 > MASK_BYTES_KEPT:
+            self._density = self.density
+            self.block_mask = None
+
+    @property
+    def density(self) -> paddle.Tensor:
+        """float32 [B, Hq]: the share of the visible blocks that were attended. Counted when first read."""
+        if self._density is None:
+            self._density = block_density(
+                self.block_mask, causal=self.causal, seqlen_q=self.seqlen_q, seqlen_k=self.seqlen_k
+            )
+        return self._density
+
+
+class RRAttention(nn.Layer):
+    """Block-sparse attention that selects its blocks by round-robin sampling (arXiv 2602.05853).
+
+    The layer has no parameters. A single query over a longer key is a decoding step: it attends densely, which
+    costs less than to select. Gradients follow Paddle's usual rules, in train() and eval() alike: they flow where an
+    input requires them, and nothing is kept for backward where none does or under `paddle.no_grad`.
+
+    Parameters
+    ----------
+    config : RRAttentionConfig, optional
+        Default: RRAttentionConfig().
+    threshold : float or sequence of float, optional
+        This layer's threshold, one for all heads or one per query head. Default: the config's, which must then be
+        for one layer.
+
+    Attributes
+    ----------
+    last_selection : BlockSelection or None
+        What the last call selected; decoding steps and traced (static graph) calls leave it as it is.
+    """
+
+    def __init__(self, config: RRAttentionConfig | None = None, *, threshold=None):
+        super().__init__()
+        config = RRAttentionConfig() if config is None else config
+        self.config = config if threshold is None else replace(config, threshold=(threshold,))
+        self.threshold = self.config.layer_threshold(0, 1)
+        self.last_selection = None
+        self._threshold_tensor = None
+
+    @property
+    def last_density(self) -> paddle.Tensor | None:
+        """float32 [B, Hq]: density of the last call that selected blocks; None before the first."""
+        return None if self.last_selection is None else self.last_selection.density
+
+    def forward(self, query, key, value, startend_row_indices=None, *, causal=True, softmax_scale=None):
+        """Attends the selected blocks.
+
+        Parameters
+        ----------
+        query : Tensor
+            [B, Lq, Hq, D] float32, bfloat16 or float16. Queries are the last Lq positions of the keys.
+        key, value : Tensor
+            [B, Lk, Hkv, D], of the query's dtype; Hq % Hkv == 0.
+        startend_row_indices : Tensor, optional
+            int32 [B, 1|Hkv|Hq, Lk, 1|2|4], FlashMask row bounds.
+        causal : bool
+        softmax_scale : float, optional
+            Used where the config sets none. Default: 1 / sqrt(D).
+
+        Returns
+        -------
+        Tensor
+            [B, Lq, Hq, D], of the query's dtype.
+        """
+        config = self.config
+        scale = softmax_scale if config.softmax_scale is None else config.softmax_scale
+        seqlen_q, seqlen_k = query.shape[1], key.shape[1]
+        if seqlen_q == 1 and seqlen_k > 1:
+            # Every bit set: those of absent blocks do no harm.
+            words = -(-seqlen_k // (WORD_BITS * BLOCK_SIZE))
+            every_block = paddle.full([query.shape[0], query.shape[2], 1, words], -1, dtype="int32")
+            return block_sparse_attention(
+                query, key, value, every_block, startend_row_indices, causal=causal, softmax_scale=scale
+            )
+
+        eager = paddle.in_dynamic_mode()
+        result = rr_attention(
+            query,
+            key,
+            value,
+            startend_row_indices,
+            causal=causal,
+            training=not eager or _records_gradient(query, key, value),
+            stride=config.stride,
+            threshold=self._threshold_for(query),
+            head_offset=config.head_offset,
+            softmax_scale=scale,
+            keep_sink=config.keep_sink,
+            keep_last=config.keep_last,
+            return_block_mask=eager,
+        )
+        if not eager:
+            return result
+        out, block_mask = result
+        self.last_selection = BlockSelection(block_mask, causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}, stride={self.config.stride}"
+
+    def _threshold_for(self, query):
+        """A float as it is; one per head as a tensor beside the query, made once per device."""
+        if isinstance(self.threshold, (int, float)):
+            return float(self.threshold)
+        if not paddle.in_dynamic_mode():
+            return paddle.to_tensor(list(self.threshold), dtype="float32")
+        if self._threshold_tensor is None or self._threshold_tensor.place != query.place:
+            self._threshold_tensor = paddle.to_tensor(
+                list(self.threshold), dtype="float32", place=query.place
+            )
+        return self._threshold_tensor
+
+
+def _records_gradient(*tensors) -> bool:
+    return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors)

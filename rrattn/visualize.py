@@ -1,0 +1,362 @@
+"""Pictures of block masks and block scores, one panel per head and layer.
+
+A panel spans the keys from left to right and the queries from top to bottom, in tokens. What no query there may see
+(above the causal diagonal) is grey. Up to CELLS_PER_PANEL blocks a side, one cell is one block; above that a cell is
+a square of blocks and shows their mean, so that a picture of 1,024 blocks is as legible as one of 8.
+
+Every function returns a `matplotlib.figure.Figure`, and writes it when given a path. They need matplotlib, which is
+imported when they are called, and touch no global state of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .config import BLOCK_SIZE
+from .masks import unpack_block_array, visible_block_array
+
+CELLS_PER_PANEL = 128  # a side
+MAX_PANELS = 256
+
+_HIDDEN_COLOR = "#d5d7db"
+_INK = "#2b2f36"
+_GRID_COLOR = "#ffffff"
+_MASK_COLORS = ["#f3f6fb", "#bcd3ee", "#5b93cf", "#1c5aa0", "#0a2a5e"]
+_SCORE_COLORS = ["#fbf7f0", "#f6d9a8", "#ee9c5a", "#c44e52", "#6b1f5c", "#22103a"]
+_GRID_UP_TO_CELLS = 24  # a side; finer grids would cover what they divide
+_LOWEST_SHARE_SHOWN = 0.03  # of what each block would hold if all held the same
+
+
+def plot_block_mask(
+    block_mask, *, causal, seqlen_q, seqlen_k, batch=0, heads=None, title=None, path=None, layer=None
+):
+    """Draws which blocks each head attends.
+
+    Parameters
+    ----------
+    block_mask : Tensor
+        int32 [B, Hq, Mq, ceil(Mk / 32)], as `select_blocks` returns it.
+    causal : bool
+    seqlen_q, seqlen_k : int
+        Lq and Lk, in tokens.
+    batch : int
+        Which sequence of the batch.
+    heads : sequence of int, optional
+        Which query heads. Default: all.
+    title : str, optional
+    path : str or path, optional
+        Where to write the picture; its suffix says the format.
+    layer : int, optional
+        Named in the panels' titles.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ImportError
+        When matplotlib is not installed.
+    ValueError
+        For shapes that do not fit, an absent batch index or head, or more than MAX_PANELS panels.
+    """
+    visible = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    selected = _pick_batch(unpack_block_array(block_mask, visible.shape[1]), batch, visible.shape)
+    panels = [_mask_panel(selected, visible, head, layer) for head in _pick_heads(heads, len(selected))]
+    columns = _columns(len(panels))
+    return _draw(panels, columns, _mask_style(), seqlen_q, seqlen_k, causal, title, path)
+
+
+def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, path=None):
+    """Draws which blocks each head of each layer attends: a row of panels per layer.
+
+    Parameters
+    ----------
+    selections : sequence of BlockSelection
+        One per layer, as `rrattn.layer_selections(model)` returns them, of one forward pass.
+    layers, heads : sequence of int, optional
+        Which layers and query heads. Default: all.
+    batch, title, path
+        As for `plot_block_mask`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    layers = range(len(selections)) if layers is None else layers
+    panels, columns = [], 0
+    for layer in layers:
+        if not 0 <= layer < len(selections):
+            raise ValueError(f"there is no layer {layer}; the selections are of {len(selections)} layers")
+        selection = selections[layer]
+        if selection is None or selection.block_mask is None:
+            raise ValueError(
+                f"layer {layer} has no block mask: it has not run, or its mask was too large to keep"
+            )
+        geometry = {
+            "causal": selection.causal,
+            "seqlen_q": selection.seqlen_q,
+            "seqlen_k": selection.seqlen_k,
+        }
+        visible = visible_block_array(**geometry)
+        selected = _pick_batch(
+            unpack_block_array(selection.block_mask, visible.shape[1]), batch, visible.shape
+        )
+        picked = _pick_heads(heads, len(selected))
+        columns = max(columns, len(picked))
+        panels += [_mask_panel(selected, visible, head, layer) for head in picked]
+    if not panels:
+        raise ValueError("there is no layer to draw: selections is empty")
+    if len(layers) == 1:
+        columns = _columns(columns)
+    return _draw(panels, columns, _mask_style(), **geometry, title=title, path=path)
+
+
+def plot_block_scores(
+    block_scores, *, causal, seqlen_q, seqlen_k, batch=0, heads=None, title=None, path=None, layer=None
+):
+    """Draws the estimated share of attention that each block has in its row of blocks, on a logarithmic scale.
+
+    A panel's title says what part of the visible blocks it takes to hold 95% of every row.
+
+    Parameters
+    ----------
+    block_scores : Tensor
+        float32 [B, Hq, Mq, Mk], as `estimate_block_scores` returns it.
+    causal, seqlen_q, seqlen_k, batch, heads, title, path, layer
+        As for `plot_block_mask`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    visible = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    scores = _pick_batch(block_scores.astype("float32").numpy(), batch, visible.shape).astype(np.float64)
+    scores = np.where(visible, scores, 0.0)
+    row_sums = scores.sum(axis=-1, keepdims=True)
+    shares = scores / np.where(row_sums > 0, row_sums, 1.0)
+    panels = []
+    for head in _pick_heads(heads, len(shares)):
+        largest = np.sort(shares[head], axis=-1)[:, ::-1]
+        needed = (np.cumsum(largest, axis=-1) < 0.95).sum(axis=-1) + 1
+        name = _panel_name(head, layer)
+        share = np.minimum(needed, visible.sum(axis=-1)).sum() / max(visible.sum(), 1)
+        panels.append((f"{name}  ·  95% in {share:.0%} of blocks", _mean_cells(shares[head], visible)))
+    return _draw(
+        panels, _columns(len(panels)), _score_style(visible.shape[1]), seqlen_q, seqlen_k, causal, title, path
+    )
+
+
+def plot_densities(densities, *, batch=0, title=None, path=None):
+    """Draws the density of every head of every layer as one table of colours.
+
+    Parameters
+    ----------
+    densities : sequence of Tensor
+        float32 [B, Hq] per layer, as `rrattn.layer_densities(model)` returns them.
+    batch, title, path
+        As for `plot_block_mask`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    _matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    if any(density is None for density in densities) or not len(densities):
+        raise ValueError("there is a layer that has not run yet, or no layer at all")
+    table = np.stack([density.numpy()[batch] for density in densities])  # [layers, Hq]
+    num_layers, num_heads = table.shape
+    figure = Figure(figsize=(2.2 + 0.42 * num_heads, 1.4 + 0.36 * num_layers), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(table, cmap=_colormap(_MASK_COLORS), vmin=0, vmax=1, aspect="auto")
+    if num_layers <= 40 and num_heads <= 40:
+        for layer, head in np.ndindex(table.shape):
+            color = "white" if table[layer, head] > 0.55 else _INK
+            axes.text(
+                head,
+                layer,
+                f"{100 * table[layer, head]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=color,
+            )
+    axes.set(xlabel="query head", ylabel="layer", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), label="visible blocks attended")
+    bar.outline.set_visible(False)
+    return _finish(figure, path)
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("rrattn.visualize needs matplotlib: pip install matplotlib") from error
+    return matplotlib
+
+
+def _colormap(colors):
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("rrattn", colors).with_extremes(bad=_HIDDEN_COLOR)
+
+
+def _mask_style():
+    _matplotlib()
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import PercentFormatter
+
+    return _colormap(_MASK_COLORS), Normalize(0, 1), PercentFormatter(1.0), "blocks attended"
+
+
+def _score_style(num_k_blocks):
+    _matplotlib()
+    from matplotlib.colors import LogNorm
+
+    return (
+        _colormap(_SCORE_COLORS),
+        LogNorm(_LOWEST_SHARE_SHOWN / max(num_k_blocks, 1), 1, clip=True),
+        None,
+        "share of the row's attention",
+    )
+
+
+def _pick_batch(array, batch, blocks):
+    """array [B, Hq, Mq, Mk] -> [Hq, Mq, Mk] of one sequence, checked."""
+    if array.ndim != 4 or array.shape[2:] != tuple(blocks):
+        raise ValueError(
+            f"expected {blocks[0]} query blocks and {blocks[1]} key blocks for these lengths, "
+            f"got shape {list(array.shape)}"
+        )
+    if not 0 <= batch < array.shape[0]:
+        raise ValueError(f"there is no sequence {batch} in a batch of {array.shape[0]}")
+    return array[batch]
+
+
+def _pick_heads(heads, num_heads):
+    heads = list(range(num_heads)) if heads is None else list(heads)
+    absent = [head for head in heads if not 0 <= head < num_heads]
+    if absent or not heads:
+        raise ValueError(
+            f"there is no head {absent} to draw among {num_heads} heads" if absent else "no head to draw"
+        )
+    return heads
+
+
+def _columns(num_panels):
+    """Columns of a near-square grid, eight at most."""
+    return min(num_panels, 4 if num_panels <= 8 else 8)
+
+
+def _panel_name(head, layer):
+    return f"head {head}" if layer is None else f"layer {layer}, head {head}"
+
+
+def _mask_panel(selected, visible, head, layer):
+    """(title, cells) of one head; selected [Hq, Mq, Mk], visible [Mq, Mk], both bool."""
+    kept = selected[head] & visible
+    density = kept.sum() / max(visible.sum(), 1)
+    return f"{_panel_name(head, layer)}  ·  {density:.1%}", _mean_cells(kept.astype(np.float64), visible)
+
+
+def _mean_cells(values, visible):
+    """Means over the visible blocks of each cell, NaN where there is none; [Mq, Mk] -> [<= 128, <= 128]."""
+    side = -(-max(values.shape) // CELLS_PER_PANEL)
+    padding = [(0, -size % side) for size in values.shape]
+
+    def cell_sums(array):
+        padded = np.pad(array.astype(np.float64), padding)
+        rows, columns = padded.shape
+        return padded.reshape(rows // side, side, columns // side, side).sum(axis=(1, 3))
+
+    counts = cell_sums(visible)
+    return np.where(counts > 0, cell_sums(values * visible) / np.maximum(counts, 1), np.nan)
+
+
+def _draw(panels, columns, style, seqlen_q, seqlen_k, causal, title, path):
+    """A grid of (title, cells) panels with shared axes and one colour bar."""
+    _matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+    if len(panels) > MAX_PANELS:
+        raise ValueError(
+            f"{len(panels)} panels are too many to draw, the most is {MAX_PANELS}: choose heads or layers"
+        )
+    colormap, norm, bar_format, bar_label = style
+    rows = -(-len(panels) // columns)
+    width = 3.0 if columns <= 4 else 2.2
+    height = width * min(max(seqlen_q / seqlen_k, 0.35), 1.5)
+    figure = Figure(
+        figsize=(columns * width + 1.3, rows * (height + 0.3) + (1.0 if title else 0.6)),
+        dpi=150,
+        layout="constrained",
+    )
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    first_position = seqlen_k - seqlen_q if causal else 0
+    label_tokens = FuncFormatter(lambda tokens, _: _token_label(tokens))
+    for index, panel in enumerate(axes.flat):
+        if index >= len(panels):
+            panel.set_visible(False)
+            continue
+        name, cells = panels[index]
+        side = BLOCK_SIZE * -(-max(-(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // BLOCK_SIZE)) // CELLS_PER_PANEL)
+        bottom, right = first_position + cells.shape[0] * side, cells.shape[1] * side
+        image = panel.imshow(
+            np.ma.masked_invalid(cells),
+            cmap=colormap,
+            norm=norm,
+            extent=(0, right, bottom, first_position),
+            aspect="auto",
+            interpolation="nearest",
+        )
+        if max(cells.shape) <= _GRID_UP_TO_CELLS:
+            panel.hlines(
+                np.arange(first_position + side, bottom, side), 0, right, color=_GRID_COLOR, linewidth=0.8
+            )
+            panel.vlines(
+                np.arange(side, right, side), first_position, bottom, color=_GRID_COLOR, linewidth=0.8
+            )
+        panel.set_xlim(0, seqlen_k)
+        panel.set_ylim(first_position + seqlen_q, first_position)
+        panel.set_title(name, fontsize=9 if width > 2.5 else 7.5, color=_INK)
+        panel.tick_params(labelsize=8, color=_INK, labelcolor=_INK, length=3)
+        for axis, length in ((panel.xaxis, seqlen_k), (panel.yaxis, seqlen_q)):
+            axis.set_major_locator(MultipleLocator(2 ** max(length - 1, 1).bit_length() / 4))
+            axis.set_major_formatter(label_tokens)
+        for spine in panel.spines.values():
+            spine.set_color(_HIDDEN_COLOR)
+    figure.supxlabel("key token", fontsize=9, color=_INK)
+    figure.supylabel("query token", fontsize=9, color=_INK)
+    bar = figure.colorbar(image, ax=axes, format=bar_format, fraction=0.03, pad=0.015, aspect=30)
+    bar.set_label(bar_label, fontsize=9, color=_INK)
+    bar.ax.tick_params(labelsize=8, labelcolor=_INK, color=_INK)
+    bar.outline.set_visible(False)
+    figure.legend(
+        handles=[Patch(color=_HIDDEN_COLOR, label="not visible")],
+        loc="outside lower right",
+        fontsize=8,
+        labelcolor=_INK,
+        frameon=False,
+    )
+    if title:
+        figure.suptitle(title, fontsize=11, color=_INK)
+    return _finish(figure, path)
+
+
+def _token_label(tokens):
+    if tokens >= 1024 and tokens % 1024 == 0:
+        return f"{tokens / 1024:.0f}K"
+    return f"{tokens:.0f}"
+
+
+def _finish(figure, path):
+    if path is not None:
+        figure.savefig(path)
+    return figure
