@@ -31,7 +31,7 @@ def direct_extension():
         "rrattn._direct",
         ["csrc/bindings/direct.cpp"],
         include_dirs=[pybind11.get_include()],
-        depends=HEADERS,
+        depends=HEADERS + CORE_SOURCES,  # relinks when the core library changes
         extra_compile_args=COMPILE_ARGS + STRICT,
         extra_link_args=["-fopenmp"],
     )
@@ -46,7 +46,7 @@ def paddle_extension():
     Path("rrattn/_build_info.py").write_text('"""Written by setup.py."""\n\n' + info)
     extension = CppExtension(
         sources=["csrc/bindings/paddle_ops.cpp"],
-        depends=HEADERS,
+        depends=HEADERS + CORE_SOURCES,  # relinks when the core library changes
         extra_compile_args=list(COMPILE_ARGS),  # Paddle appends to it
         extra_link_args=["-fopenmp"],
     )
