@@ -1,13 +1,23 @@
 """The stages on plain arrays, without Paddle: for kernel work, tests and benchmarks beside other array libraries.
 
-Every array is anything with ``__dlpack__`` in host memory: NumPy arrays, for one. The caller allocates everything,
-outputs included, and they are written in place; ``query``-like arrays may be strided as long as their last dimension
-is contiguous. Functions return None, release the GIL, and raise ValueError with the value and what is allowed, before
-anything is written.
+Every array is anything with ``__dlpack__``: NumPy arrays in host memory; torch, CuPy or Paddle tensors on a GPU too,
+where this build and the stage have it. The caller allocates everything, outputs included, and they are written in
+place; ``query``-like arrays may be strided as long as their last dimension is contiguous. Functions release the GIL and
+raise ValueError with the value and what is allowed, before anything is written.
 
-NumPy has no bfloat16: pass uint16 arrays that hold the bits, and ``dtype="bfloat16"``. ``num_threads`` None means all
-OpenMP threads. B, L, H, D stand for batch, length, heads and head size; blocks are of 128 tokens; Mq and Mk are the
-numbers of query and key blocks.
+NumPy has no bfloat16: pass uint16 arrays that hold the bits, and ``dtype="bfloat16"``. B, L, H, D stand for batch,
+length, heads and head size; blocks are of 128 tokens; Mq and Mk are the numbers of query and key blocks.
+
+All functions take these options and return the bytes of workspace that they need:
+
+num_threads : int, optional
+    Threads on the CPU. Default: all OpenMP threads.
+workspace : array, optional on the CPU
+    Scratch memory on the device of the other arrays, of any type.
+stream : int
+    The cudaStream_t to run on, as an integer.
+size_only : bool
+    Only return the bytes; nothing runs.
 """
 
 from __future__ import annotations
@@ -21,6 +31,10 @@ set_simd = _direct.set_simd
 simd = _direct.simd
 
 
+def _options(*, num_threads=None, workspace=None, stream=0, size_only=False):
+    return _direct.Options(num_threads, workspace, stream, size_only)
+
+
 def estimate_block_scores(
     query,
     key,
@@ -32,7 +46,7 @@ def estimate_block_scores(
     head_offset=0,
     softmax_scale=None,
     dtype=None,
-    num_threads=None,
+    **options,
 ):
     """Estimate how much each query block attends to each key block.
 
@@ -44,7 +58,7 @@ def estimate_block_scores(
     startend_row_indices : [B, 1 | Hkv | Hq, Lk, 1 | 2 | 4] int32, FlashMask
     causal, stride, head_offset, softmax_scale : as in :func:`rrattn.rr_attention`
     """
-    _direct.estimate_block_scores(
+    return _direct.estimate_block_scores(
         query,
         key,
         block_scores,
@@ -54,7 +68,7 @@ def estimate_block_scores(
         head_offset,
         softmax_scale,
         dtype,
-        num_threads,
+        _options(**options),
     )
 
 
@@ -69,7 +83,7 @@ def select_blocks(
     seqlen_k,
     keep_sink=True,
     keep_last=False,
-    num_threads=None,
+    **options,
 ):
     """Keep the blocks whose scores reach ``threshold`` of their row's sum.
 
@@ -81,7 +95,7 @@ def select_blocks(
     startend_row_indices, causal, keep_sink, keep_last : as in :func:`rrattn.rr_attention`
     """
     scalar = isinstance(threshold, Real)
-    _direct.select_blocks(
+    return _direct.select_blocks(
         block_scores,
         block_mask,
         startend_row_indices,
@@ -92,7 +106,7 @@ def select_blocks(
         seqlen_k,
         keep_sink,
         keep_last,
-        num_threads,
+        _options(**options),
     )
 
 
@@ -108,7 +122,7 @@ def block_sparse_attention(
     causal,
     softmax_scale=None,
     dtype=None,
-    num_threads=None,
+    **options,
 ):
     """Flash attention over the selected blocks.
 
@@ -121,7 +135,7 @@ def block_sparse_attention(
     lse : [B, Hq, Lq] float32, output: log-sum-exp of each row, -inf where nothing is visible
     startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
     """
-    _direct.block_sparse_attention(
+    return _direct.block_sparse_attention(
         query,
         key,
         value,
@@ -132,7 +146,7 @@ def block_sparse_attention(
         causal,
         softmax_scale,
         dtype,
-        num_threads,
+        _options(**options),
     )
 
 
@@ -152,7 +166,7 @@ def block_sparse_attention_backward(
     causal,
     softmax_scale=None,
     dtype=None,
-    num_threads=None,
+    **options,
 ):
     """Gradients of :func:`block_sparse_attention`, given what it was given and what it returned.
 
@@ -166,7 +180,7 @@ def block_sparse_attention_backward(
     grad_key, grad_value : [B, Lk, Hkv, D], outputs, same dtype
     startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
     """
-    _direct.block_sparse_attention_backward(
+    return _direct.block_sparse_attention_backward(
         query,
         key,
         value,
@@ -181,5 +195,5 @@ def block_sparse_attention_backward(
         causal,
         softmax_scale,
         dtype,
-        num_threads,
+        _options(**options),
     )

@@ -53,6 +53,7 @@ class RRAttention(nn.Layer):
     The layer has no parameters. A single query over a longer key is a decoding step: it attends densely, which
     costs less than to select. Gradients follow Paddle's usual rules, in train() and eval() alike: they flow where an
     input requires them, and nothing is kept for backward where none does or under `paddle.no_grad`.
+    A static graph traced for any query length always selects.
 
     Parameters
     ----------
@@ -144,9 +145,7 @@ class RRAttention(nn.Layer):
         if not paddle.in_dynamic_mode():
             return paddle.to_tensor(list(self.threshold), dtype="float32")
         if self._threshold_tensor is None or self._threshold_tensor.place != query.place:
-            self._threshold_tensor = paddle.to_tensor(
-                list(self.threshold), dtype="float32", place=query.place
-            )
+            self._threshold_tensor = paddle.to_tensor(list(self.threshold), dtype="float32", place=query.place)
         return self._threshold_tensor
 
 

@@ -51,9 +51,7 @@ _BITS_IN_HALF_WORD = np.unpackbits(np.arange(1 << 16, dtype="<u2").view(np.uint8
 def visible_block_array(*, causal: bool, seqlen_q: int, seqlen_k: int) -> np.ndarray:
     """`visible_blocks` as a NumPy array, bool [Mq, Mk]."""
     if causal and seqlen_q > seqlen_k:
-        raise ValueError(
-            f"causal attention needs seqlen_q <= seqlen_k, got seqlen_q={seqlen_q}, seqlen_k={seqlen_k}"
-        )
+        raise ValueError(f"causal attention needs seqlen_q <= seqlen_k, got seqlen_q={seqlen_q}, seqlen_k={seqlen_k}")
     num_q_blocks, num_k_blocks = _ceil_div(seqlen_q, BLOCK_SIZE), _ceil_div(seqlen_k, BLOCK_SIZE)
     if not causal:
         return np.ones([num_q_blocks, num_k_blocks], dtype=bool)
@@ -134,9 +132,7 @@ def unpack_block_array(block_mask: paddle.Tensor, num_k_blocks: int) -> np.ndarr
     return np.unpackbits(octets, axis=-1, count=num_k_blocks, bitorder="little").astype(bool)
 
 
-def dense_block_mask(
-    batch_size: int, num_heads: int, *, causal: bool, seqlen_q: int, seqlen_k: int
-) -> paddle.Tensor:
+def dense_block_mask(batch_size: int, num_heads: int, *, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tensor:
     """The block mask that selects every visible block: attention over it is dense attention.
 
     Returns
@@ -216,9 +212,7 @@ def document_startend_rows(lengths, seqlen: int | None = None, *, causal: bool =
     Tensor
         int32 [B, 1, L, 1] when causal, otherwise [B, 1, L, 2].
     """
-    rows = (
-        [list(lengths)] if all(np.ndim(length) == 0 for length in lengths) else [list(row) for row in lengths]
-    )
+    rows = [list(lengths)] if all(np.ndim(length) == 0 for length in lengths) else [list(row) for row in lengths]
     if any(length < 0 for row in rows for length in row):
         raise ValueError(f"document lengths must not be negative, got {rows}")
     longest = max((sum(row) for row in rows), default=0)
@@ -235,9 +229,7 @@ def document_startend_rows(lengths, seqlen: int | None = None, *, causal: bool =
     return paddle.to_tensor(bounds)
 
 
-def padding_startend_rows(
-    keep: paddle.Tensor, seqlen_q: int | None = None, *, causal: bool = True
-) -> paddle.Tensor:
+def padding_startend_rows(keep: paddle.Tensor, seqlen_q: int | None = None, *, causal: bool = True) -> paddle.Tensor:
     """FlashMask bounds that hide padded keys from every query, wherever the padding lies.
 
     Parameters
@@ -293,13 +285,9 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
     kind = mask.dtype if mask.dtype in (paddle.bool, paddle.float32) else paddle.float32
     key = np.arange(seqlen_k)
     count = np.zeros([mask.shape[0], mask.shape[1], seqlen_k], dtype=np.int32)  # rows that see each key
-    above = np.broadcast_to(
-        key < shift, count.shape
-    )  # what the row before sees; the cached keys before row 0
+    above = np.broadcast_to(key < shift, count.shape)  # what the row before sees; the cached keys before row 0
     for begin in range(0, seqlen_q, _ROWS_AT_A_TIME):
-        entries = (
-            mask[:, :, begin : begin + _ROWS_AT_A_TIME].astype(kind).contiguous().numpy()
-        )  # [B, 1|Hq, rows, Lk]
+        entries = mask[:, :, begin : begin + _ROWS_AT_A_TIME].astype(kind).contiguous().numpy()  # [B, 1|Hq, rows, Lk]
         visible = entries if kind == paddle.bool else entries == 0
         if kind != paddle.bool and not (visible | (entries <= _HIDDEN_BIAS)).all():
             raise ValueError(

@@ -27,9 +27,7 @@ _GRID_UP_TO_CELLS = 24  # a side; finer grids would cover what they divide
 _LOWEST_SHARE_SHOWN = 0.03  # of what each block would hold if all held the same
 
 
-def plot_block_mask(
-    block_mask, *, causal, seqlen_q, seqlen_k, batch=0, heads=None, title=None, path=None, layer=None
-):
+def plot_block_mask(block_mask, *, causal, seqlen_q, seqlen_k, batch=0, heads=None, title=None, path=None, layer=None):
     """Draws which blocks each head attends.
 
     Parameters
@@ -90,18 +88,14 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
             raise ValueError(f"there is no layer {layer}; the selections are of {len(selections)} layers")
         selection = selections[layer]
         if selection is None or selection.block_mask is None:
-            raise ValueError(
-                f"layer {layer} has no block mask: it has not run, or its mask was too large to keep"
-            )
+            raise ValueError(f"layer {layer} has no block mask: it has not run, or its mask was too large to keep")
         geometry = {
             "causal": selection.causal,
             "seqlen_q": selection.seqlen_q,
             "seqlen_k": selection.seqlen_k,
         }
         visible = visible_block_array(**geometry)
-        selected = _pick_batch(
-            unpack_block_array(selection.block_mask, visible.shape[1]), batch, visible.shape
-        )
+        selected = _pick_batch(unpack_block_array(selection.block_mask, visible.shape[1]), batch, visible.shape)
         picked = _pick_heads(heads, len(selected))
         columns = max(columns, len(picked))
         panels += [_mask_panel(selected, visible, head, layer) for head in picked]
@@ -142,9 +136,7 @@ def plot_block_scores(
         name = _panel_name(head, layer)
         share = np.minimum(needed, visible.sum(axis=-1)).sum() / max(visible.sum(), 1)
         panels.append((f"{name}  ·  95% in {share:.0%} of blocks", _mean_cells(shares[head], visible)))
-    return _draw(
-        panels, _columns(len(panels)), _score_style(visible.shape[1]), seqlen_q, seqlen_k, causal, title, path
-    )
+    return _draw(panels, _columns(len(panels)), _score_style(visible.shape[1]), seqlen_q, seqlen_k, causal, title, path)
 
 
 def plot_densities(densities, *, batch=0, title=None, path=None):
@@ -233,6 +225,8 @@ def _pick_batch(array, batch, blocks):
             f"expected {blocks[0]} query blocks and {blocks[1]} key blocks for these lengths, "
             f"got shape {list(array.shape)}"
         )
+    if 0 in blocks:
+        raise ValueError("there are no blocks to draw")
     if not 0 <= batch < array.shape[0]:
         raise ValueError(f"there is no sequence {batch} in a batch of {array.shape[0]}")
     return array[batch]
@@ -242,9 +236,7 @@ def _pick_heads(heads, num_heads):
     heads = list(range(num_heads)) if heads is None else list(heads)
     absent = [head for head in heads if not 0 <= head < num_heads]
     if absent or not heads:
-        raise ValueError(
-            f"there is no head {absent} to draw among {num_heads} heads" if absent else "no head to draw"
-        )
+        raise ValueError(f"there is no head {absent} to draw among {num_heads} heads" if absent else "no head to draw")
     return heads
 
 
@@ -265,7 +257,10 @@ def _mask_panel(selected, visible, head, layer):
 
 
 def _mean_cells(values, visible):
-    """Means over the visible blocks of each cell, NaN where there is none; [Mq, Mk] -> [<= 128, <= 128]."""
+    """Means over the visible blocks of each cell, NaN where there is none; values are 0 where nothing is visible.
+
+    [Mq, Mk] -> [at most CELLS_PER_PANEL, at most CELLS_PER_PANEL].
+    """
     side = -(-max(values.shape) // CELLS_PER_PANEL)
     padding = [(0, -size % side) for size in values.shape]
 
@@ -275,7 +270,7 @@ def _mean_cells(values, visible):
         return padded.reshape(rows // side, side, columns // side, side).sum(axis=(1, 3))
 
     counts = cell_sums(visible)
-    return np.where(counts > 0, cell_sums(values * visible) / np.maximum(counts, 1), np.nan)
+    return np.where(counts > 0, cell_sums(values) / np.maximum(counts, 1), np.nan)
 
 
 def _draw(panels, columns, style, seqlen_q, seqlen_k, causal, title, path):
@@ -286,9 +281,7 @@ def _draw(panels, columns, style, seqlen_q, seqlen_k, causal, title, path):
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     if len(panels) > MAX_PANELS:
-        raise ValueError(
-            f"{len(panels)} panels are too many to draw, the most is {MAX_PANELS}: choose heads or layers"
-        )
+        raise ValueError(f"{len(panels)} panels are too many to draw, the most is {MAX_PANELS}: choose heads or layers")
     colormap, norm, bar_format, bar_label = style
     rows = -(-len(panels) // columns)
     width = 3.0 if columns <= 4 else 2.2
@@ -317,12 +310,8 @@ def _draw(panels, columns, style, seqlen_q, seqlen_k, causal, title, path):
             interpolation="nearest",
         )
         if max(cells.shape) <= _GRID_UP_TO_CELLS:
-            panel.hlines(
-                np.arange(first_position + side, bottom, side), 0, right, color=_GRID_COLOR, linewidth=0.8
-            )
-            panel.vlines(
-                np.arange(side, right, side), first_position, bottom, color=_GRID_COLOR, linewidth=0.8
-            )
+            panel.hlines(np.arange(first_position + side, bottom, side), 0, right, color=_GRID_COLOR, linewidth=0.8)
+            panel.vlines(np.arange(side, right, side), first_position, bottom, color=_GRID_COLOR, linewidth=0.8)
         panel.set_xlim(0, seqlen_k)
         panel.set_ylim(first_position + seqlen_q, first_position)
         panel.set_title(name, fontsize=9 if width > 2.5 else 7.5, color=_INK)

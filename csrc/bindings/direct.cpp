@@ -9,6 +9,9 @@
 #include "../core/arguments.h"
 #include "../cpu/kernels.h"
 #include "dlpack.h"
+#if defined(RRATTN_WITH_CUDA)
+#include "../cuda/stages.h"
+#endif
 
 namespace py = pybind11;
 
@@ -51,6 +54,7 @@ std::string device_name(const DLDevice& device) {
 struct Borrowed {
   py::capsule capsule;
   Array array;
+  int64_t bytes;
 };
 
 // `halves` is what 16-bit integers stand for, where the array library has no such type; empty:
@@ -61,7 +65,12 @@ Borrowed borrow(const py::object& object, const char* name, const std::string& h
                          py::str(py::type::of(object)).cast<std::string>() +
                          ", but must be an array with __dlpack__");
   }
-  Borrowed borrowed{object.attr("__dlpack__")(), {}};
+  // On a GPU, -1 asks the exporter not to wait for any stream: the caller's stream is in the
+  // caller's hands.
+  const bool on_cpu = object.attr("__dlpack_device__")().cast<std::pair<int, int>>().first == 1;
+  using py::literals::operator""_a;
+  Borrowed borrowed{
+      on_cpu ? object.attr("__dlpack__")() : object.attr("__dlpack__")("stream"_a = -1), {}, 0};
   const auto* managed = static_cast<const DLManagedTensor*>(borrowed.capsule.get_pointer());
   const DLTensor& tensor = managed->dl_tensor;
   Array& array = borrowed.array;
@@ -73,12 +82,11 @@ Borrowed borrow(const py::object& object, const char* name, const std::string& h
   array.device = device_name(tensor.device);
   array.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
   array.strides.resize(tensor.ndim);
-  int64_t contiguous = 1;
+  int64_t contiguous = 1;  // and, at the end, the number of elements
   for (int i = tensor.ndim; i-- > 0; contiguous *= tensor.shape[i]) {
     array.strides[i] = tensor.strides ? tensor.strides[i] : contiguous;
   }
-  if (array.device != "cpu")
-    throw std::invalid_argument(array.name + " is on " + array.device + ", but must be on cpu");
+  borrowed.bytes = contiguous * tensor.dtype.bits / 8;
   return borrowed;
 }
 
@@ -114,83 +122,139 @@ class Arrays {
   std::vector<std::unique_ptr<Borrowed>> borrowed_;
 };
 
+using Scale = std::optional<double>;
+using Name = std::optional<std::string>;
+
+// How a stage is to run. The defaults are in direct.py.
+struct Options {
+  std::optional<int> num_threads;
+  py::object workspace;
+  int64_t stream;
+  bool size_only;
+};
+
 template <typename Params>
-void run(Params params, const std::optional<int>& num_threads,
-         int64_t (*workspace_bytes)(const Params&), void (*run_stage)(const Params&)) {
-  params.execution.num_threads = num_threads.value_or(omp_get_max_threads());
+struct Stage {
+  int64_t (*workspace_bytes)(const Params&);
+  void (*run)(const Params&);
+};
+
+// Runs the stage on the arrays' device, or with size_only tells what workspace it needs.
+template <typename Params>
+int64_t run(Params params, const Array& first, const Options& options,
+            const Stage<Params>& cpu_stage,
+            const std::optional<Stage<Params>>& cuda_stage = std::nullopt) {
+  const bool on_cpu = first.device == "cpu";
+  if (!on_cpu && !(cuda_stage && first.device.rfind("cuda:", 0) == 0)) {
+    throw std::invalid_argument(first.name + " is on " + first.device +
+                                ", but this stage runs on: cpu" + (cuda_stage ? ", cuda" : ""));
+  }
+  const Stage<Params>& stage = on_cpu ? cpu_stage : *cuda_stage;
+  params.execution.num_threads = options.num_threads.value_or(omp_get_max_threads());
+  params.execution.stream = reinterpret_cast<void*>(options.stream);
   if (params.execution.num_threads < 1) {
     throw std::invalid_argument("num_threads is " + std::to_string(params.execution.num_threads) +
                                 ", but must be at least 1");
   }
-  const std::unique_ptr<char[]> workspace(new char[workspace_bytes(params)]);
-  params.execution.workspace = workspace.get();
+  const int64_t bytes = stage.workspace_bytes(params);
+  if (options.size_only) return bytes;
+
+  std::unique_ptr<char[]> own;
+  std::optional<Borrowed> given;
+  if (!options.workspace.is_none()) {
+    given = borrow(options.workspace, "workspace", "");
+    if (given->array.device != first.device) {
+      throw std::invalid_argument("workspace is on " + given->array.device + ", but must be on " +
+                                  first.device);
+    }
+  }
+  if ((!given && !on_cpu) || (given && given->bytes < bytes)) {
+    throw std::invalid_argument("workspace has " + std::to_string(given ? given->bytes : 0) +
+                                " bytes, but must have at least " + std::to_string(bytes));
+  }
+  if (!given) own.reset(new char[bytes]);
+  params.execution.workspace = given ? given->array.data : own.get();
   py::gil_scoped_release unlocked;
-  run_stage(params);
+  stage.run(params);
+  return bytes;
 }
 
-using Scale = std::optional<double>;
-using Name = std::optional<std::string>;
-using Threads = std::optional<int>;
+#if defined(RRATTN_WITH_CUDA)
+const std::optional<Stage<EstimateParams>> kCudaEstimate =
+    Stage<EstimateParams>{cuda::estimate_workspace_bytes, cuda::run_estimate};
+const std::optional<Stage<SelectParams>> kCudaSelect =
+    Stage<SelectParams>{cuda::select_workspace_bytes, cuda::run_select};
+#else
+const std::optional<Stage<EstimateParams>> kCudaEstimate;
+const std::optional<Stage<SelectParams>> kCudaSelect;
+#endif
 
-void estimate_block_scores(const py::object& query, const py::object& key,
-                           const py::object& block_scores, const py::object& startend_row_indices,
-                           bool causal, int64_t stride, int64_t head_offset, Scale softmax_scale,
-                           const Name& dtype, Threads num_threads) {
+int64_t estimate_block_scores(const py::object& query, const py::object& key,
+                              const py::object& block_scores,
+                              const py::object& startend_row_indices, bool causal, int64_t stride,
+                              int64_t head_offset, Scale softmax_scale, const Name& dtype,
+                              const Options& options) {
   Arrays arrays(dtype);
-  run(estimate_params(arrays.values(query, "query"), arrays.values(key, "key"),
-                      arrays.optional(startend_row_indices, "startend_row_indices"),
-                      arrays(block_scores, "block_scores"), causal, stride, head_offset,
-                      softmax_scale),
-      num_threads, cpu::estimate_workspace_bytes, cpu::run_estimate);
+  const Array& first = arrays.values(query, "query");
+  return run(estimate_params(first, arrays.values(key, "key"),
+                             arrays.optional(startend_row_indices, "startend_row_indices"),
+                             arrays(block_scores, "block_scores"), causal, stride, head_offset,
+                             softmax_scale),
+             first, options, {cpu::estimate_workspace_bytes, cpu::run_estimate}, kCudaEstimate);
 }
 
-void select_blocks(const py::object& block_scores, const py::object& block_mask,
-                   const py::object& startend_row_indices, double threshold,
-                   const py::object& head_thresholds, bool causal, int64_t seqlen_q,
-                   int64_t seqlen_k, bool keep_sink, bool keep_last, Threads num_threads) {
+int64_t select_blocks(const py::object& block_scores, const py::object& block_mask,
+                      const py::object& startend_row_indices, double threshold,
+                      const py::object& head_thresholds, bool causal, int64_t seqlen_q,
+                      int64_t seqlen_k, bool keep_sink, bool keep_last, const Options& options) {
   Arrays arrays(std::nullopt);
-  run(select_params(arrays(block_scores, "block_scores"),
-                    arrays.optional(startend_row_indices, "startend_row_indices"),
-                    arrays(block_mask, "block_mask"), threshold,
-                    arrays.optional(head_thresholds, "threshold"), causal, seqlen_q, seqlen_k,
-                    keep_sink, keep_last),
-      num_threads, cpu::select_workspace_bytes, cpu::run_select);
+  const Array& first = arrays(block_scores, "block_scores");
+  return run(select_params(first, arrays.optional(startend_row_indices, "startend_row_indices"),
+                           arrays(block_mask, "block_mask"), threshold,
+                           arrays.optional(head_thresholds, "threshold"), causal, seqlen_q,
+                           seqlen_k, keep_sink, keep_last),
+             first, options, {cpu::select_workspace_bytes, cpu::run_select}, kCudaSelect);
 }
 
-void block_sparse_attention(const py::object& query, const py::object& key, const py::object& value,
-                            const py::object& block_mask, const py::object& out,
-                            const py::object& lse, const py::object& startend_row_indices,
-                            bool causal, Scale softmax_scale, const Name& dtype,
-                            Threads num_threads) {
+int64_t block_sparse_attention(const py::object& query, const py::object& key,
+                               const py::object& value, const py::object& block_mask,
+                               const py::object& out, const py::object& lse,
+                               const py::object& startend_row_indices, bool causal,
+                               Scale softmax_scale, const Name& dtype, const Options& options) {
   Arrays arrays(dtype);
-  run(attend_params(arrays.values(query, "query"), arrays.values(key, "key"),
-                    arrays.values(value, "value"), arrays(block_mask, "block_mask"),
-                    arrays.optional(startend_row_indices, "startend_row_indices"),
-                    arrays.values(out, "out"), arrays(lse, "lse"), causal, softmax_scale),
-      num_threads, cpu::attend_workspace_bytes, cpu::run_attend);
+  const Array& first = arrays.values(query, "query");
+  return run(attend_params(first, arrays.values(key, "key"), arrays.values(value, "value"),
+                           arrays(block_mask, "block_mask"),
+                           arrays.optional(startend_row_indices, "startend_row_indices"),
+                           arrays.values(out, "out"), arrays(lse, "lse"), causal, softmax_scale),
+             first, options, {cpu::attend_workspace_bytes, cpu::run_attend});
 }
 
-void block_sparse_attention_backward(const py::object& query, const py::object& key,
-                                     const py::object& value, const py::object& block_mask,
-                                     const py::object& out, const py::object& lse,
-                                     const py::object& grad_out, const py::object& grad_query,
-                                     const py::object& grad_key, const py::object& grad_value,
-                                     const py::object& startend_row_indices, bool causal,
-                                     Scale softmax_scale, const Name& dtype, Threads num_threads) {
+int64_t block_sparse_attention_backward(const py::object& query, const py::object& key,
+                                        const py::object& value, const py::object& block_mask,
+                                        const py::object& out, const py::object& lse,
+                                        const py::object& grad_out, const py::object& grad_query,
+                                        const py::object& grad_key, const py::object& grad_value,
+                                        const py::object& startend_row_indices, bool causal,
+                                        Scale softmax_scale, const Name& dtype,
+                                        const Options& options) {
   Arrays arrays(dtype);
-  run(backward_params(arrays.values(query, "query"), arrays.values(key, "key"),
-                      arrays.values(value, "value"), arrays(block_mask, "block_mask"),
-                      arrays.optional(startend_row_indices, "startend_row_indices"),
-                      arrays.values(out, "out"), arrays(lse, "lse"),
-                      arrays.values(grad_out, "grad_out"), arrays.values(grad_query, "grad_query"),
-                      arrays.values(grad_key, "grad_key"), arrays.values(grad_value, "grad_value"),
-                      causal, softmax_scale),
-      num_threads, cpu::backward_workspace_bytes, cpu::run_backward);
+  const Array& first = arrays.values(query, "query");
+  return run(backward_params(
+                 first, arrays.values(key, "key"), arrays.values(value, "value"),
+                 arrays(block_mask, "block_mask"),
+                 arrays.optional(startend_row_indices, "startend_row_indices"),
+                 arrays.values(out, "out"), arrays(lse, "lse"), arrays.values(grad_out, "grad_out"),
+                 arrays.values(grad_query, "grad_query"), arrays.values(grad_key, "grad_key"),
+                 arrays.values(grad_value, "grad_value"), causal, softmax_scale),
+             first, options, {cpu::backward_workspace_bytes, cpu::run_backward});
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_direct, module) {
+  py::class_<Options>(module, "Options")
+      .def(py::init<std::optional<int>, py::object, int64_t, bool>());
   module.def("estimate_block_scores", &estimate_block_scores);
   module.def("select_blocks", &select_blocks);
   module.def("block_sparse_attention", &block_sparse_attention);

@@ -21,17 +21,19 @@ constexpr int32_t kRowMinusInfinity = std::numeric_limits<int32_t>::min();
 
 struct Interval {
   int32_t start, end;
-  bool contains(int64_t row) const { return start <= row && row < end; }
+  RRATTN_HOST_DEVICE bool contains(int64_t row) const { return start <= row && row < end; }
 };
 
 struct KeyBounds {
   Interval lower, upper;
-  bool mask(int64_t row) const { return lower.contains(row) || upper.contains(row); }
+  RRATTN_HOST_DEVICE bool mask(int64_t row) const {
+    return lower.contains(row) || upper.contains(row);
+  }
 };
 
 // `bounds` points at the first key of a batch entry and head.
-inline KeyBounds load_key_bounds(const RowBounds& layout, bool causal, const int32_t* bounds,
-                                 int64_t key) {
+RRATTN_HOST_DEVICE inline KeyBounds load_key_bounds(const RowBounds& layout, bool causal,
+                                                    const int32_t* bounds, int64_t key) {
   const int32_t* at = bounds + key * layout.key_stride;
   const auto bound = [&](int i) { return at[i * layout.bound_stride]; };
   const Interval none{kRowInfinity, kRowInfinity};
@@ -40,7 +42,8 @@ inline KeyBounds load_key_bounds(const RowBounds& layout, bool causal, const int
   return {{bound(0), bound(1)}, {bound(2), bound(3)}};
 }
 
-inline const int32_t* row_bounds_of(const RowBounds& layout, int64_t batch, int64_t head) {
+RRATTN_HOST_DEVICE inline const int32_t* row_bounds_of(const RowBounds& layout, int64_t batch,
+                                                       int64_t head) {
   return layout.data + batch * layout.batch_stride + head * layout.head_stride;
 }
 
@@ -51,16 +54,16 @@ struct IntervalExtremes {
   int32_t min_start = kRowInfinity,
           max_end = kRowMinusInfinity;  // rows outside are masked for no key
 
-  void add(const Interval& interval) {
+  RRATTN_HOST_DEVICE void add(const Interval& interval) {
     max_start = std::max(max_start, interval.start);
     min_end = std::min(min_end, interval.end);
     min_start = std::min(min_start, interval.start);
     max_end = std::max(max_end, interval.end);
   }
-  bool hides(int64_t first_row, int64_t last_row) const {
+  RRATTN_HOST_DEVICE bool hides(int64_t first_row, int64_t last_row) const {
     return first_row >= max_start && last_row < min_end;
   }
-  bool meets(int64_t first_row, int64_t last_row) const {
+  RRATTN_HOST_DEVICE bool meets(int64_t first_row, int64_t last_row) const {
     return first_row < max_end && last_row >= min_start;
   }
 };
@@ -68,16 +71,17 @@ struct IntervalExtremes {
 struct RunBounds {
   IntervalExtremes lower, upper;
 
-  bool hides(int64_t first_row, int64_t last_row) const {
+  RRATTN_HOST_DEVICE bool hides(int64_t first_row, int64_t last_row) const {
     return lower.hides(first_row, last_row) || upper.hides(first_row, last_row);
   }
-  bool meets(int64_t first_row, int64_t last_row) const {
+  RRATTN_HOST_DEVICE bool meets(int64_t first_row, int64_t last_row) const {
     return lower.meets(first_row, last_row) || upper.meets(first_row, last_row);
   }
 };
 
-inline RunBounds run_bounds(const RowBounds& layout, bool causal, const int32_t* bounds,
-                            int64_t first_key, int64_t end_key) {
+RRATTN_HOST_DEVICE inline RunBounds run_bounds(const RowBounds& layout, bool causal,
+                                               const int32_t* bounds, int64_t first_key,
+                                               int64_t end_key) {
   RunBounds run;
   for (int64_t key = first_key; key < end_key; ++key) {
     const KeyBounds at = load_key_bounds(layout, causal, bounds, key);
@@ -90,8 +94,9 @@ inline RunBounds run_bounds(const RowBounds& layout, bool causal, const int32_t*
 enum class BlockKind { kHidden, kPartial, kOpen };
 
 // `block_bounds` holds the key blocks of one batch entry and head; null without FlashMask.
-inline BlockKind classify_block(const Visibility& visibility, const RunBounds* block_bounds,
-                                int64_t m_block, int64_t n_block) {
+RRATTN_HOST_DEVICE inline BlockKind classify_block(const Visibility& visibility,
+                                                   const RunBounds* block_bounds, int64_t m_block,
+                                                   int64_t n_block) {
   const int64_t first_row = m_block * kBlockSize;
   const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;
   if (visibility.causal && n_block * kBlockSize > last_row + visibility.shift())
@@ -101,7 +106,7 @@ inline BlockKind classify_block(const Visibility& visibility, const RunBounds* b
   return block_bounds[n_block].meets(first_row, last_row) ? BlockKind::kPartial : BlockKind::kOpen;
 }
 
-inline bool selected(const uint32_t* mask_row, int64_t n_block) {
+RRATTN_HOST_DEVICE inline bool selected(const uint32_t* mask_row, int64_t n_block) {
   return (mask_row[n_block / kMaskWordBits] >> (n_block % kMaskWordBits)) & 1u;
 }
 

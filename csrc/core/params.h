@@ -7,6 +7,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define RRATTN_HOST_DEVICE __host__ __device__
+#else
+#define RRATTN_HOST_DEVICE
+#endif
+
 namespace rrattn {
 
 constexpr int kBlockSize = 128;    // tokens a block, of queries and of keys: the unit of sparsity
@@ -14,9 +20,11 @@ constexpr int kMaskWordBits = 32;  // key blocks a word of the packed block mask
 
 enum class DataType { kFloat32, kFloat16, kBFloat16 };
 
-inline int64_t size_of(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
+RRATTN_HOST_DEVICE inline int64_t size_of(DataType dtype) {
+  return dtype == DataType::kFloat32 ? 4 : 2;
+}
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+RRATTN_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A [B, L, H, D] tensor whose D elements lie side by side.
 struct Rows {
@@ -46,16 +54,20 @@ struct Visibility {
   bool causal = false;    // bottom-right aligned: query i sees keys up to i + shift()
   RowBounds row_bounds;
 
-  int64_t shift() const { return seqlen_k - seqlen_q; }
-  int64_t num_m_blocks() const { return ceil_div(seqlen_q, kBlockSize); }
-  int64_t num_n_blocks() const { return ceil_div(seqlen_k, kBlockSize); }
-  int64_t num_mask_words() const { return ceil_div(num_n_blocks(), kMaskWordBits); }
+  RRATTN_HOST_DEVICE int64_t shift() const { return seqlen_k - seqlen_q; }
+  RRATTN_HOST_DEVICE int64_t num_m_blocks() const { return ceil_div(seqlen_q, kBlockSize); }
+  RRATTN_HOST_DEVICE int64_t num_n_blocks() const { return ceil_div(seqlen_k, kBlockSize); }
+  RRATTN_HOST_DEVICE int64_t num_mask_words() const {
+    return ceil_div(num_n_blocks(), kMaskWordBits);
+  }
   // Runs of run_length keys that have FlashMask bounds of their own, [B, bounds heads, runs].
-  int64_t num_run_bounds(int64_t run_length) const {
+  RRATTN_HOST_DEVICE int64_t num_run_bounds(int64_t run_length) const {
     return row_bounds.data ? batch * row_bounds.num_heads * ceil_div(seqlen_k, run_length) : 0;
   }
   // The FlashMask head that holds for query head h (heads of a group lie side by side).
-  int64_t bounds_head(int64_t h) const { return h * row_bounds.num_heads / num_heads; }
+  RRATTN_HOST_DEVICE int64_t bounds_head(int64_t h) const {
+    return h * row_bounds.num_heads / num_heads;
+  }
 };
 
 struct Heads {
@@ -65,8 +77,9 @@ struct Heads {
 };
 
 struct Execution {
-  void* workspace = nullptr;
-  int num_threads = 1;  // CPU only
+  void* workspace = nullptr;  // in the memory of the device that runs the stage
+  int num_threads = 1;        // CPU only
+  void* stream = nullptr;     // GPU only: a cudaStream_t
 };
 
 struct EstimateParams {

@@ -1,0 +1,80 @@
+"""Trains a small byte-level LLaMA for a few steps with RRAttention, forward and backward, on real text.
+
+    python examples/train_step.py [FILE] [--steps 15] [--tokens 1024] [--batch 1] [--threshold 0.7] [--stride 8]
+
+The backward pass visits the blocks that the forward pass selected; the selection itself carries no gradient.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+from byte_llama import default_document, make_config, read_tokens, use_all_cores
+from paddleformers.transformers import LlamaForCausalLM
+from tqdm import tqdm
+
+import rrattn
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path, help="a text; default: one that the installation brings")
+    parser.add_argument("--steps", type=int, default=15, help="(default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1024, help="bytes per sequence (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences per step (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.7, help="mass to keep (default: %(default)s)")
+    parser.add_argument("--stride", type=int, default=8, help="sample stride (default: %(default)s)")
+    arguments = parser.parse_args()
+    for name, least in (("steps", 1), ("tokens", 2), ("batch", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.file is not None and not arguments.file.is_file():
+        parser.error(f"there is no file {arguments.file}")
+    try:
+        config = rrattn.RRAttentionConfig(threshold=arguments.threshold, stride=arguments.stride)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments, config
+
+
+def main():
+    arguments, config = parse_arguments()
+    use_all_cores()
+    path = arguments.file or default_document(arguments.tokens + 1)
+    text = read_tokens(path)  # [1, bytes in the file]
+    length = arguments.tokens + 1  # inputs, and the same shifted by one
+    if text.shape[1] < length:
+        raise SystemExit(f"{path} holds {text.shape[1]:,} bytes, fewer than the {length:,} of one sequence")
+
+    paddle.seed(0)
+    model = LlamaForCausalLM(make_config(num_layers=2, max_tokens=arguments.tokens, rope_theta=10000.0))
+    model.train()
+    rrattn.enable(model, config)
+    optimizer = paddle.optimizer.AdamW(
+        5e-4, parameters=model.parameters(), grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
+    )
+    print(f"text:  {path}, {text.shape[1]:,} bytes")
+    print(f"model: byte-level LLaMA, 2 layers, {sum(p.size for p in model.parameters()) / 1e6:.1f} M parameters")
+
+    generator = np.random.default_rng(0)
+    losses = []
+    bar = tqdm(range(arguments.steps), unit="step")
+    for step in bar:
+        begins = generator.integers(0, text.shape[1] - length + 1, arguments.batch)
+        sequences = paddle.concat([text[:, begin : begin + length] for begin in begins])  # [batch, tokens + 1]
+        start = time.perf_counter()
+        loss = model(sequences[:, :-1], labels=sequences[:, 1:], return_dict=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        losses.append(float(loss))
+        seconds = time.perf_counter() - start
+        density = np.mean([layer.numpy() for layer in rrattn.layer_densities(model)])
+        bar.write(f"step {step + 1:3}   loss {losses[-1]:.3f}   density {density:6.1%}   {seconds:.2f} s")
+    print(f"loss per byte: {losses[0]:.3f} in the first step, {losses[-1]:.3f} in the last")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""RRAttention inside model libraries.
+
+`enable(model, config)` switches a model's attention over and `disable(model)` back; `layer_selections` and
+`layer_densities` tell afterwards what each layer attended. The library is found from the model's class. There is
+one file per library, which is loaded only together with that library: importing rrattn imports none of them.
+
+For libraries that look attention functions up by name, importing this module also registers the name "rrattn", at
+once when the library is loaded already and otherwise at the moment it gets loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+
+# Library -> our module for it.
+_INTEGRATIONS = {"paddleformers": "rrattn.integrations.paddleformers"}
+# Module of a library that holds its table of attention functions -> our module that adds to it.
+_ATTENTION_TABLES = {"paddleformers.nn.attention.interface": "rrattn.integrations.paddleformers"}
+
+
+def _register(table_module: str) -> None:
+    importlib.import_module(_ATTENTION_TABLES[table_module]).register(sys.modules[table_module])
+
+
+class _RegisterWhenImported(importlib.abc.MetaPathFinder):
+    """Lets a library's attention table load as usual, then registers rrattn in it.
+
+    So the order of the imports does not matter, and a program that never uses the library never pays for it.
+    """
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in _ATTENTION_TABLES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_register(module):
+            load(module)
+            _register(fullname)
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
+def _integration_of(model):
+    for base in type(model).__mro__:
+        module = _INTEGRATIONS.get(base.__module__.partition(".")[0])
+        if module is not None:
+            return importlib.import_module(module)
+    raise ValueError(
+        f"rrattn has no integration for {type(model).__module__}.{type(model).__qualname__}; "
+        f"supported are models of {', '.join(_INTEGRATIONS)}"
+    )
+
+
+def enable(model, config=None):
+    """Makes every attention layer of a model run RRAttention: prefill sparse, decoding steps dense.
+
+    Parameters
+    ----------
+    model : paddle.nn.Layer
+        A PaddleFormers LLaMA, Qwen2 or Qwen3 model. Call it after loading the weights.
+    config : RRAttentionConfig, optional
+        Default: RRAttentionConfig(). Its threshold may differ per layer and per head.
+
+    Returns
+    -------
+    The model itself.
+
+    Raises
+    ------
+    ValueError
+        For a model of another kind, or a config that does not fit its number of layers or heads.
+    """
+    return _integration_of(model).enable(model, config)
+
+
+def disable(model):
+    """Undoes `enable`: the model runs the attention it ran before.
+
+    Raises
+    ------
+    ValueError
+        When rrattn was not enabled on the model.
+    """
+    return _integration_of(model).disable(model)
+
+
+def layer_selections(model):
+    """What each attention layer selected in its last prefill.
+
+    Returns
+    -------
+    list of BlockSelection or None
+        One per layer, in order; None where a layer has not run yet.
+    """
+    return _integration_of(model).layer_selections(model)
+
+
+def layer_densities(model):
+    """The share of visible blocks that each attention layer attended in its last prefill.
+
+    Returns
+    -------
+    list of Tensor or None
+        float32 [B, Hq] per layer, in order; None where a layer has not run yet.
+    """
+    return [None if selection is None else selection.density for selection in layer_selections(model)]
+
+
+for _table in _ATTENTION_TABLES:
+    if _table in sys.modules:
+        _register(_table)
+sys.meta_path.insert(0, _RegisterWhenImported())

@@ -1,0 +1,223 @@
+"""Call the stages of rrattn.direct with NumPy values and get NumPy values back, and compare them.
+
+Values travel as float32 arrays plus the name of the dtype to compute in; block masks as booleans
+[B, Hq, Mq, Mk]. Every output lies in fresh memory full of NaN (integers: 0x7f7f7f7f). Query, key, value,
+their gradients, out and the FlashMask bounds come in one of four layouts:
+
+    contiguous    as shaped
+    heads_first   [B, H, L, D] in memory, seen as [B, L, H, D]
+    padded        a slice of an array that is larger in every dimension
+    unaligned     the same, off by one element, so that no row starts on a vector boundary
+
+What surrounds a slice is poison, and must still be there after the call.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import reference
+
+from rrattn import direct
+
+LAYOUTS = ("contiguous", "heads_first", "padded", "unaligned")
+STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32}
+POISON = {"f4": np.nan, "f2": np.nan, "u2": 0x7FFF, "i4": 0x7F7F7F7F}  # 0x7fff is a bfloat16 NaN
+FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
+
+
+def poisoned(shape, dtype):
+    """An array of the storage type of `dtype`, filled with what no result looks like."""
+    storage = np.dtype(STORAGE[dtype])
+    return np.full(shape, POISON[storage.str[1:]], storage)
+
+
+def encode(values, dtype):
+    """float32 values as their storage in `dtype`."""
+    return reference.to_bfloat16(values) if dtype == "bfloat16" else np.asarray(values, STORAGE[dtype])
+
+
+def decode(storage, dtype):
+    """The inverse of `encode`: bfloat16 and float16 as float32, the rest as it is."""
+    if dtype == "bfloat16":
+        return reference.from_bfloat16(storage)
+    return storage.astype(np.float32) if dtype == "float16" else storage.copy()
+
+
+class Kernels:
+    """The stages through rrattn.direct. A GPU suite overrides `allocate` and `download`."""
+
+    def __init__(self, layout="contiguous", num_threads=None):
+        self.layout = layout
+        self.options = {} if num_threads is None else {"num_threads": num_threads}
+
+    def allocate(self, storage):
+        """A copy of a NumPy array in the memory of the kernels."""
+        return storage
+
+    def download(self, array):
+        """The inverse of `allocate`."""
+        return array
+
+    def place(self, shape, dtype, strided=True):
+        """(buffer, view): poisoned memory, and `shape` within it, as the layout says if it may be strided."""
+        if strided and self.layout == "heads_first":
+            buffer = self.allocate(poisoned((shape[0], shape[2], shape[1], shape[3]), dtype))
+            return buffer, buffer.swapaxes(1, 2)
+        if strided and self.layout in ("padded", "unaligned"):
+            pads = 1, 1, 1, 8 if self.layout == "padded" else 1
+            buffer = self.allocate(poisoned([n + 2 * pad for n, pad in zip(shape, pads)], dtype))
+            return buffer, buffer[tuple(slice(pad, pad + n) for n, pad in zip(shape, pads))]
+        buffer = self.allocate(poisoned(shape, dtype))
+        return buffer, buffer
+
+    def input(self, values, dtype, strided=True):
+        """Values as a kernel's input, None as None."""
+        if values is None:
+            return None
+        _, view = self.place(values.shape, dtype, strided)
+        view[...] = self.allocate(encode(values, dtype))
+        return view
+
+    def read(self, output, dtype):
+        """The values of an output (buffer, view), once it is clear that nothing else was written."""
+        buffer, view = output
+        storage = self.download(view).copy()
+        view[...] = self.allocate(poisoned(storage.shape, dtype))
+        left = self.download(buffer)
+        assert left.tobytes() == poisoned(left.shape, dtype).tobytes(), "wrote outside the output"
+        return decode(storage, dtype)
+
+    def typed(self, dtype):
+        """Keywords of a call on values of `dtype`: NumPy has no bfloat16 of its own."""
+        return {"dtype": dtype, **self.options} if dtype == "bfloat16" else self.options
+
+    def estimate(self, query, key, startend=None, *, dtype="float32", **options):
+        """block_scores [B, Hq, Mq, Mk] float32."""
+        blocks = reference.num_blocks(query.shape[1]), reference.num_blocks(key.shape[1])
+        scores = self.place((query.shape[0], query.shape[2], *blocks), "float32", strided=False)
+        direct.estimate_block_scores(
+            self.input(query, dtype),
+            self.input(key, dtype),
+            scores[1],
+            self.input(startend, "int32"),
+            **self.typed(dtype),
+            **options,
+        )
+        return self.read(scores, "float32")
+
+    def select(self, block_scores, startend=None, *, threshold, **options):
+        """The selected blocks, bool [B, Hq, Mq, Mk]."""
+        num_k_blocks = block_scores.shape[-1]
+        mask = self.place((*block_scores.shape[:3], -(-num_k_blocks // reference.WORD)), "int32", strided=False)
+        if isinstance(threshold, np.ndarray):
+            threshold = self.allocate(threshold)
+        direct.select_blocks(
+            self.input(block_scores, "float32", strided=False),
+            mask[1],
+            self.input(startend, "int32"),
+            threshold=threshold,
+            **self.options,
+            **options,
+        )
+        words = self.read(mask, "int32")
+        selected = reference.unpack(words, num_k_blocks)
+        assert np.array_equal(reference.pack(selected), words), "bits beyond the last block are set"
+        return selected
+
+    def attend(self, query, key, value, block_mask, startend=None, *, dtype="float32", **options):
+        """(out [B, Lq, Hq, D], lse [B, Hq, Lq])."""
+        out, lse = self.place(query.shape, dtype), self.place(lse_shape(query), "float32", strided=False)
+        direct.block_sparse_attention(
+            *(self.input(x, dtype) for x in (query, key, value)),
+            self.input(reference.pack(block_mask), "int32", strided=False),
+            out[1],
+            lse[1],
+            self.input(startend, "int32"),
+            **self.typed(dtype),
+            **options,
+        )
+        return self.read(out, dtype), self.read(lse, "float32")
+
+    def backward(self, query, key, value, block_mask, grad_out, startend=None, *, dtype="float32", **options):
+        """(grad_query, grad_key, grad_value) after a forward of its own."""
+        out, lse = self.attend(query, key, value, block_mask, startend, dtype=dtype, **options)
+        grads = [self.place(x.shape, dtype) for x in (query, key, value)]
+        direct.block_sparse_attention_backward(
+            *(self.input(x, dtype) for x in (query, key, value)),
+            self.input(reference.pack(block_mask), "int32", strided=False),
+            self.input(out, dtype),
+            self.input(lse, "float32", strided=False),
+            self.input(grad_out, dtype),
+            *(view for _, view in grads),
+            self.input(startend, "int32"),
+            **self.typed(dtype),
+            **options,
+        )
+        return tuple(self.read(grad, dtype) for grad in grads)
+
+    def prefill(self, query, key, value, startend=None, *, causal, threshold, dtype="float32", **sampling):
+        """All three stages: (block_scores, block_mask, out, lse)."""
+        lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        scores = self.estimate(query, key, startend, causal=causal, dtype=dtype, **sampling)
+        mask = self.select(scores, startend, causal=causal, threshold=threshold, **lengths)
+        return scores, mask, *self.attend(query, key, value, mask, startend, causal=causal, dtype=dtype)
+
+
+def lse_shape(query):
+    """[B, Hq, Lq] of a query [B, Lq, Hq, D]."""
+    return query.shape[0], query.shape[2], query.shape[1]
+
+
+def assert_identical(actual, expected):
+    """Bit for bit the same, NaN and the sign of zero included; arrays, or tuples of them."""
+    if isinstance(expected, (tuple, list)):
+        assert len(actual) == len(expected)
+        for pair in zip(actual, expected):
+            assert_identical(*pair)
+        return
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    if actual.tobytes() != expected.tobytes():
+        different = np.argwhere(~((actual == expected) | (np.isnan(actual) & np.isnan(expected))))
+        raise AssertionError(f"{len(different)} of {actual.size} values differ, first at {different[:1]}")
+
+
+def assert_as_good_as_naive(actual, oracle, naive):
+    """The error against the oracle, largest and root mean square, is at most twice the naive one.
+
+    A few roundings of float32 are allowed on top, for results that the naive way happens to hit exactly.
+    """
+    assert actual.shape == oracle.shape
+    hidden = np.isneginf(oracle)  # the lse of a row that sees nothing
+    assert np.array_equal(np.isneginf(actual), hidden)
+    assert np.isfinite(actual[~hidden]).all()
+    error = np.abs(actual[~hidden].astype(np.float64) - oracle[~hidden])
+    naive_error = np.abs(naive[~hidden].astype(np.float64) - oracle[~hidden])
+    assert np.isfinite(naive_error).all()
+    slack = 8 * FLOAT32_EPSILON * np.abs(oracle[~hidden]).max(initial=1.0)
+    worst, allowed = error.max(initial=0), 2 * naive_error.max(initial=0) + slack
+    assert worst <= allowed, f"largest error {worst:.3g}, allowed {allowed:.3g}"
+    mean, allowed = rms(error), 2 * rms(naive_error) + slack
+    assert mean <= allowed, f"root mean square error {mean:.3g}, allowed {allowed:.3g}"
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
+
+
+def assert_same_in_two_threads(*calls):
+    """Each call gives in two threads at once, many times over, what it gives alone."""
+    expected = [call() for call in calls]
+    barrier = threading.Barrier(2)
+
+    def work(order):
+        barrier.wait()
+        return [calls[i]() for i in order]
+
+    orders = [list(range(len(calls))) * 4, list(reversed(range(len(calls)))) * 4]
+    with ThreadPoolExecutor(2) as pool:
+        for order, results in zip(orders, pool.map(work, orders)):
+            for i, result in zip(order, results):
+                assert_identical(result, expected[i])

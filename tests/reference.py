@@ -1,0 +1,260 @@
+"""The oracle: block-sparse attention in NumPy float64, written to be read, not to be fast.
+
+Shapes are those of the package: query [B, Lq, Hq, D], key and value [B, Lk, Hkv, D], shift = Lk - Lq. Block
+masks here are plain booleans [B, Hq, Mq, Mk]; `pack` and `unpack` translate them to the package's words.
+
+    estimate  -> block_scores [B, Hq, Mq, Mk]
+    select    -> block mask   [B, Hq, Mq, Mk]
+    attend    -> out [B, Lq, Hq, D], lse [B, Hq, Lq]
+    backward  -> grad_query, grad_key, grad_value
+
+`estimate`, `attend` and `backward` take `dtype`: "float64" is the oracle; "float32", "float16" and "bfloat16"
+are the naive implementation in that type, which rounds every intermediate to it. A kernel may err twice that.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+BLOCK = 128
+WORD = 32
+INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+
+# Number formats
+
+
+def to_bfloat16(values):
+    """float32 values as the uint16 bits of bfloat16, rounded to nearest even; NaN stays NaN."""
+    values = np.asarray(values, np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits):
+    """uint16 bits of bfloat16 as float32, exactly."""
+    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+
+
+def cast(values, dtype):
+    """Values rounded to `dtype`, in the NumPy type to compute with: float64 for float64, else float32."""
+    if dtype == "bfloat16":
+        return from_bfloat16(to_bfloat16(values))
+    if dtype == "float16":
+        return np.asarray(values, np.float16).astype(np.float32)
+    return np.asarray(values, dtype)
+
+
+def num_blocks(seqlen):
+    """Blocks of 128 tokens that hold `seqlen` tokens, the last perhaps in part."""
+    return -(-seqlen // BLOCK)
+
+
+def pack(mask):
+    """bool [..., Mk] to int32 [..., ceil(Mk / 32)]: bit j % 32 of word j / 32 is block j."""
+    words = -(-mask.shape[-1] // WORD)
+    bits = np.zeros((*mask.shape[:-1], words * WORD), np.uint64)
+    bits[..., : mask.shape[-1]] = mask
+    bits = bits.reshape(*mask.shape[:-1], words, WORD) << np.arange(WORD, dtype=np.uint64)
+    return bits.sum(-1, dtype=np.uint64).astype(np.uint32).view(np.int32)
+
+
+def unpack(words, num_k_blocks):
+    """int32 [..., ceil(Mk / 32)] to bool [..., Mk]."""
+    bits = np.asarray(words, np.int32).view(np.uint32)[..., None] >> np.arange(WORD, dtype=np.uint32) & 1
+    return bits.reshape(*words.shape[:-1], words.shape[-1] * WORD)[..., :num_k_blocks].astype(bool)
+
+
+# FlashMask
+
+
+def masked_intervals(startend, causal, num_heads):
+    """The half-open intervals of query rows that each key is hidden from.
+
+    startend is None or [B, 1 | Hkv | Hq, Lk, bounds]. Returns a list of (start, end), each [B, Hq, Lk] int64:
+    empty without FlashMask, one pair for the lower interval and, where not causal, one for the upper.
+    """
+    if startend is None:
+        return []
+    heads = startend.shape[1]
+    bound = np.moveaxis(np.repeat(startend.astype(np.int64), num_heads // heads, axis=1), 3, 0)
+    first, last = np.full_like(bound[0], INT32_MIN), np.full_like(bound[0], INT32_MAX)
+    if causal:
+        return {1: [(bound[0], last)], 2: [(bound[0], bound[-1])]}[len(bound)]
+    if len(bound) == 2:
+        return [(bound[0], last), (first, bound[1])]
+    return [(bound[0], bound[1]), (bound[2], bound[3])]
+
+
+def token_mask(startend, *, causal, batch, num_heads, seqlen_q, seqlen_k):
+    """bool [B, Hq, Lq, Lk]: the pairs that may attend to each other, whatever the block mask."""
+    row = np.arange(seqlen_q)[:, None]
+    visible = np.ones((batch, num_heads, seqlen_q, seqlen_k), bool)
+    if causal:
+        visible &= np.arange(seqlen_k) <= row + seqlen_k - seqlen_q
+    for start, end in masked_intervals(startend, causal, num_heads):
+        visible &= ~((row >= start[:, :, None]) & (row < end[:, :, None]))
+    return visible
+
+
+def block_geometry(startend, *, causal, batch, num_heads, seqlen_q, seqlen_k):
+    """(hidden, touched), bool [B, Hq, Mq, Mk]: blocks that no row sees, and others that FlashMask cuts."""
+    first_row = np.arange(0, seqlen_q, BLOCK)[:, None]  # [Mq, 1]
+    last_row = np.minimum(first_row + BLOCK, seqlen_q) - 1
+    first_key = np.arange(0, seqlen_k, BLOCK)  # [Mk]
+    hidden = np.zeros((batch, num_heads, len(first_row), len(first_key)), bool)
+    touched = np.zeros_like(hidden)
+    if causal:
+        hidden |= first_key > last_row + seqlen_k - seqlen_q
+    for start, end in masked_intervals(startend, causal, num_heads):
+        max_start, min_end = (
+            extreme(np.maximum, start, BLOCK),
+            extreme(np.minimum, end, BLOCK),
+        )  # [B, Hq, 1, Mk]
+        min_start, max_end = extreme(np.minimum, start, BLOCK), extreme(np.maximum, end, BLOCK)
+        hidden |= (first_row >= max_start) & (last_row < min_end)
+        touched |= (first_row < max_end) & (last_row >= min_start)
+    return hidden, touched & ~hidden
+
+
+def extreme(ufunc, bound, group):
+    """ufunc over each group of `group` keys: [B, Hq, Lk] to [B, Hq, 1, groups]."""
+    starts = np.arange(0, bound.shape[-1], group)
+    return ufunc.reduceat(bound, starts, axis=-1)[:, :, None] if len(starts) else bound[:, :, None]
+
+
+# The three stages and the backward
+
+
+def estimate(query, key, startend=None, *, causal, stride=8, head_offset=0, softmax_scale=None, dtype="float64"):
+    """Stage 1. Block scores [B, Hq, Mq, Mk]: the attention of sampled queries to summed keys, by block."""
+    batch, seqlen_q, num_heads, head_dim = query.shape
+    seqlen_k, num_heads_k = key.shape[1:3]
+    shift, group = seqlen_k - seqlen_q, num_heads // num_heads_k
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    intervals = masked_intervals(startend, causal, num_heads)
+    query, key = cast(query, dtype), cast(key, dtype)
+    block_scores = cast(np.zeros((batch, num_heads, num_blocks(seqlen_q), num_blocks(seqlen_k))), dtype)
+    if seqlen_k == 0:
+        return block_scores
+    first_key = np.arange(0, seqlen_k, stride)  # [Nk], the first key of each stride
+    for b, h in np.ndindex(batch, num_heads):
+        token = np.arange((h + head_offset) % stride, seqlen_q, stride)  # [Nq]
+        summed = np.add.reduceat(key[b, :, h // group], first_key, axis=0)  # [Nk, D]
+        score = query[b, token, h] @ summed.T * cast(scale / stride, dtype)  # [Nq, Nk]
+        visible = np.ones(score.shape, bool)
+        if causal:
+            visible &= first_key <= token[:, None] + shift
+        for start, end in intervals:
+            max_start = np.maximum.reduceat(start[b, h], first_key)
+            min_end = np.minimum.reduceat(end[b, h], first_key)
+            visible &= ~((token[:, None] >= max_start) & (token[:, None] < min_end))
+        probability = masked_softmax(score, visible)[0]
+        by_key_block = np.add.reduceat(probability, np.arange(0, len(first_key), BLOCK // stride), axis=1)
+        np.add.at(block_scores[b, h], token // BLOCK, by_key_block)  # [Nq, Mk] into [Mq, Mk]
+    return block_scores
+
+
+def select(block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k, keep_sink=True, keep_last=False):
+    """Stage 2. The blocks to keep, bool [B, Hq, Mq, Mk], by one threshold or one for each head."""
+    batch, num_heads, num_q_blocks, _ = block_scores.shape
+    hidden, touched = block_geometry(
+        startend, causal=causal, batch=batch, num_heads=num_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    )
+    visible = ~hidden
+    tau = np.broadcast_to(np.asarray(threshold, np.float32), num_heads)
+    keep = touched.copy()
+    for b, h, m in np.ndindex(batch, num_heads, num_q_blocks):
+        row_visible = visible[b, h, m]
+        keep[b, h, m] |= top_tau(block_scores[b, h, m], row_visible, tau[h])
+        if keep_sink and row_visible.any():
+            keep[b, h, m, row_visible.argmax()] = True
+        if causal:
+            first_row, last_row = m * BLOCK, min(m * BLOCK + BLOCK, seqlen_q) - 1
+            shift = seqlen_k - seqlen_q
+            keep[b, h, m, (first_row + shift) // BLOCK : (last_row + shift) // BLOCK + 1] = True
+    if keep_last:
+        keep[:, :, -1:] = True
+    return keep & visible
+
+
+def top_tau(scores, visible, tau):
+    """The fewest visible blocks, largest scores first, that hold tau of the row's mass: bool [Mk]."""
+    block = np.flatnonzero(visible)
+    score = scores[block]
+    if tau == 1 or not np.all((score >= 0) & (score < 2**18)):
+        return visible
+    mass = np.rint(score.astype(np.float64) * 2**32).astype(np.int64)
+    order = np.argsort(-score, kind="stable")  # equal scores: the lower block first
+    mass_before = np.cumsum(mass[order]) - mass[order]
+    kept = mass_before.astype(np.float64) < np.float64(tau) * np.float64(mass.sum())
+    keep = np.zeros(visible.shape, bool)
+    keep[block[order[kept]]] = True
+    return keep
+
+
+def attend(query, key, value, block_mask, startend=None, *, causal, softmax_scale=None, dtype="float64"):
+    """Stage 3. Attention over the selected blocks: out [B, Lq, Hq, D] and lse [B, Hq, Lq]."""
+    batch, seqlen_q, num_heads, head_dim = query.shape
+    group = num_heads // key.shape[2]
+    visible = selected_tokens(query, key, block_mask, startend, causal)
+    query, key, value = cast(query, dtype), cast(key, dtype), cast(value, dtype)
+    out = np.zeros_like(query)
+    lse = np.zeros((batch, num_heads, seqlen_q), query.dtype)
+    for b, h in np.ndindex(batch, num_heads):
+        k, v = key[b, :, h // group], value[b, :, h // group]  # [Lk, D]
+        score = scaled_scores(query[b, :, h], k, softmax_scale, dtype)
+        probability, lse[b, h] = masked_softmax(score, visible[b, h])
+        out[b, :, h] = cast(cast(probability, dtype) @ v, dtype)
+    return out, lse
+
+
+def backward(query, key, value, block_mask, grad_out, startend=None, *, causal, softmax_scale=None, dtype="float64"):
+    """The gradients of sum(out * grad_out) by query, key and value. The selection is held constant."""
+    batch, _, num_heads, head_dim = query.shape
+    group = num_heads // key.shape[2]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    visible = selected_tokens(query, key, block_mask, startend, causal)
+    query, key, value, grad_out = (cast(x, dtype) for x in (query, key, value, grad_out))
+    grad_query, grad_key, grad_value = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
+    for b, h in np.ndindex(batch, num_heads):
+        q, k, v, do = query[b, :, h], key[b, :, h // group], value[b, :, h // group], grad_out[b, :, h]
+        score = scaled_scores(q, k, softmax_scale, dtype)  # [Lq, Lk]
+        lse = masked_softmax(score, visible[b, h])[1][:, None]  # all that the forward keeps of the softmax
+        p = cast(np.exp(np.where(visible[b, h], score - lse, -np.inf)), dtype)  # [Lq, Lk]
+        out = cast(p @ v, dtype)  # [Lq, D]
+        delta = (do * out).sum(-1, keepdims=True)  # [Lq, 1]
+        ds = cast(p * (cast(do @ v.T, dtype) - delta), dtype)  # [Lq, Lk]
+        grad_query[b, :, h] = ds @ k * cast(scale, dtype)
+        grad_key[b, :, h // group] += ds.T @ q * cast(scale, dtype)
+        grad_value[b, :, h // group] += p.T @ do
+    return cast(grad_query, dtype), cast(grad_key, dtype), cast(grad_value, dtype)
+
+
+def selected_tokens(query, key, block_mask, startend, causal):
+    """bool [B, Hq, Lq, Lk]: the pairs that attend to each other, in selected blocks and not masked."""
+    batch, seqlen_q, num_heads, _ = query.shape
+    seqlen_k = key.shape[1]
+    selected = np.repeat(np.repeat(block_mask, BLOCK, axis=2), BLOCK, axis=3)[:, :, :seqlen_q, :seqlen_k]
+    return selected & token_mask(
+        startend, causal=causal, batch=batch, num_heads=num_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    )
+
+
+def scaled_scores(q, k, softmax_scale, dtype):
+    """q k^T * softmax_scale: [Lq, D], [Lk, D] to [Lq, Lk]."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return cast(cast(q @ k.T, dtype) * cast(scale, dtype), dtype)
+
+
+def masked_softmax(score, visible):
+    """(probability, lse) over the last axis, in the type of score. A row that sees nothing: zeros, -inf."""
+    score = np.where(visible, score, -np.inf)
+    row_max = score.max(-1, keepdims=True, initial=-np.inf)
+    exponential = np.exp(score - np.where(np.isneginf(row_max), 0, row_max))
+    row_sum = exponential.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (np.log(row_sum) + row_max)[..., 0]
+    probability = exponential / np.where(row_sum == 0, 1, row_sum)
+    return np.where(visible, probability, 0), lse  # hidden is zero even where NaN is visible

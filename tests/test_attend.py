@@ -1,0 +1,166 @@
+"""Stage 3 against the oracle: attention over the selected blocks, and its log-sum-exp."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import reference
+from cases import ATTENTION_CASES, DTYPES, FEW_CASES, Case, make_inputs
+from harness import LAYOUTS, assert_as_good_as_naive, assert_identical, assert_same_in_two_threads
+
+
+def run(kernels, case, dtype="float32", inputs=None, **options):
+    inputs = inputs or make_inputs(case, dtype)
+    return kernels.attend(
+        *inputs.forward, inputs.block_mask, inputs.startend, dtype=dtype, causal=case.causal, **options
+    )
+
+
+def check(kernels, case, dtype="float32", inputs=None, **options):
+    """(out, lse) of the kernel, found as good as the naive implementation's in the same dtype."""
+    inputs = inputs or make_inputs(case, dtype)
+    results = run(kernels, case, dtype, inputs, **options)
+    arguments = *inputs.forward, inputs.block_mask, inputs.startend
+    oracle = reference.attend(*arguments, causal=case.causal, **options)
+    naive = reference.attend(*arguments, causal=case.causal, dtype=dtype, **options)
+    for actual, exact, same_dtype in zip(results, oracle, naive):
+        assert_as_good_as_naive(actual, exact, same_dtype)
+    seen = np.isfinite(oracle[1])
+    largest = np.abs(oracle[1][seen]).max(initial=1)
+    np.testing.assert_allclose(results[1][seen], oracle[1][seen], rtol=0, atol=2e-6 * largest)  # always float32
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_out_and_lse(kernels, case, dtype):
+    check(kernels, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_every_simd_level(kernels, simd, case, dtype):
+    check(kernels, case, dtype)
+
+
+@pytest.mark.parametrize("softmax_scale", (0.01, 1.0))
+def test_softmax_scale(kernels, softmax_scale):
+    check(kernels, FEW_CASES[0], softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("density", (0.0, 0.1, 1.0))
+def test_densities(kernels, density):
+    case = Case(500, 900, num_heads=4, num_heads_k=2, head_dim=32)
+    check(kernels, case, inputs=make_inputs(case, density=density))
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits(kernels, dtype, causal):
+    """Logits of some thousands: float32 keeps them apart, and no exponential overflows."""
+    case = Case(300, 300, causal)
+    check(kernels, case, dtype, make_inputs(case, dtype, query_scale=300.0))
+
+
+def test_scores_beyond_the_range_of_float16(kernels):
+    case = Case(130, 130, head_dim=256)
+    inputs = make_inputs(case, "float16", query_scale=8000.0)
+    out, lse = run(kernels, case, "float16", inputs)
+    exact = reference.attend(*inputs.forward, inputs.block_mask, causal=True)
+    seen = np.isfinite(exact[1])
+    assert np.abs(exact[1][seen] * 16).max() > np.finfo(np.float16).max  # 16: what the scale divides by
+    np.testing.assert_allclose(out, exact[0], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(lse, exact[1], rtol=4e-6)
+
+
+@pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if str(c.flashmask).startswith("no_")], ids=str)
+def test_rows_that_see_nothing_are_zero(kernels, case):
+    inputs = make_inputs(case)
+    seeing = reference.selected_tokens(*inputs.forward[:2], inputs.block_mask, inputs.startend, case.causal).any(-1)
+    assert not seeing.all()
+    out, lse = run(kernels, case)
+    assert np.array_equal(np.isneginf(lse), ~seeing)
+    assert not out.swapaxes(1, 2)[~seeing].any()
+    assert np.isfinite(out).all()
+
+
+def test_nothing_selected(kernels):
+    case = FEW_CASES[0]
+    out, lse = run(kernels, case, inputs=make_inputs(case, density=-1.0))
+    assert not out.any() and np.isneginf(lse).all()
+
+
+def test_unselected_blocks_are_not_read(kernels):
+    """NaN in keys and values that no query block selects leaves no trace."""
+    case = Case(300, 600, num_heads=4, num_heads_k=2, causal=False)
+    inputs = make_inputs(case)
+    block_mask = inputs.block_mask.copy()
+    block_mask[:, :2, :, 3] = False
+    _, key, value = (x.copy() for x in inputs.forward)
+    key[:, 384:512, 0], value[:, 384:512, 0] = np.nan, np.nan
+    poisoned = kernels.attend(inputs.query, key, value, block_mask, causal=False)
+    clean = kernels.attend(*inputs.forward, block_mask, causal=False)
+    assert_identical(poisoned, clean)
+
+
+@pytest.mark.parametrize(
+    "case",
+    (
+        Case(400, 700),
+        Case(700, 700, flashmask="document", num_heads=4, num_heads_k=2),
+        Case(700, 700, causal=False, flashmask="full_sliding_window"),
+    ),
+    ids=str,
+)
+def test_bits_of_hidden_blocks_are_harmless(kernels, case):
+    inputs = make_inputs(case)
+    hidden, _ = reference.block_geometry(inputs.startend, **case.geometry)
+    assert hidden.any()
+
+    def attend(mask):
+        return kernels.attend(*inputs.forward, mask, inputs.startend, causal=case.causal)
+
+    assert_identical(attend(inputs.block_mask | hidden), attend(inputs.block_mask & ~hidden))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_layouts_are_read_and_written_in_place(kernels, make_kernels, case, layout, dtype):
+    assert_identical(run(make_kernels(layout), case, dtype), run(kernels, case, dtype))
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_thread_count_and_repetition_change_nothing(kernels, make_kernels, case):
+    expected = run(kernels, case)
+    for again in (kernels, *(make_kernels(num_threads=n) for n in (1, 2, 3, 7))):
+        assert_identical(run(again, case), expected)
+
+
+def test_two_threads_at_once(kernels):
+    assert_same_in_two_threads(
+        *(lambda case=case, dtype=dtype: run(kernels, case, dtype) for case in FEW_CASES[1:] for dtype in DTYPES)
+    )
+
+
+def test_other_python_threads_run_meanwhile(make_kernels):
+    """A call holds the interpreter lock for less than its whole length."""
+    case = Case(2048, 2048, causal=False, num_heads=4)
+    inputs = make_inputs(case, density=1.0)
+    one_thread = make_kernels(num_threads=1)
+    call = threading.Thread(target=run, args=(one_thread, case, "float32", inputs))
+    call.start()
+    turns = 0
+    while call.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10
+
+
+def test_sizes_of_zero(kernels):
+    for case in (Case(0, 0), Case(0, 200), Case(5, 5, batch=0)):
+        out, lse = run(kernels, case)
+        assert out.shape == make_inputs(case).query.shape and out.size == lse.size == 0
+    out, lse = run(kernels, Case(200, 0, causal=False))
+    assert out.size and not out.any() and np.isneginf(lse).all()

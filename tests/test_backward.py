@@ -1,0 +1,115 @@
+"""The backward against the oracle. The oracle's own is checked by finite differences in test_reference.py."""
+
+import numpy as np
+import pytest
+import reference
+from cases import ATTENTION_CASES, DTYPES, FEW_CASES, Case, make_inputs
+from harness import LAYOUTS, assert_as_good_as_naive, assert_identical, assert_same_in_two_threads
+
+
+def run(kernels, case, dtype="float32", inputs=None, **options):
+    inputs = inputs or make_inputs(case, dtype)
+    return kernels.backward(
+        *inputs.forward,
+        inputs.block_mask,
+        inputs.grad_out,
+        inputs.startend,
+        dtype=dtype,
+        causal=case.causal,
+        **options,
+    )
+
+
+def check(kernels, case, dtype="float32", inputs=None, **options):
+    """Gradients of the kernel, found as good as the naive implementation's in the same dtype."""
+    inputs = inputs or make_inputs(case, dtype)
+    grads = run(kernels, case, dtype, inputs, **options)
+    arguments = *inputs.forward, inputs.block_mask, inputs.grad_out, inputs.startend
+    oracle = reference.backward(*arguments, causal=case.causal, **options)
+    naive = reference.backward(*arguments, causal=case.causal, dtype=dtype, **options)
+    for actual, exact, same_dtype in zip(grads, oracle, naive):
+        assert_as_good_as_naive(actual, exact, same_dtype)
+    return grads
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_gradients(kernels, case, dtype):
+    """Also: exactly zero where no selected block reaches, and finite where a row sees nothing."""
+    grad_query, grad_key, grad_value = check(kernels, case, dtype)
+    inputs = make_inputs(case, dtype)
+    pairs = reference.selected_tokens(*inputs.forward[:2], inputs.block_mask, inputs.startend, case.causal)
+    assert not grad_query.swapaxes(1, 2)[~pairs.any(-1)].any()
+    reached = pairs.any(-2)  # [B, Hq, Lk]
+    reached = reached.reshape(case.batch, case.num_heads_k, -1, case.seqlen_k).any(2)
+    for grad in (grad_key, grad_value):
+        assert not grad.swapaxes(1, 2)[~reached].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_every_simd_level(kernels, simd, case, dtype):
+    check(kernels, case, dtype)
+
+
+@pytest.mark.parametrize("softmax_scale", (0.01, 1.0))
+def test_softmax_scale(kernels, softmax_scale):
+    check(kernels, FEW_CASES[0], softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("density", (0.1, 1.0))
+def test_densities(kernels, density):
+    case = Case(500, 900, num_heads=4, num_heads_k=2, head_dim=32)
+    check(kernels, case, inputs=make_inputs(case, density=density))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits(kernels, dtype):
+    case = Case(300, 300)
+    check(kernels, case, dtype, make_inputs(case, dtype, query_scale=100.0))
+
+
+def test_nothing_selected(kernels):
+    case = FEW_CASES[0]
+    for grad in run(kernels, case, inputs=make_inputs(case, density=-1.0)):
+        assert grad.size and not grad.any()
+
+
+def test_unselected_blocks_are_not_read(kernels):
+    """NaN in keys and values that no query block selects leaves no trace."""
+    case = Case(300, 600, num_heads=4, num_heads_k=2, causal=False)
+    inputs = make_inputs(case)
+    block_mask = inputs.block_mask.copy()
+    block_mask[:, :2, :, 3] = False
+    _, key, value = (x.copy() for x in inputs.forward)
+    key[:, 384:512, 0], value[:, 384:512, 0] = np.nan, np.nan
+    poisoned = kernels.backward(inputs.query, key, value, block_mask, inputs.grad_out, causal=False)
+    clean = kernels.backward(*inputs.forward, block_mask, inputs.grad_out, causal=False)
+    assert_identical(poisoned, clean)
+    assert not clean[1][:, 384:512, 0].any() and not clean[2][:, 384:512, 0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_layouts_are_read_and_written_in_place(kernels, make_kernels, case, layout, dtype):
+    assert_identical(run(make_kernels(layout), case, dtype), run(kernels, case, dtype))
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_thread_count_and_repetition_change_nothing(kernels, make_kernels, case):
+    expected = run(kernels, case)
+    for again in (kernels, *(make_kernels(num_threads=n) for n in (1, 2, 3, 7))):
+        assert_identical(run(again, case), expected)
+
+
+def test_two_threads_at_once(kernels):
+    assert_same_in_two_threads(
+        *(lambda case=case, dtype=dtype: run(kernels, case, dtype) for case in FEW_CASES[1:] for dtype in DTYPES)
+    )
+
+
+def test_sizes_of_zero(kernels):
+    for case in (Case(0, 0), Case(0, 200), Case(200, 0, causal=False), Case(5, 5, batch=0)):
+        for grad in run(kernels, case):
+            assert not grad.any()  # what is not empty is zero

@@ -1,0 +1,252 @@
+"""Bad input, through rrattn.direct and Paddle: a Python exception that names the value and what is allowed,
+and outputs left as they were."""
+
+import harness
+import numpy as np
+import paddle
+import pytest
+import reference
+from bad_arguments import HKV, HQ, KEYWORDS, LK, LQ, MK, MQ, STAGES, B, D, good, zeros
+
+import rrattn
+from rrattn import direct
+
+
+def parameters(*stages):
+    return pytest.mark.parametrize(
+        "stage, changes, message",
+        [pytest.param(stage, *bad, id=f"{stage}: {name}") for stage in stages for name, bad in STAGES[stage].items()],
+    )
+
+
+def outputs_of(stage):
+    """Poisoned outputs for the good arguments, in the order of the call."""
+    shapes = {
+        "estimate": [((B, HQ, MQ, MK), "float32")],
+        "select": [((B, HQ, MQ, 1), "int32")],
+        "attend": [((B, LQ, HQ, D), "float32"), ((B, HQ, LQ), "float32")],
+        "backward": [((B, L, H, D), "float32") for L, H in ((LQ, HQ), (LK, HKV), (LK, HKV))],
+    }
+    return [harness.poisoned(*shape) for shape in shapes[stage]]
+
+
+def call_direct(stage, outputs, changes):
+    a = {**good(), **changes}
+    keywords = {name: a[name] for name in ("causal", "dtype", "num_threads", *KEYWORDS[stage]) if name in a}
+    bounds = a["startend_row_indices"]
+    if stage == "estimate":
+        direct.estimate_block_scores(a["query"], a["key"], *outputs, bounds, **keywords)
+    elif stage == "select":
+        keywords = {"threshold": 0.9, "seqlen_q": LQ, "seqlen_k": LK, **keywords}
+        direct.select_blocks(a["block_scores"], *outputs, bounds, **keywords)
+    else:
+        inputs = [a[name] for name in ("query", "key", "value", "block_mask")]
+        if stage == "attend":
+            direct.block_sparse_attention(*inputs, *outputs, bounds, **keywords)
+        else:
+            forward = zeros(B, LQ, HQ, D), zeros(B, HQ, LQ), zeros(B, LQ, HQ, D)
+            inputs += [a.get(name, x) for name, x in zip(("out", "lse", "grad_out"), forward)]
+            direct.block_sparse_attention_backward(*inputs, *outputs, bounds, **keywords)
+
+
+def call_paddle(stage, changes):
+    a = {name: paddle.to_tensor(x) if isinstance(x, np.ndarray) else x for name, x in {**good(), **changes}.items()}
+    bounds = a["startend_row_indices"]
+    keywords = {name: a[name] for name in ("causal", *KEYWORDS[stage]) if name in a}
+    if stage == "estimate":
+        return rrattn.estimate_block_scores(a["query"], a["key"], bounds, **keywords)
+    if stage == "select":
+        keywords = {"threshold": 0.9, "seqlen_q": LQ, "seqlen_k": LK, **keywords}
+        return rrattn.select_blocks(a["block_scores"], keywords.pop("threshold"), bounds, **keywords)
+    if stage == "attend":
+        return rrattn.block_sparse_attention(a["query"], a["key"], a["value"], a["block_mask"], bounds, **keywords)
+    return rrattn.rr_attention(a["query"], a["key"], a["value"], bounds, **keywords)
+
+
+def assert_untouched(outputs):
+    for output in outputs:
+        poison = harness.poisoned(output.shape, "int32" if output.dtype == np.int32 else "float32")
+        assert output.tobytes() == poison.tobytes()
+
+
+@pytest.mark.parametrize("stage", ("estimate", "select", "attend", "backward"))
+def test_good_arguments_are_accepted_directly(stage):
+    """Otherwise the tests below could pass for another reason."""
+    outputs = outputs_of(stage)
+    call_direct(stage, outputs, {})
+    for output in outputs:
+        assert not np.isnan(output).any() and not (output == 0x7F7F7F7F).any()
+
+
+@pytest.mark.parametrize("stage", ("estimate", "select", "attend", "rr_attention"))
+def test_good_arguments_are_accepted_by_paddle(stage):
+    assert np.isfinite(call_paddle(stage, {}).numpy()).all()
+
+
+@parameters("estimate", "select", "attend", "backward")
+def test_direct(stage, changes, message):
+    outputs = outputs_of(stage)
+    with pytest.raises(ValueError, match=message):
+        call_direct(stage, outputs, changes)
+    assert_untouched(outputs)
+
+
+@parameters("estimate", "select", "attend", "rr_attention")
+def test_paddle(stage, changes, message):
+    with pytest.raises(ValueError, match=message):
+        call_paddle(stage, changes)
+
+
+every_stage = pytest.mark.parametrize("stage", ("estimate", "attend", "backward"))
+
+
+@every_stage
+@pytest.mark.parametrize(
+    "changes, message",
+    (
+        ({"dtype": "float64"}, "dtype is float64.*float32, float16 or bfloat16"),
+        ({"dtype": "float16"}, "has dtype float32.*dtype is float16"),
+        ({"dtype": "bfloat16"}, "has dtype float32.*dtype is bfloat16"),
+        (
+            {"query": zeros(B, LQ, HQ, D, dtype=np.uint16)},
+            "query has dtype uint16.*float32, float16 or bfloat16",
+        ),
+        ({"num_threads": 0}, "num_threads is 0,.*at least 1"),
+        (
+            {"query": zeros(B, LQ, HQ, 2 * D)[..., ::2]},
+            r"query has strides \[.*, 2\].*last dimension.*contiguous",
+        ),
+        (
+            {"key": zeros(B, LK, D, HKV).swapaxes(2, 3)},
+            r"key has strides \[.*, 2\].*last dimension.*contiguous",
+        ),
+    ),
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_direct_layouts_and_dtypes(stage, changes, message):
+    outputs = outputs_of(stage)
+    with pytest.raises(ValueError, match=message):
+        call_direct(stage, outputs, changes)
+    assert_untouched(outputs)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    (
+        ({"out": zeros(B, LQ, HQ, D, dtype=np.float16)}, "out has dtype float16.*must have float32"),
+        ({"out": zeros(B, LQ, HKV, D)}, r"out has shape \[2, 200, 2, 16\].*\[2, 200, 4, 16\]"),
+        ({"lse": zeros(B, LQ, HQ)}, r"lse has shape \[2, 200, 4\].*\[2, 4, 200\]"),
+        ({"lse": zeros(B, HQ, LQ, dtype=np.float64)}, "lse has dtype float64.*must have float32"),
+        ({"grad_out": zeros(B, LK, HQ, D)}, r"grad_out has shape \[2, 300, 4, 16\].*\[2, 200, 4, 16\]"),
+        (
+            {"grad_out": zeros(B, LQ, HQ, D, dtype=np.float16)},
+            "grad_out has dtype float16.*must have float32",
+        ),
+    ),
+)
+def test_what_the_forward_leaves_for_the_backward(changes, message):
+    outputs = outputs_of("backward")
+    with pytest.raises(ValueError, match=message):
+        call_direct("backward", outputs, changes)
+    assert_untouched(outputs)
+
+
+@pytest.mark.parametrize(
+    "stage, index, name, wrong_shape",
+    (
+        ("estimate", 0, "block_scores", (B, HQ, MQ, MK + 1)),
+        ("select", 0, "block_mask", (B, HQ, MQ, 2)),
+        ("attend", 0, "out", (B, LQ, HQ, D + 8)),
+        ("attend", 1, "lse", (B, LQ, HQ)),
+        ("backward", 0, "grad_query", (B, LQ, HKV, D)),
+        ("backward", 1, "grad_key", (B, LQ, HKV, D)),
+        ("backward", 2, "grad_value", (B, LK, HQ, D)),
+    ),
+)
+def test_direct_outputs_of_the_wrong_shape_dtype_or_layout(stage, index, name, wrong_shape):
+    right = outputs_of(stage)[index]
+    text = ", ".join(map(str, right.shape))
+    wrong = [
+        (
+            harness.poisoned(wrong_shape, "int32" if stage == "select" else "float32"),
+            rf"{name} has shape.*\[{text}\]",
+        ),
+        (np.full(right.shape, np.nan), rf"{name} has dtype float64.*must have {right.dtype}"),
+        (np.repeat(right, 2, axis=-1)[..., ::2], rf"{name} has strides.*contiguous"),
+    ]
+    for output, message in wrong:
+        outputs = outputs_of(stage)
+        outputs[index] = output
+        with pytest.raises(ValueError, match=message):
+            call_direct(stage, outputs, {})
+        assert_untouched(x for x in outputs if x is not output)
+        assert output.tobytes() == np.full(output.shape, output.flat[0], output.dtype).tobytes()
+
+
+def test_direct_objects_that_are_no_arrays():
+    for stage, name in (("estimate", "key"), ("attend", "value"), ("select", "block_scores")):
+        outputs = outputs_of(stage)
+        with pytest.raises(TypeError, match=f"{name} is a .*list.*__dlpack__"):
+            call_direct(stage, outputs, {name: [1.0, 2.0]})
+        assert_untouched(outputs)
+
+
+def test_paddle_objects_that_are_no_tensors():
+    for name in ("query", "key", "value"):
+        arguments = {n: paddle.zeros([1, 4, 2, 8]) for n in ("query", "key", "value")}
+        arguments[name] = np.zeros((1, 4, 2, 8), np.float32)
+        with pytest.raises(TypeError, match=f"{name}.*ndarray.*Tensor"):
+            rrattn.rr_attention(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    (
+        ({"stride": 7}, "stride is 7,.*2, 4, 8, 16, 32, 64"),
+        ({"stride": 128}, "stride is 128,.*2, 4, 8, 16, 32, 64"),
+        ({"threshold": 0}, r"threshold is 0,.*\(0, 1\]"),
+        ({"threshold": 1.01}, r"threshold is 1.01,.*\(0, 1\]"),
+        ({"threshold": float("nan")}, r"threshold is nan,.*\(0, 1\]"),
+        ({"threshold": "0.9"}, r"threshold is '0.9',.*\(0, 1\]"),
+        ({"threshold": [0.9, [0.5, 2.0]]}, r"threshold\[1\]\[1\] is 2.0,.*\(0, 1\]"),
+        ({"head_offset": -1}, "head_offset is -1,.*at least 0"),
+        ({"softmax_scale": float("inf")}, "softmax_scale is inf,.*finite"),
+        ({"keep_last": 1}, "keep_last is 1,.*True or False"),
+    ),
+    ids=str,
+)
+def test_config(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rrattn.RRAttentionConfig(**settings)
+
+
+def test_config_for_another_number_of_layers():
+    config = rrattn.RRAttentionConfig(threshold=[0.9, 0.8])
+    assert config.layer_threshold(1, 2) == 0.8
+    with pytest.raises(ValueError, match="threshold has 2 entries.*3 layers"):
+        config.layer_threshold(1, 3)
+
+
+def test_simd_levels():
+    before = direct.simd()
+    with pytest.raises(ValueError, match="mmx.*baseline"):
+        direct.set_simd("mmx")
+    assert direct.simd() == before
+
+
+@pytest.mark.parametrize(
+    "lengths, causal", (((0, 0), True), ((0, 300), True), ((0, 300), False), ((200, 0), False)), ids=str
+)
+def test_paddle_sizes_of_zero(lengths, causal):
+    query = paddle.ones([1, lengths[0], HQ, D])
+    key = paddle.ones([1, lengths[1], HKV, D])
+    query.stop_gradient = key.stop_gradient = False
+    out, lse, mask = rrattn.rr_attention(
+        query, key, key, causal=causal, return_softmax_lse=True, return_block_mask=True
+    )
+    blocks, words = reference.num_blocks(lengths[0]), -(-reference.num_blocks(lengths[1]) // 32)
+    assert out.shape == query.shape and lse.shape == [1, HQ, lengths[0]] and mask.shape == [1, HQ, blocks, words]
+    assert not out.numpy().any() and np.isneginf(lse.numpy()).all()
+    out.sum().backward()
+    assert query.grad.shape == query.shape and key.grad.shape == key.shape
+    assert not query.grad.numpy().any() and not key.grad.numpy().any()

@@ -1,0 +1,113 @@
+"""The examples run, at small sizes, and what they print holds."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+import rrattn
+
+pytest.importorskip("paddleformers")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments, folder):
+    """Output of an example, run as a user does, in `folder`."""
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """example(name): the module of an example."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return lambda name: __import__(name)
+
+
+def test_prefill_of_the_default_document(tmp_path):
+    output = run("prefill_document.py", "--tokens", 2000, "--threshold", 0.8, folder=tmp_path)
+    document = re.search(r"the first 2,000 bytes of (.+)", output).group(1)
+    assert Path(document).stat().st_size >= 2000
+    densities = re.findall(r"density of layer (\d) +100\.0% +([\d.]+)% +heads((?: +\d+){8}) %", output)
+    assert [layer for layer, _, _ in densities] == ["0", "1", "2", "3"]
+    for _, mean, heads in densities:
+        heads = [float(head) for head in heads.split()]
+        assert 0 < min(heads) and max(heads) <= 100 and float(mean) == pytest.approx(np.mean(heads), abs=0.6)
+    dense, sparse = map(float, re.search(r"guessed right +([\d.]+)% +([\d.]+)%", output).groups())
+    assert dense > 30 and abs(dense - sparse) < 10
+    assert float(re.search(r"output difference: (\S+)", output).group(1)) > 0
+    for line in ("time", "  in the attention layers", "peak memory"):
+        assert re.search(rf"^{line} +[\d.]+ G?[sB] +[\d.]+ ", output, re.MULTILINE), output
+    assert (tmp_path / "selected_blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prefill_of_a_file_with_every_block(tmp_path):
+    (tmp_path / "text").write_text("One line and then another. " * 40)
+    output = run("prefill_document.py", "text", "--tokens", 1000, "--threshold", 1, folder=tmp_path)
+    assert "the first 1,000 bytes of text" in output
+    assert "output difference: 0.00e+00" in output and "at 100.0% of the positions" in output
+
+
+def test_training_lowers_the_loss(tmp_path):
+    output = run("train_step.py", "--steps", 6, "--batch", 1, "--tokens", 700, "--threshold", 0.5, folder=tmp_path)
+    losses = [float(loss) for loss in re.findall(r"^step +\d+ +loss ([\d.]+)", output, re.MULTILINE)]
+    densities = [float(density) for density in re.findall(r"density +([\d.]+)%", output)]
+    assert len(losses) == len(densities) == 6
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(0 < density < 100 for density in densities)
+
+
+@paddle.no_grad()
+def test_the_lookup_model_completes_what_it_has_seen(example):
+    text = np.random.default_rng(0).integers(97, 123, 500)  # nothing to guess in the first copy
+    tokens = paddle.to_tensor(np.tile(text, 3)[None])
+    model = rrattn.enable(example("byte_llama").make_lookup_model(1500), rrattn.RRAttentionConfig(threshold=1.0))
+    guesses = model(tokens, return_dict=True).logits[0, :-1].argmax(-1).numpy()
+    right = guesses == tokens.numpy()[0, 1:]
+    assert right[:499].mean() < 0.1
+    assert right[510:999].mean() > 0.9 and right[1010:].mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("prefill_document", ["--tokens", "1"], "--tokens.*1"),
+        ("prefill_document", ["--threshold", "0"], r"threshold.*0\.0"),
+        ("prefill_document", ["--stride", "7"], "stride.*7.*16"),
+        ("prefill_document", ["no/such/file"], "no/such/file"),
+        ("prefill_document", ["--output", "no/such/folder.png"], "no/such"),
+        ("prefill_document", ["--output", "picture"], "picture"),
+        ("train_step", ["--steps", "0"], "--steps.*0"),
+        ("train_step", ["--tokens", "1"], "--tokens.*1"),
+        ("train_step", ["--batch", "0"], "--batch.*0"),
+        ("train_step", ["--threshold", "2"], r"threshold.*2\.0"),
+    ],
+)
+def test_bad_options_are_named(example, monkeypatch, capsys, name, arguments, message):
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        example(name).main()
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["prefill_document", "train_step"])
+def test_a_text_that_is_too_short_is_named(example, monkeypatch, tmp_path, name):
+    short = tmp_path / "short"
+    short.write_text("a few words")
+    monkeypatch.setattr(sys, "argv", [name, str(short), "--tokens", "1000"])
+    with pytest.raises(SystemExit, match="short holds 11 bytes"):
+        example(name).main()
+
+
+def test_an_installation_without_such_a_text_is_named(example):
+    with pytest.raises(SystemExit, match="1,000,000,000,000 bytes"):
+        example("byte_llama").default_document(10**12)

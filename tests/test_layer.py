@@ -1,0 +1,140 @@
+"""The nn.Layer: the functional op with a config, dense decoding, and the view on its last selection."""
+
+import dataclasses
+
+import numpy as np
+import paddle
+import pytest
+
+import rrattn
+from rrattn import layer as layer_module
+from rrattn import masks
+
+CONFIG = rrattn.RRAttentionConfig(threshold=0.6, stride=16, keep_last=True, head_offset=3)
+
+
+def make_inputs(seqlen_q=700, seqlen_k=700, heads=4, kv_heads=2, head_dim=32, batch=2, seed=0):
+    """Random inputs of six blocks; a low threshold leaves some of them out."""
+    paddle.seed(seed)
+    key = paddle.randn([batch, seqlen_k, kv_heads, head_dim])
+    value = paddle.randn([batch, seqlen_k, kv_heads, head_dim])
+    query = 2 * paddle.randn([batch, seqlen_q, heads, head_dim])
+    return query, key, value
+
+
+def dense_attention(query, key, value, causal=True, scale=None):
+    """Plain softmax attention in NumPy float64; [B, Lq, Hq, D]."""
+    q, k, v = (tensor.numpy().astype(np.float64).transpose(0, 2, 1, 3) for tensor in (query, key, value))
+    k, v = (np.repeat(array, q.shape[1] // array.shape[1], axis=1) for array in (k, v))
+    logits = q @ k.transpose(0, 1, 3, 2) * (scale or q.shape[-1] ** -0.5)
+    if causal:
+        hidden = np.arange(k.shape[2]) > np.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        logits = np.where(hidden, -np.inf, logits)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_layer_is_the_function_with_its_config(causal):
+    query, key, value = make_inputs()
+    layer = rrattn.RRAttention(CONFIG)
+    settings = dataclasses.asdict(CONFIG)
+    expected, block_mask = rrattn.rr_attention(query, key, value, causal=causal, return_block_mask=True, **settings)
+    assert (layer(query, key, value, causal=causal) == expected).all()
+    assert (layer.last_selection.block_mask == block_mask).all()
+    density = rrattn.block_density(block_mask, causal=causal, seqlen_q=700, seqlen_k=700)
+    assert (layer.last_density == density).all()
+    assert float(density.min()) < 1
+
+
+def test_threshold_argument_replaces_the_config():
+    query, key, value = make_inputs()
+    config = rrattn.RRAttentionConfig(threshold=[0.2, 0.9])
+    with pytest.raises(ValueError, match="2"):
+        rrattn.RRAttention(config)
+    outputs = [rrattn.RRAttention(config, threshold=threshold)(query, key, value) for threshold in (0.2, 1.0)]
+    np.testing.assert_allclose(outputs[1].numpy(), dense_attention(query, key, value), atol=2e-5)
+    assert float((outputs[0] - outputs[1]).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="1.5"):
+        rrattn.RRAttention(threshold=1.5)
+
+
+def test_one_threshold_per_head():
+    query, key, value = make_inputs()
+    layer = rrattn.RRAttention(threshold=(1.0, 0.1, 1.0, 0.1))
+    out = layer(query, key, value)
+    dense = dense_attention(query, key, value)
+    np.testing.assert_allclose(out.numpy()[:, :, ::2], dense[:, :, ::2], atol=2e-5)
+    assert (layer.last_density.numpy()[:, ::2] == 1).all()
+    assert (layer.last_density.numpy()[:, 1::2] < 1).all()
+    again = layer(query, key, value)  # the tensor of thresholds is reused
+    assert (again == out).all()
+
+
+@pytest.mark.parametrize("seqlen_k", [2, 128, 129, 5000])
+def test_decoding_attends_every_block(seqlen_k):
+    query, key, value = make_inputs(seqlen_q=1, seqlen_k=seqlen_k)
+    layer = rrattn.RRAttention(threshold=0.01)
+    np.testing.assert_allclose(layer(query, key, value).numpy(), dense_attention(query, key, value), atol=2e-5)
+    assert layer.last_selection is None and layer.last_density is None
+
+
+def test_decoding_honours_row_bounds_and_scale():
+    query, key, value = make_inputs(seqlen_q=1, seqlen_k=200)
+    keep = paddle.ones([2, 200])
+    keep[:, :70] = 0
+    out = rrattn.RRAttention()(query, key, value, masks.padding_startend_rows(keep, seqlen_q=1), softmax_scale=0.3)
+    expected = dense_attention(query, key[:, 70:], value[:, 70:], scale=0.3)
+    np.testing.assert_allclose(out.numpy(), expected, atol=2e-5)
+
+
+def test_scale_of_the_config_comes_first():
+    query, key, value = make_inputs()
+    layer = rrattn.RRAttention(rrattn.RRAttentionConfig(threshold=1.0, softmax_scale=0.5))
+    expected = dense_attention(query, key, value, scale=0.5)
+    np.testing.assert_allclose(layer(query, key, value, softmax_scale=0.1).numpy(), expected, atol=2e-5)
+
+
+def test_gradients_flow_in_train_and_eval_but_not_under_no_grad():
+    layer = rrattn.RRAttention(threshold=0.5)
+    gradients = []
+    for mode in (layer.train, layer.eval):
+        mode()
+        inputs = make_inputs()
+        for tensor in inputs:
+            tensor.stop_gradient = False
+        layer(*inputs).square().sum().backward()
+        gradients.append([tensor.grad.numpy() for tensor in inputs])
+        with paddle.no_grad():
+            assert layer(*inputs).stop_gradient
+    for in_train, in_eval in zip(*gradients):
+        assert np.abs(in_train).max() > 0
+        np.testing.assert_array_equal(in_train, in_eval)
+    assert layer(*make_inputs()).stop_gradient
+
+
+def test_a_large_mask_is_reduced_to_its_density(monkeypatch):
+    query, key, value = make_inputs()
+    layer = rrattn.RRAttention(threshold=0.5)
+    layer(query, key, value)
+    kept = layer.last_selection
+    monkeypatch.setattr(layer_module, "MASK_BYTES_KEPT", kept.block_mask.size * 4 - 1)
+    layer(query, key, value)
+    assert layer.last_selection.block_mask is None
+    assert (layer.last_density == kept.density).all()
+
+
+def test_layer_has_no_state():
+    layer = rrattn.RRAttention(threshold=(0.5, 0.6, 0.7, 0.8))
+    layer(*make_inputs())
+    assert not layer.state_dict() and not layer.parameters()
+    assert "0.7" in repr(layer)
+
+
+def test_traced_layer_equals_the_eager_one():
+    query, key, value = make_inputs()
+    expected = rrattn.RRAttention(threshold=(0.5, 0.6, 0.7, 0.8))(query, key, value)
+    layer = rrattn.RRAttention(threshold=(0.5, 0.6, 0.7, 0.8))
+    traced = paddle.jit.to_static(layer, full_graph=True)
+    assert (traced(query, key, value) == expected).all()
+    assert layer.last_selection is None

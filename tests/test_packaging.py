@@ -1,0 +1,123 @@
+"""The wheel holds what it should and works by itself, and an operator library for another Paddle is never loaded."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import paddle
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ATTEND = """
+import paddle, rrattn
+x = paddle.ones([1, 200, 2, 8])
+assert (rrattn.rr_attention(x, x, x, causal=True) - x).abs().max() < 1e-6
+print(rrattn.__file__)
+"""
+
+
+def run_python(code, *, path, timeout=120):
+    """Runs code in a fresh Python that finds packages in `path` first."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def pip(*arguments):
+    process = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of this checkout, built from a copy without anything that was built here before."""
+    folder = tmp_path_factory.mktemp("wheel")
+    built = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+    for name in ("csrc", "rrattn"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / "source")
+    options = "--no-build-isolation", "--no-deps", "--no-index"
+    pip("wheel", *options, "--wheel-dir", str(folder), str(folder / "source"))
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    libraries = sorted(name.split(".")[0] for name in names if name.endswith(".so"))
+    assert libraries == ["rrattn/_direct", "rrattn/_ops"]
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("rrattn/**/*.py")}
+    assert sources | {"rrattn/_build_info.py"} == {name for name in names if not name.endswith(".so")}
+
+
+def test_wheel_works_by_itself(wheel, tmp_path):
+    pip("install", "--no-deps", "--no-index", "--target", str(tmp_path), str(wheel))
+    process = run_python(ATTEND, path=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert Path(process.stdout.splitlines()[-1]) == tmp_path / "rrattn" / "__init__.py"
+
+
+@pytest.mark.parametrize(
+    "other, value",
+    (("paddle.__version__", "9.8.7"), ("paddle.version.commit", "0123456789abcdef")),
+    ids=("version", "commit"),
+)
+def test_library_for_another_paddle_is_refused_before_it_is_loaded(other, value):
+    process = run_python(
+        f"""
+import paddle
+{other} = {value!r}
+try:
+    import rrattn
+except ImportError as error:
+    print(error)
+assert "rrattn" not in sys.modules
+with open("/proc/self/maps") as maps:
+    assert "rrattn/_ops" not in maps.read()
+print("survived")
+""",
+        path=ROOT,
+    )
+    assert process.returncode == 0, process.stderr
+    message, last = process.stdout.splitlines()
+    assert last == "survived"
+    built_for = paddle.__version__ if other == "paddle.__version__" else paddle.version.commit
+    assert value in message and built_for in message and "Install rrattn again" in message
+
+
+def test_the_right_library_is_loaded():
+    """Otherwise the test above could pass for another reason."""
+    code = ATTEND + 'assert "rrattn/_ops" in open("/proc/self/maps").read()'
+    process = run_python(code, path=ROOT)
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_missing_library_is_named(tmp_path):
+    shutil.copytree(ROOT / "rrattn", tmp_path / "rrattn", ignore=shutil.ignore_patterns("_ops*.so"))
+    process = run_python("import rrattn", path=tmp_path)
+    assert process.returncode == 1
+    assert "ImportError: rrattn's operator library is not built" in process.stderr
+
+
+def test_direct_binding_needs_no_paddle():
+    process = run_python(
+        """
+sys.modules["paddle"] = None  # as if it were not installed
+import numpy as np
+from rrattn import direct
+x, scores = np.ones((1, 200, 2, 8), np.float32), np.zeros((1, 2, 2, 2), np.float32)
+direct.estimate_block_scores(x, x, scores, causal=True)
+print(scores.sum())
+""",
+        path=ROOT,
+    )
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) == pytest.approx(2 * 200 / 8)

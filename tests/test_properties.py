@@ -1,0 +1,81 @@
+"""The pipeline on shapes that nobody chose: each stage on what the one before it gave, against the oracle."""
+
+import numpy as np
+import reference
+from cases import CAUSAL_FLASHMASKS, DTYPES, FULL_FLASHMASKS, STRIDES, Case, make_inputs
+from harness import assert_as_good_as_naive
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+
+@st.composite
+def shapes(draw):
+    causal = draw(st.booleans())
+    seqlen_k = draw(st.integers(1, 420))
+    num_heads_k = draw(st.sampled_from((1, 2, 3)))
+    generators = CAUSAL_FLASHMASKS if causal else FULL_FLASHMASKS
+    return Case(
+        seqlen_q=draw(st.integers(1, seqlen_k if causal else 420)),
+        seqlen_k=seqlen_k,
+        causal=causal,
+        num_heads=num_heads_k * draw(st.sampled_from((1, 2, 5))),
+        num_heads_k=num_heads_k,
+        head_dim=8 * draw(st.integers(1, 12)),
+        stride=draw(st.sampled_from(STRIDES)),
+        batch=draw(st.sampled_from((1, 2))),
+        flashmask=draw(st.sampled_from((None, *(generator.__name__ for generator in generators)))),
+        flashmask_heads=draw(st.sampled_from(("1", "Hkv", "Hq"))),
+    )
+
+
+@settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    case=shapes(),
+    dtype=st.sampled_from(DTYPES),
+    taus=st.one_of(st.floats(0.01, 1.0), st.integers(0, 2**32)),
+    head_offset=st.integers(0, 200),
+    keep_sink=st.booleans(),
+    keep_last=st.booleans(),
+)
+def test_pipeline(kernels, case, dtype, taus, head_offset, keep_sink, keep_last):
+    """`taus` is one threshold, or the seed of one for each head."""
+    inputs = make_inputs(case, dtype)
+    sampling = {"causal": case.causal, "stride": case.stride, "head_offset": head_offset}
+    arguments = inputs.query, inputs.key, inputs.startend
+    scores = kernels.estimate(*arguments, dtype=dtype, **sampling)
+    oracle, naive = (
+        reference.estimate(*arguments, **sampling),
+        reference.estimate(*arguments, **sampling, dtype="float32"),
+    )
+    assert_as_good_as_naive(scores, oracle, naive)
+
+    if isinstance(taus, int):
+        taus = 1 - np.random.default_rng(taus).random(case.num_heads, np.float32)
+    rules = {
+        "causal": case.causal,
+        "seqlen_q": case.seqlen_q,
+        "seqlen_k": case.seqlen_k,
+        "keep_sink": keep_sink,
+        "keep_last": keep_last,
+    }
+    mask = kernels.select(scores, inputs.startend, threshold=taus, **rules)
+    assert np.array_equal(mask, reference.select(scores, taus, inputs.startend, **rules))
+
+    arguments = *inputs.forward, mask, inputs.startend
+    results = kernels.attend(*arguments, causal=case.causal, dtype=dtype)
+    oracle = reference.attend(*arguments, causal=case.causal)
+    naive = reference.attend(*arguments, causal=case.causal, dtype=dtype)
+    for actual, exact, same_dtype in zip(results, oracle, naive):
+        assert_as_good_as_naive(actual, exact, same_dtype)
+
+    arguments = *inputs.forward, mask, inputs.grad_out, inputs.startend
+    grads = kernels.backward(*arguments, causal=case.causal, dtype=dtype)
+    oracle = reference.backward(*arguments, causal=case.causal)
+    naive = reference.backward(*arguments, causal=case.causal, dtype=dtype)
+    for actual, exact, same_dtype in zip(grads, oracle, naive):
+        assert_as_good_as_naive(actual, exact, same_dtype)

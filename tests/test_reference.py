@@ -1,0 +1,185 @@
+"""The oracle against the definitions written with scalars, and its backward against finite differences."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+from cases import CAUSAL_FLASHMASKS, FULL_FLASHMASKS, Case, make_inputs
+from reference import BLOCK
+
+SMALL = Case(5, 9, num_heads=4, num_heads_k=2, head_dim=8, batch=2)
+MASKED = [
+    Case(300, 400, causal, 4, 2, 8, batch=2, flashmask=generator.__name__, flashmask_heads=heads)
+    for causal, generators in ((True, CAUSAL_FLASHMASKS), (False, FULL_FLASHMASKS))
+    for generator in generators
+    for heads in ("1", "Hkv", "Hq")
+]
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    exact = reference.from_bfloat16(np.arange(2**16, dtype=np.uint16))
+    finite = np.isfinite(exact)
+    assert np.array_equal(reference.to_bfloat16(exact[finite]), np.arange(2**16)[finite])
+    assert np.isnan(reference.from_bfloat16(reference.to_bfloat16(exact[np.isnan(exact)]))).all()
+    assert reference.from_bfloat16(0x3F80) == 1 and reference.from_bfloat16(0xC000) == -2
+    ulp = 2.0**-7
+    for value, rounded in (
+        (1 + ulp / 2, 1),  # a tie goes to the even neighbour
+        (1 + 1.5 * ulp, 1 + 2 * ulp),
+        (1 + 0.51 * ulp, 1 + ulp),
+        (1 + 0.49 * ulp, 1),
+        (3.4e38, math.inf),
+    ):
+        assert reference.cast(np.float32(value), "bfloat16") == rounded, value
+
+
+@pytest.mark.parametrize("num_k_blocks", (1, 31, 32, 33, 70))
+def test_pack_sets_bit_j_of_word_j_over_32(rng, num_k_blocks):
+    mask = rng.random((2, 3, num_k_blocks)) < 0.5
+    words = reference.pack(mask)
+    assert words.dtype == np.int32 and words.shape == (2, 3, -(-num_k_blocks // 32))
+    for index in np.ndindex(2, 3):
+        whole = sum(int(np.uint32(w)) << 32 * i for i, w in enumerate(words[index]))
+        assert whole == sum(int(bit) << j for j, bit in enumerate(mask[index]))
+    assert np.array_equal(reference.unpack(words, num_k_blocks), mask)
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_block_geometry_agrees_with_the_token_mask(case):
+    """A hidden block has no visible token; one neither hidden nor touched loses none to FlashMask."""
+    startend = make_inputs(case).startend
+    hidden, touched = reference.block_geometry(startend, **case.geometry)
+    visible = reference.token_mask(startend, **case.geometry)
+    triangle = reference.token_mask(None, **case.geometry)
+    for b, h, m, n in np.ndindex(hidden.shape):
+        block = (b, h, slice(m * BLOCK, m * BLOCK + BLOCK), slice(n * BLOCK, n * BLOCK + BLOCK))
+        if hidden[b, h, m, n]:
+            assert not visible[block].any()
+        elif not touched[b, h, m, n]:
+            assert np.array_equal(visible[block], triangle[block])
+    assert not (hidden & touched).any()
+    assert touched.any()
+
+
+@pytest.mark.parametrize("case", [SMALL, *MASKED[::5]], ids=str)
+def test_token_mask_is_flashmask_written_out(case):
+    startend = make_inputs(case).startend
+    visible = reference.token_mask(startend, **case.geometry)
+    shift = case.seqlen_k - case.seqlen_q
+    for b, h, r, c in np.random.default_rng(0).integers(0, visible.shape, (500, 4)):
+        expected = not case.causal or c <= r + shift
+        if startend is not None:
+            bounds = startend[b, h * startend.shape[1] // case.num_heads, c].tolist()
+            if case.causal:
+                start, end = bounds if len(bounds) == 2 else (bounds[0], math.inf)
+                expected &= not start <= r < end
+            elif len(bounds) == 2:
+                expected &= not (bounds[0] <= r or r < bounds[1])
+            else:
+                expected &= not (bounds[0] <= r < bounds[1] or bounds[2] <= r < bounds[3])
+        assert visible[b, h, r, c] == expected
+
+
+@pytest.mark.parametrize("stride, head_offset", ((8, 0), (32, 27)))
+def test_estimate_is_the_formula_written_out(stride, head_offset):
+    case = Case(140, 265, num_heads=2, num_heads_k=1, head_dim=8)
+    query, key, _ = (x.astype(np.float64) for x in make_inputs(case).forward)
+    expected = np.zeros(case.block_shape)
+    for h in range(2):
+        for i in range(0, 140, stride):
+            token = i + (h + head_offset) % stride
+            if token >= 140:
+                continue
+            strides = [j for j in range(0, 265, stride) if j <= token + 125]
+            weight = [
+                math.exp(sum(query[0, token, h] @ key[0, c, 0] for c in range(j, min(j + stride, 265)))
+                         / (stride * math.sqrt(8)))
+                for j in strides
+            ]  # fmt: skip
+            for j, w in zip(strides, weight):
+                expected[0, h, token // BLOCK, j // BLOCK] += w / sum(weight)
+    scores = reference.estimate(query, key, causal=True, stride=stride, head_offset=head_offset)
+    np.testing.assert_allclose(scores, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_top_tau_is_the_smallest_set_that_reaches_tau(rng):
+    for tau in (0.01, 0.5, 0.9, 0.999):
+        for _ in range(50):
+            scores = rng.random(12).astype(np.float32) ** 4
+            visible = rng.random(12) < 0.7
+            keep = reference.top_tau(scores, visible, np.float32(tau))
+            total = scores[visible].sum(dtype=np.float64)
+            assert not (keep & ~visible).any()
+            assert scores[keep].sum(dtype=np.float64) >= tau * total - 1e-6
+            if keep.any():
+                assert scores[keep].sum(dtype=np.float64) - scores[keep].min() < tau * total + 1e-6
+                assert scores[keep].min() >= scores[visible & ~keep].max(initial=0)
+
+
+def test_attend_is_softmax_written_out():
+    case, scale = SMALL, 0.3
+    inputs = make_inputs(case)
+    query, key, value = (x.astype(np.float64) for x in inputs.forward)
+    out, lse = reference.attend(*inputs.forward, np.ones(case.block_shape, bool), causal=True, softmax_scale=scale)
+    for b, h, r in np.ndindex(case.batch, case.num_heads, case.seqlen_q):
+        keys = range(r + case.seqlen_k - case.seqlen_q + 1)
+        weight = [math.exp(scale * (query[b, r, h] @ key[b, c, h // 2])) for c in keys]
+        expected = sum(w * value[b, c, h // 2] for w, c in zip(weight, keys)) / sum(weight)
+        np.testing.assert_allclose(out[b, r, h], expected, rtol=1e-12)
+        assert lse[b, h, r] == pytest.approx(math.log(sum(weight)), rel=1e-12)
+
+
+def test_attend_sees_selected_blocks_only(rng):
+    """Removing a block equals cutting its keys out."""
+    query, key, value = (rng.standard_normal((1, n, 1, 8)) for n in (4, 300, 300))
+    mask = np.array([True, False, True]).reshape(1, 1, 1, 3)
+    cut = np.r_[0:128, 256:300]
+    out, lse = reference.attend(query, key, value, mask, causal=False)
+    dense = reference.attend(query, key[:, cut], value[:, cut], np.ones((1, 1, 1, 2), bool), causal=False)
+    np.testing.assert_allclose(out, dense[0], rtol=1e-12)
+    np.testing.assert_allclose(lse, dense[1], rtol=1e-12)
+    nothing = reference.attend(query, key, value, np.zeros_like(mask), causal=False)
+    assert not nothing[0].any() and np.isneginf(nothing[1]).all()
+
+
+def directional_derivative(loss, arrays, which, direction, step=1e-5):
+    moved = [list(arrays), list(arrays)]
+    for sign, copy in zip((1, -1), moved):
+        copy[which] = copy[which] + sign * step * direction
+    return (loss(*moved[0]) - loss(*moved[1])) / (2 * step)
+
+
+def test_backward_agrees_with_finite_differences_in_every_coordinate():
+    inputs = make_inputs(SMALL)
+    arrays = [x.astype(np.float64) for x in inputs.forward]
+    mask = np.ones(SMALL.block_shape, bool)
+
+    def loss(*forward):
+        return (reference.attend(*forward, mask, causal=True)[0] * inputs.grad_out).sum()
+
+    grads = reference.backward(*arrays, mask, inputs.grad_out, causal=True)
+    for which, grad in enumerate(grads):
+        numeric = np.zeros_like(grad)
+        for index in np.ndindex(grad.shape):
+            direction = np.zeros_like(grad)
+            direction[index] = 1
+            numeric[index] = directional_derivative(loss, arrays, which, direction)
+        np.testing.assert_allclose(grad, numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", [Case(150, 280, head_dim=8, num_heads=2), *(MASKED[i] for i in (5, 17, 34))], ids=str)
+def test_backward_agrees_with_finite_differences_over_a_block_mask(rng, case):
+    inputs = make_inputs(case)
+    arrays = [x.astype(np.float64) for x in inputs.forward]
+    options = {"startend": inputs.startend, "causal": case.causal, "softmax_scale": 0.4}
+
+    def loss(*forward):
+        return (reference.attend(*forward, inputs.block_mask, **options)[0] * inputs.grad_out).sum()
+
+    grads = reference.backward(*arrays, inputs.block_mask, inputs.grad_out, **options)
+    for which, grad in enumerate(grads):
+        for _ in range(3):
+            direction = rng.standard_normal(grad.shape)
+            numeric = directional_derivative(loss, arrays, which, direction)
+            assert (grad * direction).sum() == pytest.approx(numeric, rel=1e-6, abs=1e-6)
