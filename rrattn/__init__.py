@@ -9,15 +9,17 @@ if _importlib_util.find_spec("paddle") is not None:
     from .config import BLOCK_SIZE, RRAttentionConfig
     from .functional import block_sparse_attention, estimate_block_scores, rr_attention, select_blocks
     from .integrations import disable, enable, layer_densities, layer_selections
-    from .layer import RRAttention
-    from .masks import block_density, pack_block_mask, unpack_block_mask
+    from .layer import BlockSelection, RRAttention
+    from .masks import block_density, dense_block_mask, pack_block_mask, unpack_block_mask
 
     __all__ = [
         "BLOCK_SIZE",
+        "BlockSelection",
         "RRAttention",
         "RRAttentionConfig",
         "block_density",
         "block_sparse_attention",
+        "dense_block_mask",
         "disable",
         "enable",
         "estimate_block_scores",

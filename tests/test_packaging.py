@@ -121,3 +121,8 @@ print(scores.sum())
     )
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) == pytest.approx(2 * 200 / 8)
+
+
+def test_readme_tables_match_the_figures():
+    script = ROOT / "tools" / "bench" / "readme_tables.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0

@@ -339,6 +339,9 @@ def describe_machine():
         "simd": direct.simd(),
         "threads": THREADS,
         "paddle": paddle.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
         "command": " ".join(["python", *sys.argv]),
     }
 
@@ -374,7 +377,13 @@ def main():
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(
-                {"machine": machine, "tokens": arguments.tokens, "rows": table, "memory_mb": memory},
+                {
+                    "machine": machine,
+                    "tokens": arguments.tokens,
+                    "rows": table,
+                    "memory_tokens": MEMORY_TOKENS,
+                    "memory_mb": memory,
+                },
                 file,
                 indent=2,
             )
