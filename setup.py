@@ -1,29 +1,94 @@
-"""Builds the kernels once, as a static library that knows no framework, and two thin extensions over it:
+"""Builds the kernels once, as static libraries that know no framework, and two thin extensions over them:
 
 rrattn._ops     the Paddle operators (skipped where Paddle is not installed)
 rrattn._direct  the same stages over DLPack, for kernel work beside other array libraries
+
+The GPU kernels are built into rrattn._direct on request, with the nvcc in CUDA_HOME, /usr/local/cuda or PATH:
+
+RRATTN_CUDA_ARCHS=90a    GPU architectures, separated by spaces (90a: Hopper)
+MAX_JOBS=N               compilers at once; default: one per core (each takes up to 4 GB)
+RRATTN_CUTLASS=FOLDER    CUTLASS's include folder; default: that of the nvidia-cutlass package
 """
 
 import importlib.util
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
+from setuptools.modified import newer_group
 
-COMPILE_ARGS = [
-    "-std=c++17",
-    "-O3",
-    "-g0",
-    "-fopenmp",
-    "-fvisibility=hidden",
-    "-ffp-contract=fast",
-    "-Wno-psabi",
-]
+COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
-CORE_SOURCES = sorted(glob("csrc/core/*.cpp") + glob("csrc/cpu/*.cpp"))
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+CUDA_ARCHS = os.environ.get("RRATTN_CUDA_ARCHS", "").split()
+CORE_SOURCES = sorted(
+    glob("csrc/core/*.cpp") + glob("csrc/cpu/*.cpp") + (glob("csrc/cuda/*.cpp") if CUDA_ARCHS else [])
+)
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu")) if CUDA_ARCHS else []
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+
+
+def find_cuda():
+    """The folder of the CUDA toolkit."""
+    on_path = shutil.which("nvcc")
+    for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", on_path and Path(on_path).resolve().parents[1]):
+        if folder and Path(folder, "bin", "nvcc").is_file():
+            return Path(folder)
+    raise SystemExit("RRATTN_CUDA_ARCHS is set, but nvcc is not in CUDA_HOME, /usr/local/cuda or PATH")
+
+
+def find_cutlass():
+    folder = os.environ.get("RRATTN_CUTLASS")
+    package = importlib.util.find_spec("cutlass_library")
+    if folder is None and package is not None:
+        folder = os.path.join(os.path.dirname(package.origin), "source", "include")
+    if folder is None or not os.path.isdir(os.path.join(folder, "cute")):
+        raise SystemExit(
+            "RRATTN_CUDA_ARCHS is set, but CUTLASS is not there: install nvidia-cutlass or set RRATTN_CUTLASS"
+        )
+    return folder
+
+
+def cuda_libraries():
+    folders = [f"-L{find_cuda() / name}" for name in ("lib64", "lib")]
+    return [*folders, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+
+
+class BuildLibraries(build_clib):
+    """Adds a library of the CUDA sources, which setuptools cannot compile."""
+
+    def get_library_names(self):
+        return [*super().get_library_names(), *(["rrattn_cuda"] if CUDA_SOURCES else [])]
+
+    def run(self):
+        super().run()
+        if not CUDA_SOURCES:
+            return
+        command = [
+            str(find_cuda() / "bin/nvcc"),
+            "-std=c++17",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+        ]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS] + [f"-I{find_cutlass()}"]
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [str(folder / Path(source).with_suffix(".o").name) for source in CUDA_SOURCES]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
+            jobs = [
+                pool.submit(self.spawn, [*command, "-c", source, "-o", target])
+                for source, target in zip(CUDA_SOURCES, objects)
+                if newer_group([source, *HEADERS], target)
+            ]
+            for job in jobs:
+                job.result()
+        self.compiler.create_static_lib(objects, "rrattn_cuda", output_dir=self.build_clib)
 
 
 def direct_extension():
@@ -31,9 +96,10 @@ def direct_extension():
         "rrattn._direct",
         ["csrc/bindings/direct.cpp"],
         include_dirs=[pybind11.get_include()],
-        depends=HEADERS + CORE_SOURCES,  # relinks when the core library changes
+        define_macros=[("RRATTN_WITH_CUDA", None)] if CUDA_SOURCES else [],
+        depends=HEADERS + CORE_SOURCES + CUDA_SOURCES,  # relinks when a library changes
         extra_compile_args=COMPILE_ARGS + STRICT,
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", *(cuda_libraries() if CUDA_SOURCES else [])],
     )
 
 
@@ -46,7 +112,7 @@ def paddle_extension():
     Path("rrattn/_build_info.py").write_text('"""Written by setup.py."""\n\n' + info)
     extension = CppExtension(
         sources=["csrc/bindings/paddle_ops.cpp"],
-        depends=HEADERS + CORE_SOURCES,  # relinks when the core library changes
+        depends=HEADERS + CORE_SOURCES,
         extra_compile_args=list(COMPILE_ARGS),  # Paddle appends to it
         extra_link_args=["-fopenmp"],
     )
@@ -61,4 +127,8 @@ if importlib.util.find_spec("paddle") is not None:
 core_library = {"sources": CORE_SOURCES, "obj_deps": {"": HEADERS}, "cflags": COMPILE_ARGS + STRICT}
 
 ParallelCompile().install()
-setup(libraries=[("rrattn_core", core_library)], ext_modules=extensions)
+setup(
+    libraries=[("rrattn_core", core_library)],
+    ext_modules=extensions,
+    cmdclass={"build_clib": BuildLibraries},
+)

@@ -207,7 +207,7 @@ def test_touched_blocks_are_kept(kernels):
         assert np.flatnonzero(mask[0, 0, row]).tolist() == [n for n in (row - 2, row - 1, row) if n >= 0]
 
 
-@pytest.mark.parametrize("start, end", combinations((0, 1, 127, 128, 129, 255, 256, 257, 299, 300), 2))
+@pytest.mark.parametrize("start, end", list(combinations((0, 1, 127, 128, 129, 255, 256, 257, 299, 300), 2)))
 def test_intervals_that_end_at_block_edges(kernels, start, end):
     """All keys of a block alike: it is hidden when no row sees it, and touched when some rows do not."""
     case = Case(300, 384, num_heads=1, causal=False)

@@ -1,0 +1,3 @@
+#include "estimate_stage.cuh"
+
+template struct rrattn::cuda::EstimateStage<rrattn::DataType::kFloat16, 256>;

@@ -1,0 +1,74 @@
+// Averages the keys of each stride, and writes tiles of them as they are to lie in shared memory.
+#pragma once
+
+#include "estimate_config.cuh"
+
+namespace rrattn::cuda {
+
+// The 8 elements of a row from `column` on, zeros past the head size.
+template <typename Element>
+__device__ inline uint4 load_eight(const Element* row, int column, int head_dim, bool aligned) {
+  uint4 eight = make_uint4(0, 0, 0, 0);
+  if (column >= head_dim) return eight;
+  if (aligned) return *reinterpret_cast<const uint4*>(row + column);
+  for (int i = 0; i < 8; ++i) reinterpret_cast<Element*>(&eight)[i] = row[column + i];
+  return eight;
+}
+
+inline bool aligned_rows(const Rows& rows) {
+  return (reinterpret_cast<uintptr_t>(rows.data) | rows.batch_stride * 2 | rows.row_stride * 2 |
+          rows.head_stride * 2) %
+             16 ==
+         0;
+}
+
+constexpr int kPoolThreads = 256;
+constexpr int kPoolStrides = 32;  // strides of a thread block
+
+// A thread averages 8 columns of one stride, with up to 8 loads in flight.
+template <typename Traits, int kStride>
+__global__ void __launch_bounds__(kPoolThreads)
+    pool_keys_kernel(EstimateParams params, EstimateLayout layout,
+                     EstimateWorkspace<Traits> workspace, bool aligned) {
+  using Element = typename Traits::Element;
+  constexpr int kChunks = Traits::kHeadDim / 8;
+  constexpr int kLoads = kStride < 8 ? kStride : 8;
+  const int64_t head = blockIdx.y, batch = blockIdx.z;
+  if (blockIdx.x == 0 && head == 0 && batch == 0 && threadIdx.x == 0) *workspace.next_item = 0;
+  const auto* keys = static_cast<const Element*>(params.key.data) +
+                     batch * params.key.batch_stride + head * params.key.head_stride;
+  const int head_dim = static_cast<int>(params.heads.head_dim);
+  for (int i = threadIdx.x; i < kPoolStrides * kChunks; i += kPoolThreads) {
+    const int64_t stride = static_cast<int64_t>(blockIdx.x) * kPoolStrides + i / kChunks;
+    const int column = i % kChunks * 8;
+    float sum[8] = {};
+#pragma unroll 1
+    for (int64_t key = stride * kStride; key < (stride + 1) * kStride; key += kLoads) {
+      uint4 rows[kLoads];
+#pragma unroll
+      for (int r = 0; r < kLoads; ++r) {
+        rows[r] = make_uint4(0, 0, 0, 0);
+        if (key + r < params.visibility.seqlen_k) {
+          rows[r] = load_eight(keys + (key + r) * params.key.row_stride, column, head_dim, aligned);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kLoads; ++r) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          sum[e] += static_cast<float>(reinterpret_cast<const Element*>(&rows[r])[e]);
+      }
+    }
+    alignas(16) Element mean[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) mean[e] = static_cast<Element>(sum[e] / kStride);
+    const int64_t tile =
+        (batch * params.heads.num_heads_k + head) * layout.num_tiles + stride / kTileStrides;
+    const int offset =
+        typename Traits::KeyOffsets{}(static_cast<int>(stride % kTileStrides), column);
+    *reinterpret_cast<uint4*>(workspace.pooled_keys + tile * Traits::kKeyTileElements + offset) =
+        *reinterpret_cast<const uint4*>(mean);
+  }
+}
+
+}  // namespace rrattn::cuda

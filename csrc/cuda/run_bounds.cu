@@ -1,0 +1,43 @@
+#include "run_bounds.cuh"
+
+namespace rrattn::cuda {
+
+namespace {
+
+// bounds[B, bounds heads, ceil(Lk / run_length)], a warp to a run.
+__global__ void run_bounds_kernel(Visibility visibility, int64_t run_length, RunBounds* bounds) {
+  const RowBounds& layout = visibility.row_bounds;
+  const int64_t num_runs = ceil_div(visibility.seqlen_k, run_length);
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (i >= visibility.num_run_bounds(run_length)) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t first_key = i % num_runs * run_length, head = i / num_runs;
+  const int64_t end_key = min(first_key + run_length, visibility.seqlen_k);
+  const int32_t* at = row_bounds_of(layout, head / layout.num_heads, head % layout.num_heads);
+  RunBounds run;
+  for (int64_t key = first_key + lane; key < end_key; key += 32) {
+    const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, at, key);
+    run.lower.add(key_bounds.lower);
+    run.upper.add(key_bounds.upper);
+  }
+  for (IntervalExtremes* extremes : {&run.lower, &run.upper}) {
+    extremes->max_start = __reduce_max_sync(~0u, extremes->max_start);
+    extremes->min_end = __reduce_min_sync(~0u, extremes->min_end);
+    extremes->min_start = __reduce_min_sync(~0u, extremes->min_start);
+    extremes->max_end = __reduce_max_sync(~0u, extremes->max_end);
+  }
+  if (lane == 0) bounds[i] = run;
+}
+
+}  // namespace
+
+void compute_run_bounds(const Visibility& visibility, int64_t run_length, RunBounds* bounds,
+                        cudaStream_t stream) {
+  const int64_t count = visibility.num_run_bounds(run_length);
+  if (count == 0) return;
+  run_bounds_kernel<<<static_cast<unsigned>(ceil_div(count, 8)), 256, 0, stream>>>(
+      visibility, run_length, bounds);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace rrattn::cuda

@@ -1,0 +1,258 @@
+// Top-tau selection on the GPU.
+//
+//   block_scores [B, Hq, Mq, Mk] float32  ->  block_mask [B, Hq, Mq, ceil(Mk / 32)]
+//
+// Same rules and same bits as csrc/cpu/select.cpp. A group of 1 to 8 warps takes a row and holds
+// its scores in registers; word w of the mask is the business of one warp, lane i of block 32 w +
+// i. Instead of sorting, it bisects on the bits of the score (non-negative floats order like their
+// bits) for the smallest score v with
+//
+//   mass of all scores above v < tau * row_sum
+//
+// All scores above v are kept, and of those equal to v as many, from the lowest index on, as fit
+// the same inequality. Masses are integers, so the order of addition is free.
+#include "run_bounds.cuh"
+#include "stages.h"
+
+namespace rrattn::cuda {
+
+namespace {
+
+constexpr float kScoreEnd = 0x1p18f;  // see csrc/cpu/select.cpp
+constexpr int kWordsPerWarp = 32;     // at most: 8 warps hold 8,192 blocks, 1M tokens
+constexpr int kNothing = 0x7fffffff;  // above the bits of every score
+
+struct SelectKernelParams {
+  SelectParams select;
+  const RunBounds* block_bounds;
+};
+
+__device__ inline long long mass_of(float score) {
+  return __double2ll_rn(static_cast<double>(score) * 0x1p32);
+}
+
+// The sum over a warp of values in [0, 2^55): three sums of 27 bits each, which the hardware adds
+// up in one step apiece.
+__device__ inline long long warp_sum(long long value) {
+  constexpr unsigned kDigit = (1u << 27) - 1;
+  const unsigned low = __reduce_add_sync(~0u, static_cast<unsigned>(value) & kDigit);
+  const unsigned middle = __reduce_add_sync(~0u, static_cast<unsigned>(value >> 27) & kDigit);
+  const unsigned high = __reduce_add_sync(~0u, static_cast<unsigned>(value >> 54));
+  return low + (static_cast<long long>(middle) << 27) + (static_cast<long long>(high) << 54);
+}
+
+// Reductions over the warps of a row.
+template <int kWarps>
+struct RowGroup {
+  long long (*sums)[kWarps];  // two sets in shared memory each, used in turn, so that one barrier
+  int (*lows)[kWarps];        // a reduction is enough
+  int (*highs)[kWarps];
+  int turn = 0;
+
+  struct Result {
+    long long sum;
+    int low, high;
+  };
+
+  __device__ Result reduce(long long sum, int low, int high) {
+    sum = warp_sum(sum);
+    low = __reduce_min_sync(~0u, low);
+    high = __reduce_max_sync(~0u, high);
+    if constexpr (kWarps > 1) {
+      turn ^= 1;
+      if (threadIdx.x % 32 == 0) {
+        sums[turn][threadIdx.x / 32] = sum;
+        lows[turn][threadIdx.x / 32] = low;
+        highs[turn][threadIdx.x / 32] = high;
+      }
+      __syncthreads();
+      sum = 0;
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) {
+        sum += sums[turn][warp];
+        low = min(low, lows[turn][warp]);
+        high = max(high, highs[turn][warp]);
+      }
+    }
+    return {sum, low, high};
+  }
+};
+
+template <int kWarps, int kWords>
+__global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams params) {
+  __shared__ long long sums[2][kWarps];
+  __shared__ int lows[2][kWarps], highs[2][kWarps];
+  __shared__ int ties_of_word[kWarps * kWords];
+  const SelectParams& select = params.select;
+  const Visibility& visibility = select.visibility;
+  const int64_t num_m_blocks = visibility.num_m_blocks(), num_n_blocks = visibility.num_n_blocks();
+  const int64_t num_words = visibility.num_mask_words();
+  const int64_t row = blockIdx.x;
+  const int64_t m_block = row % num_m_blocks, head = row / num_m_blocks % visibility.num_heads;
+  const RunBounds* bounds = run_bounds_of(visibility, kBlockSize, params.block_bounds,
+                                          row / num_m_blocks / visibility.num_heads, head);
+  const float* scores = select.block_scores + row * num_n_blocks;
+  const float tau = select.head_thresholds
+                        ? select.head_thresholds[head * select.head_threshold_stride]
+                        : select.threshold;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  RowGroup<kWarps> group{sums, lows, highs};
+
+  // This lane's blocks: 32 (warp + kWarps i) + lane. Hidden ones get score_bits -1, below all
+  // others.
+  int score_bits[kWords];
+  long long masses[kWords];
+  uint32_t partial_words = 0;  // bit i: block i is partly masked by FlashMask
+  bool keep_all = !(tau > 0 && tau < 1);
+  long long mass = 0;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int64_t n_block = (warp + static_cast<int64_t>(kWarps) * i) * 32 + lane;
+    score_bits[i] = -1;
+    masses[i] = 0;
+    if (n_block >= num_n_blocks) continue;
+    const BlockKind kind = classify_block(visibility, bounds, m_block, n_block);
+    if (kind == BlockKind::kHidden) continue;
+    if (kind == BlockKind::kPartial) partial_words |= 1u << i;
+    const float score = scores[n_block] + 0.0f;  // -0 becomes 0
+    const bool usable = score >= 0 && score < kScoreEnd;
+    keep_all |= !usable;
+    score_bits[i] = usable ? __float_as_int(score) : 0;
+    if (usable) masses[i] = mass_of(score);
+    mass += masses[i];
+  }
+  keep_all = __syncthreads_or(keep_all);
+
+  int cut = kNothing;        // everything above is kept
+  long long mass_above = 0;  // of what is above
+  double target = 0;
+  if (!keep_all) {
+    int lowest = kNothing, highest = -1;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if (score_bits[i] < 0) continue;
+      lowest = min(lowest, score_bits[i]);
+      highest = max(highest, score_bits[i]);
+    }
+    const auto row = group.reduce(mass, lowest, highest);
+    target = static_cast<double>(tau) * static_cast<double>(row.sum);
+    // The cut is one of the scores in [low, high]; the bounds are scores too, so that they close in
+    // fast. A row that sums to 0 keeps nothing here.
+    int low = row.low, high = row.high;
+    while (row.sum > 0 && low < high) {
+      const int middle = low + (high - low) / 2;
+      long long above = 0;
+      int next_low = kNothing,
+          next_high = -1;  // the least score above the middle, the largest up to it
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        if (score_bits[i] > middle) {
+          above += masses[i];
+          next_low = min(next_low, score_bits[i]);
+        } else {
+          next_high = max(next_high, score_bits[i]);
+        }
+      }
+      const auto split = group.reduce(above, next_low, next_high);
+      if (static_cast<double>(split.sum) < target) {
+        high = split.high;
+        mass_above = split.sum;
+      } else {
+        low = split.low;
+      }
+    }
+    if (row.sum > 0) cut = high;
+  }
+
+  // Ties at the cut before each word.
+  if (!keep_all) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t ties = __ballot_sync(~0u, score_bits[i] == cut);
+      if (lane == 0) ties_of_word[warp + kWarps * i] = __popc(ties);
+    }
+  }
+  __syncthreads();
+
+  const int64_t first_row = m_block * kBlockSize;
+  const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
+  const int64_t first_own = visibility.causal ? (first_row + visibility.shift()) / kBlockSize : 0;
+  const int64_t last_own = visibility.causal ? (last_row + visibility.shift()) / kBlockSize : -1;
+  const bool keep_row = select.keep_last && m_block == num_m_blocks - 1;
+  const long long mass_at_cut = cut < kNothing ? mass_of(__int_as_float(cut)) : 0;
+  int ties_before = 0, next_word = 0;
+  int64_t first_visible = num_n_blocks;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int word = warp + kWarps * i;
+    const uint32_t visible = __ballot_sync(~0u, score_bits[i] >= 0);
+    if (visible && first_visible == num_n_blocks) first_visible = word * 32 + __ffs(visible) - 1;
+  }
+  if constexpr (kWarps > 1) {
+    __shared__ int64_t first_visible_of_warp[kWarps];
+    if (lane == 0) first_visible_of_warp[warp] = first_visible;
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) first_visible = min(first_visible, first_visible_of_warp[w]);
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int word = warp + kWarps * i;
+    if (word >= num_words) break;
+    const int64_t n_block = static_cast<int64_t>(word) * 32 + lane;
+    const bool visible = score_bits[i] >= 0;
+    bool keep = keep_all || score_bits[i] > cut;
+    if (!keep_all) {
+      for (; next_word < word; ++next_word) ties_before += ties_of_word[next_word];
+      const bool tie = score_bits[i] == cut;
+      const uint32_t ties = __ballot_sync(~0u, tie);
+      const long long rank = ties_before + __popc(ties & ((1u << lane) - 1));
+      keep |= tie && static_cast<double>(mass_above + rank * mass_at_cut) < target;
+    }
+    keep |= keep_row || (first_own <= n_block && n_block <= last_own) || (partial_words >> i & 1) ||
+            (select.keep_sink && n_block == first_visible);
+    const uint32_t bits = __ballot_sync(~0u, keep && visible);
+    if (lane == 0) select.block_mask[row * num_words + word] = bits;
+  }
+}
+
+template <int kWarps, int kWords>
+void launch(const SelectKernelParams& params, cudaStream_t stream) {
+  const Visibility& visibility = params.select.visibility;
+  const int64_t num_rows = visibility.batch * visibility.num_heads * visibility.num_m_blocks();
+  if (num_rows == 0) return;
+  select_kernel<kWarps, kWords>
+      <<<static_cast<unsigned>(num_rows), kWarps * 32, 0, stream>>>(params);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace
+
+int64_t select_workspace_bytes(const SelectParams& params) {
+  Arena arena;
+  arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+  return arena.used();
+}
+
+void run_select(const SelectParams& params) {
+  num_multiprocessors();  // throws on a GPU that is not supported
+  const auto stream = static_cast<cudaStream_t>(params.execution.stream);
+  Arena arena(params.execution.workspace);
+  const SelectKernelParams kernel_params{
+      params, arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize))};
+  compute_run_bounds(params.visibility, kBlockSize,
+                     const_cast<RunBounds*>(kernel_params.block_bounds), stream);
+
+  const int64_t num_words = params.visibility.num_mask_words();
+  if (num_words > 8 * kWordsPerWarp) {
+    throw std::invalid_argument("seqlen_k is " + std::to_string(params.visibility.seqlen_k) +
+                                ", but must be at most " +
+                                std::to_string(8 * kWordsPerWarp * 32 * kBlockSize) + " on a GPU");
+  }
+  if (num_words <= 2) return launch<1, 2>(kernel_params, stream);
+  if (num_words <= 8) return launch<1, 8>(kernel_params, stream);
+  if (num_words <= 32) return launch<4, 8>(kernel_params, stream);
+  if (num_words <= 64) return launch<4, 16>(kernel_params, stream);
+  return launch<8, 32>(kernel_params, stream);
+}
+
+}  // namespace rrattn::cuda

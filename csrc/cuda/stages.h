@@ -1,0 +1,18 @@
+// The stages on the GPU (sm_90a). Everything runs on execution.stream, in order; nothing is
+// allocated and the host is not waited for, so that any sequence of stages can be captured in a
+// CUDA graph.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/params.h"
+
+namespace rrattn::cuda {
+
+int64_t estimate_workspace_bytes(const EstimateParams& params);
+int64_t select_workspace_bytes(const SelectParams& params);
+
+void run_estimate(const EstimateParams& params);
+void run_select(const SelectParams& params);
+
+}  // namespace rrattn::cuda
