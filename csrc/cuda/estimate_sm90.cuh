@@ -15,8 +15,8 @@
 // makes the item start over with the exact maximum, found by one extra pass.
 //
 // The softmax's denominator is known only after the last tile, and it differs from row to row, so
-// the sums wait in a scratch row (in the L2 cache for up to 32K tokens or so) until it is. Measured
-// against the alternative, which computes every score twice: see the constants below.
+// the sums wait in a scratch row (in the L2 cache for up to 32K tokens or so) until it is. That is
+// 4 bytes for every 16 scores (stride 8), where the alternative is to compute every score twice.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -159,19 +159,15 @@ class EstimateConsumer {
     auto query_fragment = thread_mma.partition_fragment_A(query);
     auto key_fragment = thread_mma.partition_fragment_B(key);
     auto scores = partition_fragment_C(mma, Shape<Int<kTileQueries>, Int<kTileStrides>>{});
-    constexpr int kSteps = size<2>(query_fragment), kFirstSteps = kSteps - 2;
     mma.accumulate_ = GMMA::ScaleOut::Zero;
     warpgroup_fence_operand(scores);
     warpgroup_arrive();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < size<2>(query_fragment); ++k) {
       cute::gemm(mma, query_fragment(_, _, k), key_fragment(_, _, k), scores);
       mma.accumulate_ = GMMA::ScaleOut::One;
-      if (k == kFirstSteps - 1) warpgroup_commit_batch();
     }
     warpgroup_commit_batch();
-    warpgroup_wait<1>();
-    pass_turn();  // the next consumer's products follow the last two of these without a gap
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
     release(stage);
@@ -210,16 +206,6 @@ class EstimateConsumer {
     float kept[Sums::kKept];
     Sums::exchange(shares, kept);
     Sums::store(kept, row_, tile_sums(tile));
-  }
-
-  // Consumers issue their products in turn. Left to themselves they share the tensor cores evenly,
-  // all end at the same time, and then all wait for the exponential unit together.
-  __device__ void wait_for_turn() const {
-    cutlass::arch::NamedBarrier::sync(2 * kWarpGroup, turn_barrier(consumer_));
-  }
-  __device__ void pass_turn() const {
-    cutlass::arch::NamedBarrier::arrive(2 * kWarpGroup,
-                                        turn_barrier((consumer_ + 1) % Traits::kConsumers));
   }
 
   // A tile that none of the rows sees.
@@ -280,10 +266,8 @@ class EstimateConsumer {
     return block_sums_ + static_cast<int64_t>(tile) * (kTileQueries * Sums::kBlocks);
   }
 
-  __device__ static int turn_barrier(int consumer) { return 1 + Traits::kConsumers + consumer; }
-
   __device__ void sync_warp_group() const {
-    cutlass::arch::NamedBarrier::sync(kWarpGroup, consumer_ + 1);
+    cutlass::arch::NamedBarrier::sync(kWarpGroup, consumer_);
   }
 
   template <typename At>
@@ -425,8 +409,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     EstimateConsumer<Traits, kStride> consumer(params, layout, workspace, shared);
-    if (warp_group == Traits::kConsumers)
-      consumer.pass_turn();  // the first turn is the first consumer's
     for (int item = next_item(); item >= 0; item = next_item()) {
       const int num_tiles = num_tiles_of(item);
       const int64_t batch = item % layout.key_heads / params.heads.num_heads_k;
@@ -437,11 +419,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         consumer.begin_pass();
         for (int tile = 0; tile < num_tiles; ++tile, advance()) {
           shared.full_barriers[stage].wait(phase);  // until the tile's bytes have arrived
-          consumer.wait_for_turn();
           if (consumer.sees(rows, tile)) {
             consumer.process_tile(rows, tile, stage, pass);
           } else {
-            consumer.pass_turn();
             consumer.release(stage);
             if (tile < rows.num_tiles) consumer.clear_tile(tile);
           }

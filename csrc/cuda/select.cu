@@ -78,47 +78,62 @@ struct RowGroup {
   }
 };
 
-template <int kWarps, int kWords>
+template <int kWarps, int kWords, bool kFlashMask>
 __global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams params) {
   __shared__ long long sums[2][kWarps];
   __shared__ int lows[2][kWarps], highs[2][kWarps];
   __shared__ int ties_of_word[kWarps * kWords];
   const SelectParams& select = params.select;
   const Visibility& visibility = select.visibility;
-  const int64_t num_m_blocks = visibility.num_m_blocks(), num_n_blocks = visibility.num_n_blocks();
-  const int64_t num_words = visibility.num_mask_words();
-  const int64_t row = blockIdx.x;
-  const int64_t m_block = row % num_m_blocks, head = row / num_m_blocks % visibility.num_heads;
-  const RunBounds* bounds = run_bounds_of(visibility, kBlockSize, params.block_bounds,
-                                          row / num_m_blocks / visibility.num_heads, head);
-  const float* scores = select.block_scores + row * num_n_blocks;
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+  const int num_n_blocks = static_cast<int>(visibility.num_n_blocks());
+  const int num_words = static_cast<int>(visibility.num_mask_words());
+  const int row = static_cast<int>(blockIdx.x);
+  const int m_block = row % num_m_blocks;
+  const int head = row / num_m_blocks % static_cast<int>(visibility.num_heads);
+  const float* scores = select.block_scores + static_cast<int64_t>(row) * num_n_blocks;
   const float tau = select.head_thresholds
                         ? select.head_thresholds[head * select.head_threshold_stride]
                         : select.threshold;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   RowGroup<kWarps> group{sums, lows, highs};
 
-  // This lane's blocks: 32 (warp + kWarps i) + lane. Hidden ones get score_bits -1, below all
-  // others.
-  int score_bits[kWords];
+  // The blocks on the row's own diagonal; when causal, later ones are hidden.
+  const int64_t first_row = static_cast<int64_t>(m_block) * kBlockSize;
+  const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
+  const int first_own = static_cast<int>((first_row + visibility.shift()) / kBlockSize);
+  const int last_own = static_cast<int>((last_row + visibility.shift()) / kBlockSize);
+  const int end_block = visibility.causal ? last_own + 1 : num_n_blocks;
+
+  // This lane's blocks: 32 (warp + kWarps i) + lane. All loads are on their way before the first is
+  // used.
+  float loaded[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int n_block = (warp + kWarps * i) * 32 + lane;
+    loaded[i] = n_block < end_block ? scores[n_block] : 0;
+  }
+  int score_bits[kWords];  // -1, below all others, for hidden blocks
   long long masses[kWords];
   uint32_t partial_words = 0;  // bit i: block i is partly masked by FlashMask
   bool keep_all = !(tau > 0 && tau < 1);
   long long mass = 0;
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const int64_t n_block = (warp + static_cast<int64_t>(kWarps) * i) * 32 + lane;
-    score_bits[i] = -1;
-    masses[i] = 0;
-    if (n_block >= num_n_blocks) continue;
-    const BlockKind kind = classify_block(visibility, bounds, m_block, n_block);
-    if (kind == BlockKind::kHidden) continue;
-    if (kind == BlockKind::kPartial) partial_words |= 1u << i;
-    const float score = scores[n_block] + 0.0f;  // -0 becomes 0
+    const int n_block = (warp + kWarps * i) * 32 + lane;
+    bool visible = n_block < end_block;
+    if (kFlashMask && visible) {
+      const RunBounds* bounds = run_bounds_of(visibility, kBlockSize, params.block_bounds,
+                                              row / num_m_blocks / visibility.num_heads, head);
+      const BlockKind kind = classify_block(visibility, bounds, m_block, n_block);
+      visible = kind != BlockKind::kHidden;
+      if (kind == BlockKind::kPartial) partial_words |= 1u << i;
+    }
+    const float score = loaded[i] + 0.0f;  // -0 becomes 0
     const bool usable = score >= 0 && score < kScoreEnd;
-    keep_all |= !usable;
-    score_bits[i] = usable ? __float_as_int(score) : 0;
-    if (usable) masses[i] = mass_of(score);
+    keep_all |= visible && !usable;
+    score_bits[i] = !visible ? -1 : usable ? __float_as_int(score) : 0;
+    masses[i] = visible && usable ? mass_of(score) : 0;
     mass += masses[i];
   }
   keep_all = __syncthreads_or(keep_all);
@@ -164,24 +179,24 @@ __global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams 
     if (row.sum > 0) cut = high;
   }
 
-  // Ties at the cut before each word.
-  if (!keep_all) {
+  // Ties at the cut before each word, where there is more than one.
+  int own_ties = 0;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) own_ties += !keep_all && score_bits[i] == cut;
+  const bool many_ties = __syncthreads_count(own_ties) > 1 || __syncthreads_or(own_ties > 1);
+  if (many_ties) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const uint32_t ties = __ballot_sync(~0u, score_bits[i] == cut);
       if (lane == 0) ties_of_word[warp + kWarps * i] = __popc(ties);
     }
+    __syncthreads();
   }
-  __syncthreads();
 
-  const int64_t first_row = m_block * kBlockSize;
-  const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-  const int64_t first_own = visibility.causal ? (first_row + visibility.shift()) / kBlockSize : 0;
-  const int64_t last_own = visibility.causal ? (last_row + visibility.shift()) / kBlockSize : -1;
   const bool keep_row = select.keep_last && m_block == num_m_blocks - 1;
   const long long mass_at_cut = cut < kNothing ? mass_of(__int_as_float(cut)) : 0;
   int ties_before = 0, next_word = 0;
-  int64_t first_visible = num_n_blocks;
+  int first_visible = num_n_blocks;
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int word = warp + kWarps * i;
@@ -189,7 +204,7 @@ __global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams 
     if (visible && first_visible == num_n_blocks) first_visible = word * 32 + __ffs(visible) - 1;
   }
   if constexpr (kWarps > 1) {
-    __shared__ int64_t first_visible_of_warp[kWarps];
+    __shared__ int first_visible_of_warp[kWarps];
     if (lane == 0) first_visible_of_warp[warp] = first_visible;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) first_visible = min(first_visible, first_visible_of_warp[w]);
@@ -198,20 +213,22 @@ __global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams 
   for (int i = 0; i < kWords; ++i) {
     const int word = warp + kWarps * i;
     if (word >= num_words) break;
-    const int64_t n_block = static_cast<int64_t>(word) * 32 + lane;
+    const int n_block = word * 32 + lane;
     const bool visible = score_bits[i] >= 0;
     bool keep = keep_all || score_bits[i] > cut;
     if (!keep_all) {
-      for (; next_word < word; ++next_word) ties_before += ties_of_word[next_word];
       const bool tie = score_bits[i] == cut;
-      const uint32_t ties = __ballot_sync(~0u, tie);
-      const long long rank = ties_before + __popc(ties & ((1u << lane) - 1));
+      long long rank = 0;  // of this tie among all
+      if (many_ties) {
+        for (; next_word < word; ++next_word) ties_before += ties_of_word[next_word];
+        rank = ties_before + __popc(__ballot_sync(~0u, tie) & ((1u << lane) - 1));
+      }
       keep |= tie && static_cast<double>(mass_above + rank * mass_at_cut) < target;
     }
-    keep |= keep_row || (first_own <= n_block && n_block <= last_own) || (partial_words >> i & 1) ||
-            (select.keep_sink && n_block == first_visible);
+    keep |= keep_row || (visibility.causal && first_own <= n_block && n_block <= last_own) ||
+            (partial_words >> i & 1) || (select.keep_sink && n_block == first_visible);
     const uint32_t bits = __ballot_sync(~0u, keep && visible);
-    if (lane == 0) select.block_mask[row * num_words + word] = bits;
+    if (lane == 0) select.block_mask[static_cast<int64_t>(row) * num_words + word] = bits;
   }
 }
 
@@ -220,8 +237,9 @@ void launch(const SelectKernelParams& params, cudaStream_t stream) {
   const Visibility& visibility = params.select.visibility;
   const int64_t num_rows = visibility.batch * visibility.num_heads * visibility.num_m_blocks();
   if (num_rows == 0) return;
-  select_kernel<kWarps, kWords>
-      <<<static_cast<unsigned>(num_rows), kWarps * 32, 0, stream>>>(params);
+  const auto kernel = visibility.row_bounds.data ? select_kernel<kWarps, kWords, true>
+                                                 : select_kernel<kWarps, kWords, false>;
+  kernel<<<static_cast<unsigned>(num_rows), kWarps * 32, 0, stream>>>(params);
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 
