@@ -176,6 +176,15 @@ def test_thresholds_per_head(kernels, rng):
     assert mask[:, 1].all() and mask[:, 0].sum() < mask[:, 3].sum() < mask[:, 2].sum()
 
 
+def test_an_array_of_one_threshold_holds_for_all_heads(kernels, rng):
+    case = Case(300, 300, num_heads=4)
+    options = {"causal": True, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+    scores = rng.random(case.block_shape, np.float32)
+    single = kernels.select(scores, threshold=np.array([0.6], np.float32), **options)
+    assert np.array_equal(single, kernels.select(scores, threshold=0.6, **options))
+    assert not single.all()
+
+
 def test_keep_rules(kernels):
     """Without mass to select by, the sink, the row's own blocks and, if asked, the last row are kept."""
     case = Case(300, 500, num_heads=1)  # rows 0..299 sit at keys 200..499

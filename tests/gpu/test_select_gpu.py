@@ -8,6 +8,7 @@ from harness import assert_identical
 from test_select import (  # noqa: F401  (collected here with this folder's fixtures)
     test_a_block_is_kept_while_the_mass_before_it_is_below_tau,
     test_a_row_with_bad_data_keeps_every_visible_block,
+    test_an_array_of_one_threshold_holds_for_all_heads,
     test_bad_data_behind_flashmask_is_not_seen,
     test_bounds_are_read_in_place,
     test_equal_scores_go_to_the_lower_block,

@@ -6,7 +6,6 @@ python tools/bench/readme_tables.py --check    exits with 1 when README.md does 
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -38,6 +37,28 @@ def cpu_table():
     return "\n".join(lines)
 
 
+def gpu_table():
+    records = json.loads((ROOT / "tools/bench/results/h200.json").read_text())
+    one = records[0]
+    lines = [
+        f"{one['gpu']}, CUDA {one['cuda']}, {one['dtype']}, batch 1, {one['num_heads']} query heads over"
+        f" {one['num_heads_k']} key heads, head size {one['head_dim']}, causal, random data"
+        f" (`{one['command']}` at commit {one['commit']}). The floor is what the products or the bytes alone take.",
+        "",
+        "| queries | keys | stride | estimate + select | of cuDNN's dense attention | floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in records:
+        if row["stage"] == "estimate+select":
+            dense = row["baselines"].get("cudnn dense")
+            share = f"{100 * row['ms'] / dense:.2f}%" if dense else "not measured"
+            lines.append(
+                f"| {row['seqlen_q']:,} | {row['seqlen_k']:,} | {row['stride']} | {row['ms']:.3f} ms |"
+                f" {share} | {row['floor_ms']:.3f} ms |"
+            )
+    return "\n".join(lines)
+
+
 def milliseconds(row):
     return f"{row['ms']:,.0f} ms" if row["ms"] >= 100 else f"{row['ms']:.1f} ms"
 
@@ -48,9 +69,11 @@ def main():
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text()
-    after = re.sub(
-        r"<!-- cpu -->.*<!-- /cpu -->", lambda _: f"<!-- cpu -->\n{cpu_table()}\n<!-- /cpu -->", before, flags=re.S
-    )
+    after = before
+    for name, table in (("cpu", cpu_table()), ("gpu", gpu_table())):
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        first, last = after.index(begin) + len(begin), after.index(end)
+        after = after[:first] + table + after[last:]
     if arguments.check:
         return int(before != after)
     readme.write_text(after)
