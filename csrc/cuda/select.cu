@@ -105,6 +105,9 @@ __global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams 
   const int last_own = static_cast<int>((last_row + visibility.shift()) / kBlockSize);
   const int end_block = visibility.causal ? last_own + 1 : num_n_blocks;
 
+  // Words of this warp with anything visible: under the diagonal, half of all on average.
+  const int used_words = max(0, ((end_block + 31) / 32 - warp + kWarps - 1) / kWarps);
+
   // This lane's blocks: 32 (warp + kWarps i) + lane. All loads are on their way before the first is
   // used.
   float loaded[kWords];
@@ -161,6 +164,7 @@ __global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams 
           next_high = -1;  // the least score above the middle, the largest up to it
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
+        if (i >= used_words) break;
         if (score_bits[i] > middle) {
           above += masses[i];
           next_low = min(next_low, score_bits[i]);
@@ -268,7 +272,7 @@ void run_select(const SelectParams& params) {
   }
   if (num_words <= 2) return launch<1, 2>(kernel_params, stream);
   if (num_words <= 8) return launch<1, 8>(kernel_params, stream);
-  if (num_words <= 32) return launch<4, 8>(kernel_params, stream);
+  if (num_words <= 32) return launch<2, 16>(kernel_params, stream);
   if (num_words <= 64) return launch<4, 16>(kernel_params, stream);
   return launch<8, 32>(kernel_params, stream);
 }
