@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import importlib.machinery
-import warnings
 from pathlib import Path
 
 import paddle
 from paddle import _C_ops
+from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 from . import _build_info
-
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="No ccache found")  # of use to who builds operators, not to who runs them
-    from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 
 def _library_path() -> Path:
