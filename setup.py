@@ -21,7 +21,6 @@ import pybind11
 from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
-from setuptools.modified import newer_group
 
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
@@ -59,6 +58,10 @@ def cuda_libraries():
     return [*folders, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
 
 
+def is_stale(target, sources):
+    return not os.path.exists(target) or os.path.getmtime(target) < max(map(os.path.getmtime, sources))
+
+
 class BuildLibraries(build_clib):
     """Adds a library of the CUDA sources, which setuptools cannot compile."""
 
@@ -84,7 +87,7 @@ class BuildLibraries(build_clib):
             jobs = [
                 pool.submit(self.spawn, [*command, "-c", source, "-o", target])
                 for source, target in zip(CUDA_SOURCES, objects)
-                if newer_group([source, *HEADERS], target)
+                if is_stale(target, [source, *HEADERS])
             ]
             for job in jobs:
                 job.result()
