@@ -91,6 +91,18 @@ RRATTN_HOST_DEVICE inline RunBounds run_bounds(const RowBounds& layout, bool cau
   return run;
 }
 
+// The part of `bounds`, [B, bounds heads, runs], that holds for one query head; null without
+// FlashMask.
+RRATTN_HOST_DEVICE inline const RunBounds* run_bounds_of(const Visibility& visibility,
+                                                         int64_t run_length,
+                                                         const RunBounds* bounds, int64_t batch,
+                                                         int64_t head) {
+  const RowBounds& layout = visibility.row_bounds;
+  if (layout.data == nullptr) return nullptr;
+  return bounds + (batch * layout.num_heads + visibility.bounds_head(head)) *
+                      ceil_div(visibility.seqlen_k, run_length);
+}
+
 enum class BlockKind { kHidden, kPartial, kOpen };
 
 // `block_bounds` holds the key blocks of one batch entry and head; null without FlashMask.

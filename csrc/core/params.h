@@ -18,6 +18,10 @@ namespace rrattn {
 constexpr int kBlockSize = 128;    // tokens a block, of queries and of keys: the unit of sparsity
 constexpr int kMaskWordBits = 32;  // key blocks a word of the packed block mask
 
+// A block score outside [0, kScoreEnd) (the sums of 8,192 blocks stay far inside int64) or NaN did
+// not come from a softmax: the selection keeps every visible block of such a row.
+constexpr float kScoreEnd = 0x1p18f;
+
 enum class DataType { kFloat32, kFloat16, kBFloat16 };
 
 RRATTN_HOST_DEVICE inline int64_t size_of(DataType dtype) {

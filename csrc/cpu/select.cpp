@@ -20,10 +20,6 @@ namespace rrattn::cpu {
 
 namespace {
 
-// A score outside [0, 2^18) (the sums of 8,192 blocks stay far inside int64) or NaN did not come
-// from a softmax: such a row keeps every visible block.
-constexpr float kScoreEnd = 0x1p18f;
-
 struct SelectScratch {
   BlockKind* kinds;  // [Mk]
   uint64_t* keys;    // [Mk], sort keys of the visible blocks

@@ -18,7 +18,6 @@ namespace rrattn::cuda {
 
 namespace {
 
-constexpr float kScoreEnd = 0x1p18f;  // see csrc/cpu/select.cpp
 constexpr int kWordsPerWarp = 32;     // at most: 8 warps hold 8,192 blocks, 1M tokens
 constexpr int kNothing = 0x7fffffff;  // above the bits of every score
 
