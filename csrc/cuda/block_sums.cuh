@@ -1,77 +1,54 @@
-// From the probabilities that a warp holds to sums over key blocks, in registers.
+// How a tile's strides lie in the tensor cores' accumulators, and the sums over key blocks.
+//
+// A thread of a wgmma holds, of rows g and g + 8 (g = lane / 4), the columns 8 c + 2 t + {0, 1}
+// (t = lane % 4, c < 16). The pooled keys are put in the order that makes these the 32 strides from
+// 32 t on, so that whole key blocks fall to one thread and their sums need no exchange.
 #pragma once
 
 #include "estimate_config.cuh"
 
 namespace rrattn::cuda {
 
-// Sums of one tile: a thread holds, of two rows g and g + 8 (g = lane / 4), the columns 8 c + 2 t +
-// {0, 1} (t = lane % 4). R columns make a block. After the exchange every lane of a quad holds
-// other sums, which is what it stores.
+constexpr int kThreadStrides = kTileStrides / 4;  // of a row, in one thread
+
+// Where a stride of the tile lies: the row of the key tile, which is the column of the scores.
+__host__ __device__ constexpr int column_of(int stride) {
+  const int t = stride / kThreadStrides, i = stride % kThreadStrides;
+  return i / 2 * 8 + t * 2 + i % 2;
+}
+
 template <int kStride>
 struct BlockSums {
-  static constexpr int kColumns = kBlockSize / kStride;            // R
-  static constexpr int kBlocks = kTileStrides / kColumns;          // of a tile
-  static constexpr int kLanes = kColumns >= 8 ? 4 : kColumns / 2;  // lanes that share a block
-  static constexpr int kOwn =
-      kColumns >= 8 ? kBlocks : 16;  // blocks a thread has a share of, a row
-  static constexpr int kChunksPerBlock = kColumns >= 8 ? kColumns / 8 : 1;  // chunks of 8 columns
-  static constexpr int kKept = 2 * kOwn / kLanes;                           // sums a lane keeps
+  static constexpr int kBlockStrides = kBlockSize / kStride;
+  static constexpr int kBlocks = kTileStrides / kBlockStrides;  // of a tile
+  static constexpr int kOwnStrides =
+      kBlockStrides < kThreadStrides ? kBlockStrides : kThreadStrides;
+  static constexpr int kOwn = kThreadStrides / kOwnStrides;  // blocks in which a thread has strides
 
-  // shares[row half][own block] -> kept
-  __device__ static void exchange(const float (&shares)[2][kOwn], float (&kept)[kKept]) {
+  // Where a thread writes in sums[kTileQueries][kBlocks] of a tile; `row` is g's.
+  __device__ static int offset(int row) {
     const int t = threadIdx.x % 4;
-    if constexpr (kLanes == 1) {
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) kept[i] = shares[i / kOwn][i % kOwn];
-    } else {
-      // One lane of a pair keeps row g, the other row g + 8.
-      const bool upper = kLanes == 4 ? t >= 2 : t % 2;
-      float row[kOwn];
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const float mine = upper ? shares[1][i] : shares[0][i],
-                    other = upper ? shares[0][i] : shares[1][i];
-        row[i] = mine + __shfl_xor_sync(~0u, other, kLanes == 4 ? 2 : 1);
-      }
-      if constexpr (kLanes == 2) {
-#pragma unroll
-        for (int i = 0; i < kKept; ++i) kept[i] = row[i];
-      } else {
-        // Of the two lanes with that row, one keeps the first half of the blocks.
-        const bool second = t % 2;
-#pragma unroll
-        for (int i = 0; i < kKept; ++i) {
-          const float mine = second ? row[kKept + i] : row[i],
-                      other = second ? row[i] : row[kKept + i];
-          kept[i] = mine + __shfl_xor_sync(~0u, other, 1);
-        }
-      }
-    }
+    return row * kBlocks + (kBlockStrides > kThreadStrides ? t / 2 : t * kOwn);
   }
 
-  // Writes to sums[kTileQueries][kBlocks] of the tile; `row` is g's.
-  __device__ static void store(const float (&kept)[kKept], int row, float* sums) {
-    const int t = threadIdx.x % 4;
-    if constexpr (kLanes == 4) {
-      float* to = sums + (row + t / 2 * 8) * kBlocks + t % 2 * kKept;
-      if constexpr (kKept % 4 == 0) {
+  // Writes own[row half][block] there.
+  __device__ static void store(const float (&own)[2][kOwn], float* to) {
 #pragma unroll
-        for (int i = 0; i < kKept; i += 4) {
-          *reinterpret_cast<float4*>(to + i) =
-              make_float4(kept[i], kept[i + 1], kept[i + 2], kept[i + 3]);
-        }
+    for (int half = 0; half < 2; ++half, to += 8 * kBlocks) {
+      if constexpr (kBlockStrides > kThreadStrides) {  // two threads share a block
+        const float sum = own[half][0] + __shfl_xor_sync(~0u, own[half][0], 1);
+        if (threadIdx.x % 2 == half) *to = sum;
+      } else if constexpr (kOwn == 1) {
+        *to = own[half][0];
+      } else if constexpr (kOwn == 2) {
+        *reinterpret_cast<float2*>(to) = make_float2(own[half][0], own[half][1]);
       } else {
 #pragma unroll
-        for (int i = 0; i < kKept; ++i) to[i] = kept[i];
+        for (int i = 0; i < kOwn; i += 4) {
+          *reinterpret_cast<float4*>(to + i) =
+              make_float4(own[half][i], own[half][i + 1], own[half][i + 2], own[half][i + 3]);
+        }
       }
-    } else if constexpr (kLanes == 2) {
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) sums[(row + t % 2 * 8) * kBlocks + 2 * i + t / 2] = kept[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kKept; ++i)
-        sums[(row + i / kOwn * 8) * kBlocks + 4 * (i % kOwn) + t] = kept[i];
     }
   }
 };

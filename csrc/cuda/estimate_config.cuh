@@ -5,6 +5,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "barrier.cuh"
 #include "run_bounds.cuh"
 
 namespace rrattn::cuda {
@@ -15,26 +16,47 @@ constexpr int kTileStrides = 128;  // pooled keys of a tile
 constexpr int kTileQueries = 64;   // sampled queries of a consumer warp group: the m of wgmma
 constexpr int kWarpGroup = 128;
 
-// The tile sizes by head size. Shared memory (227 KB): kConsumers query tiles and kStages key
-// tiles.
+constexpr int kItemSlots = 2;  // items under way: one at the consumers, one before or after
+
+// The 64 sampled queries of one consumer in one item.
+struct RowTile {
+  bool active;
+  int head;  // query head
+  int first_sample;
+  int first_token, last_token;
+};
+
+// The unit of work: up to kConsumers row tiles that share a key head.
+template <int kConsumers>
+struct EstimateItem {
+  int index;      // < 0: there is none left
+  int num_tiles;  // of strides that any of the rows sees under the diagonal
+  int batch;
+  int key_head;  // of all batch entries
+  RowTile rows[kConsumers];
+};
+
+// The tile sizes by head size. Shared memory (227 KB): kConsumers query tiles, kStages key tiles
+// and kChunkStages chunks of sums on their way back.
 //
-// kConsumers on an H200, 128K tokens, 32 heads over 8, D 128, stride 8, causal, this kernel and the
-// pooling: 2 warp groups 3.16 ms, 3 2.54 ms, 4 2.39 ms (4 spill 16 registers, and still win: what
-// is short is warps to hide latency with). Making them take turns at the tensor cores changed
-// nothing.
+// kConsumers on an H200, 128K tokens, 32 heads over 8, D 128, stride 8, causal: 2 warp groups 3.16
+// ms, 3 2.54 ms, 4 2.39 ms (what is short is warps to hide latency with); 3 with two products under
+// way in each, 2.46 ms.
 template <typename Element_, int kHeadDim_>
 struct EstimateTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kHeadDim <= 128 ? 4 : 2;
-  static constexpr int kStages = kHeadDim == 64 ? 6 : kHeadDim == 128 ? 4 : 2;
+  static constexpr int kStages = kHeadDim == 64 ? 8 : kHeadDim == 128 ? 4 : 2;
+  static constexpr int kChunkStages = 2;
+  static constexpr int kChunkBytes = 16384;
   static constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
   // A thread block starts with 65,536 / kThreads registers a thread, rounded down to a multiple of
   // 8; the warp groups share these out again. Asking for more than the block has waits forever.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : 240;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+  static constexpr int kServiceRegisters = 56;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : 216;
+  static_assert(kServiceRegisters + kConsumers * kConsumerRegisters <=
                 (kConsumers + 1) * kStartRegisters);
 
   using Mma = decltype(make_tiled_mma(
@@ -50,56 +72,77 @@ struct EstimateTraits {
   static constexpr int kKeyTileElements = kTileStrides * kHeadDim;
   static constexpr uint32_t kKeyTileBytes = kKeyTileElements * sizeof(Element);
 
+  using Chunk = float[kChunkBytes / sizeof(float)];
+
   struct SharedStorage {
     alignas(1024) Element query[kConsumers][kTileQueries * kHeadDim];
     alignas(1024) Element key[kStages][kKeyTileElements];
-    float row_factor[kConsumers][kTileQueries];
-    cutlass::arch::ClusterTransactionBarrier full_barriers[kStages];
-    cutlass::arch::ClusterBarrier empty_barriers[kStages];
-    int item;
-    int restart;
+    alignas(128) Chunk chunk[kChunkStages];
+    float row_factor[kItemSlots][kConsumers][kTileQueries];  // 1 / the sum of the row
+    Barrier key_full[kStages], key_empty[kStages];
+    Barrier item_full[kItemSlots], item_empty[kItemSlots], sums_full[kItemSlots];
+    Barrier chunk_full[kConsumers + 1][kChunkStages];
+    int tile[kStages];  // in that stage; < 0: none, the pass is over
+    EstimateItem<kConsumers> item[kItemSlots];
+    bool outgrown[kItemSlots];       // by a row sum
+    volatile int64_t sums_position;  // up to which sums have been read back
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
+  static_assert(kStages * kKeyTileBytes >= kConsumers * kChunkStages * kChunkBytes);
 };
 
-// Counts of strides and rows: below 2^30, so that index arithmetic on the GPU stays in 32 bits.
+// Counts of strides, rows and items: below 2^30, so that index arithmetic on the GPU stays in 32
+// bits.
 struct EstimateLayout {
   int num_strides;    // of the keys
   int num_tiles;      // of kTileStrides strides
   int num_row_tiles;  // of kTileQueries sampled queries, of one head
   int group;          // query heads of a key head
   int key_heads;      // of all batch entries
+  int consumers;
+  int num_items;
+  float score_scale;  // of scores in units of log2
 
-  explicit EstimateLayout(const EstimateParams& params)
+  EstimateLayout(const EstimateParams& params, int consumers)
       : num_strides(static_cast<int>(ceil_div(params.visibility.seqlen_k, params.stride))),
         num_tiles(static_cast<int>(ceil_div(num_strides, kTileStrides))),
         num_row_tiles(static_cast<int>(
             ceil_div(ceil_div(params.visibility.seqlen_q, params.stride), kTileQueries))),
         group(static_cast<int>(params.visibility.num_heads / params.heads.num_heads_k)),
-        key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)) {}
+        key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)),
+        consumers(consumers),
+        num_items(key_heads * static_cast<int>(ceil_div(num_row_tiles * group, consumers))),
+        score_scale(params.softmax_scale * 1.44269504088896340736f) {}
 };
 
 template <typename Traits>
 struct EstimateWorkspace {
   typename Traits::Element* pooled_keys;  // [B, Hkv, num_tiles] images of KeyLayout
   float* block_sums;  // [multiprocessors, kConsumers, num_tiles, kTileQueries, blocks of a tile]
+  int64_t consumer_sums;     // of them, of one consumer
   RunBounds* stride_bounds;  // [B, bounds heads, num_strides]
   RunBounds* tile_bounds;    // [B, bounds heads, num_tiles]
-  int* next_item;
+  int* next_item;            // [2], of the first launch and of that for outgrown items
+  int* num_outgrown;
+  int* outgrown_items;  // [num_items]
 
   EstimateWorkspace(Arena& arena, const EstimateParams& params, int num_multiprocessors) {
-    const EstimateLayout layout(params);
+    const EstimateLayout layout(params, Traits::kConsumers);
     const int64_t key_tiles = static_cast<int64_t>(layout.key_heads) * layout.num_tiles;
     pooled_keys = arena.take<typename Traits::Element>(key_tiles * Traits::kKeyTileElements);
-    block_sums = arena.take<float>(static_cast<int64_t>(num_multiprocessors) * Traits::kConsumers *
-                                   layout.num_tiles * kTileQueries * blocks_per_tile(params));
+    consumer_sums = static_cast<int64_t>(layout.num_tiles) * kTileQueries *
+                    (kTileStrides * params.stride / kBlockSize);
+    block_sums = arena.take<float>(num_multiprocessors * Traits::kConsumers * consumer_sums);
     stride_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(params.stride));
     tile_bounds =
         arena.take<RunBounds>(params.visibility.num_run_bounds(params.stride * kTileStrides));
-    next_item = arena.take<int>(1);
+    next_item = arena.take<int>(3 + layout.num_items);
+    num_outgrown = next_item + 2;
+    outgrown_items = next_item + 3;
   }
-  static int64_t blocks_per_tile(const EstimateParams& params) {
-    return kTileStrides * params.stride / kBlockSize;
+  __device__ float* sums_of(int consumer) const {
+    return block_sums +
+           (static_cast<int64_t>(blockIdx.x) * Traits::kConsumers + consumer) * consumer_sums;
   }
 };
 

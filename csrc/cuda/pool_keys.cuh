@@ -1,7 +1,7 @@
 // Averages the keys of each stride, and writes tiles of them as they are to lie in shared memory.
 #pragma once
 
-#include "estimate_config.cuh"
+#include "block_sums.cuh"
 
 namespace rrattn::cuda {
 
@@ -34,7 +34,9 @@ __global__ void __launch_bounds__(kPoolThreads)
   constexpr int kChunks = Traits::kHeadDim / 8;
   constexpr int kLoads = kStride < 8 ? kStride : 8;
   const int64_t head = blockIdx.y, batch = blockIdx.z;
-  if (blockIdx.x == 0 && head == 0 && batch == 0 && threadIdx.x == 0) *workspace.next_item = 0;
+  if (blockIdx.x == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
+    workspace.next_item[0] = workspace.next_item[1] = *workspace.num_outgrown = 0;
+  }
   const auto* keys = static_cast<const Element*>(params.key.data) +
                      batch * params.key.batch_stride + head * params.key.head_stride;
   const int head_dim = static_cast<int>(params.heads.head_dim);
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kPoolThreads)
     const int64_t tile =
         (batch * params.heads.num_heads_k + head) * layout.num_tiles + stride / kTileStrides;
     const int offset =
-        typename Traits::KeyOffsets{}(static_cast<int>(stride % kTileStrides), column);
+        typename Traits::KeyOffsets{}(column_of(static_cast<int>(stride % kTileStrides)), column);
     *reinterpret_cast<uint4*>(workspace.pooled_keys + tile * Traits::kKeyTileElements + offset) =
         *reinterpret_cast<const uint4*>(mean);
   }
