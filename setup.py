@@ -3,9 +3,11 @@
 rrattn._ops     the Paddle operators (skipped where Paddle is not installed)
 rrattn._direct  the same stages over DLPack, for kernel work beside other array libraries
 
-The GPU kernels are built into rrattn._direct on request, with the nvcc in CUDA_HOME, /usr/local/cuda or PATH:
+The GPU kernels need the nvcc in CUDA_HOME, /usr/local/cuda or PATH, and CUTLASS. They are built into both where Paddle
+is a GPU build, and elsewhere into rrattn._direct on request. Environment variables:
 
-RRATTN_CUDA_ARCHS=90a    GPU architectures, separated by spaces (90a: Hopper)
+RRATTN_CUDA_ARCHS=90a    GPU architectures, separated by spaces; 90a (Hopper) is the only one so far, and the default
+                         where Paddle is a GPU build; set but empty: no GPU kernels
 MAX_JOBS=N               compilers at once; default: one per core (each takes up to 4 GB)
 RRATTN_CUTLASS=FOLDER    CUTLASS's include folder; default: that of the nvidia-cutlass package
 """
@@ -24,7 +26,16 @@ from setuptools.command.build_clib import build_clib
 
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
-CUDA_ARCHS = os.environ.get("RRATTN_CUDA_ARCHS", "").split()
+WITHOUT_GPU = "to build without the GPU kernels, set RRATTN_CUDA_ARCHS to nothing"
+SUPPORTED_CUDA_ARCHS = ["90a"]
+
+paddle = importlib.import_module("paddle") if importlib.util.find_spec("paddle") else None
+paddle_is_gpu_build = paddle is not None and paddle.is_compiled_with_cuda()
+CUDA_ARCHS = os.environ.get("RRATTN_CUDA_ARCHS", "90a" if paddle_is_gpu_build else "").split()
+for arch in CUDA_ARCHS:
+    if arch not in SUPPORTED_CUDA_ARCHS:
+        raise SystemExit(f"RRATTN_CUDA_ARCHS has {arch}, but must be of: {' '.join(SUPPORTED_CUDA_ARCHS)}")
+
 CORE_SOURCES = sorted(
     glob("csrc/core/*.cpp") + glob("csrc/cpu/*.cpp") + (glob("csrc/cuda/*.cpp") if CUDA_ARCHS else [])
 )
@@ -38,7 +49,7 @@ def find_cuda():
     for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", on_path and Path(on_path).resolve().parents[1]):
         if folder and Path(folder, "bin", "nvcc").is_file():
             return Path(folder)
-    raise SystemExit("RRATTN_CUDA_ARCHS is set, but nvcc is not in CUDA_HOME, /usr/local/cuda or PATH")
+    raise SystemExit(f"nvcc is not in CUDA_HOME, /usr/local/cuda or PATH; {WITHOUT_GPU}")
 
 
 def find_cutlass():
@@ -47,10 +58,12 @@ def find_cutlass():
     if folder is None and package is not None:
         folder = os.path.join(os.path.dirname(package.origin), "source", "include")
     if folder is None or not os.path.isdir(os.path.join(folder, "cute")):
-        raise SystemExit(
-            "RRATTN_CUDA_ARCHS is set, but CUTLASS is not there: install nvidia-cutlass or set RRATTN_CUTLASS"
-        )
+        raise SystemExit(f"CUTLASS is not there: install nvidia-cutlass or set RRATTN_CUTLASS; {WITHOUT_GPU}")
     return folder
+
+
+def cuda_includes():
+    return [str(find_cuda() / name) for name in ("include", "include/cccl")]  # cccl: where CUDA 13 keeps Thrust
 
 
 def cuda_libraries():
@@ -94,39 +107,43 @@ class BuildLibraries(build_clib):
         self.compiler.create_static_lib(objects, "rrattn_cuda", output_dir=self.build_clib)
 
 
+def options(*, with_cuda):
+    """What both extensions pass to setuptools.Extension."""
+    return {
+        "define_macros": [("RRATTN_WITH_CUDA", None)] if with_cuda else [],
+        "depends": HEADERS + CORE_SOURCES + CUDA_SOURCES,  # relinks when a library changes
+        "extra_link_args": ["-fopenmp", *(cuda_libraries() if with_cuda else [])],
+    }
+
+
 def direct_extension():
     return Extension(
         "rrattn._direct",
         ["csrc/bindings/direct.cpp"],
         include_dirs=[pybind11.get_include()],
-        define_macros=[("RRATTN_WITH_CUDA", None)] if CUDA_SOURCES else [],
-        depends=HEADERS + CORE_SOURCES + CUDA_SOURCES,  # relinks when a library changes
         extra_compile_args=COMPILE_ARGS + STRICT,
-        extra_link_args=["-fopenmp", *(cuda_libraries() if CUDA_SOURCES else [])],
+        **options(with_cuda=bool(CUDA_ARCHS)),
     )
 
 
 def paddle_extension():
     """The operator library, and a record of the Paddle it is for: another one may kill the process that loads it."""
-    import paddle
     from paddle.utils.cpp_extension import CppExtension
 
     info = f'PADDLE_VERSION = "{paddle.__version__}"\nPADDLE_COMMIT = "{paddle.version.commit}"\n'
     Path("rrattn/_build_info.py").write_text('"""Written by setup.py."""\n\n' + info)
+    with_cuda = bool(CUDA_ARCHS) and paddle_is_gpu_build
     extension = CppExtension(
-        sources=["csrc/bindings/paddle_ops.cpp"],
-        depends=HEADERS + CORE_SOURCES,
+        sources=["csrc/bindings/paddle_ops.cpp", *(["csrc/bindings/paddle_stream.cpp"] if with_cuda else [])],
+        include_dirs=cuda_includes() if with_cuda else [],
         extra_compile_args=list(COMPILE_ARGS),  # Paddle appends to it
-        extra_link_args=["-fopenmp"],
+        **options(with_cuda=with_cuda),
     )
     extension.name = "rrattn._ops"
     return extension
 
 
-extensions = [direct_extension()]
-if importlib.util.find_spec("paddle") is not None:
-    extensions.append(paddle_extension())
-
+extensions = [direct_extension(), *([paddle_extension()] if paddle else [])]
 core_library = {"sources": CORE_SOURCES, "obj_deps": {"": HEADERS}, "cflags": COMPILE_ARGS + STRICT}
 
 ParallelCompile().install()

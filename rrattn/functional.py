@@ -17,10 +17,17 @@ import math
 from numbers import Real
 
 import paddle
-from paddle.jit.marker import unified
 
 from .config import RRAttentionConfig
 from .library import call
+
+try:
+    from paddle.jit.marker import unified
+except ImportError:  # Paddle 2.6, where rrattn runs eagerly alone
+
+    def unified(function):
+        return function
+
 
 _DEFAULTS = RRAttentionConfig()
 
@@ -282,10 +289,16 @@ def _attention_inputs(query, key, value=None):
     tensors = [_tensor(query, "query"), _tensor(key, "key")]
     if value is not None:
         tensors.append(_tensor(value, "value"))
-    if paddle.amp.is_autocast_enabled():
-        dtype = paddle.amp.get_autocast_dtype()
-        tensors = [tensor.astype(dtype) for tensor in tensors]
-    return tensors
+    dtype = _autocast_dtype()
+    return tensors if dtype is None else [tensor.astype(dtype) for tensor in tensors]
+
+
+def _autocast_dtype():
+    """The dtype that auto_cast computes attention in; None where it is not active."""
+    if hasattr(paddle.amp, "is_autocast_enabled"):
+        return paddle.amp.get_autocast_dtype() if paddle.amp.is_autocast_enabled() else None
+    tracer = paddle.base.framework._dygraph_tracer()  # Paddle 2.6 tells in no other way
+    return None if tracer._amp_level == paddle.base.core.AmpLevel.O0 else tracer._amp_dtype
 
 
 def _split_threshold(threshold):

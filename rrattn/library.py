@@ -36,6 +36,8 @@ def _load() -> None:
 
 
 _load()
+# Paddle 2.6 has it elsewhere, for eager tensors alone.
+_run_custom_op = getattr(_C_ops, "_run_custom_op", None) or paddle.base.core.eager._run_custom_op
 
 
 def call(name, *arguments):
@@ -48,7 +50,7 @@ def call(name, *arguments):
             "rrattn runs eagerly, under paddle.jit.to_static and in PIR programs, but this is a static program of the "
             "old kind: set FLAGS_enable_pir_api=1"
         )
-    outputs = _C_ops._run_custom_op(f"rrattn_{name}", *arguments)
+    outputs = _run_custom_op(f"rrattn_{name}", *arguments)
     for output in outputs if not paddle.is_grad_enabled() else outputs[1:]:
         output.stop_gradient = True
     return outputs if len(outputs) > 1 else outputs[0]

@@ -6,12 +6,8 @@
 
 #include <memory>
 
-#include "../core/arguments.h"
-#include "../cpu/kernels.h"
+#include "devices.h"
 #include "dlpack.h"
-#if defined(RRATTN_WITH_CUDA)
-#include "../cuda/stages.h"
-#endif
 
 namespace py = pybind11;
 
@@ -80,6 +76,7 @@ Borrowed borrow(const py::object& object, const char* name, const std::string& h
   if (!halves.empty() && array.type_name == "uint16") array.type_name = halves;
   array.type = element_type(array.type_name);
   array.device = device_name(tensor.device);
+  if (tensor.device.device_type == 2) array.gpu = tensor.device.device_id;
   array.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
   array.strides.resize(tensor.ndim);
   int64_t contiguous = 1;  // and, at the end, the number of elements
@@ -133,30 +130,18 @@ struct Options {
   bool size_only;
 };
 
-template <typename Params>
-struct Stage {
-  int64_t (*workspace_bytes)(const Params&);
-  void (*run)(const Params&);
-};
-
 // Runs the stage on the arrays' device, or with size_only tells what workspace it needs.
 template <typename Params>
-int64_t run(Params params, const Array& first, const Options& options,
-            const Stage<Params>& cpu_stage,
-            const std::optional<Stage<Params>>& cuda_stage = std::nullopt) {
-  const bool on_cpu = first.device == "cpu";
-  if (!on_cpu && !(cuda_stage && first.device.rfind("cuda:", 0) == 0)) {
-    throw std::invalid_argument(first.name + " is on " + first.device +
-                                ", but this stage runs on: cpu" + (cuda_stage ? ", cuda" : ""));
-  }
-  const Stage<Params>& stage = on_cpu ? cpu_stage : *cuda_stage;
+int64_t run(const Stage<Params>& stage, Params params, const Array& first, const Options& options) {
+  const Kernel<Params>& kernel = stage.kernel_for(first);
   params.execution.num_threads = options.num_threads.value_or(omp_get_max_threads());
   params.execution.stream = reinterpret_cast<void*>(options.stream);
   if (params.execution.num_threads < 1) {
     throw std::invalid_argument("num_threads is " + std::to_string(params.execution.num_threads) +
                                 ", but must be at least 1");
   }
-  const int64_t bytes = stage.workspace_bytes(params);
+  const DeviceGuard guard(first.gpu);
+  const int64_t bytes = kernel.workspace_bytes(params);
   if (options.size_only) return bytes;
 
   std::unique_ptr<char[]> own;
@@ -168,26 +153,16 @@ int64_t run(Params params, const Array& first, const Options& options,
                                   first.device);
     }
   }
-  if ((!given && !on_cpu) || (given && given->bytes < bytes)) {
+  if ((!given && first.gpu >= 0) || (given && given->bytes < bytes)) {
     throw std::invalid_argument("workspace has " + std::to_string(given ? given->bytes : 0) +
                                 " bytes, but must have at least " + std::to_string(bytes));
   }
   if (!given) own.reset(new char[bytes]);
   params.execution.workspace = given ? given->array.data : own.get();
   py::gil_scoped_release unlocked;
-  stage.run(params);
+  kernel.run(params);
   return bytes;
 }
-
-#if defined(RRATTN_WITH_CUDA)
-const std::optional<Stage<EstimateParams>> kCudaEstimate =
-    Stage<EstimateParams>{cuda::estimate_workspace_bytes, cuda::run_estimate};
-const std::optional<Stage<SelectParams>> kCudaSelect =
-    Stage<SelectParams>{cuda::select_workspace_bytes, cuda::run_select};
-#else
-const std::optional<Stage<EstimateParams>> kCudaEstimate;
-const std::optional<Stage<SelectParams>> kCudaSelect;
-#endif
 
 int64_t estimate_block_scores(const py::object& query, const py::object& key,
                               const py::object& block_scores,
@@ -196,11 +171,12 @@ int64_t estimate_block_scores(const py::object& query, const py::object& key,
                               const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.values(query, "query");
-  return run(estimate_params(first, arrays.values(key, "key"),
+  return run(kEstimate,
+             estimate_params(first, arrays.values(key, "key"),
                              arrays.optional(startend_row_indices, "startend_row_indices"),
                              arrays(block_scores, "block_scores"), causal, stride, head_offset,
                              softmax_scale),
-             first, options, {cpu::estimate_workspace_bytes, cpu::run_estimate}, kCudaEstimate);
+             first, options);
 }
 
 int64_t select_blocks(const py::object& block_scores, const py::object& block_mask,
@@ -209,11 +185,12 @@ int64_t select_blocks(const py::object& block_scores, const py::object& block_ma
                       int64_t seqlen_k, bool keep_sink, bool keep_last, const Options& options) {
   Arrays arrays(std::nullopt);
   const Array& first = arrays(block_scores, "block_scores");
-  return run(select_params(first, arrays.optional(startend_row_indices, "startend_row_indices"),
+  return run(kSelect,
+             select_params(first, arrays.optional(startend_row_indices, "startend_row_indices"),
                            arrays(block_mask, "block_mask"), threshold,
                            arrays.optional(head_thresholds, "threshold"), causal, seqlen_q,
                            seqlen_k, keep_sink, keep_last),
-             first, options, {cpu::select_workspace_bytes, cpu::run_select}, kCudaSelect);
+             first, options);
 }
 
 int64_t block_sparse_attention(const py::object& query, const py::object& key,
@@ -223,11 +200,12 @@ int64_t block_sparse_attention(const py::object& query, const py::object& key,
                                Scale softmax_scale, const Name& dtype, const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.values(query, "query");
-  return run(attend_params(first, arrays.values(key, "key"), arrays.values(value, "value"),
+  return run(kAttend,
+             attend_params(first, arrays.values(key, "key"), arrays.values(value, "value"),
                            arrays(block_mask, "block_mask"),
                            arrays.optional(startend_row_indices, "startend_row_indices"),
                            arrays.values(out, "out"), arrays(lse, "lse"), causal, softmax_scale),
-             first, options, {cpu::attend_workspace_bytes, cpu::run_attend});
+             first, options);
 }
 
 int64_t block_sparse_attention_backward(const py::object& query, const py::object& key,
@@ -240,14 +218,15 @@ int64_t block_sparse_attention_backward(const py::object& query, const py::objec
                                         const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.values(query, "query");
-  return run(backward_params(
+  return run(kBackward,
+             backward_params(
                  first, arrays.values(key, "key"), arrays.values(value, "value"),
                  arrays(block_mask, "block_mask"),
                  arrays.optional(startend_row_indices, "startend_row_indices"),
                  arrays.values(out, "out"), arrays(lse, "lse"), arrays.values(grad_out, "grad_out"),
                  arrays.values(grad_query, "grad_query"), arrays.values(grad_key, "grad_key"),
                  arrays.values(grad_value, "grad_value"), causal, softmax_scale),
-             first, options, {cpu::backward_workspace_bytes, cpu::run_backward});
+             first, options);
 }
 
 }  // namespace

@@ -8,13 +8,18 @@
 // The last two have gradients, both over the forward's own block mask. The selection carries none.
 #include <omp.h>
 
-#include <memory>
+#include <algorithm>
 
-#include "../core/arguments.h"
-#include "../cpu/kernels.h"
+#include "devices.h"
+#include "paddle/common/ddim.h"
 #include "paddle/extension.h"
+#include "paddle/phi/core/enforce.h"
 
 namespace rrattn {
+
+#if defined(RRATTN_WITH_CUDA)
+void* stream_of(const paddle::Tensor& tensor);  // paddle_stream.cpp
+#endif
 
 namespace {
 
@@ -37,10 +42,21 @@ struct Guarded<kFunction> {
     } catch (const std::invalid_argument& error) {
       PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));
     } catch (const std::bad_alloc&) {
-      PADDLE_THROW(common::errors::ResourceExhausted("rrattn found no memory for its workspace"));
+      PADDLE_THROW(common::errors::ResourceExhausted("rrattn found no memory"));
+    } catch (const std::runtime_error& error) {
+      PADDLE_THROW(common::errors::External("%s", error.what()));
     }
   }
 };
+
+int gpu_of(const Tensor& tensor) { return tensor.is_gpu() ? tensor.place().GetDeviceId() : -1; }
+
+// As paddle.set_device knows it.
+std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_gpu()) return "gpu:" + std::to_string(gpu_of(tensor));
+  return tensor.place().DebugString();
+}
 
 Array describe(const Tensor& tensor, const char* name) {
   Array array;
@@ -66,7 +82,8 @@ Array describe(const Tensor& tensor, const char* name) {
       break;
   }
   array.type_name = phi::DataTypeToString(tensor.dtype());
-  array.device = tensor.is_cpu() ? "cpu" : tensor.place().DebugString();
+  array.gpu = gpu_of(tensor);
+  array.device = device_name(tensor);
   return array;
 }
 
@@ -94,63 +111,66 @@ Shape mask_shape(const Shape& scores) {
 }
 Shape lse_shape(const Shape& query) { return {query[0], query[2], query[1]}; }
 
-void check_on_cpu(const Tensor& tensor, const char* name) {
-  if (!tensor.is_cpu()) {
-    throw std::invalid_argument(std::string(name) + " is on " + tensor.place().DebugString() +
-                                ", but this build of rrattn supports: cpu");
-  }
-}
-
+// Runs a kernel where its first tensor lies, with a workspace from Paddle's allocator. On a GPU
+// both are of Paddle's stream: what runs there next may have the workspace's memory, and nothing
+// waits.
 template <typename Params>
-void run(Params params, int64_t (*workspace_bytes)(const Params&),
-         void (*run_stage)(const Params&)) {
+void run(const Kernel<Params>& kernel, Params params, const Tensor& first) {
+  const DeviceGuard guard(gpu_of(first));
+#if defined(RRATTN_WITH_CUDA)
+  if (first.is_gpu()) params.execution.stream = stream_of(first);
+#endif
   params.execution.num_threads = omp_get_max_threads();
-  const std::unique_ptr<char[]> workspace(new char[workspace_bytes(params)]);
-  params.execution.workspace = workspace.get();
-  run_stage(params);
+  const int64_t bytes = std::max<int64_t>(kernel.workspace_bytes(params), 1);
+  Tensor workspace = paddle::empty({bytes}, DType::UINT8, first.place());
+  params.execution.workspace = workspace.data();
+  kernel.run(params);
 }
 
 std::vector<Tensor> estimate(const Tensor& query, const Tensor& key,
                              const OptionalTensor& startend_row_indices, bool causal,
                              int64_t stride, int64_t head_offset, float softmax_scale) {
-  check_on_cpu(query, "query");
+  const Kernel<EstimateParams>& kernel = kEstimate.kernel_for(describe(query, "query"));
   Tensor block_scores =
       paddle::empty(scores_shape(query.shape(), key.shape()), DType::FLOAT32, query.place());
-  run(estimate_params(describe(query, "query"), describe(key, "key"),
+  run(kernel,
+      estimate_params(describe(query, "query"), describe(key, "key"),
                       describe(startend_row_indices, "startend_row_indices"),
                       describe(block_scores, "block_scores"), causal, stride, head_offset,
                       softmax_scale),
-      cpu::estimate_workspace_bytes, cpu::run_estimate);
+      query);
   return {block_scores};
 }
 
 std::vector<Tensor> select(const Tensor& block_scores, const OptionalTensor& startend_row_indices,
                            const OptionalTensor& head_thresholds, float threshold, bool causal,
                            int64_t seqlen_q, int64_t seqlen_k, bool keep_sink, bool keep_last) {
-  check_on_cpu(block_scores, "block_scores");
+  const Kernel<SelectParams>& kernel = kSelect.kernel_for(describe(block_scores, "block_scores"));
   Tensor block_mask =
       paddle::empty(mask_shape(block_scores.shape()), DType::INT32, block_scores.place());
-  run(select_params(describe(block_scores, "block_scores"),
+  run(kernel,
+      select_params(describe(block_scores, "block_scores"),
                     describe(startend_row_indices, "startend_row_indices"),
                     describe(block_mask, "block_mask"), threshold,
                     describe(head_thresholds, "threshold"), causal, seqlen_q, seqlen_k, keep_sink,
                     keep_last),
-      cpu::select_workspace_bytes, cpu::run_select);
+      block_scores);
   return {block_mask};
 }
 
 std::vector<Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Tensor& block_mask, const OptionalTensor& startend_row_indices,
                            bool causal, float softmax_scale) {
-  check_on_cpu(query, "query");
+  const Kernel<AttendParams>& kernel = kAttend.kernel_for(describe(query, "query"));
   check_ranks(query.shape(), key.shape());
   Tensor out = paddle::empty(query.shape(), query.dtype(), query.place());
   Tensor lse = paddle::empty(lse_shape(query.shape()), DType::FLOAT32, query.place());
-  run(attend_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
+  run(kernel,
+      attend_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
                     describe(block_mask, "block_mask"),
                     describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
                     describe(lse, "lse"), causal, softmax_scale),
-      cpu::attend_workspace_bytes, cpu::run_attend);
+      query);
   return {out, lse};
 }
 
@@ -159,16 +179,18 @@ std::vector<Tensor> attend_backward(const Tensor& query, const Tensor& key, cons
                                     const OptionalTensor& startend_row_indices, const Tensor& out,
                                     const Tensor& lse, const Tensor& grad_out, bool causal,
                                     float softmax_scale) {
+  const Kernel<BackwardParams>& kernel = kBackward.kernel_for(describe(query, "query"));
   Tensor grad_query = paddle::empty(query.shape(), query.dtype(), query.place());
   Tensor grad_key = paddle::empty(key.shape(), key.dtype(), key.place());
   Tensor grad_value = paddle::empty(value.shape(), value.dtype(), value.place());
-  run(backward_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
+  run(kernel,
+      backward_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
                       describe(block_mask, "block_mask"),
                       describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
                       describe(lse, "lse"), describe(grad_out, "grad_out"),
                       describe(grad_query, "grad_query"), describe(grad_key, "grad_key"),
                       describe(grad_value, "grad_value"), causal, softmax_scale),
-      cpu::backward_workspace_bytes, cpu::run_backward);
+      query);
   return {grad_query, grad_key, grad_value};
 }
 
@@ -177,6 +199,7 @@ std::vector<Tensor> rr_attention(const Tensor& query, const Tensor& key, const T
                                  const OptionalTensor& head_thresholds, float threshold,
                                  bool causal, int64_t stride, int64_t head_offset,
                                  float softmax_scale, bool keep_sink, bool keep_last) {
+  kAttend.kernel_for(describe(query, "query"));  // before the other stages run in vain
   const Tensor block_scores =
       estimate(query, key, startend_row_indices, causal, stride, head_offset, softmax_scale)[0];
   const Tensor block_mask =

@@ -19,7 +19,8 @@ struct Array {
   void* data = nullptr;
   ElementType type = ElementType::kOther;
   std::string type_name;
-  std::string device;  // "cpu", "cuda:0", ...
+  std::string device;  // "cpu", "cuda:0", ..., for messages and to compare
+  int gpu = -1;        // number of the CUDA device that it lies on, -1: none
   std::vector<int64_t> shape;
   std::vector<int64_t> strides;  // in elements
 };

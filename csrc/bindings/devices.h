@@ -1,0 +1,67 @@
+// Each stage on the devices that it has a kernel for in this build, and the choice among them: by
+// the device of a call's first array. The same for both bindings.
+#pragma once
+
+#include <stdexcept>
+
+#include "../core/arguments.h"
+#include "../cpu/kernels.h"
+#if defined(RRATTN_WITH_CUDA)
+#include "../cuda/device_guard.h"
+#include "../cuda/stages.h"
+#endif
+
+namespace rrattn {
+
+template <typename Params>
+struct Kernel {
+  int64_t (*workspace_bytes)(const Params&) = nullptr;
+  void (*run)(const Params&) = nullptr;
+};
+
+template <typename Params>
+struct Stage {
+  const char* name;
+  Kernel<Params> cpu;
+  Kernel<Params> gpu = {};  // empty: none in this build
+
+  const Kernel<Params>& kernel_for(const Array& first) const {
+    if (first.device == "cpu") return cpu;
+    if (first.gpu >= 0 && gpu.run) return gpu;
+    throw std::invalid_argument(first.name + " is on " + first.device +
+                                ", but this build of rrattn runs " + name + " on: CPU" +
+                                (gpu.run ? ", GPU" : ""));
+  }
+};
+
+inline constexpr Stage<EstimateParams> kEstimate = {
+    "estimate",
+    {cpu::estimate_workspace_bytes, cpu::run_estimate},
+#if defined(RRATTN_WITH_CUDA)
+    {cuda::estimate_workspace_bytes, cuda::run_estimate},
+#endif
+};
+
+inline constexpr Stage<SelectParams> kSelect = {
+    "select",
+    {cpu::select_workspace_bytes, cpu::run_select},
+#if defined(RRATTN_WITH_CUDA)
+    {cuda::select_workspace_bytes, cuda::run_select},
+#endif
+};
+
+inline constexpr Stage<AttendParams> kAttend = {"attend",
+                                                {cpu::attend_workspace_bytes, cpu::run_attend}};
+
+inline constexpr Stage<BackwardParams> kBackward = {
+    "backward", {cpu::backward_workspace_bytes, cpu::run_backward}};
+
+#if defined(RRATTN_WITH_CUDA)
+using cuda::DeviceGuard;
+#else
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+#endif
+
+}  // namespace rrattn

@@ -1,0 +1,18 @@
+// Makes a GPU the current one of this thread, as launches on its streams demand, and the former
+// one again at the end of the scope.
+#pragma once
+
+namespace rrattn::cuda {
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);  // -1, no GPU: changes nothing
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int former_ = -1;
+};
+
+}  // namespace rrattn::cuda
