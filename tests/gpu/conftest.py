@@ -1,11 +1,13 @@
-"""The kernel tests on a GPU: torch tensors through rrattn.direct, in place of NumPy arrays.
+"""The kernel tests on a GPU: torch tensors through rrattn.direct and Paddle's operators, in place of NumPy arrays.
 
-They need torch, a Hopper GPU, and rrattn.direct built with the GPU kernels (see setup.py), and are left out elsewhere.
+They need torch, a Hopper GPU, and rrattn built with the GPU kernels (see setup.py), and are left out elsewhere; so are
+those through Paddle where there is no GPU build of it.
 """
 
 import harness
 import numpy as np
 import pytest
+import reference
 
 try:
     import torch
@@ -13,14 +15,24 @@ try:
     WHY_NOT = None if torch.cuda.is_available() else "torch sees no GPU"
 except ImportError:
     WHY_NOT = "torch is not installed"
+try:
+    import paddle
 
-collect_ignore_glob = ["test_*.py"] if WHY_NOT else []
+    import rrattn
+
+    WHY_NOT_PADDLE = None if paddle.is_compiled_with_cuda() else "Paddle is a build for the CPU"
+except ImportError:
+    WHY_NOT_PADDLE = "Paddle is not installed"
+
+collect_ignore_glob = ["test_*.py"] if WHY_NOT else ["test_paddle_*.py"] if WHY_NOT_PADDLE else []
 
 WORKSPACE_BYTES = 1 << 28
 
 
 def pytest_report_header():
-    return f"tests/gpu is left out: {WHY_NOT}" if WHY_NOT else None
+    if WHY_NOT:
+        return f"tests/gpu is left out: {WHY_NOT}"
+    return f"tests/gpu runs without Paddle's operators: {WHY_NOT_PADDLE}" if WHY_NOT_PADDLE else None
 
 
 class GpuKernels(harness.Kernels):
@@ -45,6 +57,59 @@ class GpuKernels(harness.Kernels):
         return self.options
 
 
+class PaddleKernels(GpuKernels):
+    """The stages through Paddle's operators.
+
+    The newest GPU wheel of Paddle on PyPI, 2.6.2, has no kernels for Hopper: its own fills, casts and copies of strided
+    tensors give garbage there, without an error. So torch makes every input and hands it over by DLPack, contiguous
+    (2.6.2 reads no strides), and results are only copied to the host.
+    """
+
+    def tensor(self, values, dtype):
+        """Values as a Paddle tensor on the GPU, None as None."""
+        if values is None:
+            return None
+        if 0 in values.shape:
+            pytest.skip("Paddle 2.6 takes no empty tensors in custom operators")
+        tensor = self.input(values, dtype)
+        torch.cuda.synchronize()  # Paddle has a stream of its own
+        return paddle.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
+
+    def values(self, tensor):
+        """The values of a float32 or int32 result."""
+        torch.cuda.synchronize()
+        return tensor.numpy()
+
+    def estimate(self, query, key, startend=None, *, dtype="float32", **options):
+        scores = rrattn.estimate_block_scores(
+            self.tensor(query, dtype), self.tensor(key, dtype), self.tensor(startend, "int32"), **options
+        )
+        return self.values(scores)
+
+    def select(self, block_scores, startend=None, *, threshold, **options):
+        if isinstance(threshold, np.ndarray):
+            threshold = self.tensor(threshold, "float32")
+        mask = rrattn.select_blocks(
+            self.tensor(block_scores, "float32"), threshold, self.tensor(startend, "int32"), **options
+        )
+        words = self.values(mask)
+        selected = reference.unpack(words, block_scores.shape[-1])
+        assert np.array_equal(reference.pack(selected), words), "bits beyond the last block are set"
+        return selected
+
+
 @pytest.fixture(scope="session")
 def make_kernels():
     return GpuKernels
+
+
+@pytest.fixture(scope="session")
+def paddle_kernels():
+    if WHY_NOT_PADDLE:
+        pytest.skip(WHY_NOT_PADDLE)
+    return PaddleKernels()
+
+
+@pytest.fixture(scope="session", params=["direct", "paddle"])
+def kernels(request):
+    return GpuKernels() if request.param == "direct" else request.getfixturevalue("paddle_kernels")
