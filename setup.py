@@ -34,7 +34,7 @@ paddle_is_gpu_build = paddle is not None and paddle.is_compiled_with_cuda()
 CUDA_ARCHS = os.environ.get("RRATTN_CUDA_ARCHS", "90a" if paddle_is_gpu_build else "").split()
 for arch in CUDA_ARCHS:
     if arch not in SUPPORTED_CUDA_ARCHS:
-        raise SystemExit(f"RRATTN_CUDA_ARCHS has {arch}, but must be of: {' '.join(SUPPORTED_CUDA_ARCHS)}")
+        raise SystemExit(f"RRATTN_CUDA_ARCHS has {arch}, but supported are: {' '.join(SUPPORTED_CUDA_ARCHS)}")
 
 CORE_SOURCES = sorted(
     glob("csrc/core/*.cpp") + glob("csrc/cpu/*.cpp") + (glob("csrc/cuda/*.cpp") if CUDA_ARCHS else [])

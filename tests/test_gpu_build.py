@@ -34,4 +34,4 @@ def test_an_architecture_without_kernels_is_refused(archs, tmp_path):
         [sys.executable, "setup.py", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert process.returncode != 0
-    assert f"RRATTN_CUDA_ARCHS has {archs.split()[-1]}, but must be of: 90a" in process.stderr
+    assert f"RRATTN_CUDA_ARCHS has {archs.split()[-1]}, but supported are: 90a" in process.stderr
