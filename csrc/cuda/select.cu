@@ -19,6 +19,7 @@ namespace rrattn::cuda {
 namespace {
 
 constexpr int kWordsPerWarp = 32;     // at most: 8 warps hold 8,192 blocks, 1M tokens
+constexpr int kSteps = 8;             // of a search of long rows, before what is left is gathered
 constexpr int kNothing = 0x7fffffff;  // above the bits of every score
 
 struct SelectKernelParams {
@@ -78,10 +79,13 @@ struct RowGroup {
 };
 
 template <int kWarps, int kWords, bool kFlashMask>
-__global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams params) {
+__global__ void __launch_bounds__(kWarps * 32, kWarps == 8 ? 2 : 1)
+    select_kernel(SelectKernelParams params) {
   __shared__ long long sums[2][kWarps];
   __shared__ int lows[2][kWarps], highs[2][kWarps];
   __shared__ int ties_of_word[kWarps * kWords];
+  constexpr int kCandidates = kWarps * 32 * 2;
+  __shared__ int candidates[kCandidates], num_candidates;
   const SelectParams& select = params.select;
   const Visibility& visibility = select.visibility;
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
@@ -155,29 +159,67 @@ __global__ void __launch_bounds__(kWarps * 32) select_kernel(SelectKernelParams 
     target = static_cast<double>(tau) * static_cast<double>(row.sum);
     // The cut is one of the scores in [low, high]; the bounds are scores too, so that they close in
     // fast. A row that sums to 0 keeps nothing here.
-    int low = row.low, high = row.high;
-    while (row.sum > 0 && low < high) {
-      const int middle = low + (high - low) / 2;
-      long long above = 0;
-      int next_low = kNothing,
-          next_high = -1;  // the least score above the middle, the largest up to it
+    int low = row.low, high = row.sum > 0 ? row.high : row.low;
+    // Up to that many halvings, over values that hold all scores in [low, high]; mass_beyond is
+    // that of the greater scores that are not among them.
+    const auto search = [&](const auto& bits, const auto& bit_masses, int used, int steps,
+                            long long mass_beyond) {
+      for (; steps > 0 && low < high; --steps) {
+        const int middle = low + (high - low) / 2;
+        long long above = 0;
+        int next_low = kNothing,
+            next_high = -1;  // the least score above the middle, the largest up to it
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof(bits) / sizeof(bits[0])); ++i) {
+          if (i >= used) break;
+          if (bits[i] > middle) {
+            above += bit_masses[i];
+            next_low = min(next_low, bits[i]);
+          } else {
+            next_high = max(next_high, bits[i]);
+          }
+        }
+        auto split = group.reduce(above, next_low, next_high);
+        split.sum += mass_beyond;
+        if (static_cast<double>(split.sum) < target) {
+          high = split.high;
+          mass_above = split.sum;
+        } else {
+          low = split.low;
+        }
+      }
+    };
+    // Of a long row the few scores that are left after some steps are gathered, and the rest of the
+    // search is over these alone: 0.59 ms in place of 0.72 for 4,096 rows of 8,192 blocks on an
+    // H200. For rows of 1,024 it does not pay.
+    constexpr bool kGather = kWarps == 8;
+    while (low < high) {
+      search(score_bits, masses, used_words, kGather ? kSteps : kNothing, 0);
+      if (!kGather || low == high) break;
+      if (threadIdx.x == 0) num_candidates = 0;
+      __syncthreads();
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         if (i >= used_words) break;
-        if (score_bits[i] > middle) {
-          above += masses[i];
-          next_low = min(next_low, score_bits[i]);
-        } else {
-          next_high = max(next_high, score_bits[i]);
-        }
+        const bool candidate = low <= score_bits[i] && score_bits[i] <= high;
+        const uint32_t all = __ballot_sync(~0u, candidate);
+        if (all == 0) continue;
+        int first = 0;
+        if (lane == 0) first = atomicAdd(&num_candidates, __popc(all));
+        const int at = __shfl_sync(~0u, first, 0) + __popc(all & ((1u << lane) - 1));
+        if (candidate && at < kCandidates) candidates[at] = score_bits[i];
       }
-      const auto split = group.reduce(above, next_low, next_high);
-      if (static_cast<double>(split.sum) < target) {
-        high = split.high;
-        mass_above = split.sum;
-      } else {
-        low = split.low;
+      __syncthreads();
+      if (num_candidates > kCandidates) continue;
+      int candidate_bits[2];
+      long long candidate_masses[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = threadIdx.x + i * kWarps * 32;
+        candidate_bits[i] = at < num_candidates ? candidates[at] : -1;
+        candidate_masses[i] = mass_of(__int_as_float(max(candidate_bits[i], 0)));
       }
+      search(candidate_bits, candidate_masses, 2, 32, mass_above);
     }
     if (row.sum > 0) cut = high;
   }
