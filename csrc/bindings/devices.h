@@ -50,8 +50,13 @@ inline constexpr Stage<SelectParams> kSelect = {
 #endif
 };
 
-inline constexpr Stage<AttendParams> kAttend = {"attend",
-                                                {cpu::attend_workspace_bytes, cpu::run_attend}};
+inline constexpr Stage<AttendParams> kAttend = {
+    "attend",
+    {cpu::attend_workspace_bytes, cpu::run_attend},
+#if defined(RRATTN_WITH_CUDA)
+    {cuda::attend_workspace_bytes, cuda::run_attend},
+#endif
+};
 
 inline constexpr Stage<BackwardParams> kBackward = {
     "backward", {cpu::backward_workspace_bytes, cpu::run_backward}};

@@ -2,6 +2,7 @@
 // instances.
 #include <stdexcept>
 
+#include "attend_stage.h"
 #include "estimate_stage.h"
 #include "stages.h"
 
@@ -9,21 +10,21 @@ namespace rrattn::cuda {
 
 namespace {
 
-// Calls `use` with the EstimateStage for these heads.
-template <DataType kDataType, typename Use>
+template <template <DataType, int> class Stage, DataType kDataType, typename Use>
 auto with_head_dim(const Heads& heads, const Use& use) {
-  if (heads.head_dim <= 64) return use(EstimateStage<kDataType, 64>());
-  if (heads.head_dim <= 128) return use(EstimateStage<kDataType, 128>());
-  return use(EstimateStage<kDataType, 256>());
+  if (heads.head_dim <= 64) return use(Stage<kDataType, 64>());
+  if (heads.head_dim <= 128) return use(Stage<kDataType, 128>());
+  return use(Stage<kDataType, 256>());
 }
 
-template <typename Use>
-auto with_estimate_stage(const Heads& heads, const Use& use) {
+// Calls `use` with the Stage for these heads.
+template <template <DataType, int> class Stage, typename Use>
+auto with_stage(const Heads& heads, const Use& use) {
   switch (heads.dtype) {
     case DataType::kFloat16:
-      return with_head_dim<DataType::kFloat16>(heads, use);
+      return with_head_dim<Stage, DataType::kFloat16>(heads, use);
     case DataType::kBFloat16:
-      return with_head_dim<DataType::kBFloat16>(heads, use);
+      return with_head_dim<Stage, DataType::kBFloat16>(heads, use);
     default:
       throw std::invalid_argument(
           "query has dtype float32, but on a GPU must have float16 or bfloat16");
@@ -38,13 +39,26 @@ bool has_no_rows(const Visibility& visibility) {
 }  // namespace
 
 int64_t estimate_workspace_bytes(const EstimateParams& params) {
-  return with_estimate_stage(params.heads,
-                             [&](auto stage) { return stage.workspace_bytes(params); });
+  return with_stage<EstimateStage>(params.heads,
+                                   [&](auto stage) { return stage.workspace_bytes(params); });
 }
 
 void run_estimate(const EstimateParams& params) {
-  with_estimate_stage(params.heads, [&](auto stage) {
+  with_stage<EstimateStage>(params.heads, [&](auto stage) {
     if (!has_no_rows(params.visibility)) stage.run(params);
+  });
+}
+
+int64_t attend_workspace_bytes(const AttendParams& params) {
+  return with_stage<AttendStage>(params.heads,
+                                 [&](auto stage) { return stage.workspace_bytes(params); });
+}
+
+void run_attend(const AttendParams& params) {
+  with_stage<AttendStage>(params.heads, [&](auto stage) {
+    if (params.visibility.batch * params.visibility.num_heads * params.visibility.seqlen_q > 0) {
+      stage.run(params);
+    }
   });
 }
 

@@ -4,24 +4,9 @@
 
 #include "estimate_items.cuh"
 #include "pool_keys.cuh"
+#include "softmax.cuh"
 
 namespace rrattn::cuda {
-
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 constexpr float kOutgrown = 0x1p100f;  // a row sum from here on asks for the exact maximum
 

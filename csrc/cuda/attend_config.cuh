@@ -1,0 +1,103 @@
+// Tile sizes, shared memory and workspace of block-sparse attention on Hopper.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/tensor.hpp>
+
+#include "barrier.cuh"
+#include "run_bounds.cuh"
+#include "tensor_map.h"
+
+namespace rrattn::cuda {
+
+using namespace cute;
+
+constexpr int kWarpGroupThreads = 128;
+constexpr int kConsumerGroups = 2;  // of 64 rows each: a query block
+constexpr int kGroupRows = kBlockSize / kConsumerGroups;
+
+// The unit of work: one row of the block mask.
+struct AttendRow {
+  int index;  // of [B, Hq, Mq]; < 0: there is none left
+  bool nothing_selected;
+};
+
+// One step of a row: kTileN keys of a selected block.
+struct AttendTile {
+  int first_key;
+  bool masked;  // some of its scores may be hidden
+  bool last;    // of the row
+};
+
+// Shared memory (227 KB): the query block, and kStages tiles of kTileN keys and as many of values.
+template <typename Element_, int kHeadDim_>
+struct AttendTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;  // 64: the output takes 128 registers
+  static constexpr int kTilesPerBlock = kBlockSize / kTileN;
+  static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
+  static constexpr int kThreads = (kConsumerGroups + 1) * kWarpGroupThreads;
+  // A thread block starts with 168 registers a thread, which the warp groups share out again.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  using ScoreMma = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float,
+                           Shape<Int<kGroupRows>, Int<kTileN>, Int<kHeadDim>>>()));
+  using OutMma = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float,
+                           Shape<Int<kGroupRows>, Int<kHeadDim>, Int<kTileN>>, GMMA::Major::K,
+                           GMMA::Major::MN>()));
+  // All three lie in panels of 64 columns, as the copies bring them; a value tile is multiplied
+  // from the other side.
+  using QueryLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
+                                             Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
+  using KeyLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
+                                           Shape<Int<kTileN>, Int<kHeadDim>>{}));
+  using ValueLayout = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
+                                             Shape<Int<kHeadDim>, Int<kTileN>>{}, Step<_2, _1>{}));
+  static constexpr int kPanels = kHeadDim / kPanel;
+  static constexpr int kTileElements = kTileN * kHeadDim;
+  static constexpr uint32_t kTileBytes = kTileElements * sizeof(Element);
+
+  struct SharedStorage {
+    alignas(1024) Element query[kConsumerGroups][kGroupRows * kHeadDim];
+    alignas(1024) Element key[kStages][kTileElements];
+    alignas(1024) Element value[kStages][kTileElements];
+    Barrier row_full, row_empty, query_full, query_empty;
+    Barrier key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+    AttendRow row;
+    AttendTile tile[kStages];  // in the key stage
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+inline TensorShape query_shape_of(const AttendParams& params) {
+  const Visibility& visibility = params.visibility;
+  return {visibility.batch, visibility.seqlen_q, visibility.num_heads, params.heads.head_dim,
+          params.heads.dtype};
+}
+inline TensorShape key_shape_of(const AttendParams& params) {
+  const Visibility& visibility = params.visibility;
+  return {visibility.batch, visibility.seqlen_k, params.heads.num_heads_k, params.heads.head_dim,
+          params.heads.dtype};
+}
+
+struct AttendWorkspace {
+  RunBounds* block_bounds;  // [B, bounds heads, Mk]
+  int* next_row;
+  void *query, *key, *value;  // copies of what no tensor map can describe; otherwise empty
+
+  AttendWorkspace(Arena& arena, const AttendParams& params) {
+    block_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+    next_row = arena.take<int>(1);
+    query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape_of(params)));
+    key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape_of(params)));
+    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape_of(params)));
+  }
+};
+
+}  // namespace rrattn::cuda

@@ -1,0 +1,296 @@
+// A consumer warp group of block-sparse attention: 64 rows of a query block, against the tiles that
+// the producer brings.
+//
+// While the softmax of one tile is computed, the tensor cores multiply the last tile's
+// probabilities with the values; and the two groups take turns at the tensor cores, so that the
+// one's softmax falls into the other's products.
+#pragma once
+
+#include "attend_producer.cuh"
+#include "softmax.cuh"
+
+namespace rrattn::cuda {
+
+template <typename Traits>
+class AttendConsumer {
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
+                                               Shape<Int<kGroupRows>, Int<Traits::kTileN>>{}));
+  using Out = decltype(partition_fragment_C(typename Traits::OutMma{},
+                                            Shape<Int<kGroupRows>, Int<Traits::kHeadDim>>{}));
+  static constexpr int kRowScores = Traits::kTileN / 4;  // of a row, in one thread
+  static constexpr int kRowOuts = Traits::kHeadDim / 4;
+  // The first operand of the second product lies in registers, in the order of the scores.
+  using Probabilities = decltype(typename Traits::OutMma{}.get_thread_slice(0).partition_fragment_A(
+      make_tensor(static_cast<Element*>(nullptr),
+                  make_layout(Shape<Int<kGroupRows>, Int<Traits::kTileN>>{}))));
+
+ public:
+  __device__ AttendConsumer(const AttendKernelParams& params, SharedStorage& shared, int group)
+      : params_(params), shared_(shared), group_(group) {
+    // With a scale that is not positive the largest product is not the largest score: then the
+    // products are scaled first.
+    const float scale = params.attend.softmax_scale;
+    product_scale_ = scale > 0 ? 1 : scale;
+    score_scale_ = (scale > 0 ? scale : 1) * kLog2E;
+    if (group == 1) give_turn(0);
+  }
+
+  __device__ void consume_rows() {
+    for (RingPosition<1> rows;; rows.advance()) {
+      shared_.row_full.wait(rows.parity);
+      const AttendRow row = shared_.row;
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) shared_.row_empty.arrive();
+      if (row.index < 0) return;
+      const RowPlace place(params_.attend.visibility, row.index);
+      Out out;
+      clear(out);
+      row_base_[0] = row_base_[1] = -INFINITY;
+      row_sum_[0] = row_sum_[1] = 0;
+      if (!row.nothing_selected) attend(place, out);
+      write(place, out);
+    }
+  }
+
+ private:
+  __device__ void attend(const RowPlace& place, Out& out) {
+    Scores scores;
+    Probabilities probabilities;
+    float factor[2];
+    shared_.query_full.wait(queries_.parity);
+    queries_.advance();
+    shared_.key_full[keys_.slot].wait(keys_.parity);
+    AttendTile tile = shared_.tile[keys_.slot];
+    multiply_keys(scores);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(scores);
+    release_key(tile);
+    softmax(place, tile, scores, factor);
+    convert(scores, probabilities);
+    while (!tile.last) {
+      shared_.key_full[keys_.slot].wait(keys_.parity);
+      tile = shared_.tile[keys_.slot];
+      take_turn();
+      multiply_keys(scores);
+      shared_.value_full[values_.slot].wait(values_.parity);
+      multiply_values(probabilities, out);
+      give_turn(1 - group_);
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(scores);
+      release_key(tile);
+      softmax(place, tile, scores, factor);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(out);
+      release_value();
+#pragma unroll
+      for (int i = 0; i < kRowOuts; ++i) {
+        out(i / 2 * 4 + i % 2) *= factor[0];
+        out(i / 2 * 4 + 2 + i % 2) *= factor[1];
+      }
+      convert(scores, probabilities);
+    }
+    shared_.value_full[values_.slot].wait(values_.parity);
+    multiply_values(probabilities, out);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    release_value();
+  }
+
+  // scores = Q K^T of the stage at hand.
+  __device__ void multiply_keys(Scores& scores) {
+    typename Traits::ScoreMma mma;
+    auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroupThreads);
+    auto query = thread_mma.partition_fragment_A(
+        make_tensor(make_smem_ptr(shared_.query[group_]), typename Traits::QueryLayout{}));
+    auto key = thread_mma.partition_fragment_B(
+        make_tensor(make_smem_ptr(shared_.key[keys_.slot]), typename Traits::KeyLayout{}));
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    warpgroup_fence_operand(scores);
+    warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < size<2>(query); ++k) {
+      cute::gemm(mma, query(_, _, k), key(_, _, k), scores);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+  }
+
+  // out += P V of the stage at hand.
+  __device__ void multiply_values(Probabilities& probabilities, Out& out) {
+    typename Traits::OutMma mma;
+    auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroupThreads);
+    auto value = thread_mma.partition_fragment_B(
+        make_tensor(make_smem_ptr(shared_.value[values_.slot]), typename Traits::ValueLayout{}));
+    warpgroup_fence_operand(probabilities);
+    warpgroup_fence_operand(out);
+    warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < size<2>(value); ++k) {
+      cute::gemm(mma, probabilities(_, _, k), value(_, _, k), out);
+    }
+    warpgroup_commit_batch();
+  }
+
+  __device__ void release_key(const AttendTile& tile) {
+    if (threadIdx.x % 32 == 0) {
+      shared_.key_empty[keys_.slot].arrive();
+      if (tile.last) shared_.query_empty.arrive();
+    }
+    keys_.advance();
+  }
+
+  __device__ void release_value() {
+    if (threadIdx.x % 32 == 0) shared_.value_empty[values_.slot].arrive();
+    values_.advance();
+  }
+
+  // Turns scores into probabilities relative to the new row_base_; what was summed up before is to
+  // be multiplied with `factor`.
+  __device__ void softmax(const RowPlace& place, const AttendTile& tile, Scores& scores,
+                          float (&factor)[2]) {
+    // Score i of the thread's, of row row() + 8 half.
+    const auto at = [&](int half, int i) -> float& { return scores(i / 2 * 4 + half * 2 + i % 2); };
+    if (product_scale_ != 1) {
+#pragma unroll
+      for (int i = 0; i < size(scores); ++i) scores(i) *= product_scale_;
+    }
+    if (tile.masked) hide(place, tile, at);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = at(half, 0);
+#pragma unroll
+      for (int i = 1; i < kRowScores; ++i) largest = fmaxf(largest, at(half, i));
+      const float new_base = fmaxf(row_base_[half], quad_max(largest) * score_scale_);
+      const float base = new_base == -INFINITY ? 0 : new_base;  // nothing seen yet: -inf stays
+      factor[half] = exp2_approx(row_base_[half] - base);
+      row_base_[half] = new_base;
+      row_sum_[half] *= factor[half];
+#pragma unroll
+      for (int i = 0; i < kRowScores; ++i) {
+        at(half, i) = exp2_approx(fmaf(at(half, i), score_scale_, -base));
+        row_sum_[half] += at(half, i);
+      }
+    }
+  }
+
+  template <typename At>
+  __device__ void hide(const RowPlace& place, const AttendTile& tile, const At& at) const {
+    const Visibility& visibility = params_.attend.visibility;
+    const RowBounds& layout = visibility.row_bounds;
+    const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
+    const int end_key = static_cast<int>(visibility.seqlen_k);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = row_token(place, half);
+      const int end = visibility.causal
+                          ? min(token + static_cast<int>(visibility.shift()) + 1, end_key)
+                          : end_key;
+#pragma unroll
+      for (int i = 0; i < kRowScores; ++i) {
+        if (first + i / 2 * 8 + i % 2 >= end) at(half, i) = -INFINITY;
+      }
+    }
+    if (layout.data == nullptr) return;
+    const int32_t* bounds = row_bounds_of(layout, place.batch, visibility.bounds_head(place.head));
+#pragma unroll
+    for (int i = 0; i < kRowScores; ++i) {
+      const int key = first + i / 2 * 8 + i % 2;
+      if (key >= end_key) continue;
+      const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, bounds, key);
+      if (key_bounds.mask(row_token(place, 0))) at(0, i) = -INFINITY;
+      if (key_bounds.mask(row_token(place, 1))) at(1, i) = -INFINITY;
+    }
+  }
+
+  __device__ static void convert(const Scores& scores, Probabilities& probabilities) {
+#pragma unroll
+    for (int i = 0; i < size(scores); ++i) probabilities(i) = static_cast<Element>(scores(i));
+  }
+
+  // Divides by the row sums and writes out and lse.
+  __device__ void write(const RowPlace& place, Out& out) {
+    const AttendParams& attend = params_.attend;
+    const Visibility& visibility = attend.visibility;
+    const int head_dim = static_cast<int>(attend.heads.head_dim);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(row_sum_[half]);
+      const float scale = sum == 0 ? 0 : 1 / sum;
+      const int64_t token = row_token(place, half);
+      Element* row = static_cast<Element*>(attend.out.data) +
+                     place.batch * attend.out.batch_stride + place.head * attend.out.head_stride +
+                     token * attend.out.row_stride;
+      if (token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
+        attend
+            .lse[(place.batch * visibility.num_heads + place.head) * visibility.seqlen_q + token] =
+            sum == 0 ? -INFINITY : (row_base_[half] + log2f(sum)) * kLn2;
+      }
+#pragma unroll
+      for (int four = 0; four < Traits::kHeadDim / 32; ++four) {
+        uint32_t words[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int i = (four * 4 + c) * 4 + half * 2;
+          const Element pair[2] = {static_cast<Element>(out(i) * scale),
+                                   static_cast<Element>(out(i + 1) * scale)};
+          words[c] = *reinterpret_cast<const uint32_t*>(pair);
+        }
+        transpose_quad(words);
+        const int column = (four * 4 + static_cast<int>(threadIdx.x) % 4) * 8;
+        if (token < visibility.seqlen_q && column < head_dim) {
+          store_eight(row + column, words, params_.aligned_out);
+        }
+      }
+    }
+  }
+
+  // Before: word c of lane t is part t of chunk c. After: part c of chunk t.
+  __device__ static void transpose_quad(uint32_t (&words)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    const uint32_t near0 = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1);
+    const uint32_t near1 = __shfl_xor_sync(~0u, odd ? words[2] : words[3], 1);
+    const uint32_t low0 = odd ? near0 : words[0], low1 = odd ? words[1] : near0;
+    const uint32_t high0 = odd ? near1 : words[2], high1 = odd ? words[3] : near1;
+    const uint32_t far0 = __shfl_xor_sync(~0u, upper ? low0 : high0, 2);
+    const uint32_t far1 = __shfl_xor_sync(~0u, upper ? low1 : high1, 2);
+    words[0] = upper ? far0 : low0;
+    words[1] = upper ? far1 : low1;
+    words[2] = upper ? high0 : far0;
+    words[3] = upper ? high1 : far1;
+  }
+
+  __device__ static void store_eight(Element* to, const uint32_t (&words)[4], bool aligned) {
+    if (aligned) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) to[i] = reinterpret_cast<const Element*>(words)[i];
+    }
+  }
+
+  __device__ int row_token(const RowPlace& place, int half) const {
+    return place.m_block * kBlockSize + group_ * kGroupRows +
+           static_cast<int>(threadIdx.x) % kWarpGroupThreads / 32 * 16 + threadIdx.x % 32 / 4 +
+           half * 8;
+  }
+
+  __device__ void take_turn() const {
+    cutlass::arch::NamedBarrier::sync(kConsumerGroups * kWarpGroupThreads, group_);
+  }
+  __device__ static void give_turn(int group) {
+    cutlass::arch::NamedBarrier::arrive(kConsumerGroups * kWarpGroupThreads, group);
+  }
+
+  const AttendKernelParams& params_;
+  SharedStorage& shared_;
+  const int group_;
+  float product_scale_, score_scale_;  // the latter in units of log2
+  RingPosition<1> queries_;
+  RingPosition<Traits::kStages> keys_, values_;
+  float row_base_[2];  // the largest score so far, which the sums are relative to
+  float row_sum_[2];   // the thread's share
+};
+
+}  // namespace rrattn::cuda

@@ -1,0 +1,184 @@
+// The producer warp of block-sparse attention: takes rows of the block mask, walks their bits and
+// copies the tiles that these select.
+#pragma once
+
+#include "attend_config.cuh"
+#include "tensor_copy.cuh"
+
+namespace rrattn::cuda {
+
+// What the kernel is launched with.
+struct AttendKernelParams {
+  AttendParams attend;
+  CUtensorMap query, key, value;
+  const RunBounds* block_bounds;
+  int* next_row;
+  int num_rows;
+  bool aligned_out;
+};
+
+struct RowPlace {
+  int m_block, head, batch;
+
+  __device__ RowPlace(const Visibility& visibility, int index) {
+    const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+    const int num_heads = static_cast<int>(visibility.num_heads);
+    m_block = index % num_m_blocks;
+    head = index / num_m_blocks % num_heads;
+    batch = index / num_m_blocks / num_heads;
+  }
+};
+
+// Walks the selected and visible blocks of a row from the last to the first. All lanes of a warp
+// call it together; each holds one of 32 words.
+class BlockWalk {
+ public:
+  __device__ BlockWalk(const AttendKernelParams& params, int row, const RowPlace& place)
+      : visibility_(params.attend.visibility), m_block_(place.m_block) {
+    words_ = params.attend.block_mask + row * visibility_.num_mask_words();
+    bounds_ = run_bounds_of(visibility_, kBlockSize, params.block_bounds, place.batch, place.head);
+    const int64_t last_row =
+        min((static_cast<int64_t>(m_block_) + 1) * kBlockSize, visibility_.seqlen_q) - 1;
+    end_block_ =
+        static_cast<int>(visibility_.causal ? (last_row + visibility_.shift()) / kBlockSize + 1
+                                            : visibility_.num_n_blocks());
+    first_word_ = (end_block_ + 31) / 32;
+    load();
+  }
+
+  // < 0: there is none left.
+  __device__ int next() {
+    for (;;) {
+      while (bits_ == 0) {
+        if (filled_words_ == 0) {
+          if (first_word_ == 0) return -1;
+          load();
+          continue;
+        }
+        word_ = 31 - __clz(filled_words_);
+        filled_words_ ^= 1u << word_;
+        bits_ = __shfl_sync(~0u, own_word_, word_);
+      }
+      const int bit = 31 - __clz(bits_);
+      bits_ ^= 1u << bit;
+      const int n_block = (first_word_ + word_) * 32 + bit;
+      kind_ = classify_block(visibility_, bounds_, m_block_, n_block);
+      if (kind_ != BlockKind::kHidden) return n_block;
+    }
+  }
+
+  // Of the block that next() gave last: whether some of its scores may be hidden.
+  __device__ bool masked(int n_block) const {
+    const int64_t end_key = (static_cast<int64_t>(n_block) + 1) * kBlockSize;
+    const int64_t end_visible =
+        visibility_.causal
+            ? min(static_cast<int64_t>(m_block_) * kBlockSize + visibility_.shift() + 1,
+                  visibility_.seqlen_k)
+            : visibility_.seqlen_k;
+    return kind_ == BlockKind::kPartial || end_key > end_visible;
+  }
+
+ private:
+  // The 32 words before first_word_.
+  __device__ void load() {
+    first_word_ = max(first_word_ - 32, 0);
+    const int word = first_word_ + static_cast<int>(threadIdx.x) % 32;
+    own_word_ = word * 32 < end_block_ ? words_[word] : 0;
+    if (end_block_ - word * 32 < 32 && own_word_) own_word_ &= (1u << (end_block_ - word * 32)) - 1;
+    end_block_ = first_word_ * 32;
+    filled_words_ = __ballot_sync(~0u, own_word_ != 0);
+  }
+
+  const Visibility& visibility_;
+  const int m_block_;
+  const uint32_t* words_;
+  const RunBounds* bounds_;
+  int end_block_, first_word_;
+  uint32_t own_word_, filled_words_, bits_ = 0;
+  int word_ = 0;
+  BlockKind kind_ = BlockKind::kHidden;
+};
+
+template <typename Traits>
+__device__ void produce_tiles(const AttendKernelParams& params,
+                              typename Traits::SharedStorage& shared) {
+  const Visibility& visibility = params.attend.visibility;
+  const int group = static_cast<int>(visibility.num_heads / params.attend.heads.num_heads_k);
+  const bool leader = threadIdx.x == 0;
+  RingPosition<1> rows, queries;
+  RingPosition<Traits::kStages> keys, values;
+
+  const auto copy_tile = [&](const CUtensorMap& map, typename Traits::Element* to, int first_key,
+                             const RowPlace& place, Barrier& full) {
+    full.arrive_and_expect(Traits::kTileBytes);
+    for (int panel = 0; panel < Traits::kPanels; ++panel) {
+      copy_box(to + panel * Traits::kTileN * kPanel, map, panel * kPanel, first_key,
+               place.head / group, place.batch, full);
+    }
+  };
+
+  for (;;) {
+    int turn = 0;
+    if (leader) turn = atomicAdd(params.next_row, 1);
+    turn = __shfl_sync(~0u, turn, 0);
+    // Query blocks from the last, under the diagonal the longest, to the first; heads side by side.
+    const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+    const int heads = params.num_rows / num_m_blocks;
+    const int row =
+        turn < params.num_rows ? turn % heads * num_m_blocks + num_m_blocks - 1 - turn / heads : -1;
+    shared.row_empty.wait(rows.parity ^ 1);  // until the consumers have read the last one
+    rows.advance();
+    if (row < 0) {
+      if (leader) {
+        shared.row.index = -1;
+        shared.row_full.arrive();
+      }
+      return;
+    }
+    const RowPlace place(visibility, row);
+    BlockWalk walk(params, row, place);
+    int n_block = walk.next();
+    if (leader) {
+      shared.row = {row, n_block < 0};
+      shared.row_full.arrive();
+    }
+    if (n_block < 0) continue;
+
+    shared.query_empty.wait(queries.parity ^ 1);  // until the consumers are done with the last one
+    queries.advance();
+    if (leader) {
+      shared.query_full.arrive_and_expect(kBlockSize * Traits::kHeadDim *
+                                          sizeof(typename Traits::Element));
+      for (int g = 0; g < kConsumerGroups; ++g) {
+        for (int panel = 0; panel < Traits::kPanels; ++panel) {
+          copy_box(shared.query[g] + panel * kGroupRows * kPanel, params.query, panel * kPanel,
+                   place.m_block * kBlockSize + g * kGroupRows, place.head, place.batch,
+                   shared.query_full);
+        }
+      }
+    }
+    while (n_block >= 0) {
+      const bool masked = walk.masked(n_block);
+      const int next = walk.next();
+      for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
+        const int first_key = n_block * kBlockSize + t * Traits::kTileN;
+        shared.key_empty[keys.slot].wait(keys.parity ^ 1);
+        if (leader) {
+          shared.tile[keys.slot] = {first_key, masked, next < 0 && t == 0};
+          copy_tile(params.key, shared.key[keys.slot], first_key, place,
+                    shared.key_full[keys.slot]);
+        }
+        keys.advance();
+        shared.value_empty[values.slot].wait(values.parity ^ 1);
+        if (leader) {
+          copy_tile(params.value, shared.value[values.slot], first_key, place,
+                    shared.value_full[values.slot]);
+        }
+        values.advance();
+      }
+      n_block = next;
+    }
+  }
+}
+
+}  // namespace rrattn::cuda

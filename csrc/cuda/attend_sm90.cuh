@@ -1,0 +1,78 @@
+// Block-sparse flash attention on Hopper.
+//
+//   query [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
+//     ->  out [B, Lq, Hq, D], lse [B, Hq, Lq]
+//
+// The kernel is persistent. A thread block takes one row of the block mask at a time: 128 queries
+// of a head, 64 to each of two consumer warp groups. One producer warp walks the row's bits and
+// copies the queries and the selected tiles of keys and values to shared memory (TMA); only it
+// knows of the mask, and tells the consumers which tiles have hidden scores.
+#pragma once
+
+#include "attend_consumer.cuh"
+#include "rows.cuh"
+
+namespace rrattn::cuda {
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attend_kernel(const __grid_constant__ AttendKernelParams params) {
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  const int warp_group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpGroupThreads, 0);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = kConsumerGroups * 4;  // a lane of each arrives
+    shared.row_full.init(1);
+    shared.row_empty.init(kConsumerWarps);
+    shared.query_full.init(1);
+    shared.query_empty.init(kConsumerWarps);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.key_full[stage].init(1);
+      shared.key_empty[stage].init(kConsumerWarps);
+      shared.value_full[stage].init(1);
+      shared.value_empty[stage].init(kConsumerWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if (warp_group == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x < 32) produce_tiles<Traits>(params, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    AttendConsumer<Traits>(params, shared, warp_group - 1).consume_rows();
+  }
+}
+
+template <typename Traits>
+void launch_attend(const AttendParams& attend) {
+  const auto stream = static_cast<cudaStream_t>(attend.execution.stream);
+  const Visibility& visibility = attend.visibility;
+  const int multiprocessors = num_multiprocessors();
+  Arena arena(attend.execution.workspace);
+  const AttendWorkspace workspace(arena, attend);
+  compute_run_bounds(visibility, kBlockSize, workspace.block_bounds, stream);
+  RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.next_row, 0, sizeof(int), stream));
+
+  AttendKernelParams params;
+  params.attend = attend;
+  const TensorShape query_shape = query_shape_of(attend), key_shape = key_shape_of(attend);
+  params.query = map_rows(attend.query, query_shape, workspace.query, kGroupRows, stream);
+  params.key = map_rows(attend.key, key_shape, workspace.key, Traits::kTileN, stream);
+  params.value = map_rows(attend.value, key_shape, workspace.value, Traits::kTileN, stream);
+  params.block_bounds = workspace.block_bounds;
+  params.next_row = workspace.next_row;
+  params.num_rows =
+      static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
+  params.aligned_out = aligned_rows(attend.out);
+
+  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
+  const auto kernel = attend_kernel<Traits>;
+  RRATTN_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<std::min(params.num_rows, multiprocessors), Traits::kThreads, kSharedBytes, stream>>>(
+      params);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace rrattn::cuda

@@ -1,0 +1,15 @@
+// Block-sparse attention of one element type and padded head size; attend_<type>_<head size>.cu
+// instantiate it.
+#pragma once
+
+#include "../core/params.h"
+
+namespace rrattn::cuda {
+
+template <DataType kDataType, int kHeadDim>
+struct AttendStage {
+  static int64_t workspace_bytes(const AttendParams& params);
+  static void run(const AttendParams& params);
+};
+
+}  // namespace rrattn::cuda

@@ -1,0 +1,24 @@
+// Small pieces of a softmax over rows that the four lanes of a quad share, as wgmma deals them out.
+#pragma once
+
+namespace rrattn::cuda {
+
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
+
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+}  // namespace rrattn::cuda

@@ -1,0 +1,28 @@
+// Tensor maps: what the bulk tensor copies (TMA) need to know of a [B, L, H, D] tensor in memory.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "../core/params.h"
+
+namespace rrattn::cuda {
+
+constexpr int kPanel = 64;  // columns of a copied box: 128 bytes, the widest swizzle
+
+struct TensorShape {
+  int64_t batch, seqlen, num_heads, head_dim;
+  DataType dtype;  // of 2 bytes
+};
+
+// 0 where the bulk copies can read the rows where they are; else the size of a copy that they can
+// read: rows that do not start on 16 bytes, or broadcast ones.
+int64_t elements_to_pack(const Rows& rows, const TensorShape& shape);
+
+// Boxes of `box_rows` rows by kPanel columns of one head, swizzled as wgmma reads them. What lies
+// outside the tensor reads as zero. Coordinates: column, row, head, batch. `packed`: room for
+// elements_to_pack, filled on the stream.
+CUtensorMap map_rows(const Rows& rows, const TensorShape& shape, void* packed, int box_rows,
+                     cudaStream_t stream);
+
+}  // namespace rrattn::cuda
