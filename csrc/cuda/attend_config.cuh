@@ -14,7 +14,6 @@ namespace rrattn::cuda {
 
 using namespace cute;
 
-constexpr int kWarpGroupThreads = 128;
 constexpr int kConsumerGroups = 2;  // of 64 rows each: a query block
 constexpr int kGroupRows = kBlockSize / kConsumerGroups;
 
@@ -39,7 +38,7 @@ struct AttendTraits {
   static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;  // 64: the output takes 128 registers
   static constexpr int kTilesPerBlock = kBlockSize / kTileN;
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
-  static constexpr int kThreads = (kConsumerGroups + 1) * kWarpGroupThreads;
+  static constexpr int kThreads = (kConsumerGroups + 1) * kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;

@@ -4,6 +4,11 @@
 // While the softmax of one tile is computed, the tensor cores multiply the last tile's
 // probabilities with the values; and the two groups take turns at the tensor cores, so that the
 // one's softmax falls into the other's products.
+//
+// Measured on an H200 (32 heads over 8, D 128, causal, 50% of the blocks of 32,768 / 131,072
+// tokens, TFLOP/s, in one run): this 617 / 619; rescaling only when the base rises by more than 2^8
+// 606 / 616 (the branch costs more than it saves); that with 3 stages 605 / 611, and without turns
+// 611 / 623.
 #pragma once
 
 #include "attend_producer.cuh"
@@ -101,7 +106,7 @@ class AttendConsumer {
   // scores = Q K^T of the stage at hand.
   __device__ void multiply_keys(Scores& scores) {
     typename Traits::ScoreMma mma;
-    auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroupThreads);
+    auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
     auto query = thread_mma.partition_fragment_A(
         make_tensor(make_smem_ptr(shared_.query[group_]), typename Traits::QueryLayout{}));
     auto key = thread_mma.partition_fragment_B(
@@ -120,7 +125,7 @@ class AttendConsumer {
   // out += P V of the stage at hand.
   __device__ void multiply_values(Probabilities& probabilities, Out& out) {
     typename Traits::OutMma mma;
-    auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroupThreads);
+    auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
     auto value = thread_mma.partition_fragment_B(
         make_tensor(make_smem_ptr(shared_.value[values_.slot]), typename Traits::ValueLayout{}));
     warpgroup_fence_operand(probabilities);
@@ -159,19 +164,25 @@ class AttendConsumer {
     if (tile.masked) hide(place, tile, at);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = at(half, 0);
+      // Four chains each, to hide the latency of one.
+      float largest[4];
 #pragma unroll
-      for (int i = 1; i < kRowScores; ++i) largest = fmaxf(largest, at(half, i));
-      const float new_base = fmaxf(row_base_[half], quad_max(largest) * score_scale_);
+      for (int i = 0; i < kRowScores; ++i) {
+        largest[i % 4] = i < 4 ? at(half, i) : fmaxf(largest[i % 4], at(half, i));
+      }
+      const float tile_base = score_scale_ * quad_max(fmaxf(fmaxf(largest[0], largest[1]),
+                                                            fmaxf(largest[2], largest[3])));
+      const float new_base = fmaxf(row_base_[half], tile_base);
       const float base = new_base == -INFINITY ? 0 : new_base;  // nothing seen yet: -inf stays
       factor[half] = exp2_approx(row_base_[half] - base);
       row_base_[half] = new_base;
-      row_sum_[half] *= factor[half];
+      float sum[4];
 #pragma unroll
       for (int i = 0; i < kRowScores; ++i) {
         at(half, i) = exp2_approx(fmaf(at(half, i), score_scale_, -base));
-        row_sum_[half] += at(half, i);
+        sum[i % 4] = i < 4 ? at(half, i) : sum[i % 4] + at(half, i);
       }
+      row_sum_[half] = row_sum_[half] * factor[half] + ((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
   }
 
@@ -272,15 +283,14 @@ class AttendConsumer {
 
   __device__ int row_token(const RowPlace& place, int half) const {
     return place.m_block * kBlockSize + group_ * kGroupRows +
-           static_cast<int>(threadIdx.x) % kWarpGroupThreads / 32 * 16 + threadIdx.x % 32 / 4 +
-           half * 8;
+           static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
   }
 
   __device__ void take_turn() const {
-    cutlass::arch::NamedBarrier::sync(kConsumerGroups * kWarpGroupThreads, group_);
+    cutlass::arch::NamedBarrier::sync(kConsumerGroups * kWarpGroup, group_);
   }
   __device__ static void give_turn(int group) {
-    cutlass::arch::NamedBarrier::arrive(kConsumerGroups * kWarpGroupThreads, group);
+    cutlass::arch::NamedBarrier::arrive(kConsumerGroups * kWarpGroup, group);
   }
 
   const AttendKernelParams& params_;

@@ -14,6 +14,7 @@ struct AttendKernelParams {
   const RunBounds* block_bounds;
   int* next_row;
   int num_rows;
+  int section_heads;  // key heads whose rows are worked off together
   bool aligned_out;
 };
 
@@ -28,6 +29,21 @@ struct RowPlace {
     batch = index / num_m_blocks / num_heads;
   }
 };
+
+// The order of the work: section by section of key heads, so that their keys and values stay in the
+// L2 cache; in a section, query blocks from the last, under the diagonal the longest, to the first,
+// heads side by side.
+__device__ inline int row_of_turn(const AttendKernelParams& params, int turn) {
+  const Visibility& visibility = params.attend.visibility;
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+  const int num_heads = params.num_rows / num_m_blocks;  // query heads of all batch entries
+  const int group = static_cast<int>(visibility.num_heads / params.attend.heads.num_heads_k);
+  const int section = turn / (params.section_heads * group * num_m_blocks);
+  const int first_head = section * params.section_heads * group;
+  const int heads = min(params.section_heads * group, num_heads - first_head);
+  turn -= first_head * num_m_blocks;
+  return (first_head + turn % heads) * num_m_blocks + num_m_blocks - 1 - turn / heads;
+}
 
 // Walks the selected and visible blocks of a row from the last to the first. All lanes of a warp
 // call it together; each holds one of 32 words.
@@ -121,11 +137,7 @@ __device__ void produce_tiles(const AttendKernelParams& params,
     int turn = 0;
     if (leader) turn = atomicAdd(params.next_row, 1);
     turn = __shfl_sync(~0u, turn, 0);
-    // Query blocks from the last, under the diagonal the longest, to the first; heads side by side.
-    const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
-    const int heads = params.num_rows / num_m_blocks;
-    const int row =
-        turn < params.num_rows ? turn % heads * num_m_blocks + num_m_blocks - 1 - turn / heads : -1;
+    const int row = turn < params.num_rows ? row_of_turn(params, turn) : -1;
     shared.row_empty.wait(rows.parity ^ 1);  // until the consumers have read the last one
     rows.advance();
     if (row < 0) {

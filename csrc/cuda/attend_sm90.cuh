@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     attend_kernel(const __grid_constant__ AttendKernelParams params) {
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
-  const int warp_group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpGroupThreads, 0);
+  const int warp_group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpGroup, 0);
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = kConsumerGroups * 4;  // a lane of each arrives
     shared.row_full.init(1);
@@ -44,6 +44,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
+// Keys and values of a section: well below the H200's 50 MB of L2. With all heads in one section,
+// 50% of 131,072 tokens (32 heads over 8, D 128, causal) run at 492 TFLOP/s in place of 619.
+constexpr int64_t kSectionBytes = 32 << 20;
+
 template <typename Traits>
 void launch_attend(const AttendParams& attend) {
   const auto stream = static_cast<cudaStream_t>(attend.execution.stream);
@@ -64,6 +68,11 @@ void launch_attend(const AttendParams& attend) {
   params.next_row = workspace.next_row;
   params.num_rows =
       static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
+  const int64_t head_bytes =
+      2 * visibility.seqlen_k * attend.heads.head_dim * size_of(attend.heads.dtype);
+  params.section_heads =
+      static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(1, head_bytes), 1,
+                                           visibility.batch * attend.heads.num_heads_k));
   params.aligned_out = aligned_rows(attend.out);
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);

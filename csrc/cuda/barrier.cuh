@@ -1,4 +1,4 @@
-// Barriers in shared memory (mbarrier), and rings of them.
+// How warp groups work together: barriers in shared memory (mbarrier), and rings of them.
 //
 // Unlike CUTLASS's these also keep the compiler from moving ordinary loads and stores across: an
 // arrive releases all that its thread wrote before, a wait acquires it.
@@ -7,6 +7,8 @@
 #include <cstdint>
 
 namespace rrattn::cuda {
+
+constexpr int kWarpGroup = 128;  // threads: four warps, which wgmma and setmaxnreg address together
 
 class Barrier {
  public:

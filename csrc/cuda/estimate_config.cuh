@@ -7,6 +7,7 @@
 
 #include "barrier.cuh"
 #include "run_bounds.cuh"
+#include "softmax.cuh"
 
 namespace rrattn::cuda {
 
@@ -14,7 +15,6 @@ using namespace cute;
 
 constexpr int kTileStrides = 128;  // pooled keys of a tile
 constexpr int kTileQueries = 64;   // sampled queries of a consumer warp group: the m of wgmma
-constexpr int kWarpGroup = 128;
 
 constexpr int kItemSlots = 2;  // items under way: one at the consumers, one before or after
 
@@ -112,7 +112,7 @@ struct EstimateLayout {
         key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)),
         consumers(consumers),
         num_items(key_heads * static_cast<int>(ceil_div(num_row_tiles * group, consumers))),
-        score_scale(params.softmax_scale * 1.44269504088896340736f) {}
+        score_scale(params.softmax_scale * kLog2E) {}
 };
 
 template <typename Traits>

@@ -4,7 +4,6 @@
 
 #include "estimate_items.cuh"
 #include "pool_keys.cuh"
-#include "softmax.cuh"
 
 namespace rrattn::cuda {
 
