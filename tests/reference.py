@@ -210,8 +210,14 @@ def attend(query, key, value, block_mask, startend=None, *, causal, softmax_scal
     return out, lse
 
 
-def backward(query, key, value, block_mask, grad_out, startend=None, *, causal, softmax_scale=None, dtype="float64"):
-    """The gradients of sum(out * grad_out) by query, key and value. The selection is held constant."""
+def backward(
+    query, key, value, block_mask, grad_out, startend=None, *, causal, softmax_scale=None, dtype="float64", terms=False
+):
+    """The gradients of sum(out * grad_out) by query, key and value. The selection is held constant.
+
+    With `terms`, the sums of their terms' absolute values instead: what rounding errors are relative to where terms
+    cancel (of one visible key the probability is 1, so its scores have no gradient: all of dP - delta cancels).
+    """
     batch, _, num_heads, head_dim = query.shape
     group = num_heads // key.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
@@ -223,9 +229,11 @@ def backward(query, key, value, block_mask, grad_out, startend=None, *, causal, 
         score = scaled_scores(q, k, softmax_scale, dtype)  # [Lq, Lk]
         lse = masked_softmax(score, visible[b, h])[1][:, None]  # all that the forward keeps of the softmax
         p = cast(np.exp(np.where(visible[b, h], score - lse, -np.inf)), dtype)  # [Lq, Lk]
+        if terms:
+            q, k, v, do = np.abs(q), np.abs(k), np.abs(v), np.abs(do)
         out = cast(p @ v, dtype)  # [Lq, D]
         delta = (do * out).sum(-1, keepdims=True)  # [Lq, 1]
-        ds = cast(p * (cast(do @ v.T, dtype) - delta), dtype)  # [Lq, Lk]
+        ds = cast(p * (cast(do @ v.T, dtype) + (delta if terms else -delta)), dtype)  # [Lq, Lk]
         grad_query[b, :, h] = ds @ k * cast(scale, dtype)
         grad_key[b, :, h // group] += ds.T @ q * cast(scale, dtype)
         grad_value[b, :, h // group] += p.T @ do
