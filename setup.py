@@ -14,6 +14,7 @@ RRATTN_CUTLASS=FOLDER    CUTLASS's include folder; default: that of the nvidia-c
 
 import importlib.util
 import os
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -23,6 +24,7 @@ import pybind11
 from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
+from setuptools.command.build_ext import build_ext
 
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
@@ -35,6 +37,14 @@ CUDA_ARCHS = os.environ.get("RRATTN_CUDA_ARCHS", "90a" if paddle_is_gpu_build el
 for arch in CUDA_ARCHS:
     if arch not in SUPPORTED_CUDA_ARCHS:
         raise SystemExit(f"RRATTN_CUDA_ARCHS has {arch}, but supported are: {' '.join(SUPPORTED_CUDA_ARCHS)}")
+
+PADDLE_RECORD = ""
+if paddle:
+    PADDLE_RECORD = f'''"""Written by setup.py."""
+
+PADDLE_VERSION = "{paddle.__version__}"
+PADDLE_COMMIT = "{paddle.version.commit}"
+'''
 
 CORE_SOURCES = sorted(
     glob("csrc/core/*.cpp") + glob("csrc/cpu/*.cpp") + (glob("csrc/cuda/*.cpp") if CUDA_ARCHS else [])
@@ -75,6 +85,13 @@ def is_stale(target, sources):
     return not os.path.exists(target) or os.path.getmtime(target) < max(map(os.path.getmtime, sources))
 
 
+def write_if_changed(path, text):
+    """So that what depends on the file is only made again when the text is another one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
 class BuildLibraries(build_clib):
     """Adds a library of the CUDA sources, which setuptools cannot compile."""
 
@@ -94,17 +111,36 @@ class BuildLibraries(build_clib):
         ]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS] + [f"-I{find_cutlass()}"]
         folder = Path(self.build_temp, "cuda")
-        folder.mkdir(parents=True, exist_ok=True)
+        configuration = folder / "command"
+        write_if_changed(configuration, shlex.join(command))
         objects = [str(folder / Path(source).with_suffix(".o").name) for source in CUDA_SOURCES]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
             jobs = [
                 pool.submit(self.spawn, [*command, "-c", source, "-o", target])
                 for source, target in zip(CUDA_SOURCES, objects)
-                if is_stale(target, [source, *HEADERS])
+                if is_stale(target, [source, *HEADERS, configuration])
             ]
             for job in jobs:
                 job.result()
         self.compiler.create_static_lib(objects, "rrattn_cuda", output_dir=self.build_clib)
+
+
+class BuildExtensions(build_ext):
+    """Builds them again when they are configured otherwise, and then records which Paddle the operators are for.
+
+    Another Paddle may kill the process that loads them. The record lies beside them and is written once they are there,
+    so that neither a failed build nor one for another place makes it wrong.
+    """
+
+    def run(self):
+        versions = [f"pybind11 {pybind11.__version__}", PADDLE_RECORD]
+        configuration = Path(self.build_temp, "configuration")
+        write_if_changed(configuration, "\n".join([*versions, *(repr(vars(one)) for one in self.extensions)]))
+        for extension in self.extensions:
+            extension.depends.append(str(configuration))
+        super().run()
+        if paddle:
+            write_if_changed(Path("" if self.inplace else self.build_lib, "rrattn/_build_info.py"), PADDLE_RECORD)
 
 
 def options(*, with_cuda):
@@ -127,11 +163,8 @@ def direct_extension():
 
 
 def paddle_extension():
-    """The operator library, and a record of the Paddle it is for: another one may kill the process that loads it."""
     from paddle.utils.cpp_extension import CppExtension
 
-    info = f'PADDLE_VERSION = "{paddle.__version__}"\nPADDLE_COMMIT = "{paddle.version.commit}"\n'
-    Path("rrattn/_build_info.py").write_text('"""Written by setup.py."""\n\n' + info)
     with_cuda = bool(CUDA_ARCHS) and paddle_is_gpu_build
     extension = CppExtension(
         sources=["csrc/bindings/paddle_ops.cpp", *(["csrc/bindings/paddle_stream.cpp"] if with_cuda else [])],
@@ -150,5 +183,5 @@ ParallelCompile().install()
 setup(
     libraries=[("rrattn_core", core_library)],
     ext_modules=extensions,
-    cmdclass={"build_clib": BuildLibraries},
+    cmdclass={"build_clib": BuildLibraries, "build_ext": BuildExtensions},
 )
