@@ -1,8 +1,9 @@
-"""Fixtures of the kernel tests. tests/gpu overrides `make_kernels` with its own arrays and keeps the rest."""
+"""Fixtures of the kernel tests. tests/gpu overrides the kernels and the dtypes and keeps the rest."""
 
 import harness
 import numpy as np
 import pytest
+from cases import DTYPES
 
 from rrattn import direct
 
@@ -21,6 +22,18 @@ def make_kernels():
 @pytest.fixture(scope="session")
 def kernels(make_kernels):
     return make_kernels()
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    """Each dtype that the kernels take."""
+    return request.param
+
+
+@pytest.fixture
+def main_dtype():
+    """The dtype of tests that need no more than one."""
+    return "float32"
 
 
 @pytest.fixture(params=direct.available_simd())

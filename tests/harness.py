@@ -128,11 +128,11 @@ class Kernels:
         return selected
 
     def attend(self, query, key, value, block_mask, startend=None, *, dtype="float32", **options):
-        """(out [B, Lq, Hq, D], lse [B, Hq, Lq])."""
+        """(out [B, Lq, Hq, D], lse [B, Hq, Lq]). The block mask may come as packed words, int32."""
         out, lse = self.place(query.shape, dtype), self.place(lse_shape(query), "float32", strided=False)
         direct.block_sparse_attention(
             *(self.input(x, dtype) for x in (query, key, value)),
-            self.input(reference.pack(block_mask), "int32", strided=False),
+            self.input(packed(block_mask), "int32", strided=False),
             out[1],
             lse[1],
             self.input(startend, "int32"),
@@ -164,6 +164,15 @@ class Kernels:
         scores = self.estimate(query, key, startend, causal=causal, dtype=dtype, **sampling)
         mask = self.select(scores, startend, causal=causal, threshold=threshold, **lengths)
         return scores, mask, *self.attend(query, key, value, mask, startend, causal=causal, dtype=dtype)
+
+    def assert_same(self, actual, expected, dtype):
+        """Results of the same rows in two calls, where they lie at other places."""
+        assert_identical(actual, np.ascontiguousarray(expected))
+
+
+def packed(block_mask):
+    """The words of a block mask, which may be bool."""
+    return reference.pack(block_mask) if block_mask.dtype == bool else block_mask
 
 
 def lse_shape(query):

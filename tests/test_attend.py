@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,31 +33,45 @@ def check(kernels, case, dtype="float32", inputs=None, **options):
     return results
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
 def test_out_and_lse(kernels, case, dtype):
     check(kernels, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_every_simd_level(kernels, simd, case, dtype):
     check(kernels, case, dtype)
 
 
 @pytest.mark.parametrize("softmax_scale", (0.01, 1.0))
-def test_softmax_scale(kernels, softmax_scale):
-    check(kernels, FEW_CASES[0], softmax_scale=softmax_scale)
+def test_softmax_scale(kernels, main_dtype, softmax_scale):
+    check(kernels, FEW_CASES[0], main_dtype, softmax_scale=softmax_scale)
 
 
 @pytest.mark.parametrize("density", (0.0, 0.1, 1.0))
-def test_densities(kernels, density):
+def test_densities(kernels, main_dtype, density):
     case = Case(500, 900, num_heads=4, num_heads_k=2, head_dim=32)
-    check(kernels, case, inputs=make_inputs(case, density=density))
+    check(kernels, case, main_dtype, make_inputs(case, main_dtype, density=density))
+
+
+def test_one_block_a_row(kernels, main_dtype, rng):
+    """Also where that block is above the diagonal or ends the keys."""
+    case = Case(700, 1000, num_heads=4, num_heads_k=2)
+    inputs = make_inputs(case, main_dtype)
+    chosen = rng.integers(0, case.block_shape[-1], case.block_shape[:3])
+    block_mask = np.arange(case.block_shape[-1]) == chosen[..., None]
+    out, lse = check(kernels, case, main_dtype, replace(inputs, block_mask=block_mask))
+    assert np.isneginf(lse).any() and np.isfinite(lse).any()
+
+
+def test_identical_keys(kernels, dtype):
+    """All logits of a row are the same: every visible value counts alike."""
+    case = Case(300, 700)
+    inputs = make_inputs(case, dtype)
+    check(kernels, case, dtype, replace(inputs, key=np.repeat(inputs.key[:, :1], 700, axis=1)))
 
 
 @pytest.mark.parametrize("causal", (True, False))
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_large_logits(kernels, dtype, causal):
     """Logits of some thousands: float32 keeps them apart, and no exponential overflows."""
     case = Case(300, 300, causal)
@@ -75,32 +90,32 @@ def test_scores_beyond_the_range_of_float16(kernels):
 
 
 @pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if str(c.flashmask).startswith("no_")], ids=str)
-def test_rows_that_see_nothing_are_zero(kernels, case):
-    inputs = make_inputs(case)
+def test_rows_that_see_nothing_are_zero(kernels, main_dtype, case):
+    inputs = make_inputs(case, main_dtype)
     seeing = reference.selected_tokens(*inputs.forward[:2], inputs.block_mask, inputs.startend, case.causal).any(-1)
     assert not seeing.all()
-    out, lse = run(kernels, case)
+    out, lse = run(kernels, case, main_dtype)
     assert np.array_equal(np.isneginf(lse), ~seeing)
     assert not out.swapaxes(1, 2)[~seeing].any()
     assert np.isfinite(out).all()
 
 
-def test_nothing_selected(kernels):
+def test_nothing_selected(kernels, main_dtype):
     case = FEW_CASES[0]
-    out, lse = run(kernels, case, inputs=make_inputs(case, density=-1.0))
+    out, lse = run(kernels, case, main_dtype, make_inputs(case, main_dtype, density=-1.0))
     assert not out.any() and np.isneginf(lse).all()
 
 
-def test_unselected_blocks_are_not_read(kernels):
+def test_unselected_blocks_are_not_read(kernels, main_dtype):
     """NaN in keys and values that no query block selects leaves no trace."""
     case = Case(300, 600, num_heads=4, num_heads_k=2, causal=False)
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, main_dtype)
     block_mask = inputs.block_mask.copy()
     block_mask[:, :2, :, 3] = False
     _, key, value = (x.copy() for x in inputs.forward)
     key[:, 384:512, 0], value[:, 384:512, 0] = np.nan, np.nan
-    poisoned = kernels.attend(inputs.query, key, value, block_mask, causal=False)
-    clean = kernels.attend(*inputs.forward, block_mask, causal=False)
+    poisoned = kernels.attend(inputs.query, key, value, block_mask, causal=False, dtype=main_dtype)
+    clean = kernels.attend(*inputs.forward, block_mask, causal=False, dtype=main_dtype)
     assert_identical(poisoned, clean)
 
 
@@ -113,18 +128,21 @@ def test_unselected_blocks_are_not_read(kernels):
     ),
     ids=str,
 )
-def test_bits_of_hidden_blocks_are_harmless(kernels, case):
-    inputs = make_inputs(case)
+def test_bits_of_hidden_blocks_are_harmless(kernels, main_dtype, case):
+    """Nor do bits beyond the last block."""
+    inputs = make_inputs(case, main_dtype)
     hidden, _ = reference.block_geometry(inputs.startend, **case.geometry)
     assert hidden.any()
 
     def attend(mask):
-        return kernels.attend(*inputs.forward, mask, inputs.startend, causal=case.causal)
+        return kernels.attend(*inputs.forward, mask, inputs.startend, causal=case.causal, dtype=main_dtype)
 
-    assert_identical(attend(inputs.block_mask | hidden), attend(inputs.block_mask & ~hidden))
+    clean = attend(inputs.block_mask & ~hidden)
+    assert_identical(attend(inputs.block_mask | hidden), clean)
+    beyond = np.int32(-1 << case.block_shape[-1])
+    assert_identical(attend(reference.pack(inputs.block_mask | hidden) | beyond), clean)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_layouts_are_read_and_written_in_place(kernels, make_kernels, case, layout, dtype):
@@ -158,9 +176,9 @@ def test_other_python_threads_run_meanwhile(make_kernels):
     assert turns > 10
 
 
-def test_sizes_of_zero(kernels):
+def test_sizes_of_zero(kernels, main_dtype):
     for case in (Case(0, 0), Case(0, 200), Case(5, 5, batch=0)):
-        out, lse = run(kernels, case)
+        out, lse = run(kernels, case, main_dtype)
         assert out.shape == make_inputs(case).query.shape and out.size == lse.size == 0
-    out, lse = run(kernels, Case(200, 0, causal=False))
+    out, lse = run(kernels, Case(200, 0, causal=False), main_dtype)
     assert out.size and not out.any() and np.isneginf(lse).all()

@@ -26,36 +26,35 @@ CASES = [
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def prefill(kernels, case, inputs, threshold=0.6, **options):
+def prefill(kernels, case, inputs, dtype, threshold=0.6, **options):
     options = {"causal": case.causal, "stride": case.stride, **options}
-    return kernels.prefill(*inputs.forward, inputs.startend, threshold=threshold, **options)
+    return kernels.prefill(*inputs.forward, inputs.startend, threshold=threshold, dtype=dtype, **options)
 
 
 @each_case
-def test_tau_of_one_is_dense_attention(kernels, case):
-    inputs = make_inputs(case)
-    _, mask, out, lse = prefill(kernels, case, inputs, threshold=1.0)
+def test_tau_of_one_is_dense_attention(kernels, main_dtype, case):
+    inputs = make_inputs(case, main_dtype)
+    _, mask, out, lse = prefill(kernels, case, inputs, main_dtype, threshold=1.0)
     hidden, _ = reference.block_geometry(inputs.startend, **case.geometry)
     assert np.array_equal(mask, ~hidden)
     everything = np.ones(case.block_shape, bool)
     dense = reference.attend(*inputs.forward, everything, inputs.startend, causal=case.causal)
-    naive = reference.attend(*inputs.forward, everything, inputs.startend, causal=case.causal, dtype="float32")
+    naive = reference.attend(*inputs.forward, everything, inputs.startend, causal=case.causal, dtype=main_dtype)
     for actual, exact, same_dtype in zip((out, lse), dense, naive):
         assert_as_good_as_naive(actual, exact, same_dtype)
 
 
 @each_case
-def test_growing_tau_never_removes_a_block(kernels, case):
-    inputs = make_inputs(case)
+def test_growing_tau_never_removes_a_block(kernels, main_dtype, case):
+    inputs = make_inputs(case, main_dtype)
     taus = (0.01, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.9999, 1.0)
-    masks = [prefill(kernels, case, inputs, threshold=tau)[1] for tau in taus]
+    masks = [prefill(kernels, case, inputs, main_dtype, threshold=tau)[1] for tau in taus]
     for smaller, larger in zip(masks, masks[1:]):
         assert (larger >= smaller).all()
     assert masks[0].sum() < masks[-1].sum()
 
 
 @pytest.mark.parametrize("chunk", (128, 384, 512))
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize(
     "case",
     [
@@ -69,7 +68,7 @@ def test_growing_tau_never_removes_a_block(kernels, case):
 )
 def test_prefill_in_chunks_is_one_prefill(kernels, case, dtype, chunk):
     inputs = make_inputs(case, dtype)
-    scores, mask, out, lse = prefill(kernels, case, inputs, dtype=dtype)
+    scores, mask, out, lse = prefill(kernels, case, inputs, dtype)
     cached = case.seqlen_k - case.seqlen_q
     assert cached % BLOCK == 0
     for first in range(0, case.seqlen_q, chunk):
@@ -82,25 +81,25 @@ def test_prefill_in_chunks_is_one_prefill(kernels, case, dtype, chunk):
         )  # fmt: skip
         blocks = slice(first // BLOCK, first // BLOCK + part[0].shape[2])
         num_k_blocks = part[0].shape[3]
-        assert_identical(part[0], np.ascontiguousarray(scores[:, :, blocks, :num_k_blocks]))
+        kernels.assert_same(part[0], scores[:, :, blocks, :num_k_blocks], "float32")
         assert_identical(part[1], np.ascontiguousarray(mask[:, :, blocks, :num_k_blocks]))
         assert not mask[:, :, blocks, num_k_blocks:].any()
-        assert_identical(part[2], np.ascontiguousarray(out[:, rows]))
-        assert_identical(part[3], np.ascontiguousarray(lse[:, :, rows]))
+        kernels.assert_same(part[2], out[:, rows], dtype)
+        kernels.assert_same(part[3], lse[:, :, rows], "float32")
 
 
 @pytest.mark.parametrize("stride", (4, 8, 64))
 @pytest.mark.parametrize("ranks", (2, 4))
-def test_heads_split_over_ranks(kernels, ranks, stride):
+def test_heads_split_over_ranks(kernels, main_dtype, ranks, stride):
     """head_offset keeps the phase of each head; without it a rank would sample other tokens."""
     case = Case(400, 600, num_heads=8, num_heads_k=4, head_dim=32, stride=stride)
-    inputs = make_inputs(case)
-    whole = prefill(kernels, case, inputs)
+    inputs = make_inputs(case, main_dtype)
+    whole = prefill(kernels, case, inputs, main_dtype)
     heads, heads_k = 8 // ranks, 4 // ranks
     for rank in range(ranks):
         own, own_k = slice(rank * heads, (rank + 1) * heads), slice(rank * heads_k, (rank + 1) * heads_k)
         arrays = inputs.query[:, :, own], inputs.key[:, :, own_k], inputs.value[:, :, own_k]
-        options = {"causal": True, "stride": stride, "threshold": 0.6}
+        options = {"causal": True, "stride": stride, "threshold": 0.6, "dtype": main_dtype}
         part = kernels.prefill(*arrays, head_offset=rank * heads, **options)
         for actual, full, axis in zip(part, whole, (1, 1, 2, 1)):
             assert_identical(actual, np.ascontiguousarray(np.take(full, range(*own.indices(8)), axis)))
@@ -108,7 +107,6 @@ def test_heads_split_over_ranks(kernels, ranks, stride):
             assert not np.array_equal(part[0], kernels.prefill(*arrays, **options)[0])
 
 
-@pytest.mark.parametrize("dtype", ("float32", "float16"))
 @pytest.mark.parametrize("causal", (True, False))
 def test_packed_sequences_run_as_if_apart(kernels, causal, dtype):
     """Documents that start at multiples of 128, across the edge of a tile of strides."""
@@ -123,40 +121,50 @@ def test_packed_sequences_run_as_if_apart(kernels, causal, dtype):
     for first, end in zip(ends - lengths, ends):
         rows, blocks = slice(first, end), slice(first // BLOCK, -(-end // BLOCK))
         apart = kernels.prefill(*(x[:, rows] for x in inputs.forward), **options)
-        assert_identical(scores[:, :, blocks, blocks].copy(), apart[0])
+        kernels.assert_same(apart[0], scores[:, :, blocks, blocks], "float32")
         assert np.array_equal(mask[:, :, blocks, blocks], apart[1])
-        assert_identical(out[:, rows].copy(), apart[2])
-        assert_identical(lse[:, :, rows].copy(), apart[3])
+        kernels.assert_same(apart[2], out[:, rows], dtype)
+        kernels.assert_same(apart[3], lse[:, :, rows], "float32")
         mask[:, :, blocks, blocks] = False
     assert not mask.any()
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def grouped_and_repeated(num_heads_k, dtype):
+    """(inputs, query, key, value): grouped heads, and the same with a key and a value for each query head."""
+    inputs = make_inputs(Case(300, 500, num_heads=8, num_heads_k=num_heads_k, head_dim=32), dtype)
+    return inputs, (inputs.query, *(np.repeat(x, 8 // num_heads_k, axis=2) for x in (inputs.key, inputs.value)))
+
+
 @pytest.mark.parametrize("num_heads_k", (1, 2, 4))
 def test_grouped_heads_equal_repeated_keys_and_values(kernels, num_heads_k, dtype):
-    case = Case(300, 500, num_heads=8, num_heads_k=num_heads_k, head_dim=32)
-    inputs = make_inputs(case, dtype)
-    group = 8 // num_heads_k
-    repeated = inputs.query, *(np.repeat(x, group, axis=2) for x in (inputs.key, inputs.value))
+    inputs, repeated = grouped_and_repeated(num_heads_k, dtype)
+    options = {"causal": True, "dtype": dtype, "threshold": 0.6}
+    assert_identical(kernels.prefill(*repeated, **options), kernels.prefill(*inputs.forward, **options))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("num_heads_k", (1, 2, 4))
+def test_gradients_of_grouped_heads_equal_those_of_repeated_ones(kernels, num_heads_k, dtype):
+    inputs, repeated = grouped_and_repeated(num_heads_k, dtype)
     options = {"causal": True, "dtype": dtype}
-    grouped = kernels.prefill(*inputs.forward, threshold=0.6, **options)
-    assert_identical(kernels.prefill(*repeated, threshold=0.6, **options), grouped)
-    grads = kernels.backward(*inputs.forward, grouped[1], inputs.grad_out, **options)
-    repeated_grads = kernels.backward(*repeated, grouped[1], inputs.grad_out, **options)
+    block_mask = inputs.block_mask
+    grads = kernels.backward(*inputs.forward, block_mask, inputs.grad_out, **options)
+    repeated_grads = kernels.backward(*repeated, block_mask, inputs.grad_out, **options)
     assert_identical(repeated_grads[0], grads[0])
     tolerance = 1e-5 if dtype == "float32" else 2e-2  # the repeated ones are rounded before they are summed
     for grad, parts in zip(grads[1:], repeated_grads[1:]):
-        summed = parts.reshape(1, 500, num_heads_k, group, 32).sum(3)
+        summed = parts.reshape(1, 500, num_heads_k, 8 // num_heads_k, 32).sum(3)
         np.testing.assert_allclose(grad, summed, rtol=tolerance, atol=tolerance * np.abs(summed).max())
 
 
-def test_batch_entries_are_independent(kernels):
+def test_batch_entries_are_independent(kernels, main_dtype):
     case = Case(300, 500, num_heads=4, num_heads_k=2, batch=3, flashmask="random_intervals", flashmask_heads="Hkv")
-    inputs = make_inputs(case)
-    together = prefill(kernels, case, inputs)
+    inputs = make_inputs(case, main_dtype)
+    together = prefill(kernels, case, inputs, main_dtype)
     for b in range(3):
         one = slice(b, b + 1)
         alone = kernels.prefill(
-            *(x[one] for x in inputs.forward), inputs.startend[one], causal=True, stride=8, threshold=0.6
-        )
+            *(x[one] for x in inputs.forward), inputs.startend[one],
+            causal=True, stride=8, threshold=0.6, dtype=main_dtype,
+        )  # fmt: skip
         assert_identical(alone, [x[one] for x in together])
