@@ -56,6 +56,12 @@ class GpuKernels(harness.Kernels):
     def typed(self, dtype):
         return self.options
 
+    def assert_same(self, actual, expected, dtype):
+        """Up to two roundings: another place among the tiles may mean another order of additions."""
+        rounding = {"float32": 2.0**-20, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]  # the sums': in float32
+        largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+        np.testing.assert_allclose(actual, expected, rtol=2 * rounding, atol=rounding * largest)
+
 
 class PaddleKernels(GpuKernels):
     """The stages through Paddle's operators.
@@ -76,7 +82,7 @@ class PaddleKernels(GpuKernels):
         return paddle.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
 
     def values(self, tensor):
-        """The values of a float32 or int32 result."""
+        """A result as NumPy has it."""
         torch.cuda.synchronize()
         return tensor.numpy()
 
@@ -96,6 +102,38 @@ class PaddleKernels(GpuKernels):
         selected = reference.unpack(words, block_scores.shape[-1])
         assert np.array_equal(reference.pack(selected), words), "bits beyond the last block are set"
         return selected
+
+    def attend(self, query, key, value, block_mask, startend=None, *, dtype="float32", **options):
+        out, lse = rrattn.block_sparse_attention(
+            *(self.tensor(x, dtype) for x in (query, key, value)),
+            self.tensor(harness.packed(block_mask), "int32"),
+            self.tensor(startend, "int32"),
+            return_softmax_lse=True,
+            **options,
+        )
+        return harness.decode(self.values(out), dtype), self.values(lse)
+
+    def rr_attention(self, query, key, value, startend=None, *, dtype="float32", **options):
+        """(block_mask, out, lse) of one operator."""
+        out, lse, mask = rrattn.rr_attention(
+            *(self.tensor(x, dtype) for x in (query, key, value)),
+            self.tensor(startend, "int32"),
+            return_softmax_lse=True,
+            return_block_mask=True,
+            **options,
+        )
+        selected = reference.unpack(self.values(mask), reference.num_blocks(key.shape[1]))
+        return selected, harness.decode(self.values(out), dtype), self.values(lse)
+
+
+@pytest.fixture(params=("bfloat16", "float16"))
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def main_dtype():
+    return "bfloat16"
 
 
 @pytest.fixture(scope="session")

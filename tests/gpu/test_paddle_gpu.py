@@ -5,7 +5,7 @@ import paddle
 import pytest
 import reference
 from cases import Case, make_inputs
-from harness import assert_identical
+from harness import assert_identical, decode
 
 import rrattn
 
@@ -32,6 +32,13 @@ def test_results_lie_beside_the_inputs(small):
     assert scores.place.is_gpu_place() and mask.place.is_gpu_place()
     assert scores.dtype == paddle.float32 and mask.dtype == paddle.int32
     assert scores.stop_gradient and mask.stop_gradient
+    sparse = rrattn.block_sparse_attention(query, key, key, mask, causal=True, return_softmax_lse=True)
+    whole = rrattn.rr_attention(query, key, key, causal=True, return_softmax_lse=True)
+    for out, lse in (sparse, whole):
+        assert out.place.is_gpu_place() and lse.place.is_gpu_place()
+        assert out.dtype == paddle.bfloat16 and lse.dtype == paddle.float32
+        assert out.shape == query.shape and lse.shape == [1, 4, 200]
+        assert out.stop_gradient and lse.stop_gradient
 
 
 def test_calls_in_a_row_need_no_synchronisation(paddle_kernels, make_kernels):
@@ -54,11 +61,46 @@ def test_calls_in_a_row_need_no_synchronisation(paddle_kernels, make_kernels):
         assert_identical((paddle_kernels.values(scores), selected), expected)
 
 
+@pytest.mark.parametrize(
+    "case",
+    (
+        CASE,
+        Case(700, 900, num_heads=4, num_heads_k=2, flashmask="window_with_full_tail", flashmask_heads="Hkv"),
+        Case(450, 700, causal=False, num_heads=4, num_heads_k=1, head_dim=72, stride=16),
+    ),
+    ids=str,
+)
+def test_rr_attention_is_the_three_stages(paddle_kernels, make_kernels, case):
+    inputs = make_inputs(case, "bfloat16")
+    options = {"causal": case.causal, "stride": case.stride, "threshold": 0.7, "head_offset": 5, "dtype": "bfloat16"}
+    stages = make_kernels().prefill(*inputs.forward, inputs.startend, **options)
+    assert_identical(paddle_kernels.rr_attention(*inputs.forward, inputs.startend, **options), stages[1:])
+
+
+def test_calls_of_rr_attention_in_a_row_need_no_synchronisation(paddle_kernels, make_kernels):
+    inputs = make_inputs(CASE, "bfloat16")
+    expected = make_kernels().prefill(*inputs.forward, causal=True, threshold=0.7, dtype="bfloat16")[2]
+    query, key, value = (paddle_kernels.tensor(x, "bfloat16") for x in inputs.forward)
+    outs = [rrattn.rr_attention(query, key, value, causal=True, threshold=0.7) for _ in range(50)]
+    for out in outs[::10]:
+        assert_identical(decode(paddle_kernels.values(out), "bfloat16"), expected)
+
+
 def test_bad_arguments_are_python_errors(paddle_kernels, small):
     query, key, scores = small
     single = paddle_kernels.tensor(make_inputs(SMALL).query, "float32")
     with pytest.raises(ValueError, match="query has dtype float32, but on a GPU must have float16 or bfloat16"):
         rrattn.estimate_block_scores(single, single, causal=True)
+    with pytest.raises(ValueError, match="query has dtype float32, but on a GPU must have float16 or bfloat16"):
+        rrattn.rr_attention(single, single, single, causal=True)
+    mask = paddle_kernels.tensor(np.ones((1, 4, 2, 1), np.int32), "int32")
+    with pytest.raises(ValueError, match="query has dtype float32, but on a GPU must have float16 or bfloat16"):
+        rrattn.block_sparse_attention(single, single, single, mask, causal=True)
+    with pytest.raises(ValueError, match=r"value has shape \[1, 200, 4, 64\], but must have \[1, 300, 2, 64\]"):
+        rrattn.block_sparse_attention(query, key, query, mask, causal=True)
+    tall = paddle_kernels.tensor(np.ones((1, 4, 3, 1), np.int32), "int32")
+    with pytest.raises(ValueError, match=r"block_mask has shape .* but must have \[1, 4, 2, 1\]"):
+        rrattn.block_sparse_attention(query, key, key, tall, causal=True)
     with pytest.raises(ValueError, match="stride is 3, but must be"):
         rrattn.estimate_block_scores(query, key, causal=True, stride=3)
     with pytest.raises(ValueError, match="threshold is 1.5, but must be in"):
@@ -75,17 +117,21 @@ def test_inputs_on_two_devices_are_refused(paddle_kernels, small):
         rrattn.estimate_block_scores(query, host_key, causal=True)
     with pytest.raises(ValueError, match="key is on gpu:0, but query is on cpu"):
         rrattn.estimate_block_scores(host_query, key, causal=True)
+    mask = on_cpu(np.ones((1, 4, 2, 1), np.int32))
+    with pytest.raises(ValueError, match="value is on cpu, but key is on gpu:0"):
+        rrattn.rr_attention(query, key, host_key, causal=True)
+    with pytest.raises(ValueError, match="block_mask is on cpu, but query is on gpu:0"):
+        rrattn.block_sparse_attention(query, key, key, mask, causal=True)
     taus = on_cpu(np.full(4, 0.5, np.float32))
     with pytest.raises(ValueError, match="threshold is on cpu, but block_scores is on gpu:0"):
         rrattn.select_blocks(scores, taus, causal=True, seqlen_q=200, seqlen_k=300)
 
 
-def test_stages_without_a_gpu_kernel_are_refused(paddle_kernels, small):
-    query, key, _ = small
-    mask = paddle_kernels.tensor(np.ones((1, 4, 2, 1), np.int32), "int32")
-    for call in (
-        lambda: rrattn.block_sparse_attention(query, key, key, mask, causal=True),
-        lambda: rrattn.rr_attention(query, key, key, causal=True),
-    ):
-        with pytest.raises(ValueError, match="query is on gpu:0, but this build of rrattn runs attend on: CPU"):
-            call()
+def test_a_backward_pass_is_refused(paddle_kernels):
+    inputs = make_inputs(SMALL, "bfloat16")
+    query, key, value = (paddle_kernels.tensor(x, "bfloat16") for x in inputs.forward)
+    query.stop_gradient = False
+    out = rrattn.rr_attention(query, key, value, causal=True)
+    with pytest.raises(ValueError, match="query is on gpu:0, but this build of rrattn runs backward on: CPU"):
+        out.backward(out.detach())
+    assert rrattn.rr_attention(query, key, value, causal=True, training=False).stop_gradient
