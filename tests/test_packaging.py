@@ -1,5 +1,6 @@
 """The wheel holds what it should and works by itself, and an operator library for another Paddle is never loaded."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -126,3 +127,23 @@ print(scores.sum())
 def test_readme_tables_match_the_figures():
     script = ROOT / "tools" / "bench" / "readme_tables.py"
     assert subprocess.run([sys.executable, script, "--check"]).returncode == 0
+
+
+def test_readme_tables_show_the_gpu_stages_that_were_measured():
+    script = runpy.run_path(str(ROOT / "tools" / "bench" / "readme_tables.py"))
+    common = {"gpu": "H200", "cuda": "13.0", "dtype": "bfloat16", "num_heads": 32, "num_heads_k": 8, "head_dim": 128}
+    common.update(commit="abc", command="python gpu.py", seqlen_q=8192, seqlen_k=8192, density=0.254, tflops=500.0)
+    attend = {"stage": "attend", "ms": 2.0, "baselines": {"cudnn dense": 5.0, "fa4": 3.0}, **common}
+    alone = {"stage": "attend", "ms": 4.0, "baselines": {"cudnn dense": 5.0}, **common}
+    whole = {"stage": "rr_attention", "ms": 2.5, "baselines": {"cudnn dense": 5.0}, "threshold": 0.9, **common}
+    assert script["gpu_tables"]([]) == ""
+    (table,) = script["gpu_tables"]([attend, alone]).split("\n\n|")[1:]
+    assert table.splitlines() == [
+        " queries | keys | blocks | attend | TFLOP/s | cuDNN, dense | FlashAttention-4 |",
+        "|---|---|---|---|---|---|---|",
+        "| 8,192 | 8,192 | 25% | 2.000 ms | 500 | 5.000 ms, 2.50 x | 3.000 ms, 1.50 x |",
+        "| 8,192 | 8,192 | 25% | 4.000 ms | 500 | 5.000 ms, 1.25 x | not measured |",
+    ]
+    both = script["gpu_tables"]([whole, attend])
+    assert both.startswith(script["gpu_tables"]([attend]))
+    assert both.splitlines()[-1] == "| 8,192 | 0.90 | 25.4% | 2.500 ms | 5.000 ms, 2.00 x |"

@@ -1,11 +1,26 @@
-"""Times the GPU stages through rrattn.direct, beside cuDNN's dense attention in the same process.
+"""Times the GPU stages through rrattn.direct, beside other implementations in the same process.
 
     python tools/bench/gpu.py --stage estimate+select --json tools/bench/results/h200.json
+    python tools/bench/gpu.py --stage attend --tokens 8192 32768 --density 0.5 0.1
 
-Needs torch, a Hopper GPU, and rrattn.direct built with the GPU kernels (RRATTN_CUDA_ARCHS=90a, see setup.py). Random
-bfloat16 data, batch 1, 32 query heads over 8 key heads, D 128, causal. Times are medians of replays of a CUDA graph
-between events, warm. The floor is the larger of two times: the stage's products at 766 TFLOP/s (a large GEMM on an
-H200), its bytes (keys and sampled queries once, scores once each way) at 4.2 TB/s.
+Needs torch, a Hopper GPU, and rrattn.direct built with the GPU kernels (RRATTN_CUDA_ARCHS=90a, see setup.py). bfloat16,
+batch 1, 32 query heads over 8 key heads, D 128, causal; random data except for rr_attention.
+
+estimate, select, estimate+select
+    Medians of replays of a CUDA graph between events, warm, and cuDNN's dense attention. The floor is the larger of two
+    times: the stage's products at 766 TFLOP/s (a large GEMM on an H200), its bytes (keys and sampled queries once,
+    scores once each way) at 4.2 TB/s.
+attend
+    Random blocks before the diagonal and all blocks on it, other ones for each head. Rivals: torch's dense attention
+    (cuDNN's and FlashAttention's), and block-sparse FlexAttention and FlashAttention-4, where they run, on the same
+    blocks; their results must agree with ours. All take turns, medians over the rounds. TFLOP/s count 4 * 128 * 128 * D
+    operations for each selected block and half of them for one on the diagonal.
+rr_attention
+    Estimate, select and attend in a row, on queries and keys with structure (gpu_inputs.structured), and cuDNN's dense
+    attention in turns. TFLOP/s count the attended blocks as above over the time of all three stages.
+
+Densities are shares of the visible blocks. A run with --json replaces the records of the stages and lengths that it
+measures and keeps the file's others.
 """
 
 from __future__ import annotations
@@ -16,15 +31,17 @@ import shlex
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
+import gpu_attend
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
+from gpu_rivals import DENSE
 
 from rrattn import direct
 
-STAGES = ("estimate", "select", "estimate+select")
-NUM_HEADS, NUM_HEADS_K, HEAD_DIM = 32, 8, 128
+SAMPLING_STAGES = ("estimate", "select", "estimate+select")
+STAGES = (*SAMPLING_STAGES, "attend", "rr_attention")
 THRESHOLD = 0.9
 # seqlen_q, seqlen_k, stride
 SHAPES = [(8192, 8192, 8), (32768, 32768, 8), (131072, 131072, 8), (131072, 131072, 16), (16384, 1 << 20, 8)]
@@ -55,9 +72,6 @@ class Problem:
     """Random inputs, and the stages on them."""
 
     def __init__(self, seqlen_q, seqlen_k, stride):
-        def normal(length, heads):
-            return torch.randn(1, length, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-
         self.seqlen_q, self.seqlen_k, self.stride = seqlen_q, seqlen_k, stride
         self.query, self.key = normal(seqlen_q, NUM_HEADS), normal(seqlen_k, NUM_HEADS_K)
         blocks = seqlen_q // 128, seqlen_k // 128
@@ -88,13 +102,7 @@ class Problem:
 
     def dense_ms(self):
         """cuDNN's dense attention; K stands in for V."""
-        query, key = self.query.transpose(1, 2), self.key.transpose(1, 2)
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return median_ms(
-                lambda: F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True),
-                repeats=5,
-                graph=False,
-            )
+        return median_ms(DENSE["cudnn dense"](self.query, self.key, self.key), repeats=5, graph=False)
 
     def work(self, stage):
         """(floating-point operations, bytes) that the stage cannot do without."""
@@ -109,15 +117,7 @@ class Problem:
         }[stage]
 
 
-def density(mask, seqlen_q, seqlen_k):
-    """Selected over visible blocks."""
-    bits = (mask[..., None] >> torch.arange(32, device="cuda", dtype=torch.int32)) & 1
-    blocks_q, blocks_k = seqlen_q // 128, seqlen_k // 128
-    visible = sum(blocks_k - blocks_q + m + 1 for m in range(blocks_q))
-    return bits.sum().item() / (visible * NUM_HEADS)
-
-
-def measure(stage, shape, machine):
+def measure(stage, shape):
     problem = Problem(*shape)
     problem.run("estimate+select")
     ms = median_ms(lambda: problem.run(stage))
@@ -128,56 +128,78 @@ def measure(stage, shape, machine):
         "stage": stage,
         "seqlen_q": shape[0],
         "seqlen_k": shape[1],
-        "num_heads": NUM_HEADS,
-        "num_heads_k": NUM_HEADS_K,
-        "head_dim": HEAD_DIM,
-        "dtype": "bfloat16",
         "stride": shape[2],
-        "causal": True,
-        "density": density(problem.mask, *shape[:2]),
+        "density": selected_blocks(problem.mask) / NUM_HEADS / visible_blocks(*shape[:2]),
         "ms": ms,
         "tflops": flops / ms / 1e9,
         "gbs": num_bytes / ms / 1e6,
         "floor_ms": floor_ms,
         "workspace_bytes": problem.workspace_bytes[stage],
         "baselines": {} if dense_ms is None else {"cudnn dense": dense_ms},
-        **machine,
     }
+
+
+def line(record):
+    """One line of text."""
+    share = [f"{100 * record['ms'] / dense:.2f}% of dense" for dense in record["baselines"].values()]
+    return (
+        f"{record['stage']:16}{record['seqlen_q']:9}{record['seqlen_k']:9} S {record['stride']:2} |"
+        f"{1e3 * record['ms']:9.1f} us |{record['tflops']:6.1f} TFLOP/s |{record['gbs']:6.0f} GB/s | floor"
+        f" {1e3 * record['floor_ms']:.1f} us | {''.join(share)}"
+    )
+
+
+def merge(before, after):
+    """Records before, but for the stages and lengths that are among those after, and those."""
+
+    def place(record):
+        return record["stage"], record["seqlen_q"], record["seqlen_k"]
+
+    replaced = set(map(place, after))
+    return [record for record in before if place(record) not in replaced] + after
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", choices=STAGES, action="append", help="may be given several times; default: all")
-    parser.add_argument("--json", metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these lengths of keys")
+    parser.add_argument("--density", type=float, nargs="+", help="only these densities of attend")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the records to FILE, beside its others")
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     arguments = parser.parse_args()
+    torch.manual_seed(0)
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    machine = {
+    common = {
+        "num_heads": NUM_HEADS,
+        "num_heads_k": NUM_HEADS_K,
+        "head_dim": HEAD_DIM,
+        "dtype": "bfloat16",
+        "causal": True,
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "commit": arguments.commit or revision.stdout.strip(),
         "command": shlex.join(["python", *sys.argv]),
     }
+    print(f"{common['gpu']}, CUDA {common['cuda']}, {NUM_HEADS} heads over {NUM_HEADS_K}, D {HEAD_DIM}, bf16, causal")
+    stages = arguments.stage or STAGES
     records = []
-    print(f"{machine['gpu']}, CUDA {machine['cuda']}, {NUM_HEADS} heads over {NUM_HEADS_K}, D {HEAD_DIM}, bf16, causal")
-    print(
-        f"{'stage':16}{'queries':>9}{'keys':>9}{'S':>4}{'us':>10} |{'TFLOP/s':>8} |{'GB/s':>7} |"
-        f"{'% of dense':>11}{'floor us':>10}"
-    )
+
+    def report(record, text):
+        print(text, flush=True)
+        records.append({**record, **common})
+        if arguments.json:  # each time, so that a run that is cut short leaves what it measured
+            before = json.loads(arguments.json.read_text()) if arguments.json.is_file() else []
+            arguments.json.write_text(json.dumps(merge(before, records), indent=1) + "\n")
+
     for shape in SHAPES:
-        for stage in arguments.stage or STAGES:
-            record = measure(stage, shape, machine)
-            records.append(record)
-            share = [f"{100 * record['ms'] / dense:.2f}" for dense in record["baselines"].values()]
-            print(
-                f"{stage:16}{shape[0]:9}{shape[1]:9}{shape[2]:4}{1e3 * record['ms']:10.1f} |{record['tflops']:8.1f} |"
-                f"{record['gbs']:7.0f} |{''.join(share):>11}{1e3 * record['floor_ms']:10.1f}",
-                flush=True,
-            )
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(records, file, indent=1)
-            file.write("\n")
+        for stage in SAMPLING_STAGES:
+            if stage in stages and (not arguments.tokens or shape[1] in arguments.tokens):
+                record = measure(stage, shape)
+                report(record, line(record))
+    for stage in ("attend", "rr_attention"):
+        if stage in stages:
+            for record in gpu_attend.measure(stage, arguments.tokens, arguments.density):
+                report(record, gpu_attend.line(record))
 
 
 if __name__ == "__main__":

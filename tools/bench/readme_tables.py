@@ -37,26 +37,91 @@ def cpu_table():
     return "\n".join(lines)
 
 
-def gpu_table():
-    records = json.loads((ROOT / "tools/bench/results/h200.json").read_text())
-    one = records[0]
-    lines = [
+def gpu_tables(records):
+    """A table for each group of stages that has records."""
+    tables = (sampling_table, "estimate+select"), (attend_table, "attend"), (rr_attention_table, "rr_attention")
+    rows_of = {stage: [row for row in records if row["stage"] == stage] for _, stage in tables}
+    return "\n\n".join(table(rows_of[stage]) for table, stage in tables if rows_of[stage])
+
+
+def gpu_setting(rows, data):
+    """What all rows have in common, and where they come from."""
+    one = rows[0]
+    sources = dict.fromkeys(f"`{row['command']}` at commit {row['commit']}" for row in rows)
+    return (
         f"{one['gpu']}, CUDA {one['cuda']}, {one['dtype']}, batch 1, {one['num_heads']} query heads over"
-        f" {one['num_heads_k']} key heads, head size {one['head_dim']}, causal, random data"
-        f" (`{one['command']}` at commit {one['commit']}). The floor is what the products or the bytes alone take.",
+        f" {one['num_heads_k']} key heads, head size {one['head_dim']}, causal, {data}"
+        f" ({', '.join(sources)})."
+    )
+
+
+def sampling_table(rows):
+    lines = [
+        f"{gpu_setting(rows, 'random data')} The floor is what the products or the bytes alone take.",
         "",
         "| queries | keys | stride | estimate + select | of cuDNN's dense attention | floor |",
         "|---|---|---|---|---|---|",
     ]
-    for row in records:
-        if row["stage"] == "estimate+select":
-            dense = row["baselines"].get("cudnn dense")
-            share = f"{100 * row['ms'] / dense:.2f}%" if dense else "not measured"
-            lines.append(
-                f"| {row['seqlen_q']:,} | {row['seqlen_k']:,} | {row['stride']} | {row['ms']:.3f} ms |"
-                f" {share} | {row['floor_ms']:.3f} ms |"
-            )
+    for row in rows:
+        dense = row["baselines"].get("cudnn dense")
+        share = f"{100 * row['ms'] / dense:.2f}%" if dense else "not measured"
+        lines.append(
+            f"| {row['seqlen_q']:,} | {row['seqlen_k']:,} | {row['stride']} | {row['ms']:.3f} ms |"
+            f" {share} | {row['floor_ms']:.3f} ms |"
+        )
     return "\n".join(lines)
+
+
+RIVALS = {
+    "cudnn dense": "cuDNN, dense",
+    "flash dense": "FlashAttention, dense",
+    "flex": "FlexAttention",
+    "fa4": "FlashAttention-4",
+}
+
+
+def attend_table(rows):
+    rivals = [name for name in RIVALS if any(name in row["baselines"] for row in rows)]
+    lines = [
+        f"{gpu_setting(rows, 'random blocks, those on the diagonal always')} The others took turns with it: torch's"
+        " dense attention, all blocks, and block-sparse ones, the same blocks. *n x* is their time over attend's.",
+        "",
+        f"| queries | keys | blocks | attend | TFLOP/s | {' | '.join(RIVALS[name] for name in rivals)} |",
+        "|---" * (5 + len(rivals)) + "|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row['seqlen_q']:,}",
+            f"{row['seqlen_k']:,}",
+            f"{100 * row['density']:.0f}%",
+            f"{row['ms']:.3f} ms",
+            f"{row['tflops']:.0f}",
+            *(times(row, name) for name in rivals),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rr_attention_table(rows):
+    lines = [
+        f"{gpu_setting(rows, 'queries and keys with sink, local, vertical and needle patterns')} Estimate, select and"
+        " attend together, in turns with cuDNN's dense attention.",
+        "",
+        "| tokens | threshold | blocks | rr_attention | cuDNN, dense |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['seqlen_q']:,} | {row['threshold']:.2f} | {100 * row['density']:.1f}% | {row['ms']:.3f} ms |"
+            f" {times(row, 'cudnn dense')} |"
+        )
+    return "\n".join(lines)
+
+
+def times(row, rival):
+    """A rival's time, and how often ours goes into it."""
+    ms = row["baselines"].get(rival)
+    return f"{ms:.3f} ms, {ms / row['ms']:.2f} x" if ms else "not measured"
 
 
 def milliseconds(row):
@@ -70,7 +135,8 @@ def main():
     readme = ROOT / "README.md"
     before = readme.read_text()
     after = before
-    for name, table in (("cpu", cpu_table()), ("gpu", gpu_table())):
+    records = json.loads((ROOT / "tools/bench/results/h200.json").read_text())
+    for name, table in (("cpu", cpu_table()), ("gpu", gpu_tables(records))):
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         first, last = after.index(begin) + len(begin), after.index(end)
         after = after[:first] + table + after[last:]

@@ -1,0 +1,166 @@
+"""The stages attend and rr_attention of gpu.py: shapes, calls, records, and the lines printed for them."""
+
+from __future__ import annotations
+
+import torch
+from gpu_inputs import (
+    NUM_HEADS,
+    NUM_HEADS_K,
+    attend_flops,
+    normal,
+    pack,
+    random_blocks,
+    selected_blocks,
+    structured,
+    visible_blocks,
+)
+from gpu_rivals import DENSE, SPARSE, interleaved_ms, make
+
+from rrattn import direct
+
+# seqlen_q, seqlen_k: densities
+ATTEND_SHAPES = {
+    (8192, 8192): (1.0, 0.5, 0.25, 0.1),
+    (32768, 32768): (1.0, 0.5, 0.25, 0.1),
+    (131072, 131072): (1.0, 0.5, 0.25, 0.1),
+    (16384, 1 << 20): (0.25, 0.1),
+}
+RR_ATTENTION_TOKENS = (32768, 131072)
+THRESHOLDS = (0.90, 0.95)
+STRIDE = 8
+
+
+def rounds_for(seqlen_k):
+    return 15 if seqlen_k <= 32768 else 5
+
+
+def empty(dtype, *shape):
+    return torch.empty(shape, device="cuda", dtype=dtype)
+
+
+class Pipeline:
+    """The stages on given inputs: the estimate's, the selection's and the attention's results lie in its fields."""
+
+    def __init__(self, query, key, value):
+        self.query, self.key, self.value = query, key, value
+        self.lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        self.out, self.lse = torch.empty_like(query), empty(torch.float32, 1, NUM_HEADS, query.shape[1])
+        self.workspace = empty(torch.uint8, 0)
+
+    def with_workspace(self, stages):
+        """(stages as one call, bytes of the workspace that they share)."""
+        num_bytes = max(stage(size_only=True) for stage in stages)
+        if num_bytes > self.workspace.numel():
+            self.workspace = empty(torch.uint8, num_bytes)
+        workspace = self.workspace
+
+        def call():
+            for stage in stages:
+                stage(workspace=workspace, stream=torch.cuda.current_stream().cuda_stream)
+
+        return call, num_bytes
+
+    def attend(self, block_mask):
+        arrays = self.query, self.key, self.value, block_mask, self.out, self.lse
+        return lambda **options: direct.block_sparse_attention(*arrays, causal=True, **options)
+
+    def stages(self, scores, block_mask, threshold):
+        """All three, through these scores and this block mask."""
+
+        def estimate(**options):
+            return direct.estimate_block_scores(self.query, self.key, scores, causal=True, stride=STRIDE, **options)
+
+        def select(**options):
+            return direct.select_blocks(scores, block_mask, threshold=threshold, causal=True, **self.lengths, **options)
+
+        return [estimate, select, self.attend(block_mask)]
+
+
+def measure_attend(shape, densities):
+    """Records of one shape, all densities and rivals in turns."""
+    pipeline = Pipeline(normal(shape[0], NUM_HEADS), *(normal(shape[1], NUM_HEADS_K) for _ in range(2)))
+    inputs = pipeline.query, pipeline.key, pipeline.value
+    calls = {name: make(name, maker, *inputs) for name, maker in DENSE.items()}
+    words, workspace_bytes = {}, {}
+    for density in densities:
+        mask = random_blocks(*shape, density)
+        words[density] = pack(mask)
+        ours, workspace_bytes[density] = pipeline.with_workspace([pipeline.attend(words[density])])
+        ours()
+        for name, maker in SPARSE.items():
+            calls[name, density] = make(f"{name}, density {density}", maker, *inputs, mask, expected=pipeline.out)
+        calls["ours", density] = ours
+    ms = interleaved_ms({name: call for name, call in calls.items() if call}, rounds_for(shape[1]))
+    records = []
+    for density in densities:
+        num_selected = selected_blocks(words[density])
+        rivals = {name: ms[name] for name in DENSE if name in ms}
+        rivals.update((name, ms[name, density]) for name in SPARSE if (name, density) in ms)
+        records.append(
+            {
+                "stage": "attend",
+                **pipeline.lengths,
+                "stride": None,
+                "density": num_selected / NUM_HEADS / visible_blocks(*shape),
+                "ms": ms["ours", density],
+                "tflops": attend_flops(num_selected, shape[0]) / ms["ours", density] / 1e9,
+                "workspace_bytes": workspace_bytes[density],
+                "baselines": rivals,
+            }
+        )
+    return records
+
+
+def measure_rr_attention(tokens):
+    """Records of one length, all thresholds and cuDNN's dense attention in turns."""
+    pipeline = Pipeline(*structured(tokens))
+    blocks = tokens // 128
+    scores = empty(torch.float32, 1, NUM_HEADS, blocks, blocks)
+    calls, masks, workspace_bytes = {}, {}, {}
+    for threshold in THRESHOLDS:
+        masks[threshold] = empty(torch.int32, 1, NUM_HEADS, blocks, -(-blocks // 32))
+        stages = pipeline.stages(scores, masks[threshold], threshold)
+        calls[threshold], workspace_bytes[threshold] = pipeline.with_workspace(stages)
+        calls[threshold]()
+    calls["cudnn dense"] = make("cudnn dense", DENSE["cudnn dense"], pipeline.query, pipeline.key, pipeline.value)
+    ms = interleaved_ms({name: call for name, call in calls.items() if call}, rounds_for(tokens))
+    records = []
+    for threshold in THRESHOLDS:
+        num_selected = selected_blocks(masks[threshold])
+        records.append(
+            {
+                "stage": "rr_attention",
+                **pipeline.lengths,
+                "stride": STRIDE,
+                "threshold": threshold,
+                "density": num_selected / NUM_HEADS / visible_blocks(tokens, tokens),
+                "ms": ms[threshold],
+                "tflops": attend_flops(num_selected, tokens) / ms[threshold] / 1e9,
+                "workspace_bytes": workspace_bytes[threshold],
+                "baselines": {"cudnn dense": ms["cudnn dense"]} if "cudnn dense" in ms else {},
+            }
+        )
+    return records
+
+
+def measure(stage, tokens=None, densities=None):
+    """Records of the stage, shape by shape, for these lengths of keys and densities; default: all."""
+    if stage == "attend":
+        for shape, all_densities in ATTEND_SHAPES.items():
+            wanted = [density for density in all_densities if not densities or density in densities]
+            if wanted and (not tokens or shape[1] in tokens):
+                yield from measure_attend(shape, wanted)
+    else:
+        for length in RR_ATTENTION_TOKENS:
+            if not tokens or length in tokens:
+                yield from measure_rr_attention(length)
+
+
+def line(record):
+    """One line of text."""
+    threshold = f"tau {record['threshold']:.2f} " if "threshold" in record else ""
+    rivals = "  ".join(f"{name} {ms:.3f} ({ms / record['ms']:.2f}x)" for name, ms in record["baselines"].items())
+    return (
+        f"{record['stage']:16}{record['seqlen_q']:9}{record['seqlen_k']:9} {threshold}density {record['density']:.3f} |"
+        f"{record['ms']:9.3f} ms |{record['tflops']:5.0f} TFLOP/s | {rivals}"
+    )

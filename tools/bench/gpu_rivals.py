@@ -1,0 +1,152 @@
+"""Other implementations of attention on the same inputs, for the GPU benchmarks, and how all are timed in turn.
+
+Each maker takes query [1, Lq, Hq, D], key and value [1, Lk, Hkv, D], and where it is block-sparse a mask, bool
+[Hq, Mq, Mk], of selected causal blocks, each row's own among them; it returns a call without arguments. What cannot run
+here raises, and `make` tells why.
+"""
+
+from __future__ import annotations
+
+import statistics
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def dense(backend):
+    """torch's scaled_dot_product_attention with one of its backends, causal, all blocks."""
+
+    def maker(query, key, value):
+        if query.shape[1] != key.shape[1]:
+            raise ValueError("its causal mask is for equal lengths")
+        arrays = [x.transpose(1, 2) for x in (query, key, value)]
+
+        def call():
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*arrays, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        return call
+
+    return maker
+
+
+def index_lists(mask):
+    """(number of blocks [1, Hq, Mq], their indices in rising order [1, Hq, Mq, Mk]), int32."""
+    order = (~mask).byte().argsort(dim=-1, stable=True)
+    return mask.sum(-1, dtype=torch.int32)[None], order.int()[None]
+
+
+def whole_and_own(mask):
+    """The selected blocks that every row sees whole, and those on the diagonal."""
+    own = torch.ones_like(mask[0]).triu(mask.shape[2] - mask.shape[1])
+    return mask & ~own, mask & own
+
+
+@cache  # another function would be compiled again
+def flex_causal(shift):
+    return lambda batch, head, row, column: column <= row + shift
+
+
+@cache
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(query, key, value, mask):
+    """torch's FlexAttention, compiled, with the mask as its BlockMask."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if key.shape[1] > 32768:
+        raise ValueError("left out above 32768 keys")
+    causal = flex_causal(key.shape[1] - query.shape[1])
+    whole, own = map(index_lists, whole_and_own(mask))
+    block_mask = BlockMask.from_kv_blocks(*own, *whole, BLOCK_SIZE=128, mask_mod=causal)
+    compiled = compiled_flex()
+    arrays = [x.transpose(1, 2) for x in (query, key, value)]
+    return lambda: compiled(*arrays, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+
+
+@cache
+def fa4_causal(shift):
+    import cutlass.cute as cute
+
+    if shift:
+
+        @cute.jit
+        def causal(batch, head, m_idx, n_idx, seqlen_info, aux_tensors):
+            return n_idx <= m_idx + shift
+    else:
+
+        @cute.jit
+        def causal(batch, head, m_idx, n_idx, seqlen_info, aux_tensors):
+            return n_idx <= m_idx
+
+    return causal
+
+
+def flash_attention_4(query, key, value, mask):
+    """FlashAttention-4 (CuTe DSL) with the mask's blocks."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    causal = fa4_causal(key.shape[1] - query.shape[1])
+    whole, own = map(index_lists, whole_and_own(mask))
+    blocks = BlockSparseTensorsTorch(
+        mask_block_cnt=own[0],
+        mask_block_idx=own[1][..., :1].contiguous(),  # one block a row lies on the diagonal
+        full_block_cnt=whole[0],
+        full_block_idx=whole[1],
+        block_size=(128, 128),
+    )
+    return lambda: _flash_attn_fwd(query, key, value, mask_mod=causal, block_sparse_tensors=blocks)[0]
+
+
+DENSE = {"cudnn dense": dense(SDPBackend.CUDNN_ATTENTION), "flash dense": dense(SDPBackend.FLASH_ATTENTION)}
+SPARSE = {"flex": flex, "fa4": flash_attention_4}
+
+
+def make(name, maker, *arguments, expected=None):
+    """The rival's call, tried once; None where it does not run or its result is not `expected`, with the reason."""
+    try:
+        call = maker(*arguments)
+        result = call()
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001  (whatever a compiler or an import throws)
+        print(f"  without {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}", flush=True)
+        return None
+    if expected is not None:
+        error = relative_error(result, expected)
+        if not error < 0.01:
+            print(f"  without {name}: its result is off by {error:.2g}", flush=True)
+            return None
+    return call
+
+
+def relative_error(actual, expected):
+    """Root mean square error over root mean square, by the largest of 4096 tokens at a time."""
+    return max(
+        ((a.float() - b.float()).norm() / b.float().norm()).item()
+        for a, b in zip(actual.split(4096, 1), expected.split(4096, 1))
+    )
+
+
+def interleaved_ms(calls, rounds):
+    """{name: median ms over the rounds}, each call once a round: a GPU that slows down slows all of them.
+
+    The GPU sleeps for about a millisecond before each, so that the time to launch is not counted.
+    """
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(2_000_000)
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(each) for name, each in times.items()}
