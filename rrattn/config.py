@@ -33,6 +33,12 @@ class RRAttentionConfig:
         Number of the first query head, for heads sharded over ranks: the sampled positions depend on it.
     softmax_scale : float, optional
         Default: 1 / sqrt(head_dim), or what the model asks for.
+    dense_layers : sequence of int
+        Layers, counted from 0, that attend every block they see.
+    min_length : int
+        With fewer keys than this, in tokens, every layer attends every block it sees. In a prefill by chunks each
+        chunk counts the keys so far, so that with a min_length its first chunks may attend more than one prefill of
+        the whole does.
 
     Raises
     ------
@@ -46,17 +52,23 @@ class RRAttentionConfig:
     keep_last: bool = False
     head_offset: int = 0
     softmax_scale: float | None = None
+    dense_layers: Sequence[int] = ()
+    min_length: int = 0
 
     def __post_init__(self):
         if self.stride not in STRIDES:
             raise ValueError(f"stride is {self.stride}, but must be one of {', '.join(map(str, STRIDES))}")
-        if isinstance(self.head_offset, bool) or not isinstance(self.head_offset, int) or self.head_offset < 0:
-            raise ValueError(f"head_offset is {self.head_offset!r}, but must be an integer of at least 0")
+        for name in ("head_offset", "min_length"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be an integer of at least 0")
+        if not isinstance(self.dense_layers, (list, tuple)) or not all(map(_is_count, self.dense_layers)):
+            raise ValueError(f"dense_layers is {self.dense_layers!r}, but must be a sequence of integers of at least 0")
         if self.softmax_scale is not None and not math.isfinite(self.softmax_scale):
             raise ValueError(f"softmax_scale is {self.softmax_scale}, but must be finite")
         for name in ("keep_sink", "keep_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be True or False")
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         object.__setattr__(self, "threshold", _checked(self.threshold, "threshold", depth=2))
 
     def layer_threshold(self, layer_index: int, num_layers: int) -> float | tuple[float, ...]:
@@ -75,6 +87,24 @@ class RRAttentionConfig:
                 "give one float, or one entry per layer"
             )
         return self.threshold[layer_index]
+
+    def layer_is_dense(self, layer_index: int, num_layers: int) -> bool:
+        """Whether one layer attends every block it sees.
+
+        Raises
+        ------
+        ValueError
+            When `dense_layers` names a layer beyond the last of `num_layers`.
+        """
+        absent = [layer for layer in self.dense_layers if layer >= num_layers]
+        if absent:
+            raise ValueError(f"dense_layers names layer {absent[0]}, but the model has {num_layers} layers, from 0 on")
+        return layer_index in self.dense_layers
+
+
+def _is_count(value):
+    """Whether this is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _checked(threshold, name, depth):

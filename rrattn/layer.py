@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import paddle
 from paddle import nn
@@ -51,9 +52,10 @@ class RRAttention(nn.Layer):
     """Block-sparse attention that selects its blocks by round-robin sampling (arXiv 2602.05853).
 
     The layer has no parameters. A single query over a longer key is a decoding step: it attends densely, which
-    costs less than to select. Gradients follow Paddle's usual rules, in train() and eval() alike: they flow where an
-    input requires them, and nothing is kept for backward where none does or under `paddle.no_grad`.
-    A static graph traced for any query length always selects.
+    costs less than to select. So does a call with fewer keys than the config's min_length, and every call where its
+    dense_layers name layer 0, which is this one. Gradients follow Paddle's usual rules, in train() and eval() alike:
+    they flow where an input requires them, and nothing is kept for backward where none does or under
+    `paddle.no_grad`. A static graph traced for any batch or length always selects, every block if the layer is dense.
 
     Parameters
     ----------
@@ -66,16 +68,18 @@ class RRAttention(nn.Layer):
     Attributes
     ----------
     last_selection : BlockSelection or None
-        What the last call selected; decoding steps and traced (static graph) calls leave it as it is.
+        What the last call attended; decoding steps and traced (static graph) calls leave it as it is.
     """
 
     def __init__(self, config: RRAttentionConfig | None = None, *, threshold=None):
         super().__init__()
         config = RRAttentionConfig() if config is None else config
         self.config = config if threshold is None else replace(config, threshold=(threshold,))
-        self.threshold = self.config.layer_threshold(0, 1)
+        self.dense = self.config.layer_is_dense(0, 1)
+        self.threshold = 1.0 if self.dense else self.config.layer_threshold(0, 1)
         self.last_selection = None
         self._threshold_tensor = None
+        self._observer = None  # of rrattn.collect_stats: is told of each call, see `forward`
 
     @property
     def last_density(self) -> paddle.Tensor | None:
@@ -104,39 +108,49 @@ class RRAttention(nn.Layer):
         """
         config = self.config
         scale = softmax_scale if config.softmax_scale is None else config.softmax_scale
+        attend = partial(self._attend, query, key, value, startend_row_indices, causal=causal, softmax_scale=scale)
+        if not paddle.in_dynamic_mode():
+            return attend(return_block_mask=False)
         seqlen_q, seqlen_k = query.shape[1], key.shape[1]
-        if seqlen_q == 1 and seqlen_k > 1:
-            # Every bit set: those of absent blocks do no harm.
-            words = -(-seqlen_k // (WORD_BITS * BLOCK_SIZE))
-            every_block = paddle.full([query.shape[0], query.shape[2], 1, words], -1, dtype="int32")
-            return block_sparse_attention(
-                query, key, value, every_block, startend_row_indices, causal=causal, softmax_scale=scale
-            )
+        if self._observer is None:
+            out, block_mask = attend(return_block_mask=True)
+        else:
+            out, block_mask = self._observer(attend, self)
+        if not _is_decoding(seqlen_q, seqlen_k):
+            self.last_selection = BlockSelection(block_mask, causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        return out
 
-        eager = paddle.in_dynamic_mode()
-        result = rr_attention(
+    def _attend(self, query, key, value, startend_row_indices, *, causal, softmax_scale, return_block_mask):
+        """out, or out and the block mask."""
+        config = self.config
+        seqlen_q, seqlen_k = query.shape[1], key.shape[1]
+        known = min(query.shape[0], seqlen_q, seqlen_k) > 0  # while tracing, a size may be open
+        if known and (_is_decoding(seqlen_q, seqlen_k) or self.dense or seqlen_k < config.min_length):
+            # Every bit set: those of absent blocks do no harm.
+            blocks, words = -(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // (WORD_BITS * BLOCK_SIZE))
+            every_block = paddle.full([query.shape[0], query.shape[2], blocks, words], -1, dtype="int32")
+            out = block_sparse_attention(
+                query, key, value, every_block, startend_row_indices, causal=causal, softmax_scale=softmax_scale
+            )
+            return (out, every_block) if return_block_mask else out
+        return rr_attention(
             query,
             key,
             value,
             startend_row_indices,
             causal=causal,
-            training=not eager or _records_gradient(query, key, value),
+            training=not paddle.in_dynamic_mode() or _records_gradient(query, key, value),
             stride=config.stride,
             threshold=self._threshold_for(query),
             head_offset=config.head_offset,
-            softmax_scale=scale,
+            softmax_scale=softmax_scale,
             keep_sink=config.keep_sink,
             keep_last=config.keep_last,
-            return_block_mask=eager,
+            return_block_mask=return_block_mask,
         )
-        if not eager:
-            return result
-        out, block_mask = result
-        self.last_selection = BlockSelection(block_mask, causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-        return out
 
     def extra_repr(self) -> str:
-        return f"threshold={self.threshold}, stride={self.config.stride}"
+        return "dense" if self.dense else f"threshold={self.threshold}, stride={self.config.stride}"
 
     def _threshold_for(self, query):
         """A float as it is; one per head as a tensor beside the query, made once per device."""
@@ -147,6 +161,10 @@ class RRAttention(nn.Layer):
         if self._threshold_tensor is None or self._threshold_tensor.place != query.place:
             self._threshold_tensor = paddle.to_tensor(list(self.threshold), dtype="float32", place=query.place)
         return self._threshold_tensor
+
+
+def _is_decoding(seqlen_q, seqlen_k) -> bool:
+    return seqlen_q == 1 and seqlen_k > 1
 
 
 def _records_gradient(*tensors) -> bool:

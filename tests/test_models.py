@@ -1,33 +1,34 @@
-"""PaddleFormers models behind the flag: the dense twin is the model's own eager attention."""
+"""Models behind the flag: the dense twin is the model's own eager attention."""
 
 import copy
-import subprocess
-import sys
-from types import SimpleNamespace
+import importlib
 
 import numpy as np
 import paddle
 import pytest
-
-import rrattn
-
-pytest.importorskip("paddleformers")
-
-from tiny_models import (  # noqa: E402
+from tiny_models import (
     DENSE,
     LENGTH,
+    LIBRARY,
     MODELS,
     NUM_HEADS,
     NUM_LAYERS,
     SPARSE,
     assert_differs,
     assert_same,
+    assert_same_gradients,
+    attention_layers,
+    enable_recompute,
+    forward,
+    generate,
+    gradients,
     logits,
     make_model,
     make_tokens,
 )
 
-from rrattn.integrations import paddleformers as integration  # noqa: E402
+import rrattn
+from rrattn.integrations import common
 
 
 @pytest.fixture
@@ -49,64 +50,82 @@ def test_every_block_selected_equals_the_dense_twin(model_type, tokens):
     dense = logits(model, tokens)
     assert_same(logits(rrattn.enable(model, DENSE), tokens), dense)
     assert_differs(logits(rrattn.enable(model, SPARSE), tokens), dense)
-    assert_same(logits(rrattn.disable(model), tokens), dense)
+    assert (logits(rrattn.disable(model), tokens) == dense).all()
 
 
-def test_the_flag_alone_runs_the_defaults(model, tokens):
-    model.config._attn_implementation = "rrattn"
-    by_flag = logits(model, tokens)
-    assert (by_flag == logits(rrattn.enable(make_model()), tokens)).all()
-    assert len(rrattn.layer_densities(model)) == NUM_LAYERS
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (8, 1)])
+def test_key_heads_shared_by_any_number_of_query_heads(heads, kv_heads, tokens):
+    model = make_model(heads=heads, kv_heads=kv_heads)
+    dense = logits(model, tokens)
+    shapes = []
+    core = common.core_of(attention_layers(rrattn.enable(model, DENSE))[0])
+    attend = core._attend
+    core._attend = lambda *a, **k: shapes.append([tensor.shape[2] for tensor in a[:3]]) or attend(*a, **k)
+    assert_same(logits(model, tokens), dense)
+    assert shapes == [[heads, kv_heads, kv_heads]]
 
 
-@pytest.mark.parametrize("order", ["rrattn, paddleformers", "paddleformers, rrattn"])
-def test_the_order_of_imports_does_not_matter(order):
-    program = f"""
-import sys
-for name in {order!r}.split(", "):
-    __import__(name)
-    if name == "rrattn" and {order!r}.startswith("rrattn"):
-        assert "paddleformers" not in sys.modules, "importing rrattn must not import model libraries"
-from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS
-print(ALL_ATTENTION_FUNCTIONS["rrattn"].__name__)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-1] == "rrattn_attention_forward"
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "rrattn", "my own"])
-def test_disable_restores_what_was_there(model, implementation):
-    model.config._attn_implementation = implementation
-    attributes = [set(vars(layer)) for layer in model.sublayers()]
+def test_disable_leaves_nothing_behind(model):
+    attributes = [dict(vars(layer)) for layer in model.sublayers()]
+    settings = model.config.to_dict()
     rrattn.enable(model, DENSE)
     rrattn.enable(model, SPARSE)
-    assert model.config._attn_implementation == "rrattn"
     assert rrattn.disable(model) is model
-    assert model.config._attn_implementation == implementation
-    assert [set(vars(layer)) for layer in model.sublayers()] == attributes
+    for layer, before in zip(model.sublayers(), attributes):
+        assert set(vars(layer)) == set(before)
+        assert all(vars(layer)[name] is value or vars(layer)[name] == value for name, value in before.items())
+    assert model.config.to_dict() == settings
     with pytest.raises(ValueError, match="not enabled"):
         rrattn.disable(model)
 
 
-def test_enabling_leaves_state_and_config_as_they_are(model, tokens, tmp_path):
-    names, settings = list(model.state_dict()), model.config.to_dict()
+def test_enabling_leaves_the_state_as_it_is(model, tokens):
+    names = list(model.state_dict())
     logits(rrattn.enable(model, SPARSE), tokens)
     assert list(model.state_dict()) == names
-    assert model.config.to_dict() == settings | {"_attn_implementation": "rrattn"}
-    model.config.save_pretrained(str(tmp_path))
-    assert "rrattn" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_copy_of_an_enabled_model_runs_by_itself(model, tokens):
+    expected = logits(rrattn.enable(model, SPARSE), tokens)
+    selections = rrattn.layer_selections(model)
     duplicate = copy.deepcopy(model)
-    assert (logits(duplicate, tokens) == logits(model, tokens)).all()
+    rrattn.disable(model)
+    assert (logits(duplicate, tokens) == expected).all()
+    assert rrattn.layer_selections(duplicate)[0] is not selections[0]
+    assert_differs(logits(rrattn.disable(duplicate), tokens), expected)
 
 
-def test_other_models_are_refused(model):
-    with pytest.raises(ValueError, match=r"Linear.*paddleformers"):
-        rrattn.enable(paddle.nn.Linear(2, 2))
-    model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="llama, qwen2, qwen3.*'mamba'"):
+@pytest.mark.parametrize("threshold", [0.5, [0.5, 1.0]])
+def test_settings_in_the_config_of_the_model(model, tokens, threshold):
+    model.config.rrattn_threshold = threshold
+    model.config.rrattn_stride = 16
+    by_model = logits(rrattn.enable(model), tokens)
+    config = rrattn.RRAttentionConfig(threshold=threshold, stride=16)
+    assert (by_model == logits(rrattn.enable(make_model(), config), tokens)).all()
+    assert_differs(by_model, logits(rrattn.enable(model, DENSE), tokens))
+
+
+def test_unknown_settings_in_the_config_of_the_model(model):
+    model.config.rrattn_treshold = 0.5
+    with pytest.raises(ValueError, match="rrattn_treshold.*rrattn_threshold"):
         rrattn.enable(model)
-    assert model.config._attn_implementation == "eager"
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match=r"Linear.*paddleformers.*paddlenlp"):
+        rrattn.enable(paddle.nn.Linear(2, 2))
+
+
+def test_what_changed_is_logged_once(model, monkeypatch):
+    logger = importlib.import_module(f"{LIBRARY}.utils.log").logger
+    messages = []
+    monkeypatch.setattr(logger, "info", messages.append)
+    rrattn.enable(model, rrattn.RRAttentionConfig(threshold=0.9, dense_layers=[1], min_length=1000))
+    name = {"paddleformers": "PaddleFormers", "paddlenlp": "PaddleNLP"}[LIBRARY]
+    assert messages == [
+        f"rrattn runs 2 attention layers of LlamaForCausalLM ({name}): threshold 0.9, stride 8, dense in layers 1, "
+        "dense below 1000 keys"
+    ]
 
 
 # Selection, and its view
@@ -134,58 +153,76 @@ def test_thresholds_per_layer_and_per_head(model, tokens):
     assert (first == 1).all() and (second[:, 1::2] == 1).all() and (second[:, ::2] < 1).all()
 
 
-@pytest.mark.parametrize("threshold", [[0.5], [0.5, (0.5, 0.5)], [0.5, 0.5, 0.5]])
-def test_thresholds_that_do_not_fit_the_model(model, threshold):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"threshold": [0.5]},
+        {"threshold": [0.5, (0.5, 0.5)]},
+        {"threshold": [0.5, 0.5, 0.5]},
+        {"dense_layers": [2]},
+    ],
+)
+def test_settings_that_do_not_fit_the_model(model, tokens, settings):
+    dense = logits(model, tokens)
     with pytest.raises(ValueError, match="1|2|3"):
-        rrattn.enable(model, rrattn.RRAttentionConfig(threshold=threshold))
-    assert model.config._attn_implementation == "eager"
+        rrattn.enable(model, rrattn.RRAttentionConfig(**settings))
+    assert (logits(model, tokens) == dense).all()
 
 
-def test_heads_split_over_ranks_select_what_one_rank_does():
-    paddle.seed(0)
-    query = 3 * paddle.randn([1, NUM_HEADS, LENGTH, 16])
-    key, value = paddle.randn([2, 1, 2, LENGTH, 16])
-    config = rrattn.RRAttentionConfig(threshold=[(0.5, 0.2, 0.7, 0.4)])
+def test_layers_kept_dense(model, tokens, monkeypatch):
+    dense = logits(model, tokens)
+    monkeypatch.setattr(rrattn.layer, "rr_attention", None)  # a dense layer estimates nothing
+    both = rrattn.RRAttentionConfig(threshold=0.1, dense_layers=(0, 1))
+    assert_same(logits(rrattn.enable(model, both), tokens), dense)
+    monkeypatch.undo()
+    one = rrattn.RRAttentionConfig(threshold=0.1, dense_layers=(1,))
+    assert_differs(logits(rrattn.enable(model, one), tokens), dense)
+    first, second = (density.numpy() for density in rrattn.layer_densities(model))
+    assert (first < 1).all() and (second == 1).all()
 
-    def attend(rank, ranks, heads, kv_heads):
-        settings = SimpleNamespace(
-            num_attention_heads=NUM_HEADS,
-            num_hidden_layers=1,
-            tensor_model_parallel_size=ranks,
-            tensor_parallel_rank=rank,
-        )
-        layer = paddle.nn.Layer()
-        layer.config, layer.layer_idx = settings, 0
-        layer.__dict__["_rrattn"] = integration._make_core(layer, config)
-        out, _ = integration.rrattn_attention_forward(layer, query[:, heads], key[:, kv_heads], value[:, kv_heads])
-        return out.reshape([1, LENGTH, -1, 16]).numpy(), layer._rrattn.last_density.numpy()
 
-    out, density = attend(0, 1, slice(0, 4), slice(0, 2))
-    parts = [attend(rank, 2, slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)) for rank in (0, 1)]
-    np.testing.assert_array_equal(np.concatenate([part for part, _ in parts], axis=2), out)
-    np.testing.assert_array_equal(np.concatenate([part for _, part in parts], axis=1), density)
+@paddle.no_grad()
+def test_short_inputs_are_dense(model, tokens):
+    dense = logits(model, tokens)
+    config = rrattn.RRAttentionConfig(threshold=0.1, min_length=LENGTH)
+    sparse = logits(rrattn.enable(model, config), tokens)
+    assert_differs(sparse, dense)
+    assert_same(logits(model, tokens[:, :-1]), dense[:, :-1])
+    assert (rrattn.layer_densities(model)[0] == 1).all()
+    cache = forward(model, tokens[:, :400], use_cache=True).past_key_values
+    chunk = forward(model, tokens[:, 400:], begin=400, cache=cache, use_cache=True)  # as many keys as are not short
+    assert float(rrattn.layer_densities(model)[0].max()) < 1
+    assert_differs(chunk.logits.numpy(), dense[:, 400:])
 
 
 # Generation
 
 
-def test_generation_equals_the_dense_twin(model, tokens):
-    settings = {"max_new_tokens": 6, "decode_strategy": "greedy_search", "eos_token_id": -1}
-    dense, _ = model.generate(tokens, **settings)
-    ours, _ = rrattn.enable(model, DENSE).generate(tokens, **settings)
-    assert dense.shape[1] == 6
-    assert (dense == ours).all()
+@pytest.mark.parametrize("model_type", MODELS)
+def test_generation_equals_the_dense_twin(model_type, tokens):
+    model = make_model(model_type)
+    sampling = {"decode_strategy": "sampling", "top_k": 5, "temperature": 0.7}
+    for settings in ({}, sampling):
+        paddle.seed(3)
+        dense = generate(model, tokens, 32, **settings)
+        rrattn.enable(model, DENSE)
+        paddle.seed(3)
+        ours = generate(model, tokens, 32, **settings)
+        assert dense.shape == (2, 32)
+        assert (dense == ours).all()
+        rrattn.disable(model)
 
 
 @paddle.no_grad()
 def test_decoding_is_dense_and_leaves_the_selection(model, tokens):
     rrattn.enable(model, SPARSE)
-    caches = [model(tokens[:, :-1], use_cache=True, return_dict=True).past_key_values for _ in range(2)]
+    caches = [forward(model, tokens[:, :-1], use_cache=True).past_key_values for _ in range(2)]
     selections = rrattn.layer_selections(model)
-    ours = model(tokens[:, -1:], use_cache=True, past_key_values=caches[0], return_dict=True).logits
+    step = {"begin": LENGTH - 1, "use_cache": True}
+    ours = forward(model, tokens[:, -1:], cache=caches[0], **step).logits
     assert rrattn.layer_selections(model) == selections
     rrattn.disable(model)
-    dense = model(tokens[:, -1:], use_cache=True, past_key_values=caches[1], return_dict=True).logits
+    dense = forward(model, tokens[:, -1:], cache=caches[1], **step).logits
     assert_same(ours.numpy(), dense.numpy())
 
 
@@ -195,7 +232,7 @@ def test_prefill_in_chunks_equals_one_prefill(model, tokens, config, chunk):
     whole = logits(rrattn.enable(model, config), tokens)
     cache, parts = None, []
     for begin in range(0, LENGTH, chunk):
-        part = model(tokens[:, begin : begin + chunk], use_cache=True, past_key_values=cache, return_dict=True)
+        part = forward(model, tokens[:, begin : begin + chunk], begin=begin, cache=cache, use_cache=True)
         cache = part.past_key_values
         parts.append(part.logits.numpy())
     assert_same(np.concatenate(parts, axis=1), whole)
@@ -204,25 +241,14 @@ def test_prefill_in_chunks_equals_one_prefill(model, tokens, config, chunk):
 # Training
 
 
-def gradients(model, tokens, **inputs):
-    model.train()
-    model.clear_gradients()
-    loss = model(tokens, labels=tokens, return_dict=True, **inputs).loss
-    loss.backward()
-    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-
-
-def assert_same_gradients(actual, expected):
-    for name, gradient in expected.items():
-        np.testing.assert_allclose(actual[name], gradient, atol=1e-4 * np.abs(gradient).max() + 1e-7, err_msg=name)
-
-
-def test_gradients_equal_the_dense_twin(model, tokens):
+@pytest.mark.parametrize("model_type", MODELS)
+def test_gradients_equal_the_dense_twin(model_type, tokens):
+    model = make_model(model_type)
     dense = gradients(model, tokens)
     assert_same_gradients(gradients(rrattn.enable(model, DENSE), tokens), dense)
     sparse = gradients(rrattn.enable(model, SPARSE), tokens)
-    name = "model.layers.0.self_attn.k_proj.weight"
-    assert np.abs(sparse[name] - dense[name]).max() > 1e-3 * np.abs(dense[name]).max()
+    name = next(name for name in dense[1] if name.endswith("layers.0.self_attn.k_proj.weight"))
+    assert np.abs(sparse[1][name] - dense[1][name]).max() > 1e-3 * np.abs(dense[1][name]).max()
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -233,18 +259,16 @@ def test_recompute_selects_the_same_blocks(model, tokens, padded, monkeypatch):
         inputs["attention_mask"][1, :200] = 0
     expected = gradients(rrattn.enable(model, SPARSE), tokens, **inputs)
     calls, reads = [], []
-    read = integration.startend_rows_from_dense
-    forward = rrattn.RRAttention.forward
-    monkeypatch.setattr(integration, "startend_rows_from_dense", lambda mask: reads.append(0) or read(mask))
-    monkeypatch.setattr(rrattn.RRAttention, "forward", lambda *a, **k: calls.append(0) or forward(*a, **k))
-    model.config.recompute_granularity = "full"
-    model.config.recompute_method = "uniform"
-    model.config.recompute_num_layers = 1
+    read = common.startend_rows_from_dense
+    attend = rrattn.RRAttention.forward
+    monkeypatch.setattr(common, "startend_rows_from_dense", lambda mask: reads.append(0) or read(mask))
+    monkeypatch.setattr(rrattn.RRAttention, "forward", lambda *a, **k: calls.append(0) or attend(*a, **k))
+    enable_recompute(model)
     again = gradients(model, tokens, **inputs)
     assert len(calls) == 2 * NUM_LAYERS  # so recompute did take place
-    assert len(reads) == padded
-    for name, gradient in expected.items():
-        np.testing.assert_array_equal(again[name], gradient, err_msg=name)
+    assert len(reads) == (padded or LIBRARY == "paddlenlp")  # PaddleNLP always makes a mask
+    for name, gradient in expected[1].items():
+        np.testing.assert_array_equal(again[1][name], gradient, err_msg=name)
 
 
 def test_training_lowers_the_loss(model):

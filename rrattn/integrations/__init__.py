@@ -16,7 +16,10 @@ import importlib.machinery
 import sys
 
 # Library -> our module for it.
-_INTEGRATIONS = {"paddleformers": "rrattn.integrations.paddleformers"}
+_INTEGRATIONS = {
+    "paddleformers": "rrattn.integrations.paddleformers",
+    "paddlenlp": "rrattn.integrations.paddlenlp",
+}
 # Module of a library that holds its table of attention functions -> our module that adds to it.
 _ATTENTION_TABLES = {"paddleformers.nn.attention.interface": "rrattn.integrations.paddleformers"}
 
@@ -61,12 +64,17 @@ def _integration_of(model):
 def enable(model, config=None):
     """Makes every attention layer of a model run RRAttention: prefill sparse, decoding steps dense.
 
+    What was changed is logged once, by the model library's logger.
+
     Parameters
     ----------
     model : paddle.nn.Layer
-        A PaddleFormers LLaMA, Qwen2 or Qwen3 model. Call it after loading the weights.
+        A LLaMA, Qwen2 or Qwen3 model of PaddleFormers, or a LLaMA or Qwen2 model of PaddleNLP. Call it after loading
+        the weights.
     config : RRAttentionConfig, optional
-        Default: RRAttentionConfig(). Its threshold may differ per layer and per head.
+        Its threshold may differ per layer and per head. Default: what the model's config says, in attributes named
+        `rrattn_threshold`, `rrattn_stride` and so on, one per field of RRAttentionConfig; the defaults where it says
+        nothing.
 
     Returns
     -------
@@ -75,7 +83,8 @@ def enable(model, config=None):
     Raises
     ------
     ValueError
-        For a model of another kind, or a config that does not fit its number of layers or heads.
+        For a model of another kind, one in which nothing matches, or a config that does not fit its number of layers
+        or heads.
     """
     return _integration_of(model).enable(model, config)
 
@@ -99,7 +108,8 @@ def layer_selections(model):
     list of BlockSelection or None
         One per layer, in order; None where a layer has not run yet.
     """
-    return _integration_of(model).layer_selections(model)
+    cores = _integration_of(model).attention_cores(model)
+    return [None if core is None else core.last_selection for core in cores]
 
 
 def layer_densities(model):

@@ -5,26 +5,18 @@ adds "rrattn" to it, so that
 
     model.config._attn_implementation = "rrattn"
 
-runs with default settings, and `enable(model, config)` with chosen ones. Each attention layer carries an
-`RRAttention` of its own (in its `__dict__`, not as a sublayer, so that state and checkpoints stay what they are).
+runs with the settings of the model's config (or the defaults), and `enable(model, config)` with chosen ones.
 """
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import replace
-from typing import NamedTuple
-
-import paddle
-
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from ..masks import startend_rows_from_dense
+from .common import attend, core_of, make_core, report, set_core, settings_of
 
 NAME = "rrattn"
 SUPPORTED_MODELS = ("llama", "qwen2", "qwen3")
 
-_CORE = "_rrattn"  # the RRAttention of an attention layer
 _PREVIOUS = "_rrattn_previous"  # what _attn_implementation was before enable
 
 
@@ -73,6 +65,11 @@ def rrattn_attention_forward(
     -------
     tuple of Tensor and None
         [B, Lq, Hq * D], and no attention weights.
+
+    Raises
+    ------
+    ValueError
+        For dropout, sink, another argument that is set, or a mask that rrattn cannot express.
     """
     if dropout:
         raise ValueError(f"rrattn does not support attention dropout; set it to 0.0, got {dropout}")
@@ -82,22 +79,14 @@ def rrattn_attention_forward(
     if given:
         raise ValueError(f"rrattn does not support the attention arguments {given}")
 
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    rows = attn_mask_startend_row_indices
-    if rows is not None and attention_mask is not None:
-        raise ValueError("give either attention_mask or attn_mask_startend_row_indices to rrattn, not both")
-    if rows is not None:
-        rows = rows.unsqueeze(-1) if rows.ndim == 3 else rows
-        causal = {1: True, 4: False}.get(rows.shape[-1], causal)
-    elif attention_mask is not None:
-        rows, causal = _rows_of_mask(attention_mask, batch_size=query.shape[0]), True
-
-    out = _core_of(module)(
+    out = attend(
+        _core_of(module),
         query.transpose([0, 2, 1, 3]),  # [B, Lq, Hq, D], a view
         key.transpose([0, 2, 1, 3]),
         value.transpose([0, 2, 1, 3]),
-        rows,
-        causal=causal,
+        attention_mask,
+        attn_mask_startend_row_indices,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         softmax_scale=scaling,
     )
     return out.reshape([0, 0, out.shape[2] * out.shape[3]]), None
@@ -105,7 +94,9 @@ def rrattn_attention_forward(
 
 def enable(model, config: RRAttentionConfig | None = None):
     """See `rrattn.enable`."""
-    config = RRAttentionConfig() if config is None else config
+    from paddleformers.utils.log import logger
+
+    config = settings_of(model.config) if config is None else config
     model_type = model.config.model_type
     if model_type not in SUPPORTED_MODELS:
         raise ValueError(
@@ -116,9 +107,10 @@ def enable(model, config: RRAttentionConfig | None = None):
     cores = [_make_core(layer, config) for layer in layers]
     previous = getattr(layers[0], _PREVIOUS, model.config._attn_implementation)
     for layer, core in zip(layers, cores):
-        layer.__dict__[_CORE] = core
+        set_core(layer, core)
         layer.__dict__[_PREVIOUS] = previous
     model.config._attn_implementation = NAME
+    logger.info(report(model, "PaddleFormers", config, len(layers)))
     return model
 
 
@@ -129,14 +121,14 @@ def disable(model):
         raise ValueError("rrattn is not enabled on this model")
     model.config._attn_implementation = getattr(layers[0], _PREVIOUS)
     for layer in layers:
-        del layer.__dict__[_CORE], layer.__dict__[_PREVIOUS]
+        set_core(layer, None)
+        del layer.__dict__[_PREVIOUS]
     return model
 
 
-def layer_selections(model):
-    """See `rrattn.layer_selections`."""
-    cores = [layer.__dict__.get(_CORE) for layer in _attention_layers(model)]
-    return [None if core is None else core.last_selection for core in cores]
+def attention_cores(model) -> list[RRAttention | None]:
+    """The RRAttention of each attention layer in order; None before the first call where only the flag is set."""
+    return [core_of(layer) for layer in _attention_layers(model)]
 
 
 def _attention_layers(model):
@@ -148,57 +140,19 @@ def _attention_layers(model):
 
 
 def _core_of(module) -> RRAttention:
-    core = module.__dict__.get(_CORE)
+    core = core_of(module)
     if core is None:
-        core = module.__dict__[_CORE] = _make_core(module, RRAttentionConfig())
+        core = _make_core(module, settings_of(module.config))
+        set_core(module, core)
     return core
 
 
 def _make_core(layer, config: RRAttentionConfig) -> RRAttention:
-    """The RRAttention of an attention layer: with its own threshold, and for this rank's heads."""
-    model_config = layer.config
-    ranks = model_config.tensor_model_parallel_size
-    num_heads = model_config.num_attention_heads
-    heads_here = num_heads // ranks
-    first_head = heads_here * model_config.tensor_parallel_rank if ranks > 1 else 0
-
-    threshold = config.layer_threshold(layer.layer_idx, model_config.num_hidden_layers)
-    if not isinstance(threshold, float):
-        if len(threshold) != num_heads:
-            raise ValueError(
-                f"the config gives {len(threshold)} thresholds to layer {layer.layer_idx}, "
-                f"which has {num_heads} query heads"
-            )
-        threshold = threshold[first_head : first_head + heads_here]
-    return RRAttention(replace(config, head_offset=config.head_offset + first_head), threshold=threshold)
-
-
-class _MaskRows(NamedTuple):
-    """The row bounds read from a dense mask, and what it takes to know that mask again.
-
-    A mask is known by its memory and version rather than by object, since recompute hands over a new tensor on the
-    same memory each time. That is safe while the memory is known to be in use: while the tensor first seen lives.
-    """
-
-    identity: tuple
-    tensor: weakref.ref
-    rows: paddle.Tensor
-
-
-_last_mask: _MaskRows | None = None
-
-
-def _rows_of_mask(mask, batch_size):
-    """startend_rows_from_dense(mask), worked out once per mask and not per layer; int32 [B, 1|Hq, Lk, 1]."""
-    global _last_mask
-    if not paddle.in_dynamic_mode():
-        raise ValueError(
-            "rrattn reads a dense attention mask in dynamic mode only; "
-            "in a static graph pass attn_mask_startend_row_indices instead"
-        )
-    identity = (mask.data_ptr(), mask.inplace_version, mask.dtype, tuple(mask.shape), tuple(mask.strides))
-    last = _last_mask
-    if last is None or last.identity != identity or last.tensor() is None:
-        last = _last_mask = _MaskRows(identity, weakref.ref(mask), startend_rows_from_dense(mask))
-    rows = last.rows
-    return rows.expand([batch_size, -1, -1, -1]) if rows.shape[0] == 1 < batch_size else rows
+    return make_core(
+        config,
+        layer_index=layer.layer_idx,
+        num_layers=layer.config.num_hidden_layers,
+        num_heads=layer.config.num_attention_heads,
+        ranks=layer.config.tensor_model_parallel_size,
+        rank=layer.config.tensor_parallel_rank,
+    )

@@ -1,0 +1,173 @@
+"""What the integrations share: an RRAttention per attention layer, its settings, and the masks that libraries pass.
+
+Each attention layer carries an `RRAttention` of its own, in its `__dict__` and not as a sublayer, so that state and
+checkpoints stay what they are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import paddle
+
+from ..config import RRAttentionConfig
+from ..layer import RRAttention
+from ..masks import startend_rows_from_dense
+
+_CORE = "_rrattn"  # the RRAttention of an attention layer
+_SETTING = "rrattn_"  # settings of rrattn in a model's config: rrattn_threshold, rrattn_stride, ...
+
+
+# Settings and layers
+
+
+def settings_of(model_config) -> RRAttentionConfig:
+    """The settings that a model's config carries as `rrattn_<field of RRAttentionConfig>`; defaults for the others.
+
+    Raises
+    ------
+    ValueError
+        For an attribute `rrattn_...` that names no setting, or a value that is not allowed.
+    """
+    known = [_SETTING + field.name for field in fields(RRAttentionConfig)]
+    given = {name: setting for name, setting in vars(model_config).items() if name.startswith(_SETTING)}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"the model's config has {', '.join(unknown)}, but rrattn knows {', '.join(known)}")
+    return RRAttentionConfig(**{name[len(_SETTING) :]: setting for name, setting in given.items()})
+
+
+def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, ranks, rank) -> RRAttention:
+    """The RRAttention of an attention layer: with its own threshold, and for this rank's heads.
+
+    Parameters
+    ----------
+    layer_index, num_layers : int
+        Place among all attention layers of the model.
+    num_heads : int
+        Query heads of the layer on all ranks together.
+    ranks, rank : int
+        Tensor-parallel ranks that the heads are split over, and which of them this one is.
+
+    Raises
+    ------
+    ValueError
+        When the config does not fit the number of layers or heads.
+    """
+    heads_here = num_heads // ranks
+    first_head = heads_here * rank if ranks > 1 else 0
+    threshold = config.layer_threshold(layer_index, num_layers)
+    if not isinstance(threshold, float):
+        if len(threshold) != num_heads:
+            raise ValueError(
+                f"the config gives {len(threshold)} thresholds to layer {layer_index}, "
+                f"which has {num_heads} query heads"
+            )
+        threshold = threshold[first_head : first_head + heads_here]
+    dense_layers = (0,) if config.layer_is_dense(layer_index, num_layers) else ()  # of a model of this layer alone
+    config = replace(config, head_offset=config.head_offset + first_head, dense_layers=dense_layers)
+    return RRAttention(config, threshold=threshold)
+
+
+def core_of(layer) -> RRAttention | None:
+    """The RRAttention that an attention layer carries, if any."""
+    return layer.__dict__.get(_CORE)
+
+
+def set_core(layer, core: RRAttention | None) -> None:
+    """Gives an attention layer its RRAttention, or takes it away."""
+    if core is None:
+        del layer.__dict__[_CORE]
+    else:
+        layer.__dict__[_CORE] = core
+
+
+def report(model, library: str, config: RRAttentionConfig, num_layers: int) -> str:
+    """One line that says what `enable` changed."""
+    dense = [layer for layer in range(num_layers) if config.layer_is_dense(layer, num_layers)]
+    parts = [f"threshold {config.threshold}", f"stride {config.stride}"]
+    if dense:
+        parts.append(f"dense in layers {', '.join(map(str, dense))}")
+    if config.min_length:
+        parts.append(f"dense below {config.min_length} keys")
+    return f"rrattn runs {num_layers} attention layers of {type(model).__name__} ({library}): {', '.join(parts)}"
+
+
+# Masks
+
+
+def attend(core, query, key, value, attention_mask, startend_rows, *, causal, softmax_scale=None):
+    """Runs a layer's RRAttention under the masks that a model library passes.
+
+    Parameters
+    ----------
+    core : RRAttention
+    query : Tensor
+        [B, Lq, Hq, D], the last Lq positions of the keys; position embedding applied.
+    key, value : Tensor
+        [B, Lk, Hkv, D], the cache included.
+    attention_mask : Tensor, optional
+        [B | 1, 1 | Hq, Lq, Lk], additive or bool. It must be causal; padding, packing and sliding windows are read
+        from it.
+    startend_rows : Tensor, optional
+        int32 [B, Lk], [B, 1|Hkv|Hq, Lk] or [B, 1|Hkv|Hq, Lk, 1|2|4]: packed documents. One bound means causal, four
+        mean not.
+    causal : bool
+        Where neither mask says it.
+    softmax_scale : float, optional
+        Default: 1 / sqrt(D).
+
+    Returns
+    -------
+    Tensor
+        [B, Lq, Hq, D].
+
+    Raises
+    ------
+    ValueError
+        For both masks at once, and for a dense mask that FlashMask bounds cannot express.
+    """
+    rows = startend_rows
+    if rows is not None and attention_mask is not None:
+        raise ValueError("give either attention_mask or attn_mask_startend_row_indices to rrattn, not both")
+    if rows is not None:
+        if rows.ndim == 2:
+            rows = rows.unsqueeze(1)
+        rows = rows.unsqueeze(-1) if rows.ndim == 3 else rows
+        causal = {1: True, 4: False}.get(rows.shape[-1], causal)
+    elif attention_mask is not None:
+        rows, causal = rows_of_mask(attention_mask, batch_size=query.shape[0]), True
+    return core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale)
+
+
+class _MaskRows(NamedTuple):
+    """The row bounds read from a dense mask, and what it takes to know that mask again.
+
+    A mask is known by its memory and version rather than by object, since recompute hands over a new tensor on the
+    same memory each time. That is safe while the memory is known to be in use: while the tensor first seen lives.
+    """
+
+    identity: tuple
+    tensor: weakref.ref
+    rows: paddle.Tensor
+
+
+_last_mask: _MaskRows | None = None
+
+
+def rows_of_mask(mask, batch_size):
+    """startend_rows_from_dense(mask), worked out once per mask and not per layer; int32 [B, 1|Hq, Lk, 1]."""
+    global _last_mask
+    if not paddle.in_dynamic_mode():
+        raise ValueError(
+            "rrattn reads a dense attention mask in dynamic mode only; "
+            "in a static graph pass attn_mask_startend_row_indices instead"
+        )
+    identity = (mask.data_ptr(), mask.inplace_version, mask.dtype, tuple(mask.shape), tuple(mask.strides))
+    last = _last_mask
+    if last is None or last.identity != identity or last.tensor() is None:
+        last = _last_mask = _MaskRows(identity, weakref.ref(mask), startend_rows_from_dense(mask))
+    rows = last.rows
+    return rows.expand([batch_size, -1, -1, -1]) if rows.shape[0] == 1 < batch_size else rows

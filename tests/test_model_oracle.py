@@ -1,0 +1,144 @@
+"""Below threshold 1: models behind the flag against the NumPy oracle's attention put into the same model."""
+
+import numpy as np
+import paddle
+import pytest
+import reference
+from tiny_models import (
+    LENGTH,
+    MODELS,
+    NUM_LAYERS,
+    assert_same,
+    assert_same_gradients,
+    enable_recompute,
+    forward,
+    generate,
+    gradients,
+    logits,
+    make_model,
+    make_tokens,
+    packing,
+)
+
+import rrattn
+
+CONFIG = rrattn.RRAttentionConfig(threshold=[0.5, (0.3, 0.6, 1.0, 0.4)], keep_last=True)
+
+
+class Oracle(paddle.autograd.PyLayer):
+    """The three stages of the reference in float64, and its backward, as a function of Paddle tensors."""
+
+    @staticmethod
+    def forward(context, query, key, value, rows, settings, causal, softmax_scale):
+        query, key, value = (tensor.numpy().astype(np.float64) for tensor in (query, key, value))
+        lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        mask = {"startend": rows, "causal": causal}
+        sampling = {"stride": settings["stride"], "softmax_scale": softmax_scale}
+        scores = reference.estimate(query, key, **mask, **sampling).astype(np.float32)
+        kept = {"keep_sink": settings["keep_sink"], "keep_last": settings["keep_last"]}
+        threshold = 1.0 if lengths["seqlen_q"] == 1 < lengths["seqlen_k"] else settings["threshold"]
+        selected = reference.select(scores, threshold, **mask, **lengths, **kept)
+        out, _ = reference.attend(query, key, value, selected, **mask, softmax_scale=softmax_scale)
+        context.arguments = (query, key, value, selected), {**mask, "softmax_scale": softmax_scale}
+        return paddle.to_tensor(out.astype(np.float32))
+
+    @staticmethod
+    def backward(context, grad_out):
+        tensors, options = context.arguments
+        grads = reference.backward(*tensors, grad_out.numpy().astype(np.float64), **options)
+        return tuple(paddle.to_tensor(grad.astype(np.float32)) for grad in grads)
+
+
+def oracle_forward(core, query, key, value, startend_row_indices=None, *, causal=True, softmax_scale=None):
+    """RRAttention.forward by the oracle."""
+    rows = None if startend_row_indices is None else startend_row_indices.numpy()
+    settings = {
+        "stride": core.config.stride,
+        "threshold": core.threshold,
+        "keep_sink": core.config.keep_sink,
+        "keep_last": core.config.keep_last,
+    }
+    return Oracle.apply(query, key, value, rows, settings, causal, softmax_scale)
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    """A model that runs rrattn."""
+    return rrattn.enable(make_model(request.param), CONFIG)
+
+
+@pytest.fixture
+def by_oracle(monkeypatch):
+    """by_oracle(function, ...): what it returns when the oracle computes the attention."""
+
+    def call(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            calls = []
+            patch.setattr(rrattn.RRAttention, "forward", lambda *a, **k: calls.append(0) or oracle_forward(*a, **k))
+            result = function(*arguments, **options)
+            assert len(calls) >= NUM_LAYERS
+            return result
+
+    return call
+
+
+@pytest.fixture
+def tokens():
+    return make_tokens()
+
+
+def padding(side):
+    keep = np.ones([2, LENGTH], dtype=np.int64)
+    keep[1, slice(0, 300) if side == "left" else slice(400, LENGTH)] = 0
+    return paddle.to_tensor(keep)
+
+
+def test_prefill(model, tokens, by_oracle):
+    ours = logits(model, tokens)
+    assert all(float(density.min()) < 1 for density in rrattn.layer_densities(model))
+    assert_same(ours, by_oracle(logits, model, tokens))
+
+
+@paddle.no_grad()
+def chunked(model, tokens):
+    """Logits by two chunks, of 384 and 315 tokens, and a decoding step."""
+    cache, parts = None, []
+    for begin, end in ((0, 384), (384, LENGTH - 1), (LENGTH - 1, LENGTH)):
+        part = forward(model, tokens[:, begin:end], begin=begin, cache=cache, use_cache=True)
+        cache = part.past_key_values
+        parts.append(part.logits.numpy())
+    return np.concatenate(parts, axis=1)
+
+
+def test_chunks_and_decoding(model, tokens, by_oracle):
+    assert_same(chunked(model, tokens), by_oracle(chunked, model, tokens))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(model, tokens, side, by_oracle):
+    keep = padding(side)
+    ours = logits(model, tokens, attention_mask=keep)
+    assert_same(ours, by_oracle(logits, model, tokens, attention_mask=keep))
+
+
+@pytest.mark.parametrize("settings", [{}, {"decode_strategy": "sampling", "top_k": 5}])
+def test_generation(model, tokens, settings, by_oracle):
+    def seeded():
+        paddle.seed(5)
+        return generate(model, tokens, 32, attention_mask=padding("left"), **settings)
+
+    np.testing.assert_array_equal(seeded(), by_oracle(seeded))
+
+
+def test_packing(model, by_oracle):
+    lengths = (200, 384, 116)
+    tokens, packed = make_tokens(sum(lengths), batch=1), packing(model, lengths, dense=False)
+    assert_same(logits(model, tokens, **packed), by_oracle(logits, model, tokens, **packed))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients(model, tokens, recompute, by_oracle):
+    if recompute:
+        enable_recompute(model)
+    ours = gradients(model, tokens, attention_mask=padding("right"))
+    assert_same_gradients(ours, by_oracle(gradients, model, tokens, attention_mask=padding("right")))

@@ -1,0 +1,166 @@
+"""What PaddleFormers alone has: the flag, the table of attention functions, and what it passes to them."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+
+import rrattn
+
+pytest.importorskip("paddleformers")
+
+from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from tiny_models import (  # noqa: E402
+    DENSE,
+    LENGTH,
+    NUM_HEADS,
+    NUM_LAYERS,
+    SPARSE,
+    assert_differs,
+    logits,
+    make_model,
+    make_tokens,
+)
+
+from rrattn.integrations import common  # noqa: E402
+from rrattn.integrations import paddleformers as integration  # noqa: E402
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def tokens():
+    return make_tokens()
+
+
+# The flag
+
+
+def test_the_flag_alone_runs_the_defaults(model, tokens):
+    model.config._attn_implementation = "rrattn"
+    by_flag = logits(model, tokens)
+    assert (by_flag == logits(rrattn.enable(make_model()), tokens)).all()
+    assert len(rrattn.layer_densities(model)) == NUM_LAYERS
+
+
+def test_the_flag_alone_runs_the_settings_of_the_config(model, tokens):
+    model.config._attn_implementation = "rrattn"
+    model.config.rrattn_threshold = 0.5
+    assert (logits(model, tokens) == logits(rrattn.enable(make_model(), SPARSE), tokens)).all()
+
+
+@pytest.mark.parametrize("order", ["rrattn, paddleformers", "paddleformers, rrattn"])
+def test_the_order_of_imports_does_not_matter(order):
+    program = f"""
+import sys
+for name in {order!r}.split(", "):
+    __import__(name)
+    if name == "rrattn" and {order!r}.startswith("rrattn"):
+        assert "paddleformers" not in sys.modules, "importing rrattn must not import model libraries"
+from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS
+print(ALL_ATTENTION_FUNCTIONS["rrattn"].__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "rrattn_attention_forward"
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "rrattn", "my own"])
+def test_disable_restores_the_flag(model, implementation):
+    model.config._attn_implementation = implementation
+    rrattn.enable(model, DENSE)
+    rrattn.enable(model, SPARSE)
+    assert model.config._attn_implementation == "rrattn"
+    rrattn.disable(model)
+    assert model.config._attn_implementation == implementation
+
+
+def test_enabling_changes_the_flag_alone(model, tmp_path):
+    settings = model.config.to_dict()
+    rrattn.enable(model, SPARSE)
+    assert model.config.to_dict() == settings | {"_attn_implementation": "rrattn"}
+    model.config.save_pretrained(str(tmp_path))
+    assert "rrattn" not in (tmp_path / "config.json").read_text()
+
+
+def test_models_of_other_types_are_refused(model):
+    model.config.model_type = "mamba"
+    with pytest.raises(ValueError, match="llama, qwen2, qwen3.*'mamba'"):
+        rrattn.enable(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_heads_split_over_ranks_select_what_one_rank_does():
+    paddle.seed(0)
+    query = 3 * paddle.randn([1, NUM_HEADS, LENGTH, 16])
+    key, value = paddle.randn([2, 1, 2, LENGTH, 16])
+    config = rrattn.RRAttentionConfig(threshold=[(0.5, 0.2, 0.7, 0.4)])
+
+    def attend(rank, ranks, heads, kv_heads):
+        settings = SimpleNamespace(
+            num_attention_heads=NUM_HEADS,
+            num_hidden_layers=1,
+            tensor_model_parallel_size=ranks,
+            tensor_parallel_rank=rank,
+        )
+        layer = paddle.nn.Layer()
+        layer.config, layer.layer_idx = settings, 0
+        core = integration._make_core(layer, config)
+        common.set_core(layer, core)
+        out, _ = integration.rrattn_attention_forward(layer, query[:, heads], key[:, kv_heads], value[:, kv_heads])
+        return out.reshape([1, LENGTH, -1, 16]).numpy(), core.last_density.numpy()
+
+    out, density = attend(0, 1, slice(0, 4), slice(0, 2))
+    parts = [attend(rank, 2, slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)) for rank in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([part for part, _ in parts], axis=2), out)
+    np.testing.assert_array_equal(np.concatenate([part for _, part in parts], axis=1), density)
+
+
+# The attention function
+
+
+def call(model, length=256, **arguments):
+    layer = model.model.layers[0].self_attn
+    paddle.seed(0)
+    query = paddle.randn([1, NUM_HEADS, length, 16])
+    key, value = paddle.randn([2, 1, 2, length, 16])
+    return ALL_ATTENTION_FUNCTIONS["rrattn"](layer, query, key, value, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dropout": 0.1}, "dropout.*0.1"),
+        ({"sink": paddle.zeros([NUM_HEADS])}, "sink"),
+        ({"sliding_window": 128}, "sliding_window.*128"),
+    ],
+)
+def test_what_would_be_wrong_in_silence_is_an_error(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(model, **arguments)
+
+
+def test_arguments_that_are_not_set_are_fine(model):
+    out, weights = call(model, sliding_window=None, dropout=0.0)
+    assert out.shape == [1, 256, NUM_HEADS * 16] and weights is None
+
+
+def test_attention_dropout_in_training_is_an_error(tokens):
+    model = make_model(attention_dropout=0.1)
+    logits(rrattn.enable(model), tokens)
+    model.train()
+    with pytest.raises(ValueError, match="dropout"):
+        model(tokens)
+
+
+def test_scaling_and_causality_are_honoured(model):
+    out, _ = call(model, scaling=0.5)
+    assert (call(model, scaling=0.5)[0] == out).all()
+    assert_differs(call(model, scaling=0.25)[0].numpy(), out.numpy())
+    assert_differs(call(model, scaling=0.5, is_causal=False)[0].numpy(), out.numpy())
