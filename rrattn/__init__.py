@@ -11,6 +11,7 @@ if _importlib_util.find_spec("paddle") is not None:
     from .integrations import disable, enable, layer_densities, layer_selections
     from .layer import BlockSelection, RRAttention
     from .masks import block_density, dense_block_mask, pack_block_mask, unpack_block_mask
+    from .stats import collect_stats
 
     __all__ = [
         "BLOCK_SIZE",
@@ -19,6 +20,7 @@ if _importlib_util.find_spec("paddle") is not None:
         "RRAttentionConfig",
         "block_density",
         "block_sparse_attention",
+        "collect_stats",
         "dense_block_mask",
         "disable",
         "enable",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import paddle
 from paddle import nn
 
 from .config import BLOCK_SIZE, RRAttentionConfig
-from .functional import block_sparse_attention, rr_attention
+from .functional import block_sparse_attention, rr_attention, unified
 from .masks import WORD_BITS, block_density
 
 # A layer keeps its last block mask up to this size and only the density of a larger one: at 1M tokens and 32 heads
@@ -79,7 +78,7 @@ class RRAttention(nn.Layer):
         self.threshold = 1.0 if self.dense else self.config.layer_threshold(0, 1)
         self.last_selection = None
         self._threshold_tensor = None
-        self._observer = None  # of rrattn.collect_stats: is told of each call, see `forward`
+        self._observer = None  # of rrattn.collect_stats: runs _attend and counts
 
     @property
     def last_density(self) -> paddle.Tensor | None:
@@ -106,48 +105,50 @@ class RRAttention(nn.Layer):
         Tensor
             [B, Lq, Hq, D], of the query's dtype.
         """
-        config = self.config
-        scale = softmax_scale if config.softmax_scale is None else config.softmax_scale
-        attend = partial(self._attend, query, key, value, startend_row_indices, causal=causal, softmax_scale=scale)
-        if not paddle.in_dynamic_mode():
-            return attend(return_block_mask=False)
-        seqlen_q, seqlen_k = query.shape[1], key.shape[1]
-        if self._observer is None:
-            out, block_mask = attend(return_block_mask=True)
-        else:
-            out, block_mask = self._observer(attend, self)
-        if not _is_decoding(seqlen_q, seqlen_k):
-            self.last_selection = BlockSelection(block_mask, causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        scale = softmax_scale if self.config.softmax_scale is None else self.config.softmax_scale
+        attend = self._attend
+        if self._observer is not None and paddle.in_dynamic_mode():
+            attend = self._observer
+        out, block_mask = attend(query, key, value, startend_row_indices, causal=causal, softmax_scale=scale)
+        if block_mask is not None:
+            self.last_selection = BlockSelection(
+                block_mask, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1]
+            )
         return out
 
-    def _attend(self, query, key, value, startend_row_indices, *, causal, softmax_scale, return_block_mask):
-        """out, or out and the block mask."""
+    @unified  # as it is: to_static would make tensors of open sizes, here they are -1
+    def _attend(self, query, key, value, startend_row_indices, *, causal, softmax_scale):
+        """(out, block mask); no block mask from decoding steps and while tracing."""
         config = self.config
-        seqlen_q, seqlen_k = query.shape[1], key.shape[1]
-        known = min(query.shape[0], seqlen_q, seqlen_k) > 0  # while tracing, a size may be open
-        if known and (_is_decoding(seqlen_q, seqlen_k) or self.dense or seqlen_k < config.min_length):
+        eager = paddle.in_dynamic_mode()
+        batch_size, seqlen_q, num_heads, _ = query.shape
+        seqlen_k = key.shape[1]
+        decoding = seqlen_q == 1 and seqlen_k > 1
+        known = min(batch_size, seqlen_q, seqlen_k) > 0  # while tracing, a size may be open
+        if known and (decoding or self.dense or seqlen_k < config.min_length):
             # Every bit set: those of absent blocks do no harm.
             blocks, words = -(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // (WORD_BITS * BLOCK_SIZE))
-            every_block = paddle.full([query.shape[0], query.shape[2], blocks, words], -1, dtype="int32")
+            every_block = paddle.full([batch_size, num_heads, blocks, words], -1, dtype="int32")
             out = block_sparse_attention(
                 query, key, value, every_block, startend_row_indices, causal=causal, softmax_scale=softmax_scale
             )
-            return (out, every_block) if return_block_mask else out
-        return rr_attention(
+            return out, every_block if eager and not decoding else None
+        result = rr_attention(
             query,
             key,
             value,
             startend_row_indices,
             causal=causal,
-            training=not paddle.in_dynamic_mode() or _records_gradient(query, key, value),
+            training=not eager or _records_gradient(query, key, value),
             stride=config.stride,
             threshold=self._threshold_for(query),
             head_offset=config.head_offset,
             softmax_scale=softmax_scale,
             keep_sink=config.keep_sink,
             keep_last=config.keep_last,
-            return_block_mask=return_block_mask,
+            return_block_mask=eager,
         )
+        return result if eager else (result, None)
 
     def extra_repr(self) -> str:
         return "dense" if self.dense else f"threshold={self.threshold}, stride={self.config.stride}"
@@ -161,10 +162,6 @@ class RRAttention(nn.Layer):
         if self._threshold_tensor is None or self._threshold_tensor.place != query.place:
             self._threshold_tensor = paddle.to_tensor(list(self.threshold), dtype="float32", place=query.place)
         return self._threshold_tensor
-
-
-def _is_decoding(seqlen_q, seqlen_k) -> bool:
-    return seqlen_q == 1 and seqlen_k > 1
 
 
 def _records_gradient(*tensors) -> bool:

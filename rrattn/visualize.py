@@ -155,7 +155,7 @@ def plot_densities(densities, *, batch=0, title=None, path=None):
     """
     _matplotlib()
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
     if any(density is None for density in densities) or not len(densities):
         raise ValueError("there is a layer that has not run yet, or no layer at all")
@@ -163,25 +163,79 @@ def plot_densities(densities, *, batch=0, title=None, path=None):
     num_layers, num_heads = table.shape
     figure = Figure(figsize=(2.2 + 0.42 * num_heads, 1.4 + 0.36 * num_layers), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(table, cmap=_colormap(_MASK_COLORS), vmin=0, vmax=1, aspect="auto")
-    if num_layers <= 40 and num_heads <= 40:
-        for layer, head in np.ndindex(table.shape):
-            color = "white" if table[layer, head] > 0.55 else _INK
-            axes.text(
-                head,
-                layer,
-                f"{100 * table[layer, head]:.0f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color=color,
-            )
+    image = _draw_table(axes, table)
     axes.set(xlabel="query head", ylabel="layer", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), label="visible blocks attended")
     bar.outline.set_visible(False)
     return _finish(figure, path)
+
+
+def plot_stats(stats, *, title=None, path=None):
+    """Draws density and kept mass of every head of every layer as tables of colours, and each layer's time as a bar.
+
+    Parameters
+    ----------
+    stats : ModelStats
+        From `rrattn.collect_stats`, of a model that has run a prefill.
+    title, path
+        As for `plot_block_mask`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    _matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not stats.layers or any(layer.density is None for layer in stats.layers):
+        raise ValueError("there is a layer that has not run a prefill, or no layer at all")
+    density = np.stack([layer.density for layer in stats.layers])  # [layers, Hq]
+    kept_mass = np.stack([layer.kept_mass for layer in stats.layers])
+    num_layers, num_heads = density.shape
+    table_width = 1.6 + 0.36 * num_heads
+    figure = Figure(figsize=(2 * table_width + 3.2, 1.5 + 0.36 * num_layers), dpi=150, layout="constrained")
+    tables = (density, "visible blocks attended, %"), (kept_mass, "estimated mass kept, %")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=[table_width, table_width, 2.8])
+    for panel, (table, name) in zip(axes, tables):
+        _draw_table(panel, table)
+        panel.set_title(name, fontsize=9, color=_INK)
+        panel.set_xlabel("query head", fontsize=9, color=_INK)
+    axes[0].set_ylabel("layer", fontsize=9, color=_INK)
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+
+    bars = axes[2]
+    left = np.zeros(num_layers)
+    for name, color in (("prefill", _MASK_COLORS[3]), ("decode", _MASK_COLORS[1])):
+        milliseconds = np.array([1e3 * getattr(layer, f"{name}_seconds") for layer in stats.layers])
+        if milliseconds.any():
+            bars.barh(np.arange(num_layers), milliseconds, left=left, height=0.7, color=color, label=name)
+        left += milliseconds
+    bars.set_title("attention, ms", fontsize=9, color=_INK)
+    bars.set_xlim(0, None)
+    figure.legend(loc="outside lower right", ncols=2, fontsize=8, labelcolor=_INK, frameon=False)
+    for panel in axes:
+        panel.tick_params(labelsize=8, color=_INK, labelcolor=_INK, length=3)
+        for spine in panel.spines.values():
+            spine.set_color(_HIDDEN_COLOR)
+    if title:
+        figure.suptitle(title, fontsize=11, color=_INK)
+    return _finish(figure, path)
+
+
+def _draw_table(axes, table):
+    """Shares [layers, heads] as colours from 0 to 1, with their percentages where these can be read."""
+    from matplotlib.ticker import MaxNLocator
+
+    image = axes.imshow(table, cmap=_colormap(_MASK_COLORS), vmin=0, vmax=1, aspect="auto")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if max(table.shape) <= 40:
+        for layer, head in np.ndindex(table.shape):
+            color = "white" if table[layer, head] > 0.55 else _INK
+            percentage = f"{100 * table[layer, head]:.0f}"
+            axes.text(head, layer, percentage, ha="center", va="center", fontsize=7, color=color)
+    return image
 
 
 def _matplotlib():

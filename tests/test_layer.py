@@ -80,6 +80,55 @@ def test_decoding_attends_every_block(seqlen_k):
     assert layer.last_selection is None and layer.last_density is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "dense"),
+    [
+        ({"dense_layers": (0,)}, True),
+        ({"min_length": 701}, True),
+        ({"min_length": 700}, False),
+    ],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_kept_dense_and_short(settings, dense, causal):
+    query, key, value = make_inputs()
+    layer = rrattn.RRAttention(rrattn.RRAttentionConfig(threshold=0.01, **settings))
+    out = layer(query, key, value, causal=causal).numpy()
+    expected = dense_attention(query, key, value, causal)
+    if dense:
+        np.testing.assert_allclose(out, expected, atol=2e-5)
+        assert (layer.last_density == 1).all()
+    else:
+        assert np.abs(out - expected).max() > 1e-2
+        assert (layer.last_density < 1).all()
+
+
+def test_kept_dense_has_the_gradients_of_threshold_one():
+    gradients = []
+    for config in (rrattn.RRAttentionConfig(dense_layers=[0]), rrattn.RRAttentionConfig(threshold=1.0)):
+        inputs = make_inputs()
+        for tensor in inputs:
+            tensor.stop_gradient = False
+        rrattn.RRAttention(config)(*inputs).square().sum().backward()
+        gradients.append([tensor.grad.numpy() for tensor in inputs])
+    for ours, expected in zip(*gradients):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dense_layers": 3}, "dense_layers is 3"),
+        ({"dense_layers": [-1]}, r"dense_layers is \[-1\]"),
+        ({"dense_layers": [True]}, r"dense_layers is \[True\]"),
+        ({"min_length": -1}, "min_length is -1"),
+        ({"min_length": 0.5}, "min_length is 0.5"),
+    ],
+)
+def test_settings_that_are_not_allowed(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rrattn.RRAttentionConfig(**settings)
+
+
 def test_decoding_honours_row_bounds_and_scale():
     query, key, value = make_inputs(seqlen_q=1, seqlen_k=200)
     keep = paddle.ones([2, 200])
@@ -139,3 +188,13 @@ def test_traced_layer_equals_the_eager_one():
     traced = paddle.jit.to_static(layer, full_graph=True)
     assert (traced(query, key, value) == expected).all()
     assert layer.last_selection is None
+
+
+def test_traced_layer_with_open_sizes_selects():
+    sizes = [paddle.static.InputSpec([None, None, heads, 32], "float32") for heads in (4, 2, 2)]
+    query, key, value = make_inputs()
+    for settings, equal in (({"dense_layers": (0,)}, 1.0), ({"min_length": 5000}, 0.3)):
+        layer = rrattn.RRAttention(rrattn.RRAttentionConfig(threshold=0.3, **settings))
+        expected = rrattn.RRAttention(rrattn.RRAttentionConfig(threshold=equal))(query, key, value)
+        traced = paddle.jit.to_static(layer, full_graph=True, input_spec=sizes)
+        assert (traced(query, key, value) == expected).all()

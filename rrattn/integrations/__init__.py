@@ -100,6 +100,11 @@ def disable(model):
     return _integration_of(model).disable(model)
 
 
+def attention_cores(model):
+    """The `RRAttention` of each attention layer, in order; None where a layer does not run rrattn."""
+    return _integration_of(model).attention_cores(model)
+
+
 def layer_selections(model):
     """What each attention layer selected in its last prefill.
 
@@ -108,8 +113,7 @@ def layer_selections(model):
     list of BlockSelection or None
         One per layer, in order; None where a layer has not run yet.
     """
-    cores = _integration_of(model).attention_cores(model)
-    return [None if core is None else core.last_selection for core in cores]
+    return [None if core is None else core.last_selection for core in attention_cores(model)]
 
 
 def layer_densities(model):

@@ -127,8 +127,9 @@ def disable(model):
 
 
 def attention_cores(model) -> list[RRAttention | None]:
-    """The RRAttention of each attention layer in order; None before the first call where only the flag is set."""
-    return [core_of(layer) for layer in _attention_layers(model)]
+    """The RRAttention of each attention layer in order; None where neither `enable` nor the flag asked for it."""
+    find = _core_of if model.config._attn_implementation == NAME else core_of
+    return [find(layer) for layer in _attention_layers(model)]
 
 
 def _attention_layers(model):

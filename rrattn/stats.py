@@ -1,0 +1,189 @@
+"""What the attention layers of a model did: density, kept mass and time, per layer and head.
+
+with rrattn.collect_stats(model) as stats:
+    model.generate(input_ids)
+print(stats)
+stats.plot("stats.png")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import paddle
+
+from .functional import estimate_block_scores
+from .integrations import attention_cores
+from .layer import RRAttention
+from .masks import unpack_block_array, visible_block_array
+
+_TABLE = "{:>5}  {:>24}  {:>20}  {:>16}  {:>16}"
+
+
+@dataclass
+class LayerStats:
+    """What one attention layer did, over all its calls.
+
+    Attributes
+    ----------
+    prefills, decodings : int
+        Calls that select blocks, or attend all of them where the layer or the input is dense; and calls of one query
+        over longer keys, which always attend all. Recompute calls a layer twice.
+    prefill_seconds, decode_seconds : float
+        Time in these calls, on the host and, on a GPU, with the device idle before and after. The time to collect is
+        not in it.
+    """
+
+    prefills: int = 0
+    decodings: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    # Sums over the prefills, and over their batches, [Hq] float64: blocks that were attended, visible blocks, estimated
+    # mass in the former, and all of it.
+    _sums: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def density(self) -> np.ndarray | None:
+        """float64 [Hq]: the share of the visible blocks that the prefills attended; None where there was none."""
+        return None if self._sums is None else _ratio(self._sums[0], self._sums[1])
+
+    @property
+    def kept_mass(self) -> np.ndarray | None:
+        """float64 [Hq]: the share of the estimated mass in the blocks that the prefills attended; None likewise.
+
+        The mass is that of the estimate: sums of block scores (see `rrattn.estimate_block_scores`), in which each
+        sampled query that sees anything has a mass of 1. It says what the selection aimed at; how much of the exact
+        attention the blocks hold is not measured.
+        """
+        return None if self._sums is None else _ratio(self._sums[2], self._sums[3])
+
+    def _add(self, sums):
+        self._sums = sums if self._sums is None else self._sums + sums
+
+
+@dataclass
+class ModelStats:
+    """What `collect_stats` collected.
+
+    Its string is a table with a row per layer: density and kept mass over its heads, calls and the mean time of one.
+
+    Attributes
+    ----------
+    layers : list of LayerStats
+        One per attention layer, in order.
+    """
+
+    layers: list[LayerStats]
+
+    def __str__(self):
+        rows = [_TABLE.format("layer", "density: mean, min, max", "kept mass: mean, min", "prefill", "decode")]
+        for index, layer in enumerate(self.layers):
+            density = kept = "-"
+            if layer.density is not None:
+                density = f"{layer.density.mean():.1%}, {layer.density.min():.1%}, {layer.density.max():.1%}"
+                kept = f"{layer.kept_mass.mean():.1%}, {layer.kept_mass.min():.1%}"
+            prefill = _calls(layer.prefills, layer.prefill_seconds)
+            rows.append(_TABLE.format(index, density, kept, prefill, _calls(layer.decodings, layer.decode_seconds)))
+        return "\n".join(rows)
+
+    def plot(self, path=None, *, title=None):
+        """Draws density, kept mass and time: see `rrattn.visualize.plot_stats`."""
+        from .visualize import plot_stats
+
+        return plot_stats(self, title=title, path=path)
+
+
+@contextlib.contextmanager
+def collect_stats(model):
+    """Collects what the attention layers of a model do inside a `with` block.
+
+    Kept mass takes an estimate of its own after every prefill call, whose scores go to the host: float32 [B, Hq, Mq,
+    Mk], which is 134 MB for 32 heads at 128K tokens. Outside of the block nothing is collected, and nothing costs.
+
+    Parameters
+    ----------
+    model : paddle.nn.Layer
+        A model that runs rrattn: by `rrattn.enable`, or by its flag in PaddleFormers.
+
+    Yields
+    ------
+    ModelStats
+        Filled as the model runs; its string is a table, and its `plot` draws a picture.
+
+    Raises
+    ------
+    ValueError
+        When the model does not run rrattn, or its statistics are being collected already.
+    """
+    cores = attention_cores(model)
+    if None in cores:
+        raise ValueError("rrattn is not enabled on this model")
+    if any(core._observer is not None for core in cores):
+        raise ValueError("statistics of this model are being collected already")
+    stats = ModelStats([LayerStats() for _ in cores])
+    for core, layer in zip(cores, stats.layers):
+        core._observer = _Observer(core, layer)
+    try:
+        yield stats
+    finally:
+        for core in cores:
+            core._observer = None
+
+
+class _Observer:
+    """Runs the attention calls of one layer in place of its `_attend`, and adds them to its statistics."""
+
+    def __init__(self, core: RRAttention, stats: LayerStats):
+        self.core = core
+        self.stats = stats
+
+    def __call__(self, query, key, value, startend_row_indices, *, causal, softmax_scale):
+        options = {"causal": causal, "softmax_scale": softmax_scale}
+        _wait_for(query)
+        begin = time.perf_counter()
+        out, block_mask = self.core._attend(query, key, value, startend_row_indices, **options)
+        _wait_for(query)
+        seconds = time.perf_counter() - begin
+        if block_mask is None:
+            self.stats.decodings += 1
+            self.stats.decode_seconds += seconds
+            return out, block_mask
+        config = self.core.config
+        scores = estimate_block_scores(
+            query, key, startend_row_indices, stride=config.stride, head_offset=config.head_offset, **options
+        )
+        self.stats.prefills += 1
+        self.stats.prefill_seconds += seconds
+        self.stats._add(_sums(scores.numpy(), block_mask, causal, query.shape[1], key.shape[1]))
+        return out, block_mask
+
+
+def _sums(scores, block_mask, causal, seqlen_q, seqlen_k):
+    """float64 [4, Hq], over the batch: blocks attended and visible, mass in the former and in all; see `LayerStats`."""
+    visible = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    attended = unpack_block_array(block_mask, visible.shape[1]) & visible  # [B, Hq, Mq, Mk]
+    batch_size, num_heads = attended.shape[:2]
+    sums = np.zeros([4, num_heads])
+    for batch, head in np.ndindex(batch_size, num_heads):  # one at a time, so that the temporaries stay small
+        kept, score = attended[batch, head], scores[batch, head]
+        mass = score.sum(dtype=np.float64)
+        sums[:, head] += kept.sum(), visible.sum(), score.sum(dtype=np.float64, where=kept), mass
+    return sums
+
+
+def _wait_for(tensor):
+    """Lets the tensor's device finish what it was given."""
+    if tensor.place.is_gpu_place():
+        paddle.device.synchronize()
+
+
+def _ratio(part, whole):
+    return part / np.where(whole > 0, whole, 1)
+
+
+def _calls(count, seconds):
+    """'3 x 12.5 ms': how many calls, and the mean time of one."""
+    return f"{count} x {1e3 * seconds / count:.2f} ms" if count else "-"

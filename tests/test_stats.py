@@ -1,0 +1,164 @@
+"""collect_stats: what it counts, that it changes nothing, and its table and picture."""
+
+import numpy as np
+import paddle
+import pytest
+import reference
+from tiny_models import (
+    LENGTH,
+    LIBRARY,
+    NUM_HEADS,
+    NUM_LAYERS,
+    SPARSE,
+    enable_recompute,
+    forward,
+    generate,
+    gradients,
+    logits,
+    make_model,
+    make_tokens,
+)
+
+import rrattn
+from rrattn.integrations import attention_cores
+
+
+@pytest.fixture
+def model():
+    return rrattn.enable(make_model(), SPARSE)
+
+
+@pytest.fixture
+def tokens():
+    return make_tokens()
+
+
+def test_density_and_kept_mass_of_one_prefill(model, tokens, monkeypatch):
+    inputs = []
+    attend = rrattn.RRAttention._attend
+    monkeypatch.setattr(rrattn.RRAttention, "_attend", lambda *a, **k: inputs.append(a) or attend(*a, **k))
+    with rrattn.collect_stats(model) as stats:
+        logits(model, tokens)
+    assert len(stats.layers) == len(inputs) == NUM_LAYERS
+    for layer, density, (_, query, key, *_) in zip(stats.layers, rrattn.layer_densities(model), inputs):
+        np.testing.assert_allclose(layer.density, density.numpy().mean(0), rtol=1e-6)
+        query, key = query.numpy().astype(np.float64), key.numpy().astype(np.float64)
+        scores = reference.estimate(query, key, causal=True)
+        kept = reference.select(scores.astype(np.float32), 0.5, causal=True, seqlen_q=LENGTH, seqlen_k=LENGTH)
+        expected = (scores * kept).sum((0, 2, 3)) / scores.sum((0, 2, 3))
+        np.testing.assert_allclose(layer.kept_mass, expected, rtol=1e-5)
+        assert (0.5 <= expected).all() and (expected < 1).all()
+        assert layer.prefills == 1 and layer.decodings == 0
+        assert 0 < layer.prefill_seconds < 60 and layer.decode_seconds == 0
+
+
+@paddle.no_grad()
+def test_chunks_add_up(model, tokens):
+    with rrattn.collect_stats(model) as whole:
+        logits(model, tokens)
+    cache = None
+    with rrattn.collect_stats(model) as chunks:
+        for begin in range(0, LENGTH, 256):
+            part = forward(model, tokens[:, begin : begin + 256], begin=begin, cache=cache, use_cache=True)
+            cache = part.past_key_values
+    for one, three in zip(whole.layers, chunks.layers):
+        np.testing.assert_allclose(three.density, one.density, rtol=1e-12)
+        np.testing.assert_allclose(three.kept_mass, one.kept_mass, rtol=1e-4)
+        assert three.prefills == 3
+
+
+def test_generation_counts_its_steps(model, tokens):
+    expected = generate(model, tokens, 5)
+    with rrattn.collect_stats(model) as stats:
+        np.testing.assert_array_equal(generate(model, tokens, 5), expected)
+    for layer in stats.layers:
+        assert (layer.prefills, layer.decodings) == (1, 4) and layer.decode_seconds > 0
+
+
+def test_training_with_recompute_counts_both_calls(model, tokens):
+    enable_recompute(model)
+    expected = gradients(model, tokens)
+    with rrattn.collect_stats(model) as stats:
+        collected = gradients(model, tokens)
+    assert all(layer.prefills == 2 for layer in stats.layers)
+    for name, gradient in expected[1].items():
+        np.testing.assert_array_equal(collected[1][name], gradient, err_msg=name)
+
+
+def test_dense_layers_keep_everything(tokens):
+    config = rrattn.RRAttentionConfig(threshold=0.5, dense_layers=[1])
+    model = rrattn.enable(make_model(), config)
+    with rrattn.collect_stats(model) as stats:
+        logits(model, tokens)
+    assert (stats.layers[0].density < 1).all()
+    assert (stats.layers[1].density == 1).all() and (stats.layers[1].kept_mass == 1).all()
+
+
+def test_nothing_is_collected_outside(model, tokens):
+    with rrattn.collect_stats(model) as stats:
+        pass
+    logits(model, tokens)
+    assert all(core._observer is None for core in attention_cores(model))
+    assert all(layer.prefills == 0 and layer.density is None for layer in stats.layers)
+    with pytest.raises(RuntimeError, match="stop"), rrattn.collect_stats(model):
+        raise RuntimeError("stop")
+    assert all(core._observer is None for core in attention_cores(model))
+
+
+def test_what_cannot_be_collected_is_refused(model):
+    with rrattn.collect_stats(model):
+        with pytest.raises(ValueError, match="already"), rrattn.collect_stats(model):
+            pass
+    with pytest.raises(ValueError, match="not enabled"), rrattn.collect_stats(rrattn.disable(model)):
+        pass
+
+
+@pytest.mark.skipif(LIBRARY != "paddleformers", reason="the flag alone runs rrattn in PaddleFormers only")
+def test_a_model_that_runs_by_the_flag_alone(tokens):
+    model = make_model()
+    model.config._attn_implementation = "rrattn"
+    with rrattn.collect_stats(model) as stats:
+        logits(model, tokens)
+    assert all(layer.prefills == 1 for layer in stats.layers)
+
+
+def test_the_table(model, tokens):
+    with rrattn.collect_stats(model) as stats:
+        generate(model, tokens, 3)
+    stats.layers[0].prefill_seconds, stats.layers[0].decode_seconds = 0.25, 0.003
+    header, first, second = str(stats).splitlines()
+    assert header.split("  ")[0] == "layer" and "kept mass" in header
+    density, kept = stats.layers[0].density, stats.layers[0].kept_mass
+    assert first.split() == [
+        "0",
+        f"{density.mean():.1%},",
+        f"{density.min():.1%},",
+        f"{density.max():.1%}",
+        f"{kept.mean():.1%},",
+        f"{kept.min():.1%}",
+        *"1 x 250.00 ms".split(),
+        *"2 x 1.50 ms".split(),
+    ]
+    assert len(header) == len(first) == len(second)
+    with rrattn.collect_stats(model) as empty:
+        pass
+    assert str(empty).splitlines()[1].split() == ["0", "-", "-", "-", "-"]
+
+
+def test_the_picture(model, tokens, tmp_path):
+    pytest.importorskip("matplotlib")
+    with rrattn.collect_stats(model) as stats:
+        generate(model, tokens, 3)
+    figure = stats.plot(tmp_path / "stats.png", title="two layers")
+    density, kept_mass, times = figure.axes
+    np.testing.assert_array_equal(density.images[0].get_array(), [layer.density for layer in stats.layers])
+    np.testing.assert_array_equal(kept_mass.images[0].get_array(), [layer.kept_mass for layer in stats.layers])
+    assert len(density.texts) == NUM_LAYERS * NUM_HEADS
+    widths = [bar.get_width() for bar in times.patches]
+    expected = [1e3 * layer.prefill_seconds for layer in stats.layers]
+    np.testing.assert_allclose(widths[:NUM_LAYERS], expected)
+    assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+    with rrattn.collect_stats(model) as empty:
+        pass
+    with pytest.raises(ValueError, match="not run"):
+        empty.plot()
