@@ -34,11 +34,11 @@ class RRAttentionConfig:
     softmax_scale : float, optional
         Default: 1 / sqrt(head_dim), or what the model asks for.
     dense_layers : sequence of int
-        Layers, counted from 0, that attend every block they see.
+        Layers, counted from 0, that attend every block they see. Default: none.
     min_length : int
-        With fewer keys than this, in tokens, every layer attends every block it sees. In a prefill by chunks each
-        chunk counts the keys so far, so that with a min_length its first chunks may attend more than one prefill of
-        the whole does.
+        With fewer keys than this, in tokens, every layer attends every block it sees: selecting pays from some length
+        on that depends on device, model and threshold. Default: 0, off, since in a prefill by chunks each chunk counts
+        the keys so far, so that the first ones may attend more than one prefill of the whole would.
 
     Raises
     ------

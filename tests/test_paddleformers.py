@@ -96,6 +96,13 @@ def test_models_of_other_types_are_refused(model):
     assert model.config._attn_implementation == "eager"
 
 
+def test_models_without_attention_layers_are_refused(model):
+    model.model.layers = paddle.nn.LayerList()
+    with pytest.raises(ValueError, match="no attention layers in LlamaForCausalLM"):
+        rrattn.enable(model)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_heads_split_over_ranks_select_what_one_rank_does():
     paddle.seed(0)
     query = 3 * paddle.randn([1, NUM_HEADS, LENGTH, 16])

@@ -1,6 +1,7 @@
 """What PaddleNLP alone has: repeated key heads, a flag read at every call, its ways of recompute, and two hooks."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,3 +222,12 @@ def test_layers_that_call_something_else_are_refused(model, monkeypatch):
     monkeypatch.setattr(type(attention_layers(model)[0]), "forward", lambda self, hidden: hidden)
     with pytest.raises(ValueError, match="LlamaAttention calls no scaled_dot_product_attention"):
         rrattn.enable(model)
+
+
+@pytest.mark.skipif(paddlenlp.__version__.startswith("2."), reason="PaddleNLP 2.8 has no refined recompute")
+def test_arguments_that_were_bound_to_the_hook(model, tokens):
+    layer = attention_layers(model)[0]
+    bound = layer.attn_func = partial(layer.attn_func, skip_recompute=True)  # as refined recompute has it
+    assert_same(logits(rrattn.enable(model, DENSE), tokens), logits(make_model(), tokens))
+    rrattn.disable(model)
+    assert layer.attn_func is bound
