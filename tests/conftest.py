@@ -1,4 +1,7 @@
-"""Fixtures of the kernel tests. tests/gpu overrides the kernels and the dtypes and keeps the rest."""
+"""Fixtures of the kernel tests, and of the model tests at the end.
+
+tests/gpu overrides the kernels and the dtypes and keeps the rest.
+"""
 
 import harness
 import numpy as np
@@ -43,3 +46,22 @@ def simd(request):
     direct.set_simd(request.param)
     yield request.param
     direct.set_simd(before)
+
+
+# tiny_models skips what imports it where there is no model library, hence not at the top
+
+
+@pytest.fixture
+def model():
+    """A tiny LLaMA, as the library makes it."""
+    from tiny_models import make_model
+
+    return make_model()
+
+
+@pytest.fixture
+def tokens():
+    """Two rows of random tokens for it."""
+    from tiny_models import make_tokens
+
+    return make_tokens()

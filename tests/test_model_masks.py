@@ -25,16 +25,6 @@ from rrattn.integrations import common
 from rrattn.masks import document_startend_rows
 
 
-@pytest.fixture
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def tokens():
-    return make_tokens()
-
-
 def padding(side, counts=(150, 333)):
     """A tokenizer's attention mask, int64 [2, LENGTH]."""
     keep = np.ones([2, LENGTH], dtype=np.int64)

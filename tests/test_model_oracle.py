@@ -82,11 +82,6 @@ def by_oracle(monkeypatch):
     return call
 
 
-@pytest.fixture
-def tokens():
-    return make_tokens()
-
-
 def padding(side):
     keep = np.ones([2, LENGTH], dtype=np.int64)
     keep[1, slice(0, 300) if side == "left" else slice(400, LENGTH)] = 0

@@ -30,17 +30,6 @@ from tiny_models import (
 import rrattn
 from rrattn.integrations import common
 
-
-@pytest.fixture
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def tokens():
-    return make_tokens()
-
-
 # Switching over and back
 
 

@@ -22,22 +22,10 @@ from tiny_models import (  # noqa: E402
     assert_differs,
     logits,
     make_model,
-    make_tokens,
 )
 
 from rrattn.integrations import common  # noqa: E402
 from rrattn.integrations import paddleformers as integration  # noqa: E402
-
-
-@pytest.fixture
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def tokens():
-    return make_tokens()
-
 
 # The flag
 

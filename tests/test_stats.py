@@ -16,7 +16,6 @@ from tiny_models import (
     gradients,
     logits,
     make_model,
-    make_tokens,
 )
 
 import rrattn
@@ -26,11 +25,6 @@ from rrattn.integrations import attention_cores
 @pytest.fixture
 def model():
     return rrattn.enable(make_model(), SPARSE)
-
-
-@pytest.fixture
-def tokens():
-    return make_tokens()
 
 
 def test_density_and_kept_mass_of_one_prefill(model, tokens, monkeypatch):
