@@ -99,7 +99,6 @@ struct EstimateLayout {
   int num_row_tiles;  // of kTileQueries sampled queries, of one head
   int group;          // query heads of a key head
   int key_heads;      // of all batch entries
-  int consumers;
   int num_items;
   float score_scale;  // of scores in units of log2
 
@@ -110,7 +109,6 @@ struct EstimateLayout {
             ceil_div(ceil_div(params.visibility.seqlen_q, params.stride), kTileQueries))),
         group(static_cast<int>(params.visibility.num_heads / params.heads.num_heads_k)),
         key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)),
-        consumers(consumers),
         num_items(key_heads * static_cast<int>(ceil_div(num_row_tiles * group, consumers))),
         score_scale(params.softmax_scale * kLog2E) {}
 };

@@ -17,7 +17,6 @@ constexpr int64_t kItemPosition = int64_t{1} << 32;
 template <typename Traits, int kStride>
 class EstimateConsumer {
   using Sums = BlockSums<kStride>;
-  using Item = EstimateItem<Traits::kConsumers>;
   using SharedStorage = typename Traits::SharedStorage;
   using Scores = decltype(partition_fragment_C(typename Traits::Mma{},
                                                Shape<Int<kTileQueries>, Int<kTileStrides>>{}));
