@@ -6,13 +6,16 @@
 // one's softmax falls into the other's products.
 //
 // Measured on an H200 (32 heads over 8, D 128, causal, 50% of the blocks of 32,768 / 131,072
-// tokens, TFLOP/s, in one run): this 617 / 619; rescaling only when the base rises by more than 2^8
-// 606 / 616 (the branch costs more than it saves); that with 3 stages 605 / 611, and without turns
-// 611 / 623.
+// tokens, TFLOP/s), each beside this in the same run: rescaling only when the base rises by more
+// than 2^8 606 / 616 (this 617 / 619; the branch costs more than it saves), that with 3 stages
+// 605 / 611, and without turns 611 / 623; queries kept in registers 609 / 603 and rows in the order
+// of their lengths 611 / 604 (this 612 / 614); a softmax that ptxas is kept from putting behind the
+// wait for the second product 566 / 585 (this 644 / 633).
 #pragma once
 
 #include "attend_producer.cuh"
 #include "softmax.cuh"
+#include "store_row.cuh"
 
 namespace rrattn::cuda {
 
@@ -46,8 +49,7 @@ class AttendConsumer {
     for (RingPosition<1> rows;; rows.advance()) {
       shared_.row_full.wait(rows.parity);
       const AttendRow row = shared_.row;
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) shared_.row_empty.arrive();
+      shared_.row_empty.arrive();
       if (row.index < 0) return;
       const RowPlace place(params_.attend.visibility, row.index);
       Out out;
@@ -139,10 +141,8 @@ class AttendConsumer {
   }
 
   __device__ void release_key(const AttendTile& tile) {
-    if (threadIdx.x % 32 == 0) {
-      shared_.key_empty[keys_.slot].arrive();
-      if (tile.last) shared_.query_empty.arrive();
-    }
+    shared_.key_empty[keys_.slot].arrive();
+    if (tile.last && threadIdx.x % 32 == 0) shared_.query_empty.arrive();
     keys_.advance();
   }
 
@@ -238,46 +238,7 @@ class AttendConsumer {
             .lse[(place.batch * visibility.num_heads + place.head) * visibility.seqlen_q + token] =
             sum == 0 ? -INFINITY : (row_base_[half] + log2f(sum)) * kLn2;
       }
-#pragma unroll
-      for (int four = 0; four < Traits::kHeadDim / 32; ++four) {
-        uint32_t words[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int i = (four * 4 + c) * 4 + half * 2;
-          const Element pair[2] = {static_cast<Element>(out(i) * scale),
-                                   static_cast<Element>(out(i + 1) * scale)};
-          words[c] = *reinterpret_cast<const uint32_t*>(pair);
-        }
-        transpose_quad(words);
-        const int column = (four * 4 + static_cast<int>(threadIdx.x) % 4) * 8;
-        if (token < visibility.seqlen_q && column < head_dim) {
-          store_eight(row + column, words, params_.aligned_out);
-        }
-      }
-    }
-  }
-
-  // Before: word c of lane t is part t of chunk c. After: part c of chunk t.
-  __device__ static void transpose_quad(uint32_t (&words)[4]) {
-    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-    const uint32_t near0 = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1);
-    const uint32_t near1 = __shfl_xor_sync(~0u, odd ? words[2] : words[3], 1);
-    const uint32_t low0 = odd ? near0 : words[0], low1 = odd ? words[1] : near0;
-    const uint32_t high0 = odd ? near1 : words[2], high1 = odd ? words[3] : near1;
-    const uint32_t far0 = __shfl_xor_sync(~0u, upper ? low0 : high0, 2);
-    const uint32_t far1 = __shfl_xor_sync(~0u, upper ? low1 : high1, 2);
-    words[0] = upper ? far0 : low0;
-    words[1] = upper ? far1 : low1;
-    words[2] = upper ? high0 : far0;
-    words[3] = upper ? high1 : far1;
-  }
-
-  __device__ static void store_eight(Element* to, const uint32_t (&words)[4], bool aligned) {
-    if (aligned) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) to[i] = reinterpret_cast<const Element*>(words)[i];
+      store_row(out, half, scale, row, token < visibility.seqlen_q, head_dim, params_.aligned_out);
     }
   }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "attend_config.cuh"
+#include "bit_walk.cuh"
+#include "block_masking.cuh"
 #include "tensor_copy.cuh"
 
 namespace rrattn::cuda {
@@ -45,76 +47,6 @@ __device__ inline int row_of_turn(const AttendKernelParams& params, int turn) {
   return (first_head + turn % heads) * num_m_blocks + num_m_blocks - 1 - turn / heads;
 }
 
-// Walks the selected and visible blocks of a row from the last to the first. All lanes of a warp
-// call it together; each holds one of 32 words.
-class BlockWalk {
- public:
-  __device__ BlockWalk(const AttendKernelParams& params, int row, const RowPlace& place)
-      : visibility_(params.attend.visibility), m_block_(place.m_block) {
-    words_ = params.attend.block_mask + row * visibility_.num_mask_words();
-    bounds_ = run_bounds_of(visibility_, kBlockSize, params.block_bounds, place.batch, place.head);
-    const int64_t last_row =
-        min((static_cast<int64_t>(m_block_) + 1) * kBlockSize, visibility_.seqlen_q) - 1;
-    end_block_ =
-        static_cast<int>(visibility_.causal ? (last_row + visibility_.shift()) / kBlockSize + 1
-                                            : visibility_.num_n_blocks());
-    first_word_ = (end_block_ + 31) / 32;
-    load();
-  }
-
-  // < 0: there is none left.
-  __device__ int next() {
-    for (;;) {
-      while (bits_ == 0) {
-        if (filled_words_ == 0) {
-          if (first_word_ == 0) return -1;
-          load();
-          continue;
-        }
-        word_ = 31 - __clz(filled_words_);
-        filled_words_ ^= 1u << word_;
-        bits_ = __shfl_sync(~0u, own_word_, word_);
-      }
-      const int bit = 31 - __clz(bits_);
-      bits_ ^= 1u << bit;
-      const int n_block = (first_word_ + word_) * 32 + bit;
-      kind_ = classify_block(visibility_, bounds_, m_block_, n_block);
-      if (kind_ != BlockKind::kHidden) return n_block;
-    }
-  }
-
-  // Of the block that next() gave last: whether some of its scores may be hidden.
-  __device__ bool masked(int n_block) const {
-    const int64_t end_key = (static_cast<int64_t>(n_block) + 1) * kBlockSize;
-    const int64_t end_visible =
-        visibility_.causal
-            ? min(static_cast<int64_t>(m_block_) * kBlockSize + visibility_.shift() + 1,
-                  visibility_.seqlen_k)
-            : visibility_.seqlen_k;
-    return kind_ == BlockKind::kPartial || end_key > end_visible;
-  }
-
- private:
-  // The 32 words before first_word_.
-  __device__ void load() {
-    first_word_ = max(first_word_ - 32, 0);
-    const int word = first_word_ + static_cast<int>(threadIdx.x) % 32;
-    own_word_ = word * 32 < end_block_ ? words_[word] : 0;
-    if (end_block_ - word * 32 < 32 && own_word_) own_word_ &= (1u << (end_block_ - word * 32)) - 1;
-    end_block_ = first_word_ * 32;
-    filled_words_ = __ballot_sync(~0u, own_word_ != 0);
-  }
-
-  const Visibility& visibility_;
-  const int m_block_;
-  const uint32_t* words_;
-  const RunBounds* bounds_;
-  int end_block_, first_word_;
-  uint32_t own_word_, filled_words_, bits_ = 0;
-  int word_ = 0;
-  BlockKind kind_ = BlockKind::kHidden;
-};
-
 template <typename Traits>
 __device__ void produce_tiles(const AttendKernelParams& params,
                               typename Traits::SharedStorage& shared) {
@@ -148,8 +80,24 @@ __device__ void produce_tiles(const AttendKernelParams& params,
       return;
     }
     const RowPlace place(visibility, row);
-    BlockWalk walk(params, row, place);
-    int n_block = walk.next();
+    const int64_t last_token =
+        min((static_cast<int64_t>(place.m_block) + 1) * kBlockSize, visibility.seqlen_q) - 1;
+    const RunBounds* bounds =
+        run_bounds_of(visibility, kBlockSize, params.block_bounds, place.batch, place.head);
+    BitWalk walk(params.attend.block_mask + row * visibility.num_mask_words(),
+                 visibility.causal
+                     ? static_cast<int>((last_token + visibility.shift()) / kBlockSize) + 1
+                     : static_cast<int>(visibility.num_n_blocks()));
+    BlockKind kind = BlockKind::kHidden;
+    const auto next_block = [&] {  // that is selected and visible; < 0: there is none left
+      int n_block;
+      do {
+        n_block = walk.next();
+        if (n_block >= 0) kind = classify_block(visibility, bounds, place.m_block, n_block);
+      } while (n_block >= 0 && kind == BlockKind::kHidden);
+      return n_block;
+    };
+    int n_block = next_block();
     if (leader) {
       shared.row = {row, n_block < 0};
       shared.row_full.arrive();
@@ -170,8 +118,8 @@ __device__ void produce_tiles(const AttendKernelParams& params,
       }
     }
     while (n_block >= 0) {
-      const bool masked = walk.masked(n_block);
-      const int next = walk.next();
+      const bool masked = has_hidden_scores(visibility, kind, place.m_block, n_block);
+      const int next = next_block();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         const int first_key = n_block * kBlockSize + t * Traits::kTileN;
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);

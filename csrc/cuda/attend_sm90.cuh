@@ -21,14 +21,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int warp_group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpGroup, 0);
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = kConsumerGroups * 4;  // a lane of each arrives
+    constexpr int kConsumers = kConsumerGroups * kWarpGroup;
+    constexpr int kConsumerWarps = kConsumers / 32;  // a lane of each arrives
     shared.row_full.init(1);
-    shared.row_empty.init(kConsumerWarps);
+    shared.row_empty.init(kConsumers);
     shared.query_full.init(1);
     shared.query_empty.init(kConsumerWarps);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       shared.key_full[stage].init(1);
-      shared.key_empty[stage].init(kConsumerWarps);
+      shared.key_empty[stage].init(kConsumers);
       shared.value_full[stage].init(1);
       shared.value_empty[stage].init(kConsumerWarps);
     }
