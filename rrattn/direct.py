@@ -166,6 +166,7 @@ def block_sparse_attention_backward(
     causal,
     softmax_scale=None,
     dtype=None,
+    deterministic=False,
     **options,
 ):
     """Gradients of :func:`block_sparse_attention`, given what it was given and what it returned.
@@ -179,6 +180,7 @@ def block_sparse_attention_backward(
     grad_query : [B, Lq, Hq, D], output, same dtype
     grad_key, grad_value : [B, Lk, Hkv, D], outputs, same dtype
     startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
+    deterministic : whether a GPU too is to give the same bits on every run, as a CPU always does
     """
     return _direct.block_sparse_attention_backward(
         query,
@@ -195,5 +197,6 @@ def block_sparse_attention_backward(
         causal,
         softmax_scale,
         dtype,
+        deterministic,
         _options(**options),
     )

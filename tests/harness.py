@@ -143,7 +143,8 @@ class Kernels:
 
     def backward(self, query, key, value, block_mask, grad_out, startend=None, *, dtype="float32", **options):
         """(grad_query, grad_key, grad_value) after a forward of its own."""
-        out, lse = self.attend(query, key, value, block_mask, startend, dtype=dtype, **options)
+        forward = {name: option for name, option in options.items() if name != "deterministic"}
+        out, lse = self.attend(query, key, value, block_mask, startend, dtype=dtype, **forward)
         grads = [self.place(x.shape, dtype) for x in (query, key, value)]
         direct.block_sparse_attention_backward(
             *(self.input(x, dtype) for x in (query, key, value)),

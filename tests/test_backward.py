@@ -32,7 +32,6 @@ def check(kernels, case, dtype="float32", inputs=None, **options):
     return grads
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
 def test_gradients(kernels, case, dtype):
     """Also: exactly zero where no selected block reaches, and finite where a row sees nothing."""
@@ -46,32 +45,30 @@ def test_gradients(kernels, case, dtype):
         assert not grad.swapaxes(1, 2)[~reached].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_every_simd_level(kernels, simd, case, dtype):
     check(kernels, case, dtype)
 
 
 @pytest.mark.parametrize("softmax_scale", (0.01, 1.0))
-def test_softmax_scale(kernels, softmax_scale):
-    check(kernels, FEW_CASES[0], softmax_scale=softmax_scale)
+def test_softmax_scale(kernels, main_dtype, softmax_scale):
+    check(kernels, FEW_CASES[0], main_dtype, softmax_scale=softmax_scale)
 
 
 @pytest.mark.parametrize("density", (0.1, 1.0))
-def test_densities(kernels, density):
+def test_densities(kernels, main_dtype, density):
     case = Case(500, 900, num_heads=4, num_heads_k=2, head_dim=32)
-    check(kernels, case, inputs=make_inputs(case, density=density))
+    check(kernels, case, main_dtype, make_inputs(case, main_dtype, density=density))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_large_logits(kernels, dtype):
     case = Case(300, 300)
     check(kernels, case, dtype, make_inputs(case, dtype, query_scale=100.0))
 
 
-def test_nothing_selected(kernels):
+def test_nothing_selected(kernels, main_dtype):
     case = FEW_CASES[0]
-    for grad in run(kernels, case, inputs=make_inputs(case, density=-1.0)):
+    for grad in run(kernels, case, main_dtype, make_inputs(case, main_dtype, density=-1.0)):
         assert grad.size and not grad.any()
 
 
@@ -89,7 +86,6 @@ def test_unselected_blocks_are_not_read(kernels):
     assert not clean[1][:, 384:512, 0].any() and not clean[2][:, 384:512, 0].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_layouts_are_read_and_written_in_place(kernels, make_kernels, case, layout, dtype):
@@ -109,7 +105,7 @@ def test_two_threads_at_once(kernels):
     )
 
 
-def test_sizes_of_zero(kernels):
+def test_sizes_of_zero(kernels, main_dtype):
     for case in (Case(0, 0), Case(0, 200), Case(200, 0, causal=False), Case(5, 5, batch=0)):
-        for grad in run(kernels, case):
+        for grad in run(kernels, case, main_dtype):
             assert not grad.any()  # what is not empty is zero

@@ -20,6 +20,7 @@ from paddle_harness import (
 )
 
 import rrattn
+from rrattn import functional
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -218,3 +219,46 @@ def test_two_threads_at_once():
     assert_same_in_two_threads(
         lambda: train(CASE), lambda: infer(CASE), lambda: train(FEW_CASES[2]), lambda: infer(FEW_CASES[3])
     )
+
+
+def test_deterministic_goes_to_the_operator(monkeypatch):
+    """As it is given, or by Paddle's flag, which only builds for a GPU have."""
+    inputs = to_tensors(make_inputs(CASE))
+    mask = rrattn.rr_attention(*inputs, causal=True, return_block_mask=True)[1]
+    seen = []
+
+    def call(name, *arguments):
+        seen.append((name, arguments[-1]))
+        return library_call(name, *arguments)
+
+    library_call = functional.call
+    monkeypatch.setattr(functional, "call", call)
+
+    def passed(**options):
+        seen.clear()
+        rrattn.rr_attention(*inputs, causal=True, **options)
+        rrattn.block_sparse_attention(*inputs, mask, causal=True, **options)
+        assert [name for name, _ in seen] == ["rr_attention", "attend"]
+        return [value for _, value in seen]
+
+    assert passed() == [False, False]
+    assert passed(deterministic=True) == [True, True]
+    flags = {"FLAGS_cudnn_deterministic": True}
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle, "get_flags", lambda name: {name: flags[name]})
+    assert passed() == [True, True]
+    assert passed(deterministic=False) == [False, False]
+    flags["FLAGS_cudnn_deterministic"] = False
+    assert passed() == [False, False]
+
+
+@pytest.mark.parametrize("bad", (1, 0, "yes"))
+def test_deterministic_is_a_bool(bad):
+    inputs = to_tensors(make_inputs(CASE))
+    mask = rrattn.rr_attention(*inputs, causal=True, return_block_mask=True)[1]
+    for attention in (
+        lambda: rrattn.rr_attention(*inputs, causal=True, deterministic=bad),
+        lambda: rrattn.block_sparse_attention(*inputs, mask, causal=True, deterministic=bad),
+    ):
+        with pytest.raises(TypeError, match=f"deterministic is {bad!r}, but must be True, False or None"):
+            attention()

@@ -59,7 +59,12 @@ inline constexpr Stage<AttendParams> kAttend = {
 };
 
 inline constexpr Stage<BackwardParams> kBackward = {
-    "backward", {cpu::backward_workspace_bytes, cpu::run_backward}};
+    "backward",
+    {cpu::backward_workspace_bytes, cpu::run_backward},
+#if defined(RRATTN_WITH_CUDA)
+    {cuda::backward_workspace_bytes, cuda::run_backward},
+#endif
+};
 
 #if defined(RRATTN_WITH_CUDA)
 using cuda::DeviceGuard;

@@ -214,7 +214,7 @@ int64_t block_sparse_attention_backward(const py::object& query, const py::objec
                                         const py::object& grad_out, const py::object& grad_query,
                                         const py::object& grad_key, const py::object& grad_value,
                                         const py::object& startend_row_indices, bool causal,
-                                        Scale softmax_scale, const Name& dtype,
+                                        Scale softmax_scale, const Name& dtype, bool deterministic,
                                         const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.values(query, "query");
@@ -225,7 +225,7 @@ int64_t block_sparse_attention_backward(const py::object& query, const py::objec
                  arrays.optional(startend_row_indices, "startend_row_indices"),
                  arrays.values(out, "out"), arrays(lse, "lse"), arrays.values(grad_out, "grad_out"),
                  arrays.values(grad_query, "grad_query"), arrays.values(grad_key, "grad_key"),
-                 arrays.values(grad_value, "grad_value"), causal, softmax_scale),
+                 arrays.values(grad_value, "grad_value"), causal, softmax_scale, deterministic),
              first, options);
 }
 

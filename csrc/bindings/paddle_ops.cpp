@@ -160,7 +160,7 @@ std::vector<Tensor> select(const Tensor& block_scores, const OptionalTensor& sta
 
 std::vector<Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Tensor& block_mask, const OptionalTensor& startend_row_indices,
-                           bool causal, float softmax_scale) {
+                           bool causal, float softmax_scale, bool /*deterministic*/) {
   const Kernel<AttendParams>& kernel = kAttend.kernel_for(describe(query, "query"));
   check_ranks(query.shape(), key.shape());
   Tensor out = paddle::empty(query.shape(), query.dtype(), query.place());
@@ -178,7 +178,7 @@ std::vector<Tensor> attend_backward(const Tensor& query, const Tensor& key, cons
                                     const Tensor& block_mask,
                                     const OptionalTensor& startend_row_indices, const Tensor& out,
                                     const Tensor& lse, const Tensor& grad_out, bool causal,
-                                    float softmax_scale) {
+                                    float softmax_scale, bool deterministic) {
   const Kernel<BackwardParams>& kernel = kBackward.kernel_for(describe(query, "query"));
   Tensor grad_query = paddle::empty(query.shape(), query.dtype(), query.place());
   Tensor grad_key = paddle::empty(key.shape(), key.dtype(), key.place());
@@ -189,7 +189,7 @@ std::vector<Tensor> attend_backward(const Tensor& query, const Tensor& key, cons
                       describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
                       describe(lse, "lse"), describe(grad_out, "grad_out"),
                       describe(grad_query, "grad_query"), describe(grad_key, "grad_key"),
-                      describe(grad_value, "grad_value"), causal, softmax_scale),
+                      describe(grad_value, "grad_value"), causal, softmax_scale, deterministic),
       query);
   return {grad_query, grad_key, grad_value};
 }
@@ -198,15 +198,16 @@ std::vector<Tensor> rr_attention(const Tensor& query, const Tensor& key, const T
                                  const OptionalTensor& startend_row_indices,
                                  const OptionalTensor& head_thresholds, float threshold,
                                  bool causal, int64_t stride, int64_t head_offset,
-                                 float softmax_scale, bool keep_sink, bool keep_last) {
+                                 float softmax_scale, bool keep_sink, bool keep_last,
+                                 bool deterministic) {
   kAttend.kernel_for(describe(query, "query"));  // before the other stages run in vain
   const Tensor block_scores =
       estimate(query, key, startend_row_indices, causal, stride, head_offset, softmax_scale)[0];
   const Tensor block_mask =
       select(block_scores, startend_row_indices, head_thresholds, threshold, causal,
              query.shape()[1], key.shape()[1], keep_sink, keep_last)[0];
-  std::vector<Tensor> outputs =
-      attend(query, key, value, block_mask, startend_row_indices, causal, softmax_scale);
+  std::vector<Tensor> outputs = attend(query, key, value, block_mask, startend_row_indices, causal,
+                                       softmax_scale, deterministic);
   outputs.push_back(block_mask);
   return outputs;
 }
@@ -217,9 +218,9 @@ std::vector<Tensor> rr_attention_backward(const Tensor& query, const Tensor& key
                                           const Tensor& out, const Tensor& lse,
                                           const Tensor& block_mask, const Tensor& grad_out, float,
                                           bool causal, int64_t, int64_t, float softmax_scale, bool,
-                                          bool) {
+                                          bool, bool deterministic) {
   return attend_backward(query, key, value, block_mask, startend_row_indices, out, lse, grad_out,
-                         causal, softmax_scale);
+                         causal, softmax_scale, deterministic);
 }
 
 using OptionalDType = paddle::optional<DType>;
@@ -279,7 +280,7 @@ PD_BUILD_OP(rrattn_select)
 PD_BUILD_OP(rrattn_attend)
     .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices")})
     .Outputs({"Out", "Lse"})
-    .Attrs({"causal: bool", "softmax_scale: float"})
+    .Attrs({"causal: bool", "softmax_scale: float", "deterministic: bool"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::attend_shape>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::attend_dtype));
@@ -288,7 +289,7 @@ PD_BUILD_GRAD_OP(rrattn_attend)
     .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
              "Lse", paddle::Grad("Out")})
     .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
-    .Attrs({"causal: bool", "softmax_scale: float"})
+    .Attrs({"causal: bool", "softmax_scale: float", "deterministic: bool"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend_backward>::call));
 
 PD_BUILD_OP(rrattn_rr_attention)
@@ -296,7 +297,7 @@ PD_BUILD_OP(rrattn_rr_attention)
              paddle::Optional("HeadThresholds")})
     .Outputs({"Out", "Lse", "BlockMask"})
     .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
-            "softmax_scale: float", "keep_sink: bool", "keep_last: bool"})
+            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "deterministic: bool"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::rr_attention_shape>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::rr_attention_dtype));
@@ -306,5 +307,5 @@ PD_BUILD_GRAD_OP(rrattn_rr_attention)
              "BlockMask", paddle::Grad("Out")})
     .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
     .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
-            "softmax_scale: float", "keep_sink: bool", "keep_last: bool"})
+            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "deterministic: bool"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention_backward>::call));

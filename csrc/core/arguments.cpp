@@ -322,7 +322,7 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
                                const Array& out, const Array& lse, const Array& grad_out,
                                const Array& grad_query, const Array& grad_key,
                                const Array& grad_value, bool causal,
-                               std::optional<double> softmax_scale) {
+                               std::optional<double> softmax_scale, bool deterministic) {
   const AttendParams forward = attend_params(query, key, value, block_mask, startend_row_indices,
                                              out, lse, causal, softmax_scale);
   BackwardParams params;
@@ -339,6 +339,7 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
   params.grad_query = rows_like(grad_query, query, kQueryMeaning);
   params.grad_key = rows_like(grad_key, key, kKeyMeaning);
   params.grad_value = rows_like(grad_value, key, kKeyMeaning);
+  params.deterministic = deterministic;
   return params;
 }
 

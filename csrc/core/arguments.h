@@ -54,6 +54,6 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
                                const Array& out, const Array& lse, const Array& grad_out,
                                const Array& grad_query, const Array& grad_key,
                                const Array& grad_value, bool causal,
-                               std::optional<double> softmax_scale);
+                               std::optional<double> softmax_scale, bool deterministic);
 
 }  // namespace rrattn

@@ -133,10 +133,11 @@ struct BackwardParams {
   Rows out;                              // [B, Lq, Hq, D], of the forward pass
   const float* lse = nullptr;            // [B, Hq, Lq], of the forward pass
   float softmax_scale = 0;
-  Rows grad_out;    // [B, Lq, Hq, D]
-  Rows grad_query;  // [B, Lq, Hq, D], written whole
-  Rows grad_key;    // [B, Lk, Hkv, D], written whole
-  Rows grad_value;  // [B, Lk, Hkv, D], written whole
+  Rows grad_out;               // [B, Lq, Hq, D]
+  Rows grad_query;             // [B, Lq, Hq, D], written whole
+  Rows grad_key;               // [B, Lk, Hkv, D], written whole
+  Rows grad_value;             // [B, Lk, Hkv, D], written whole
+  bool deterministic = false;  // the same bits on every run; the CPU's always are
   Execution execution;
 };
 

@@ -50,8 +50,12 @@ class Barrier {
 };
 
 // Shows what this thread wrote, to shared or global memory, to wgmma and bulk copies that are
-// started after a barrier.
+// started after a barrier. Waits until the writes have reached global memory, about a microsecond.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// The same for writes to shared memory alone, which is quick.
+__device__ inline void fence_async_proxy_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // A position in a ring of kSize slots, and the parity of the current turn.
 template <int kSize>

@@ -1,8 +1,11 @@
 // The one dispatch site of the GPU stages: from run-time types and head sizes to template
 // instances.
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "attend_stage.h"
+#include "backward_stage.h"
 #include "estimate_stage.h"
 #include "stages.h"
 
@@ -10,25 +13,37 @@ namespace rrattn::cuda {
 
 namespace {
 
-template <template <DataType, int> class Stage, DataType kDataType, typename Use>
-auto with_head_dim(const Heads& heads, const Use& use) {
-  if (heads.head_dim <= 64) return use(Stage<kDataType, 64>());
-  if (heads.head_dim <= 128) return use(Stage<kDataType, 128>());
-  return use(Stage<kDataType, 256>());
+// Calls `use` with std::integral_constant of the element type.
+template <typename Use>
+auto with_data_type(const Heads& heads, const Use& use) {
+  switch (heads.dtype) {
+    case DataType::kFloat16:
+      return use(std::integral_constant<DataType, DataType::kFloat16>());
+    case DataType::kBFloat16:
+      return use(std::integral_constant<DataType, DataType::kBFloat16>());
+    default:
+      throw std::invalid_argument(
+          "query has dtype float32, but on a GPU must have float16 or bfloat16");
+  }
 }
 
 // Calls `use` with the Stage for these heads.
 template <template <DataType, int> class Stage, typename Use>
 auto with_stage(const Heads& heads, const Use& use) {
-  switch (heads.dtype) {
-    case DataType::kFloat16:
-      return with_head_dim<Stage, DataType::kFloat16>(heads, use);
-    case DataType::kBFloat16:
-      return with_head_dim<Stage, DataType::kBFloat16>(heads, use);
-    default:
-      throw std::invalid_argument(
-          "query has dtype float32, but on a GPU must have float16 or bfloat16");
+  return with_data_type(heads, [&](auto type) {
+    if (heads.head_dim <= 64) return use(Stage<type(), 64>());
+    if (heads.head_dim <= 128) return use(Stage<type(), 128>());
+    return use(Stage<type(), 256>());
+  });
+}
+
+template <typename Use>
+auto with_backward_stage(const Heads& heads, const Use& use) {
+  if (heads.head_dim > 128) {
+    throw std::invalid_argument("query has head_dim " + std::to_string(heads.head_dim) +
+                                ", but for gradients on a GPU must have at most 128");
   }
+  return with_data_type(heads, [&](auto type) { return use(BackwardStage<type()>()); });
 }
 
 bool has_no_rows(const Visibility& visibility) {
@@ -60,6 +75,15 @@ void run_attend(const AttendParams& params) {
       stage.run(params);
     }
   });
+}
+
+int64_t backward_workspace_bytes(const BackwardParams& params) {
+  return with_backward_stage(params.heads,
+                             [&](auto stage) { return stage.workspace_bytes(params); });
+}
+
+void run_backward(const BackwardParams& params) {
+  with_backward_stage(params.heads, [&](auto stage) { stage.run(params); });
 }
 
 }  // namespace rrattn::cuda

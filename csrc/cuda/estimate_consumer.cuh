@@ -55,7 +55,7 @@ class EstimateConsumer {
       *reinterpret_cast<uint4*>(shared_.query[consumer_] +
                                 typename Traits::QueryOffsets{}(i / kChunks, column)) = eight;
     }
-    fence_async_proxy();  // wgmma reads what these stores wrote
+    fence_async_proxy_shared();  // wgmma reads what these stores wrote
     cutlass::arch::NamedBarrier::sync(kWarpGroup, consumer_);
   }
 

@@ -113,6 +113,15 @@ class PaddleKernels(GpuKernels):
         )
         return harness.decode(self.values(out), dtype), self.values(lse)
 
+    def backward(self, query, key, value, block_mask, grad_out, startend=None, *, dtype="float32", **options):
+        leaves = [self.tensor(x, dtype) for x in (query, key, value)]
+        for leaf in leaves:
+            leaf.stop_gradient = False
+        mask, startend = self.tensor(harness.packed(block_mask), "int32"), self.tensor(startend, "int32")
+        out = rrattn.block_sparse_attention(*leaves, mask, startend, **options)
+        grads = paddle.grad(out, leaves, self.tensor(grad_out, dtype))
+        return tuple(harness.decode(self.values(grad), dtype) for grad in grads)
+
     def rr_attention(self, query, key, value, startend=None, *, dtype="float32", **options):
         """(block_mask, out, lse) of one operator."""
         out, lse, mask = rrattn.rr_attention(

@@ -135,3 +135,40 @@ def test_a_backward_pass_is_refused(paddle_kernels):
     with pytest.raises(ValueError, match="query is on gpu:0, but this build of rrattn runs backward on: CPU"):
         out.backward(out.detach())
     assert rrattn.rr_attention(query, key, value, causal=True, training=False).stop_gradient
+
+
+def test_deterministic_gradients(paddle_kernels, make_kernels):
+    """As asked for, or by Paddle's flag, through both operators: the bits of the kernel's deterministic mode."""
+    inputs = make_inputs(CASE, "bfloat16")
+    forward = [paddle_kernels.tensor(x, "bfloat16") for x in inputs.forward]
+    grad_out = paddle_kernels.tensor(inputs.grad_out, "bfloat16")
+    mask = rrattn.rr_attention(*forward, causal=True, threshold=0.7, return_block_mask=True)[1]
+    selected = reference.unpack(paddle_kernels.values(mask), CASE.block_shape[-1])
+
+    def gradients(attention, **options):
+        for tensor in forward:
+            tensor.stop_gradient = False
+        out = attention(causal=True, **options)
+        return [decode(paddle_kernels.values(grad), "bfloat16") for grad in paddle.grad(out, forward, grad_out)]
+
+    def whole(**options):
+        return rrattn.rr_attention(*forward, threshold=0.7, **options)
+
+    def stage(**options):
+        return rrattn.block_sparse_attention(*forward, mask, **options)
+
+    expected = make_kernels().backward(
+        *inputs.forward, selected, inputs.grad_out, dtype="bfloat16", causal=True, deterministic=True
+    )
+    for attention in (whole, stage):
+        assert_identical(gradients(attention, deterministic=True), expected)
+    flag = "FLAGS_cudnn_deterministic"
+    before = paddle.get_flags(flag)
+    try:
+        paddle.set_flags({flag: True})
+        assert_identical(gradients(stage), expected)
+        assert_identical(gradients(whole), expected)
+        paddle.set_flags({flag: False})
+        assert all(gradients(stage, deterministic=True)[i].tobytes() == expected[i].tobytes() for i in range(3))
+    finally:
+        paddle.set_flags(before)

@@ -1,0 +1,182 @@
+// Tile sizes, shared memory and workspace of the gradients of block-sparse attention on Hopper.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/tensor.hpp>
+
+#include "barrier.cuh"
+#include "run_bounds.cuh"
+#include "tensor_map.h"
+
+namespace rrattn::cuda {
+
+using namespace cute;
+
+constexpr int kBackwardGroups = 2;                              // consumer warp groups
+constexpr int kBackwardThreads = kBackwardGroups * kWarpGroup;  // of these
+constexpr int kQueryTile = 64;                                  // queries of a step
+constexpr int kQueryTiles = kBlockSize / kQueryTile;            // of a query block
+
+// A group of 64 keys each: S^T = K Q^T and dP^T = V dO^T lie in registers with the keys as rows, so
+// that dV += P^T dO and dK += dS^T Q take P^T and dS^T from there. dQ = dS K takes dS of both
+// groups from shared memory, and each group computes half of its columns.
+template <typename Element_>
+struct BackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = 128;
+  static constexpr int kQueryStages = 3;  // one of the last step, whose dQ is not yet sent
+  static constexpr int kGradOutStages = 2;
+  static constexpr int kGradScoreStages = 3;
+  static constexpr int kThreads = kBackwardThreads + kWarpGroup;
+  // A thread block starts with 168 registers a thread, which the warp groups share out again.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  using Groups = Layout<Shape<Int<kBackwardGroups>, _1, _1>>;
+  // S^T and dP^T: [keys, queries] over columns.
+  using ScoreMma = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float,
+                           Shape<Int<kBlockSize>, Int<kQueryTile>, Int<kHeadDim>>>(),
+      Groups{}));
+  // dV and dK: [keys, columns] over queries.
+  using GradKeyMma = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float,
+                           Shape<Int<kBlockSize>, Int<kHeadDim>, Int<kQueryTile>>, GMMA::Major::K,
+                           GMMA::Major::MN>(),
+      Groups{}));
+  // dQ: [queries, columns] over keys; the groups side by side.
+  using GradQueryMma = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float,
+                           Shape<Int<kQueryTile>, Int<kHeadDim / kBackwardGroups>, Int<kBlockSize>>,
+                           GMMA::Major::MN, GMMA::Major::MN>(),
+      Layout<Shape<_1, Int<kBackwardGroups>, _1>>{}));
+
+  // Panels of 64 columns, as the copies bring them; the same memory seen from either side.
+  using ColumnsAtom = GMMA::Layout_K_SW128_Atom<Element>;
+  using RowsAtom = GMMA::Layout_MN_SW128_Atom<Element>;
+  using KeyLayout = decltype(tile_to_shape(ColumnsAtom{}, Shape<Int<kBlockSize>, Int<kHeadDim>>{}));
+  using KeyLayoutT =
+      decltype(tile_to_shape(RowsAtom{}, Shape<Int<kHeadDim>, Int<kBlockSize>>{}, Step<_2, _1>{}));
+  using QueryLayout =
+      decltype(tile_to_shape(ColumnsAtom{}, Shape<Int<kQueryTile>, Int<kHeadDim>>{}));
+  using QueryLayoutT =
+      decltype(tile_to_shape(RowsAtom{}, Shape<Int<kHeadDim>, Int<kQueryTile>>{}, Step<_2, _1>{}));
+  using ScoreLayout =
+      decltype(tile_to_shape(RowsAtom{}, Shape<Int<kQueryTile>, Int<kBlockSize>>{}));
+  using ScoreOffsets = decltype(as_position_independent_swizzle_layout(ScoreLayout{}));
+  static constexpr int kPanels = kHeadDim / kPanel;
+  static constexpr uint32_t kKeyBytes = kBlockSize * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kQueryBytes = kQueryTile * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kStatisticsBytes = kQueryTile * sizeof(float);
+
+  struct SharedStorage {
+    alignas(1024) Element key[kBlockSize * kHeadDim];
+    alignas(1024) Element value[kBlockSize * kHeadDim];
+    alignas(1024) Element query[kQueryStages][kQueryTile * kHeadDim];
+    alignas(1024) Element grad_out[kGradOutStages][kQueryTile * kHeadDim];
+    alignas(1024) Element grad_scores[kGradScoreStages][kQueryTile * kBlockSize];  // dS
+    alignas(128) uint32_t grad_query[kQueryTile * kHeadDim];  // as wgmma deals it out
+    alignas(128) float lse[kQueryStages][kQueryTile];         // in units of log2
+    alignas(128) float delta[kGradOutStages][kQueryTile];
+    alignas(128) float query_scale[kQueryStages][kQueryTile];  // if deterministic
+    alignas(128) float key_scale[kHeadDim];                    // if deterministic
+    Barrier item_full, item_empty;
+    Barrier query_full[kQueryStages], query_empty[kQueryStages];  // lse, query_scale, step
+    Barrier grad_out_full[kGradOutStages], grad_out_empty[kGradOutStages];  // delta
+    Barrier grad_scores_full[kGradScoreStages];
+    Barrier sums_full, sums_empty;  // between the consumers and the writer
+    struct Item {
+      int index;  // of [B, Hkv, Mk]; < 0: there is none left
+      bool nothing_selected;
+    } item;
+    struct Step {
+      int first_query;
+      int head;     // of queries
+      int tile;     // of [B, Hq, Mq * kQueryTiles]
+      bool masked;  // some of its scores may be hidden
+      bool last;    // of the item
+    } step[kQueryStages];
+    int sums_tile;  // where grad_query is to be added; < 0: there is no more
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+inline TensorShape query_shape_of(const BackwardParams& params) {
+  const Visibility& visibility = params.visibility;
+  return {visibility.batch, visibility.seqlen_q, visibility.num_heads, params.heads.head_dim,
+          params.heads.dtype};
+}
+inline TensorShape key_shape_of(const BackwardParams& params) {
+  const Visibility& visibility = params.visibility;
+  return {visibility.batch, visibility.seqlen_k, params.heads.num_heads_k, params.heads.head_dim,
+          params.heads.dtype};
+}
+
+// grad_query holds the sums of dS K. In float32 they depend on the order in which the key blocks
+// come to add, so in deterministic mode they are whole numbers of 32 bits, in units of
+// 1 / (query_scale * key_scale): powers of 2 such that no sum of a row and a column reaches 2^30.
+// For
+//   |sum_j dS[i, j] K[j, c]| <= sum_j P[i, j] (|dO_i| |V_j| + |delta_i|) |K[j, c]|,
+// where the probabilities add up to 1; twice that is allowed for, so that the resolution is 2^-29
+// of the bound.
+struct BackwardWorkspace {
+  RunBounds* block_bounds;    // [B, bounds heads, Mk]
+  uint32_t* transposed_mask;  // [B, Hq, Mk, ceil(Mq / 32)]
+  float *lse, *delta;         // [B, Hq, Mq, kBlockSize]; lse in units of log2, +inf: nothing seen
+  float* query_scale;         // the same, if deterministic
+  uint32_t* grad_query;  // [B, Hq, Mq, tiles of a block, kQueryTile * 128], as wgmma deals it out
+  int* next_item;
+  // If deterministic, the largest over all keys, as the bits of a float32 that is not negative.
+  uint32_t* key_column;                  // |K|: [B, Hkv, 128]
+  uint32_t* value_norm;                  // |V_j|^2: [B, Hkv]
+  float* key_scale;                      // [B, Hkv, 128]
+  void *query, *key, *value, *grad_out;  // copies of what no tensor map can describe
+
+  BackwardWorkspace(Arena& arena, const BackwardParams& params) {
+    const Visibility& visibility = params.visibility;
+    const int64_t rows =
+        visibility.batch * visibility.num_heads * visibility.num_m_blocks() * kBlockSize;
+    const int64_t key_heads = visibility.batch * params.heads.num_heads_k;
+    block_bounds = arena.take<RunBounds>(visibility.num_run_bounds(kBlockSize));
+    transposed_mask =
+        arena.take<uint32_t>(visibility.batch * visibility.num_heads * visibility.num_n_blocks() *
+                             ceil_div(visibility.num_m_blocks(), kMaskWordBits));
+    lse = arena.take<float>(rows);
+    delta = arena.take<float>(rows);
+    query_scale = arena.take<float>(params.deterministic ? rows : 0);
+    grad_query = arena.take<uint32_t>(rows * 128);
+    next_item = arena.take<int>(1);
+    key_column = arena.take<uint32_t>(params.deterministic ? key_heads * 128 : 0);
+    value_norm = arena.take<uint32_t>(params.deterministic ? key_heads : 0);
+    key_scale = arena.take<float>(params.deterministic ? key_heads * 128 : 0);
+    query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape_of(params)));
+    key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape_of(params)));
+    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape_of(params)));
+    grad_out = arena.take<uint16_t>(elements_to_pack(params.grad_out, query_shape_of(params)));
+  }
+};
+
+// What the kernel is launched with.
+struct BackwardKernelParams {
+  BackwardParams backward;
+  CUtensorMap query, key, value, grad_out;
+  BackwardWorkspace workspace;
+  int num_items;
+  bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
+};
+
+struct BackwardPlace {
+  int n_block, key_head, batch;
+
+  __device__ BackwardPlace(const BackwardKernelParams& params, int index) {
+    const int num_n_blocks = static_cast<int>(params.backward.visibility.num_n_blocks());
+    const int num_heads_k = static_cast<int>(params.backward.heads.num_heads_k);
+    n_block = index % num_n_blocks;
+    key_head = index / num_n_blocks % num_heads_k;
+    batch = index / num_n_blocks / num_heads_k;
+  }
+};
+
+}  // namespace rrattn::cuda

@@ -1,0 +1,328 @@
+// A consumer warp group of the gradients: 64 keys, against the queries that the producer brings.
+//
+//   S^T = K Q^T,  P = exp(scale S - lse),  dP^T = V dO^T,  dS = P (dP - delta)
+//   dV += P^T dO,  dK += dS^T Q,  dQ = dS K
+//
+// Every thread arrives at the barriers: racecheck understands no others.
+//
+// Measured on an H200 (32 heads over 8, D 128, causal, 50% of the blocks of 32,768 tokens,
+// TFLOP/s), each beside this or its forerunner in the same run. This: 517 to 522, 78% of what
+// shared memory can deliver and 64% of what the tensor cores can. With dQ of the same step, so that
+// each group waits for the other, 511; dQ added from registers, past shared memory, 485 (this 517),
+// with lse and delta in the order of the accumulators 478, and with the softmax of the next step
+// beside its second product 471; dK before dQ 526 (553 the other way); the blocks of 2 or 8 key
+// heads side by side 515 or 436 (526), and query blocks in another order for each key block 527.
+#pragma once
+
+#include "backward_producer.cuh"
+#include "softmax.cuh"
+#include "store_row.cuh"
+
+namespace rrattn::cuda {
+
+template <typename Traits>
+class BackwardConsumer {
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Step = typename SharedStorage::Step;
+  using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
+                                               Shape<Int<kBlockSize>, Int<kQueryTile>>{}));
+  using GradKey = decltype(partition_fragment_C(typename Traits::GradKeyMma{},
+                                                Shape<Int<kBlockSize>, Int<Traits::kHeadDim>>{}));
+  using GradQuery = decltype(partition_fragment_C(typename Traits::GradQueryMma{},
+                                                  Shape<Int<kQueryTile>, Int<Traits::kHeadDim>>{}));
+  // The first operand of a product, in registers in the order of the scores.
+  using Operand =
+      decltype(typename Traits::GradKeyMma{}.get_thread_slice(0).partition_fragment_A(make_tensor(
+          static_cast<Element*>(nullptr), make_layout(Shape<Int<kBlockSize>, Int<kQueryTile>>{}))));
+  static constexpr int kScores = kQueryTile / 4;  // of one of the thread's two keys
+
+ public:
+  __device__ BackwardConsumer(const BackwardKernelParams& params, SharedStorage& shared, int group)
+      : params_(params),
+        shared_(shared),
+        group_(group),
+        thread_(static_cast<int>(threadIdx.x) - kWarpGroup),
+        score_scale_(params.backward.softmax_scale * kLog2E) {}
+
+  __device__ void consume_items() {
+    for (RingPosition<1> items;; items.advance()) {
+      shared_.item_full.wait(items.parity);
+      const auto item = shared_.item;
+      if (item.index < 0) break;
+      const BackwardPlace place(params_, item.index);
+      GradKey grad_key, grad_value;
+      clear(grad_key);
+      clear(grad_value);
+      if (!item.nothing_selected) take_steps(place, grad_key, grad_value);
+      shared_.item_empty.arrive();
+      const BackwardParams& backward = params_.backward;
+      store(place, grad_key, backward.softmax_scale, backward.grad_key, params_.aligned_grad_key);
+      store(place, grad_value, 1, backward.grad_value, params_.aligned_grad_value);
+    }
+    send([] {}, -1);
+  }
+
+ private:
+  __device__ void take_steps(const BackwardPlace& place, GradKey& grad_key, GradKey& grad_value) {
+    Scores scores, grad_scores;
+    Operand probabilities;
+    start_scores(scores);
+    start_grad_scores(grad_scores);
+    warpgroup_wait<1>();
+    softmax(place, scores, probabilities);
+    warpgroup_wait<0>();
+    bool first = true;
+    while (!shared_.step[queries_.slot].last) {
+      take_step<false>(place, first, scores, probabilities, grad_scores, grad_key, grad_value);
+      first = false;
+    }
+    take_step<true>(place, first, scores, probabilities, grad_scores, grad_key, grad_value);
+    GradQuery grad_query;
+    start_grad_query(false, grad_query);
+    warpgroup_wait<0>();
+    send_grad_query(grad_query);
+  }
+
+  // From P and dP of one step, which have been computed, to those of the next, unless this is the
+  // last. dQ is that of the step before, so that no group waits for what the other has just begun.
+  template <bool kLast>
+  __device__ void take_step(const BackwardPlace& place, bool first, Scores& scores,
+                            Operand& probabilities, Scores& grad_scores, GradKey& grad_key,
+                            GradKey& grad_value) {
+    const int query_slot = queries_.slot, grad_slot = grads_.slot;
+    warpgroup_fence_operand(grad_scores);
+    accumulate(probabilities, shared_.grad_out[grad_slot], grad_value);
+    Operand operand;  // dS^T
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const float delta = shared_.delta[grad_slot][column(i)];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = index(half, i);
+        operand(at) = static_cast<Element>(scores(at) * (grad_scores(at) - delta));
+      }
+    }
+    // The other group has read the slot: sums before the last were sent when both had computed
+    // dQ of the step that used it, and the writer had them when this one sent the last.
+    store_transposed(operand, shared_.grad_scores[written_.slot]);
+    fence_async_proxy_shared();  // wgmma reads what these stores wrote
+    shared_.grad_scores_full[written_.slot].arrive();
+    written_.advance();
+    queries_.advance();
+    grads_.advance();
+    GradQuery grad_query;
+    start_grad_query(first, grad_query);
+    accumulate(operand, shared_.query[query_slot], grad_key);
+    warpgroup_wait<1>();  // all but dK
+    warpgroup_fence_operand(grad_value);
+    shared_.grad_out_empty[grad_slot].arrive();
+    if (!first) send_grad_query(grad_query);
+    if constexpr (!kLast) start_scores(scores);
+    warpgroup_wait<kLast ? 0 : 1>();
+    warpgroup_fence_operand(grad_key);
+    if constexpr (!kLast) {
+      start_grad_scores(grad_scores);
+      warpgroup_wait<1>();
+      softmax(place, scores, probabilities);
+      warpgroup_wait<0>();
+    }
+  }
+
+  // dQ = dS K of the earliest step that it is not yet computed of. On the first step of an item
+  // there is none: what is computed then is not used, which costs less than a branch around wgmma.
+  __device__ void start_grad_query(bool none, GradQuery& grad_query) {
+    if (!none) shared_.grad_scores_full[read_.slot].wait(read_.parity);
+    multiply(typename Traits::GradQueryMma{}, shared_.grad_scores[read_.slot],
+             typename Traits::ScoreLayout{}, shared_.key, typename Traits::KeyLayoutT{},
+             grad_query);
+    if (!none) read_.advance();
+  }
+
+  // dS^T as the first operand of dQ: a key's queries side by side. A lane gives the place of 8
+  // queries; the swizzle flips the bits of the address that count such chunks.
+  __device__ void store_transposed(const Operand& operand, Element* to) const {
+    static_assert(kQueryTile == kPanel);
+    const int lane = thread_ % 32;
+    const uint32_t first = static_cast<uint32_t>(__cvta_generic_to_shared(
+        to + typename Traits::ScoreOffsets{}(lane / 16 * 8, thread_ / 32 * 16 + lane % 16)));
+    const auto* words = reinterpret_cast<const uint32_t*>(&operand(0));
+#pragma unroll
+    for (int i = 0; i < kQueryTile / 16; ++i) {
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                       first ^ static_cast<uint32_t>(i * 16 * sizeof(Element))),
+                   "r"(words[i * 4]), "r"(words[i * 4 + 1]), "r"(words[i * 4 + 2]),
+                   "r"(words[i * 4 + 3])
+                   : "memory");
+    }
+  }
+
+  // S^T = K Q^T of the step at hand.
+  __device__ void start_scores(Scores& scores) {
+    shared_.query_full[queries_.slot].wait(queries_.parity);
+    multiply(typename Traits::ScoreMma{}, shared_.key, typename Traits::KeyLayout{},
+             shared_.query[queries_.slot], typename Traits::QueryLayout{}, scores);
+  }
+
+  // dP^T = V dO^T of the step at hand.
+  __device__ void start_grad_scores(Scores& grad_scores) {
+    shared_.grad_out_full[grads_.slot].wait(grads_.parity);
+    multiply(typename Traits::ScoreMma{}, shared_.value, typename Traits::KeyLayout{},
+             shared_.grad_out[grads_.slot], typename Traits::QueryLayout{}, grad_scores);
+  }
+
+  // Makes scores probabilities.
+  __device__ void softmax(const BackwardPlace& place, Scores& scores, Operand& probabilities) {
+    warpgroup_fence_operand(scores);
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const float lse = shared_.lse[queries_.slot][column(i)];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& score = scores(index(half, i));
+        score = fmaf(score, score_scale_, -lse);
+      }
+    }
+    const Step& step = shared_.step[queries_.slot];
+    if (step.masked) hide(place, step, scores);
+#pragma unroll
+    for (int i = 0; i < size(scores); ++i) {
+      scores(i) = exp2_approx(scores(i));
+      probabilities(i) = static_cast<Element>(scores(i));
+    }
+  }
+
+  // Score i of one of the thread's keys, key_row() + 8 half: its place in the accumulators, and
+  // its query in the tile.
+  __device__ static constexpr int index(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
+  __device__ static int column(int i) {
+    return static_cast<int>(threadIdx.x) % 4 * 2 + column_step(i);
+  }
+  __device__ static constexpr int column_step(int i) { return i / 2 * 8 + i % 2; }
+
+  // result = A B of tiles in shared memory.
+  template <typename Mma, typename ALayout, typename BLayout, typename Result>
+  __device__ void multiply(Mma mma, Element* a, ALayout, Element* b, BLayout,
+                           Result& result) const {
+    auto thread_mma = mma.get_thread_slice(group_ * kWarpGroup);
+    auto a_fragment = thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(a), ALayout{}));
+    auto b_fragment = thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(b), BLayout{}));
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    warpgroup_fence_operand(result);
+    warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < size<2>(a_fragment); ++k) {
+      cute::gemm(mma, a_fragment(_, _, k), b_fragment(_, _, k), result);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+  }
+
+  // result += A B, with A in registers and B the queries' rows.
+  __device__ void accumulate(Operand& a, Element* b, GradKey& result) const {
+    typename Traits::GradKeyMma mma;
+    auto thread_mma = mma.get_thread_slice(group_ * kWarpGroup);
+    auto b_fragment = thread_mma.partition_fragment_B(
+        make_tensor(make_smem_ptr(b), typename Traits::QueryLayoutT{}));
+    warpgroup_fence_operand(a);
+    warpgroup_fence_operand(result);
+    warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < size<2>(a); ++k) {
+      cute::gemm(mma, a(_, _, k), b_fragment(_, _, k), result);
+    }
+    warpgroup_commit_batch();
+  }
+
+  // Makes hidden scores -infinity.
+  __device__ void hide(const BackwardPlace& place, const Step& step, Scores& scores) const {
+    const Visibility& visibility = params_.backward.visibility;
+    const RowBounds& layout = visibility.row_bounds;
+    const int first_query = step.first_query + column(0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = place.n_block * kBlockSize + key_row() + half * 8;
+      const int first_seeing = key >= visibility.seqlen_k ? INT_MAX
+                               : visibility.causal ? key - static_cast<int>(visibility.shift())
+                                                   : INT_MIN;
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (first_query + column_step(i) < first_seeing) scores(index(half, i)) = -INFINITY;
+      }
+      if (layout.data == nullptr || key >= visibility.seqlen_k) continue;
+      const KeyBounds bounds = load_key_bounds(
+          layout, visibility.causal,
+          row_bounds_of(layout, place.batch, visibility.bounds_head(step.head)), key);
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (bounds.mask(first_query + column_step(i))) scores(index(half, i)) = -INFINITY;
+      }
+    }
+  }
+
+  // Hands dQ of the earliest step to the writer, and frees the slot of its queries.
+  __device__ void send_grad_query(GradQuery& grad_query) {
+    warpgroup_fence_operand(grad_query);
+    const int slot = unsent_.slot;
+    if (params_.backward.deterministic) {
+#pragma unroll
+      for (int i = 0; i < size(grad_query); ++i) {
+        const float scale = shared_.query_scale[slot][group_row() + i % 4 / 2 * 8] *
+                            shared_.key_scale[group_ * (Traits::kHeadDim / kBackwardGroups) +
+                                              i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2];
+        grad_query(i) = __int_as_float(__float2int_rn(grad_query(i) * scale));
+      }
+    }
+    send(
+        [&] {
+          auto* to = reinterpret_cast<float4*>(shared_.grad_query) + thread_;
+#pragma unroll
+          for (int i = 0; i < size(grad_query); i += 4) {
+            to[i / 4 * kBackwardThreads] =
+                make_float4(grad_query(i), grad_query(i + 1), grad_query(i + 2), grad_query(i + 3));
+          }
+        },
+        shared_.step[slot].tile);
+    shared_.query_empty[slot].arrive();
+    unsent_.advance();
+  }
+
+  template <typename Write>
+  __device__ void send(const Write& write, int tile) {
+    shared_.sums_empty.wait(sums_.parity ^ 1);
+    write();
+    if (thread_ == 0) shared_.sums_tile = tile;
+    fence_async_proxy_shared();  // a bulk copy reads what these stores wrote
+    shared_.sums_full.arrive();
+    sums_.advance();
+  }
+
+  __device__ void store(const BackwardPlace& place, const GradKey& grad, float scale,
+                        const Rows& rows, bool aligned) const {
+    const BackwardParams& backward = params_.backward;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t key = place.n_block * kBlockSize + key_row() + half * 8;
+      Element* row = static_cast<Element*>(rows.data) + place.batch * rows.batch_stride +
+                     place.key_head * rows.head_stride + key * rows.row_stride;
+      store_row(grad, half, scale, row, key < backward.visibility.seqlen_k,
+                static_cast<int>(backward.heads.head_dim), aligned);
+    }
+  }
+
+  // The thread's first key in the block, and its first row in the group; the others are 8 on.
+  __device__ int key_row() const { return thread_ / 32 * 16 + thread_ % 32 / 4; }
+  __device__ int group_row() const { return thread_ % kWarpGroup / 32 * 16 + thread_ % 32 / 4; }
+
+  const BackwardKernelParams& params_;
+  SharedStorage& shared_;
+  const int group_;
+  const int thread_;  // of both groups
+  const float score_scale_;
+  RingPosition<Traits::kQueryStages> queries_, unsent_;
+  RingPosition<Traits::kGradOutStages> grads_;
+  RingPosition<Traits::kGradScoreStages> written_, read_;
+  RingPosition<1> sums_;
+};
+
+}  // namespace rrattn::cuda
