@@ -4,7 +4,7 @@
     python tools/bench/gpu.py --stage attend --tokens 8192 32768 --density 0.5 0.1
 
 Needs torch, a Hopper GPU, and rrattn.direct built with the GPU kernels (RRATTN_CUDA_ARCHS=90a, see setup.py). bfloat16,
-batch 1, 32 query heads over 8 key heads, D 128, causal; random data except for rr_attention.
+batch 1, 32 query heads over 8 key heads, D 128, causal; random data except where rr_attention says otherwise.
 
 estimate, select, estimate+select
     Medians of replays of a CUDA graph between events, warm, and cuDNN's dense attention. The floor is the larger of two
@@ -15,9 +15,13 @@ attend
     (cuDNN's and FlashAttention's), and block-sparse FlexAttention and FlashAttention-4, where they run, on the same
     blocks; their results must agree with ours. All take turns, medians over the rounds. TFLOP/s count 4 * 128 * 128 * D
     operations for each selected block and half of them for one on the diagonal.
+backward
+    The gradients of attend in both modes, with all they need besides (the transposed mask, dO * O). Rivals: the
+    backward passes of cuDNN's dense attention and of block-sparse FlexAttention and FlashAttention-4, whose lists of
+    blocks are made beforehand; their gradients must agree with ours. TFLOP/s count 2.5 times attend's operations.
 rr_attention
-    Estimate, select and attend in a row, on queries and keys with structure (gpu_inputs.structured), and cuDNN's dense
-    attention in turns. TFLOP/s count the attended blocks as above over the time of all three stages.
+    Estimate, select and attend in a row, on queries and keys with structure (gpu_inputs.structured) and on random ones,
+    and cuDNN's dense attention in turns. TFLOP/s count the attended blocks as above over the time of all three stages.
 
 Densities are shares of the visible blocks. A run with --json replaces the records of the stages and lengths that it
 measures and keeps the file's others.
@@ -34,6 +38,7 @@ import sys
 from pathlib import Path
 
 import gpu_attend
+import gpu_backward
 import torch
 from gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
 from gpu_rivals import DENSE
@@ -41,7 +46,7 @@ from gpu_rivals import DENSE
 from rrattn import direct
 
 SAMPLING_STAGES = ("estimate", "select", "estimate+select")
-STAGES = (*SAMPLING_STAGES, "attend", "rr_attention")
+STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention")
 THRESHOLD = 0.9
 # seqlen_q, seqlen_k, stride
 SHAPES = [(8192, 8192, 8), (32768, 32768, 8), (131072, 131072, 8), (131072, 131072, 16), (16384, 1 << 20, 8)]
@@ -163,7 +168,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", choices=STAGES, action="append", help="may be given several times; default: all")
     parser.add_argument("--tokens", type=int, nargs="+", help="only these lengths of keys")
-    parser.add_argument("--density", type=float, nargs="+", help="only these densities of attend")
+    parser.add_argument("--density", type=float, nargs="+", help="only these densities of attend and backward")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the records to FILE, beside its others")
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     arguments = parser.parse_args()
@@ -196,10 +201,15 @@ def main():
             if stage in stages and (not arguments.tokens or shape[1] in arguments.tokens):
                 record = measure(stage, shape)
                 report(record, line(record))
-    for stage in ("attend", "rr_attention"):
-        if stage in stages:
-            for record in gpu_attend.measure(stage, arguments.tokens, arguments.density):
-                report(record, gpu_attend.line(record))
+    if "attend" in stages:
+        for record in gpu_attend.measure_all(arguments.tokens, arguments.density):
+            report(record, gpu_attend.line(record))
+    if "backward" in stages:
+        for record in gpu_backward.measure(arguments.tokens, arguments.density):
+            report(record, gpu_backward.line(record))
+    if "rr_attention" in stages:
+        for record in gpu_attend.measure_all_rr_attention(arguments.tokens):
+            report(record, gpu_attend.line(record))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ ATTEND_SHAPES = {
     (131072, 131072): (1.0, 0.5, 0.25, 0.1),
     (16384, 1 << 20): (0.25, 0.1),
 }
-RR_ATTENTION_TOKENS = (32768, 131072)
-THRESHOLDS = (0.90, 0.95)
+RR_ATTENTION_TOKENS = (8192, 32768, 131072)
+RR_ATTENTION_THRESHOLDS = {"structured": (0.90, 0.95), "random": (0.5,)}  # the last for about half the blocks
 STRIDE = 8
 
 
@@ -111,13 +111,17 @@ def measure_attend(shape, densities):
     return records
 
 
-def measure_rr_attention(tokens):
-    """Records of one length, all thresholds and cuDNN's dense attention in turns."""
-    pipeline = Pipeline(*structured(tokens))
+def measure_rr_attention(tokens, data):
+    """Records of one length and kind of data, all thresholds and cuDNN's dense attention in turns."""
+    if data == "random":
+        inputs = normal(tokens, NUM_HEADS), normal(tokens, NUM_HEADS_K), normal(tokens, NUM_HEADS_K)
+    else:
+        inputs = structured(tokens)
+    pipeline, thresholds = Pipeline(*inputs), RR_ATTENTION_THRESHOLDS[data]
     blocks = tokens // 128
     scores = empty(torch.float32, 1, NUM_HEADS, blocks, blocks)
     calls, masks, workspace_bytes = {}, {}, {}
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         masks[threshold] = empty(torch.int32, 1, NUM_HEADS, blocks, -(-blocks // 32))
         stages = pipeline.stages(scores, masks[threshold], threshold)
         calls[threshold], workspace_bytes[threshold] = pipeline.with_workspace(stages)
@@ -125,13 +129,14 @@ def measure_rr_attention(tokens):
     calls["cudnn dense"] = make("cudnn dense", DENSE["cudnn dense"], pipeline.query, pipeline.key, pipeline.value)
     ms = interleaved_ms({name: call for name, call in calls.items() if call}, rounds_for(tokens))
     records = []
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         num_selected = selected_blocks(masks[threshold])
         records.append(
             {
                 "stage": "rr_attention",
                 **pipeline.lengths,
                 "stride": STRIDE,
+                "data": data,
                 "threshold": threshold,
                 "density": num_selected / NUM_HEADS / visible_blocks(tokens, tokens),
                 "ms": ms[threshold],
@@ -143,24 +148,31 @@ def measure_rr_attention(tokens):
     return records
 
 
-def measure(stage, tokens=None, densities=None):
-    """Records of the stage, shape by shape, for these lengths of keys and densities; default: all."""
-    if stage == "attend":
-        for shape, all_densities in ATTEND_SHAPES.items():
-            wanted = [density for density in all_densities if not densities or density in densities]
-            if wanted and (not tokens or shape[1] in tokens):
-                yield from measure_attend(shape, wanted)
-    else:
-        for length in RR_ATTENTION_TOKENS:
-            if not tokens or length in tokens:
-                yield from measure_rr_attention(length)
+def measure_all(tokens=None, densities=None):
+    """Records of attend, shape by shape, for these lengths of keys and densities; default: all."""
+    for shape, all_densities in ATTEND_SHAPES.items():
+        wanted = [density for density in all_densities if not densities or density in densities]
+        if wanted and (not tokens or shape[1] in tokens):
+            yield from measure_attend(shape, wanted)
+
+
+def measure_all_rr_attention(tokens=None):
+    """Records of rr_attention, for these lengths; default: all."""
+    for length in RR_ATTENTION_TOKENS:
+        if not tokens or length in tokens:
+            for data in RR_ATTENTION_THRESHOLDS:
+                yield from measure_rr_attention(length, data)
+
+
+def rivals_text(record):
+    """The rivals' times, and how often ours goes into them."""
+    return "  ".join(f"{name} {ms:.3f} ({ms / record['ms']:.2f}x)" for name, ms in record["baselines"].items())
 
 
 def line(record):
     """One line of text."""
-    threshold = f"tau {record['threshold']:.2f} " if "threshold" in record else ""
-    rivals = "  ".join(f"{name} {ms:.3f} ({ms / record['ms']:.2f}x)" for name, ms in record["baselines"].items())
+    threshold = f"{record['data']} tau {record['threshold']:.2f} " if "threshold" in record else ""
     return (
         f"{record['stage']:16}{record['seqlen_q']:9}{record['seqlen_k']:9} {threshold}density {record['density']:.3f} |"
-        f"{record['ms']:9.3f} ms |{record['tflops']:5.0f} TFLOP/s | {rivals}"
+        f"{record['ms']:9.3f} ms |{record['tflops']:5.0f} TFLOP/s | {rivals_text(record)}"
     )

@@ -88,20 +88,26 @@ def fa4_causal(shift):
     return causal
 
 
-def flash_attention_4(query, key, value, mask):
-    """FlashAttention-4 (CuTe DSL) with the mask's blocks."""
+def fa4_blocks(whole, own):
+    """Its lists: blocks that are seen whole, and those on the diagonal, one a row."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-    from flash_attn.cute.interface import _flash_attn_fwd
 
-    causal = fa4_causal(key.shape[1] - query.shape[1])
-    whole, own = map(index_lists, whole_and_own(mask))
-    blocks = BlockSparseTensorsTorch(
+    whole, own = index_lists(whole), index_lists(own)
+    return BlockSparseTensorsTorch(
         mask_block_cnt=own[0],
-        mask_block_idx=own[1][..., :1].contiguous(),  # one block a row lies on the diagonal
+        mask_block_idx=own[1][..., :1].contiguous(),
         full_block_cnt=whole[0],
         full_block_idx=whole[1],
         block_size=(128, 128),
     )
+
+
+def flash_attention_4(query, key, value, mask):
+    """FlashAttention-4 (CuTe DSL) with the mask's blocks."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    causal = fa4_causal(key.shape[1] - query.shape[1])
+    blocks = fa4_blocks(*whole_and_own(mask))
     return lambda: _flash_attn_fwd(query, key, value, mask_mod=causal, block_sparse_tensors=blocks)[0]
 
 
@@ -109,8 +115,35 @@ DENSE = {"cudnn dense": dense(SDPBackend.CUDNN_ATTENTION), "flash dense": dense(
 SPARSE = {"flex": flex, "fa4": flash_attention_4}
 
 
+def backward_of(forward):
+    """The backward pass of one of the above, by torch's autograd: takes grad_out [1, Lq, Hq, D] as well, at the end."""
+
+    def maker(*arguments):
+        *inputs, grad_out = arguments
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        out = forward(*leaves, *inputs[3:])()
+        return lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
+    return maker
+
+
+def flash_attention_4_backward(query, key, value, mask, grad_out):
+    """The backward pass of FlashAttention-4 with the mask's blocks, their lists made beforehand."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    options = {"mask_mod": fa4_causal(key.shape[1] - query.shape[1])}
+    blocks, blocks_of_keys = (fa4_blocks(*parts) for parts in zip(*((x, x.mT) for x in whole_and_own(mask))))
+    out, lse = _flash_attn_fwd(query, key, value, block_sparse_tensors=blocks, return_lse=True, **options)[:2]
+    arrays = query, key, value, out, grad_out, lse
+    return lambda: _flash_attn_bwd(*arrays, block_sparse_tensors=blocks_of_keys, **options)
+
+
+BACKWARD_DENSE = {"cudnn dense": backward_of(DENSE["cudnn dense"])}
+BACKWARD_SPARSE = {"flex": backward_of(flex), "fa4": flash_attention_4_backward}
+
+
 def make(name, maker, *arguments, expected=None):
-    """The rival's call, tried once; None where it does not run or its result is not `expected`, with the reason."""
+    """The rival's call, tried once; None where it does not run or its results are not `expected`, with the reason."""
     try:
         call = maker(*arguments)
         result = call()
@@ -119,7 +152,8 @@ def make(name, maker, *arguments, expected=None):
         print(f"  without {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}", flush=True)
         return None
     if expected is not None:
-        error = relative_error(result, expected)
+        pairs = zip(result, expected, strict=True) if isinstance(expected, tuple) else [(result, expected)]
+        error = max(relative_error(*pair) for pair in pairs)
         if not error < 0.01:
             print(f"  without {name}: its result is off by {error:.2g}", flush=True)
             return None

@@ -39,7 +39,12 @@ def cpu_table():
 
 def gpu_tables(records):
     """A table for each group of stages that has records."""
-    tables = (sampling_table, "estimate+select"), (attend_table, "attend"), (rr_attention_table, "rr_attention")
+    tables = (
+        (sampling_table, "estimate+select"),
+        (attend_table, "attend"),
+        (backward_table, "backward"),
+        (rr_attention_table, "rr_attention"),
+    )
     rows_of = {stage: [row for row in records if row["stage"] == stage] for _, stage in tables}
     return "\n\n".join(table(rows_of[stage]) for table, stage in tables if rows_of[stage])
 
@@ -102,18 +107,40 @@ def attend_table(rows):
     return "\n".join(lines)
 
 
+def backward_table(rows):
+    rivals = [name for name in RIVALS if any(name in row["baselines"] for row in rows)]
+    lines = [
+        f"{gpu_setting(rows, 'random blocks, those on the diagonal always')} Gradients of attend, in turns with the"
+        " others' backward passes.",
+        "",
+        f"| tokens | blocks | backward | TFLOP/s | deterministic | {' | '.join(RIVALS[name] for name in rivals)} |",
+        "|---" * (5 + len(rivals)) + "|",
+    ]
+    for row, same in zip(rows[::2], rows[1::2], strict=True):  # the latter deterministic
+        cells = [
+            f"{row['seqlen_q']:,}",
+            f"{100 * row['density']:.0f}%",
+            f"{row['ms']:.3f} ms",
+            f"{row['tflops']:.0f}",
+            f"{same['ms']:.3f} ms",
+            *(times(row, name) for name in rivals),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rr_attention_table(rows):
     lines = [
-        f"{gpu_setting(rows, 'queries and keys with sink, local, vertical and needle patterns')} Estimate, select and"
-        " attend together, in turns with cuDNN's dense attention.",
+        f"{gpu_setting(rows, 'queries and keys that are random or have sink, local, vertical and needle patterns')}"
+        " Estimate, select and attend together, in turns with cuDNN's dense attention.",
         "",
-        "| tokens | threshold | blocks | rr_attention | cuDNN, dense |",
-        "|---|---|---|---|---|",
+        "| tokens | data | threshold | blocks | rr_attention | cuDNN, dense |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['seqlen_q']:,} | {row['threshold']:.2f} | {100 * row['density']:.1f}% | {row['ms']:.3f} ms |"
-            f" {times(row, 'cudnn dense')} |"
+            f"| {row['seqlen_q']:,} | {row['data']} | {row['threshold']:.2f} | {100 * row['density']:.1f}% |"
+            f" {row['ms']:.3f} ms | {times(row, 'cudnn dense')} |"
         )
     return "\n".join(lines)
 
