@@ -11,6 +11,13 @@ if _importlib_util.find_spec("paddle") is not None:
     from .integrations import disable, enable, layer_densities, layer_selections
     from .layer import BlockSelection, RRAttention
     from .masks import block_density, dense_block_mask, pack_block_mask, unpack_block_mask
+    from .published import (
+        patch_ernie_attention,
+        patch_llama_attention,
+        patch_qwen_attention,
+        rrattn_estimate,
+        rrattn_prefill,
+    )
     from .stats import collect_stats
 
     __all__ = [
@@ -28,7 +35,12 @@ if _importlib_util.find_spec("paddle") is not None:
         "layer_densities",
         "layer_selections",
         "pack_block_mask",
+        "patch_ernie_attention",
+        "patch_llama_attention",
+        "patch_qwen_attention",
         "rr_attention",
+        "rrattn_estimate",
+        "rrattn_prefill",
         "select_blocks",
         "unpack_block_mask",
     ]

@@ -114,3 +114,9 @@ def _checked(threshold, name, depth):
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise ValueError(f"{name} is {threshold!r}, but must be in (0, 1]")
     return float(threshold)
+
+
+# What the functions of the published release (`rrattn.published`) start from, each as it was there.
+PUBLISHED_PREFILL = RRAttentionConfig(threshold=0.8, keep_sink=False)
+PUBLISHED_ESTIMATE = RRAttentionConfig(threshold=0.9, keep_sink=False)
+PUBLISHED_PATCH = RRAttentionConfig(threshold=0.9, keep_last=True)

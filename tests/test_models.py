@@ -272,3 +272,39 @@ def test_training_lowers_the_loss(model):
         optimizer.clear_grad()
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
+
+
+# The published release's names
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_published_names_patch_models(model_type, tokens):
+    name = {"llama": "patch_llama_attention", "qwen2": "patch_qwen_attention", "qwen3": "patch_qwen_attention"}
+    patch = getattr(rrattn, name[model_type])
+    model = make_model(model_type)
+    with pytest.warns(DeprecationWarning, match=f"^use_triton, chunk_size of {patch.__name__}") as caught:
+        assert patch(model, "rrattn", [0.5, 0.7], use_triton=True, chunk_size=2048, keep_recent=False) is model
+    assert len([entry for entry in caught if entry.category is DeprecationWarning]) == 1
+    patched = logits(model, tokens)
+    config = rrattn.RRAttentionConfig(threshold=[0.5, 0.7])
+    assert (patched == logits(rrattn.enable(make_model(model_type), config), tokens)).all()
+    defaults = rrattn.RRAttentionConfig(threshold=0.9, keep_last=True)
+    expected = logits(rrattn.enable(make_model(model_type), defaults), tokens)
+    assert (logits(patch(model), tokens) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("patch", "arguments", "error", "message"),
+    [
+        (rrattn.patch_llama_attention, {"method": "full"}, ValueError, "method is 'full', but must be 'rrattn'"),
+        (rrattn.patch_qwen_attention, {}, ValueError, "patch_qwen_attention.*qwen2, qwen3;.*'llama'"),
+        (rrattn.patch_ernie_attention, {}, ValueError, "ernie4_5, ernie4_5_moe;.*'llama'"),
+        (rrattn.patch_llama_attention, {"stride": [8, 16]}, ValueError, r"stride is \[8, 16\]"),
+        (rrattn.patch_llama_attention, {"tau": 0.1}, TypeError, "patch_llama_attention has no argument tau"),
+    ],
+)
+def test_what_the_published_names_refuse(model, tokens, patch, arguments, error, message):
+    dense = logits(model, tokens)
+    with pytest.raises(error, match=message):
+        patch(model, **arguments)
+    assert (logits(model, tokens) == dense).all()

@@ -1,0 +1,210 @@
+"""The functions of RRAttention's published release, for programs written for it.
+
+The release is Research/RRAttention of github.com/PaddlePaddle/PaddleFleet. Its tensors are [B, H, L, D]. Arguments that
+chose among its kernels mean nothing here; a DeprecationWarning names them. examples/migration.md has what to write
+instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from .config import BLOCK_SIZE, PUBLISHED_ESTIMATE, PUBLISHED_PATCH, PUBLISHED_PREFILL, RRAttentionConfig
+from .functional import estimate_block_scores, rr_attention, select_blocks
+from .integrations import enable
+from .masks import block_density, unpack_block_mask
+
+_MEANINGLESS = ("use_triton", "chunk_size", "rrattn_version", "layer_idx", "config", "rrattn_config")
+# Arguments of which the release itself computes one value only.
+_ONE_VALUE = {"block_size": BLOCK_SIZE, "norm": 1, "kdb": 1, "softmax": True, "select_mode": "inverse"}
+
+
+def rrattn_prefill(
+    query_states,
+    key_states,
+    value_states,
+    *,
+    stride=PUBLISHED_PREFILL.stride,
+    threshold=PUBLISHED_PREFILL.threshold,
+    keep_sink=PUBLISHED_PREFILL.keep_sink,
+    keep_recent=PUBLISHED_PREFILL.keep_last,
+    causal=True,
+    startend_row_indices=None,
+    **others,
+):
+    """`rr_attention` in the layout of the published release.
+
+    Parameters
+    ----------
+    query_states : Tensor
+        [B, Hq, Lq, D] float32, float16 or bfloat16.
+    key_states, value_states : Tensor
+        [B, Hkv, Lk, D], same dtype.
+    stride, threshold, keep_sink, causal, startend_row_indices
+        As in :func:`rrattn.rr_attention`.
+    keep_recent : bool
+        Its keep_last: keep every visible block of the last query block row.
+    others
+        use_triton, chunk_size, rrattn_version, layer_idx, config: no meaning here, named in one DeprecationWarning.
+        block_size=128, norm=1, kdb=1: the only values.
+
+    Returns
+    -------
+    out : Tensor
+        [B, Lq, Hq, D], the query's dtype.
+    sparse_ratio : Tensor
+        float32 []: the share of the visible blocks that were left out.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
+    """
+    _check_others("rrattn_prefill", others)
+    query, key = _transposed(query_states), _transposed(key_states)
+    out, block_mask = rr_attention(
+        query,
+        key,
+        _transposed(value_states),
+        startend_row_indices,
+        causal=causal,
+        stride=stride,
+        threshold=threshold,
+        keep_sink=keep_sink,
+        keep_last=keep_recent,
+        return_block_mask=True,
+    )
+    density = block_density(block_mask, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1])
+    return out, 1 - density.mean()
+
+
+def rrattn_estimate(
+    query_states,
+    key_states,
+    *,
+    stride=PUBLISHED_ESTIMATE.stride,
+    threshold=PUBLISHED_ESTIMATE.threshold,
+    keep_sink=PUBLISHED_ESTIMATE.keep_sink,
+    keep_recent=PUBLISHED_ESTIMATE.keep_last,
+    causal=True,
+    startend_row_indices=None,
+    **others,
+):
+    """`estimate_block_scores` and `select_blocks` in the layout of the published release.
+
+    Parameters
+    ----------
+    query_states, key_states, stride, threshold, keep_sink, keep_recent, causal, startend_row_indices, others
+        As in :func:`rrattn_prefill`; softmax=True and select_mode="inverse" are the only values of these.
+
+    Returns
+    -------
+    block_scores : Tensor
+        [B, Hq, Mq, Mk] float32.
+    block_mask : Tensor
+        [B, Hq, Mq, Mk] bool: the blocks to attend.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
+    """
+    _check_others("rrattn_estimate", others)
+    query, key = _transposed(query_states), _transposed(key_states)
+    scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, stride=stride)
+    block_mask = select_blocks(
+        scores,
+        threshold,
+        startend_row_indices,
+        causal=causal,
+        seqlen_q=query.shape[1],
+        seqlen_k=key.shape[1],
+        keep_sink=keep_sink,
+        keep_last=keep_recent,
+    )
+    return scores, unpack_block_mask(block_mask, scores.shape[3])
+
+
+def _patch(name, model_types):
+    """The release's function of this name, for models of these types."""
+
+    def patch(
+        model,
+        method="rrattn",
+        threshold=PUBLISHED_PATCH.threshold,
+        stride=PUBLISHED_PATCH.stride,
+        *,
+        keep_sink=PUBLISHED_PATCH.keep_sink,
+        keep_recent=PUBLISHED_PATCH.keep_last,
+        **others,
+    ):
+        if method != "rrattn":
+            raise ValueError(
+                f"method is {method!r}, but must be 'rrattn': a model that {name} leaves alone runs its own attention, "
+                "and rrattn.disable(model) undoes it"
+            )
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in model_types:
+            raise ValueError(
+                f"{name} is for models of the types {', '.join(model_types)}; the model_type of this one is "
+                f"{model_type!r}"
+            )
+        _check_others(name, others)
+        config = RRAttentionConfig(threshold=threshold, stride=stride, keep_sink=keep_sink, keep_last=keep_recent)
+        return enable(model, config)
+
+    patch.__name__ = patch.__qualname__ = name
+    patch.__doc__ = f"""`rrattn.enable` under its name in the published release.
+
+    Parameters
+    ----------
+    model : paddle.nn.Layer
+        Its config's model_type must be one of {", ".join(model_types)}.
+    method : str
+        'rrattn', the only one here.
+    threshold : float or sequence of float
+        For all layers, or one per layer.
+    stride, keep_sink : int, bool
+        As in `RRAttentionConfig`.
+    keep_recent : bool
+        Its keep_last.
+    others
+        As in :func:`rrattn_prefill`, and rrattn_config, which has no meaning here either.
+
+    Returns
+    -------
+    The model itself.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
+    """
+    return patch
+
+
+patch_llama_attention = _patch("patch_llama_attention", ("llama",))
+patch_qwen_attention = _patch("patch_qwen_attention", ("qwen2", "qwen3"))
+patch_ernie_attention = _patch("patch_ernie_attention", ("ernie4_5", "ernie4_5_moe"))
+
+
+def _transposed(states):
+    """[B, H, L, D] as [B, L, H, D], a view; anything else as it is, for the checks that follow."""
+    return states.transpose([0, 2, 1, 3]) if getattr(states, "ndim", None) == 4 else states
+
+
+def _check_others(function, others):
+    """One warning for arguments without a meaning, and errors for what nothing here can do."""
+    unknown = [name for name in others if name not in _MEANINGLESS and name not in _ONE_VALUE]
+    if unknown:
+        raise TypeError(f"{function} has no argument {', '.join(unknown)}")
+    for name, only in _ONE_VALUE.items():
+        if others.get(name, only) != only:
+            raise ValueError(f"{name} is {others[name]!r}, but must be {only!r}")
+    meaningless = [name for name in others if name in _MEANINGLESS]
+    if meaningless:
+        warnings.warn(
+            f"{', '.join(meaningless)} of {function} mean nothing in this rrattn: leave them out",
+            DeprecationWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,123 @@
+"""The published release's names: what they return, what they warn of, what they refuse, and the migration page."""
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+import reference
+
+import rrattn
+
+PAGE = Path(__file__).parents[1] / "examples" / "migration.md"
+
+
+@pytest.fixture
+def states():
+    """Query, key and value, [B, H, L, D], of 1000 tokens; the second block of keys is the one that they look for."""
+    paddle.seed(0)
+    query, (key, value) = paddle.randn([1, 4, 1000, 32]), paddle.randn([2, 1, 2, 1000, 32])
+    key[:, :, 128:256] += 1
+    return query + 1, key, value
+
+
+def stages(states, threshold, **options):
+    """(scores, mask, out) of the oracle, in Paddle's layout."""
+    query, key, value = (tensor.numpy().transpose(0, 2, 1, 3).astype(np.float64) for tensor in states)
+    scores = reference.estimate(query, key, causal=True)
+    mask = reference.select(
+        scores.astype(np.float32), threshold, causal=True, seqlen_q=query.shape[1], seqlen_k=key.shape[1], **options
+    )
+    return scores, mask, reference.attend(query, key, value, mask, causal=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "threshold", "keep"),
+    [
+        ({}, 0.8, {"keep_sink": False}),  # the release's defaults
+        ({"threshold": 0.3, "keep_sink": True, "keep_recent": True}, 0.3, {"keep_sink": True, "keep_last": True}),
+    ],
+)
+def test_prefill_and_its_sparse_ratio(states, arguments, threshold, keep):
+    out, sparse_ratio = rrattn.rrattn_prefill(*states, **arguments)
+    _, mask, expected = stages(states, threshold, **keep)
+    np.testing.assert_allclose(out.numpy(), expected, atol=1e-3)
+    assert sparse_ratio.shape == [] and float(sparse_ratio) == pytest.approx(1 - mask.sum() / (4 * 36))
+    assert 0 < float(sparse_ratio) < 1
+
+
+def test_estimate(states):
+    block_scores, block_mask = rrattn.rrattn_estimate(*states[:2], threshold=0.5, stride=8)
+    scores, mask, _ = stages(states, 0.5, keep_sink=False)
+    np.testing.assert_allclose(block_scores.numpy(), scores, atol=1e-3)
+    assert block_mask.dtype == paddle.bool
+    np.testing.assert_array_equal(block_mask.numpy(), mask)
+
+
+def test_masks_and_not_causal(states):
+    rows = paddle.concat([paddle.full([1, 1, 1000, 1], end, "int32") for end in (300, 450)], -1)
+    out, _ = rrattn.rrattn_prefill(*states, causal=False, startend_row_indices=rows)
+    query, key, value = (tensor.transpose([0, 2, 1, 3]) for tensor in states)
+    expected = rrattn.rr_attention(query, key, value, rows, threshold=0.8, keep_sink=False)
+    assert (out == expected).all() and (out[:, 300:450] == 0).all()
+
+
+CALLS = {
+    "rrattn_prefill": lambda states, **arguments: rrattn.rrattn_prefill(*states, **arguments),
+    "rrattn_estimate": lambda states, **arguments: rrattn.rrattn_estimate(*states[:2], **arguments),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_warning_names_what_means_nothing(states, name):
+    with pytest.warns(DeprecationWarning) as caught:
+        CALLS[name](states, use_triton=True, chunk_size=16384, rrattn_version="v1", config=None, layer_idx=3)
+    (warning,) = (entry for entry in caught if "rrattn" in str(entry.message))
+    assert re.match(f"use_triton, chunk_size, rrattn_version, config, layer_idx of {name}", str(warning.message))
+    assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CALLS[name](states, block_size=128, norm=1, kdb=1)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"block_size": 64}, ValueError, "block_size is 64, but must be 128"),
+        ({"norm": 2}, ValueError, "norm is 2, but must be 1"),
+        ({"select_mode": "slash"}, ValueError, "select_mode is 'slash', but must be 'inverse'"),
+        ({"stride": 7}, ValueError, "stride.*7"),
+        ({"threshold": 0.0}, ValueError, "threshold.*0"),
+        ({"treshold": 0.5}, TypeError, "no argument treshold"),
+    ],
+)
+def test_bad_arguments_are_named(states, name, arguments, error, message):
+    with pytest.raises(error, match=message):
+        CALLS[name](states, **arguments)
+
+
+def test_other_layouts_are_refused(states):
+    with pytest.raises(ValueError, match="dimensions"):
+        rrattn.rrattn_prefill(states[0][0], *states[1:])
+
+
+def test_the_migration_page_says_the_same_twice(states):
+    """Old and new lines, in turns, on the tensors above and on a model where there is one."""
+    names = {"rrattn": rrattn, **dict(zip(("query_states", "key_states", "value_states"), states))}
+    pairs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    pairs = list(zip(pairs[::2], pairs[1::2]))
+    assert len(pairs) == 3
+    for old, new in pairs:
+        if "model" in old:
+            tiny_models = pytest.importorskip("tiny_models")
+            names |= {"model": tiny_models.make_model(), "tokens": tiny_models.make_tokens()}
+        before, after = dict(names), dict(names)
+        exec(old, before)
+        exec(new, after)
+        results = [name for name in before if name in after and name not in names and name != "__builtins__"]
+        assert results
+        for name in results:
+            np.testing.assert_array_equal(before[name].numpy(), after[name].numpy(), err_msg=name)
