@@ -2,9 +2,7 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import numpy as np
 import paddle
 import pytest
 
@@ -15,7 +13,6 @@ pytest.importorskip("paddleformers")
 from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from tiny_models import (  # noqa: E402
     DENSE,
-    LENGTH,
     NUM_HEADS,
     NUM_LAYERS,
     SPARSE,
@@ -23,9 +20,6 @@ from tiny_models import (  # noqa: E402
     logits,
     make_model,
 )
-
-from rrattn.integrations import common  # noqa: E402
-from rrattn.integrations import paddleformers as integration  # noqa: E402
 
 # The flag
 
@@ -91,30 +85,15 @@ def test_models_without_attention_layers_are_refused(model):
     assert model.config._attn_implementation == "eager"
 
 
-def test_heads_split_over_ranks_select_what_one_rank_does():
-    paddle.seed(0)
-    query = 3 * paddle.randn([1, NUM_HEADS, LENGTH, 16])
-    key, value = paddle.randn([2, 1, 2, LENGTH, 16])
-    config = rrattn.RRAttentionConfig(threshold=[(0.5, 0.2, 0.7, 0.4)])
-
-    def attend(rank, ranks, heads, kv_heads):
-        settings = SimpleNamespace(
-            num_attention_heads=NUM_HEADS,
-            num_hidden_layers=1,
-            tensor_model_parallel_size=ranks,
-            tensor_parallel_rank=rank,
-        )
-        layer = paddle.nn.Layer()
-        layer.config, layer.layer_idx = settings, 0
-        core = integration._make_core(layer, config)
-        common.set_core(layer, core)
-        out, _ = integration.rrattn_attention_forward(layer, query[:, heads], key[:, kv_heads], value[:, kv_heads])
-        return out.reshape([1, LENGTH, -1, 16]).numpy(), core.last_density.numpy()
-
-    out, density = attend(0, 1, slice(0, 4), slice(0, 2))
-    parts = [attend(rank, 2, slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)) for rank in (0, 1)]
-    np.testing.assert_array_equal(np.concatenate([part for part, _ in parts], axis=2), out)
-    np.testing.assert_array_equal(np.concatenate([part for _, part in parts], axis=1), density)
+@pytest.mark.parametrize("name", ["context_parallel_size", "sep_parallel_size"])
+def test_configs_that_are_not_supported_are_refused(model, tokens, name):
+    setattr(model.config, name, 2)
+    with pytest.raises(ValueError, match=f"{name}=2 in PaddleFormers.*must be 1"):
+        rrattn.enable(model)
+    assert model.config._attn_implementation == "eager"
+    model.config._attn_implementation = "rrattn"
+    with pytest.raises(ValueError, match=f"{name}=2"):
+        model(tokens)
 
 
 # The attention function

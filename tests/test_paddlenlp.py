@@ -14,7 +14,6 @@ paddlenlp = pytest.importorskip("paddlenlp")
 
 from tiny_models import (  # noqa: E402
     DENSE,
-    LENGTH,
     MODELS,
     NUM_HEADS,
     NUM_LAYERS,
@@ -59,7 +58,7 @@ def test_models_without_a_known_layer_are_refused(model):
         rrattn.enable(model.lm_head)
 
 
-# Repeated heads, parallel layers
+# Repeated heads, sequence parallelism, parts of a model
 
 
 def test_keys_that_are_not_repeated_are_left_alone(model, tokens):
@@ -71,39 +70,19 @@ def test_keys_that_are_not_repeated_are_left_alone(model, tokens):
     np.testing.assert_array_equal(logits(rrattn.enable(model, SPARSE), tokens), expected)
 
 
-def layer_of_rank(rank, ranks, kv_heads, config, kv_indices=None):
-    """(layer, attention function) as they are on one tensor-parallel rank, without its weights."""
-    settings = SimpleNamespace(tensor_parallel_degree=ranks, tensor_parallel_rank=rank, use_flash_attention=False)
+def bare_layer(kv_heads, config):
+    """(layer, attention function), without its weights."""
+    settings = SimpleNamespace(use_flash_attention=False)
     layer = paddle.nn.Layer()
     layer.config, layer.num_key_value_groups = settings, 2
-    layer.num_key_value_heads, layer.kv_indices = kv_heads, kv_indices
-    core = common.make_core(config, layer_index=0, num_layers=1, num_heads=NUM_HEADS, ranks=ranks, rank=rank)
-    common.set_core(layer, core)
+    layer.num_key_value_heads, layer.kv_indices = kv_heads, None
+    common.set_core(layer, common.make_core(config, layer_index=0, num_layers=1, num_heads=NUM_HEADS, ranks=1))
     original = sys.modules["paddlenlp.transformers.llama.modeling"].scaled_dot_product_attention
     return layer, integration.LayerAttention(layer, original)
 
 
-def test_heads_split_over_ranks_select_what_one_rank_does():
-    paddle.seed(0)
-    query = 3 * paddle.randn([1, LENGTH, NUM_HEADS, 16])
-    key, value = paddle.randn([2, 1, LENGTH, 2, 16])
-    config = rrattn.RRAttentionConfig(threshold=[(0.5, 0.2, 0.7, 0.4)])
-
-    def attend(rank, ranks, heads, kv_heads, kv_indices=None):
-        layer, attention = layer_of_rank(rank, ranks, kv_heads.stop - kv_heads.start, config, kv_indices)
-        repeated = [states[:, :, kv_heads].repeat_interleave(2, axis=2) for states in (key, value)]
-        out = attention(query[:, :, heads], layer.config, *repeated, None, False)
-        return out.reshape([1, LENGTH, -1, 16]).numpy(), common.core_of(layer).last_density.numpy()
-
-    out, density = attend(0, 1, slice(0, 4), slice(0, 2))
-    for kv_indices in (None, [0]):
-        parts = [attend(rank, 2, slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1), kv_indices) for rank in (0, 1)]
-        np.testing.assert_array_equal(np.concatenate([part for part, _ in parts], axis=2), out)
-        np.testing.assert_array_equal(np.concatenate([part for _, part in parts], axis=1), density)
-
-
 def test_sequence_parallel_layers_get_their_shape():
-    layer, attention = layer_of_rank(0, 1, 2, SPARSE)
+    layer, attention = bare_layer(2, SPARSE)
     query, (key, value) = paddle.randn([2, 256, 4, 16]), paddle.randn([2, 2, 256, 4, 16])
     out = attention(query, layer.config, key, value, None, False)
     flat = attention(query, layer.config, key, value, None, False, sequence_parallel=True)
@@ -161,7 +140,7 @@ def test_every_way_of_recompute(model_type, granularity, reentrant, tokens, monk
     ],
 )
 def test_what_would_be_wrong_in_silence_is_an_error(arguments, message):
-    layer, attention = layer_of_rank(0, 1, 2, SPARSE)
+    layer, attention = bare_layer(2, SPARSE)
     query, (key, value) = paddle.randn([2, 256, 4, 16]), paddle.randn([2, 2, 256, 4, 16])
     with pytest.raises(ValueError, match=message):
         attention(query, layer.config, key, value, **{"attention_mask": None, "output_attentions": False, **arguments})

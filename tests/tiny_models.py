@@ -37,7 +37,6 @@ def make_model(model_type="llama", heads=NUM_HEADS, kv_heads=2, **settings):
     if LIBRARY == "paddleformers":
         settings["head_dim"] = 16
     config = getattr(transformers, f"{NAMES[model_type]}Config")(
-        vocab_size=VOCABULARY,
         hidden_size=16 * heads,
         intermediate_size=96,
         num_hidden_layers=NUM_LAYERS,
@@ -46,7 +45,7 @@ def make_model(model_type="llama", heads=NUM_HEADS, kv_heads=2, **settings):
         max_position_embeddings=2048,
         initializer_range=0.3,  # large enough for attention to have preferences
         pad_token_id=0,
-        **settings,
+        **{"vocab_size": VOCABULARY, **settings},
     )
     config.fuse_rms_norm = False
     if LIBRARY == "paddleformers":

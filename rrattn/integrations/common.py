@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import NamedTuple
 
 import paddle
+from paddle.distributed import fleet
 
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
@@ -39,7 +40,15 @@ def settings_of(model_config) -> RRAttentionConfig:
     return RRAttentionConfig(**{name[len(_SETTING) :]: setting for name, setting in given.items()})
 
 
-def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, ranks, rank) -> RRAttention:
+def refuse_settings(model_config, unsupported, library) -> None:
+    """Raises ValueError for a setting of a model's config that is more than `unsupported` gives for its name."""
+    for name, off in unsupported.items():
+        setting = getattr(model_config, name, off)
+        if setting > off:  # degrees are -1 where they were never set
+            raise ValueError(f"rrattn does not support {name}={setting} in {library} models; it must be {off}")
+
+
+def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, ranks) -> RRAttention:
     """The RRAttention of an attention layer: with its own threshold, and for this rank's heads.
 
     Parameters
@@ -48,16 +57,16 @@ def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, 
         Place among all attention layers of the model.
     num_heads : int
         Query heads of the layer on all ranks together.
-    ranks, rank : int
-        Tensor-parallel ranks that the heads are split over, and which of them this one is.
+    ranks : int
+        Tensor-parallel ranks that the heads are split over; which of them this one is, fleet knows.
 
     Raises
     ------
     ValueError
-        When the config does not fit the number of layers or heads.
+        When the config does not fit the number of layers or heads, or fleet's ranks are not these.
     """
     heads_here = num_heads // ranks
-    first_head = heads_here * rank if ranks > 1 else 0
+    first_head = heads_here * _rank_among(ranks)
     threshold = config.layer_threshold(layer_index, num_layers)
     if not isinstance(threshold, float):
         if len(threshold) != num_heads:
@@ -69,6 +78,21 @@ def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, 
     dense_layers = (0,) if config.layer_is_dense(layer_index, num_layers) else ()  # of a model of this layer alone
     config = replace(config, head_offset=config.head_offset + first_head, dense_layers=dense_layers)
     return RRAttention(config, threshold=threshold)
+
+
+def _rank_among(ranks) -> int:
+    """Which of a model's tensor-parallel ranks this process is: 0 where there is one.
+
+    It comes from the group that fleet set up, over which the model's layers split their weights. The rank in a model's
+    config says less: it is 0 on every rank unless the program that loads the model sets it.
+    """
+    if ranks <= 1:
+        return 0
+    group = getattr(fleet.fleet, "_hcg", None)  # its getter has no answer for none
+    if group is None or group.get_model_parallel_world_size() != ranks:
+        found = "was not initialized" if group is None else f"has {group.get_model_parallel_world_size()}"
+        raise ValueError(f"the model's heads are split over {ranks} ranks, but paddle.distributed.fleet {found}")
+    return group.get_model_parallel_rank()
 
 
 def core_of(layer) -> RRAttention | None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from .common import attend, core_of, make_core, report, set_core, settings_of
+from .common import attend, core_of, make_core, refuse_settings, report, set_core, settings_of
 
 NAME = "rrattn"
 SUPPORTED_MODELS = ("llama", "qwen2", "qwen3")
 
+# Ways of a model's config to run that rrattn has no answer to when they are more than this.
+_UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
 _PREVIOUS = "_rrattn_previous"  # what _attn_implementation was before enable
 
 
@@ -149,11 +151,11 @@ def _core_of(module) -> RRAttention:
 
 
 def _make_core(layer, config: RRAttentionConfig) -> RRAttention:
+    refuse_settings(layer.config, _UNSUPPORTED_CONFIG, "PaddleFormers")
     return make_core(
         config,
         layer_index=layer.layer_idx,
         num_layers=layer.config.num_hidden_layers,
         num_heads=layer.config.num_attention_heads,
         ranks=layer.config.tensor_model_parallel_size,
-        rank=layer.config.tensor_parallel_rank,
     )

@@ -19,7 +19,7 @@ from types import FunctionType
 
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from .common import attend, core_of, make_core, report, set_core, settings_of
+from .common import attend, core_of, make_core, refuse_settings, report, set_core, settings_of
 
 FLAG = "use_rrattn"
 SUPPORTED_LAYERS = {
@@ -133,11 +133,7 @@ def enable(model, config: RRAttentionConfig | None = None):
     layers = _attention_layers(model)
     model_config = layers[0].config
     config = settings_of(model_config) if config is None else config
-    for name, off in _UNSUPPORTED_CONFIG.items():
-        if getattr(model_config, name, off) > off:  # degrees are -1 where they were never set
-            raise ValueError(
-                f"rrattn does not support {name}={getattr(model_config, name)} in PaddleNLP models; it must be {off}"
-            )
+    refuse_settings(model_config, _UNSUPPORTED_CONFIG, "PaddleNLP")
     num_layers = model_config.num_hidden_layers
     if len(layers) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
         raise ValueError(
@@ -151,7 +147,6 @@ def enable(model, config: RRAttentionConfig | None = None):
             num_layers=num_layers,
             num_heads=model_config.num_attention_heads,
             ranks=max(model_config.tensor_parallel_degree, 1),
-            rank=model_config.tensor_parallel_rank,
         )
         for index in range(len(layers))
     ]
