@@ -65,6 +65,38 @@ def test_training_lowers_the_loss(tmp_path):
     assert all(0 < density < 100 for density in densities)
 
 
+def test_generation_dense_and_sparse(tmp_path):
+    output = run("generate_llama.py", "--tokens", 2000, "--new", 20, "--threshold", 0.8, folder=tmp_path)
+    texts = re.findall(r"^threshold ([\d.]+), [\d.]+ s: (.+)", output, re.MULTILINE)
+    assert [threshold for threshold, _ in texts] == ["1.0", "0.8"]
+    assert all(len(text) >= 22 for _, text in texts)
+    layers = re.findall(r"^ +[0-3] +([\d.]+)%, .* 1 x +[\d.]+ ms +19 x [\d.]+ ms", output, re.MULTILINE)
+    densities = [float(density) for density in layers]
+    assert len(densities) == 8 and densities[:4] == [100] * 4 and max(densities[4:]) < 100
+    assert re.search(r"the same new bytes: [\d.]+%", output)
+    (tmp_path / "text").write_text("One line and then another. " * 40)
+    output = run("generate_llama.py", "text", "--tokens", 1000, "--new", 30, folder=tmp_path)
+    assert output.count("ne line and then another. One") == 2  # it goes on with what it has read
+    assert "the same new bytes: 100.0%" in output
+
+
+def losses_of(output):
+    """Loss and density of each step that finetune_qwen.py printed."""
+    steps = re.findall(r"^step +\d+ +loss per byte ([\d.]+) +density +([\d.]+)%", output, re.MULTILINE)
+    return np.array(steps, dtype=float).T
+
+
+def test_finetuning_lowers_the_loss_and_goes_on_from_its_checkpoint(tmp_path):
+    sizes = ("--tokens", 512, "--accumulate", 2, "--threshold", 0.5)
+    output = run("finetune_qwen.py", "--steps", 8, *sizes, "--output", "first", folder=tmp_path)
+    losses, densities = losses_of(output)
+    assert len(losses) == 8 and losses[-3:].mean() < 0.8 * losses[:3].mean()
+    assert (0 < densities).all() and (densities < 100).all()
+    assert (tmp_path / "first" / "config.json").is_file() and "saved to first" in output
+    again, _ = losses_of(run("finetune_qwen.py", "--steps", 1, *sizes, "--model", "first", folder=tmp_path))
+    assert again[0] < 0.8 * losses[0]  # of the same sequences
+
+
 @paddle.no_grad()
 def test_the_lookup_model_completes_what_it_has_seen(example):
     text = np.random.default_rng(0).integers(97, 123, 500)  # nothing to guess in the first copy
@@ -89,6 +121,13 @@ def test_the_lookup_model_completes_what_it_has_seen(example):
         ("train_step", ["--tokens", "1"], "--tokens.*1"),
         ("train_step", ["--batch", "0"], "--batch.*0"),
         ("train_step", ["--threshold", "2"], r"threshold.*2\.0"),
+        ("generate_llama", ["--tokens", "1"], "--tokens.*1"),
+        ("generate_llama", ["--new", "0"], "--new.*0"),
+        ("generate_llama", ["--threshold", "0"], r"threshold.*0\.0"),
+        ("generate_llama", ["no/such/file"], "no/such/file"),
+        ("finetune_qwen", ["--accumulate", "0"], "--accumulate.*0"),
+        ("finetune_qwen", ["--model", "no/such/folder"], "no checkpoint in no/such/folder"),
+        ("finetune_qwen", ["--threshold", "2"], r"threshold.*2\.0"),
     ],
 )
 def test_bad_options_are_named(example, monkeypatch, capsys, name, arguments, message):
@@ -99,7 +138,7 @@ def test_bad_options_are_named(example, monkeypatch, capsys, name, arguments, me
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name", ["prefill_document", "train_step"])
+@pytest.mark.parametrize("name", ["prefill_document", "train_step", "generate_llama", "finetune_qwen"])
 def test_a_text_that_is_too_short_is_named(example, monkeypatch, tmp_path, name):
     short = tmp_path / "short"
     short.write_text("a few words")

@@ -1,0 +1,75 @@
+"""Generates with a LLaMA behind the flag: the prompt is prefilled sparsely, then every new token attends densely.
+
+    python examples/generate_llama.py [FILE] [--tokens 8192] [--new 100] [--threshold 0.9]
+
+The prompt is the beginning of a text; the model (see byte_llama.py) goes on with what it finds there. It does so twice,
+with every block attended and with the selected ones.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import paddle
+from byte_llama import default_document, make_lookup_model, read_tokens, use_all_cores
+
+import rrattn
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path, help="a text; default: one that the installation brings")
+    parser.add_argument("--tokens", type=int, default=8192, help="bytes of the prompt (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=100, help="bytes to generate (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.9, help="mass to keep (default: %(default)s)")
+    arguments = parser.parse_args()
+    for name, least in (("tokens", 2), ("new", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.file is not None and not arguments.file.is_file():
+        parser.error(f"there is no file {arguments.file}")
+    try:
+        config = rrattn.RRAttentionConfig(threshold=arguments.threshold)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments, config
+
+
+def generate(model, prompt, count):
+    """`count` more bytes, and what the attention layers did; both are printed."""
+    begin = time.perf_counter()
+    with rrattn.collect_stats(model) as stats:
+        new, _ = model.generate(
+            prompt,
+            attention_mask=paddle.ones_like(prompt),
+            max_new_tokens=count,
+            decode_strategy="greedy_search",
+            eos_token_id=-1,
+            use_cache=True,
+        )
+    text = bytes(new[0].tolist()).decode(errors="replace")
+    threshold = model.config.rrattn_threshold
+    print(f"\nthreshold {threshold}, {time.perf_counter() - begin:.1f} s: {text!r}\n{stats}")
+    return new
+
+
+def main():
+    arguments, config = parse_arguments()
+    use_all_cores()
+    path = arguments.file or default_document(arguments.tokens)
+    prompt = read_tokens(path)[:, : arguments.tokens]
+    if prompt.shape[1] < arguments.tokens:
+        raise SystemExit(f"{path} holds {prompt.shape[1]:,} bytes, fewer than --tokens {arguments.tokens:,}")
+    print(f"prompt: the first {arguments.tokens:,} bytes of {path}")
+
+    model = make_lookup_model(max_tokens=arguments.tokens + arguments.new)
+    model.config._attn_implementation = "rrattn"  # the flag; settings stand in the config as well
+    model.config.rrattn_threshold = 1.0
+    dense = generate(model, prompt, arguments.new)
+    model.config.rrattn_threshold = config.threshold
+    sparse = generate(rrattn.enable(model), prompt, arguments.new)  # enable: with the settings as they are now
+    print(f"\nthe same new bytes: {float((dense == sparse).astype('float32').mean()):.1%}")
+
+
+if __name__ == "__main__":
+    main()
