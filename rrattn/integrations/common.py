@@ -48,7 +48,7 @@ def refuse_settings(model_config, unsupported, library) -> None:
             raise ValueError(f"rrattn does not support {name}={setting} in {library} models; it must be {off}")
 
 
-def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, ranks) -> RRAttention:
+def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, ranks, rank) -> RRAttention:
     """The RRAttention of an attention layer: with its own threshold, and for this rank's heads.
 
     Parameters
@@ -57,16 +57,16 @@ def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, 
         Place among all attention layers of the model.
     num_heads : int
         Query heads of the layer on all ranks together.
-    ranks : int
-        Tensor-parallel ranks that the heads are split over; which of them this one is, fleet knows.
+    ranks, rank : int
+        Ranks that the heads are split over, and which of them this one is.
 
     Raises
     ------
     ValueError
-        When the config does not fit the number of layers or heads, or fleet's ranks are not these.
+        When the config does not fit the number of layers or heads.
     """
     heads_here = num_heads // ranks
-    first_head = heads_here * _rank_among(ranks)
+    first_head = heads_here * rank
     threshold = config.layer_threshold(layer_index, num_layers)
     if not isinstance(threshold, float):
         if len(threshold) != num_heads:
@@ -80,11 +80,16 @@ def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, 
     return RRAttention(config, threshold=threshold)
 
 
-def _rank_among(ranks) -> int:
+def fleet_rank(ranks) -> int:
     """Which of a model's tensor-parallel ranks this process is: 0 where there is one.
 
     It comes from the group that fleet set up, over which the model's layers split their weights. The rank in a model's
     config says less: it is 0 on every rank unless the program that loads the model sets it.
+
+    Raises
+    ------
+    ValueError
+        When fleet does not have this number of ranks.
     """
     if ranks <= 1:
         return 0

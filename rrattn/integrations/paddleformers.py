@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from .common import attend, core_of, make_core, refuse_settings, report, set_core, settings_of
+from .common import attend, core_of, fleet_rank, make_core, refuse_settings, report, set_core, settings_of
 
 NAME = "rrattn"
 SUPPORTED_MODELS = ("llama", "qwen2", "qwen3")
@@ -158,4 +158,5 @@ def _make_core(layer, config: RRAttentionConfig) -> RRAttention:
         num_layers=layer.config.num_hidden_layers,
         num_heads=layer.config.num_attention_heads,
         ranks=layer.config.tensor_model_parallel_size,
+        rank=fleet_rank(layer.config.tensor_model_parallel_size),
     )

@@ -19,7 +19,7 @@ from types import FunctionType
 
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from .common import attend, core_of, make_core, refuse_settings, report, set_core, settings_of
+from .common import attend, core_of, fleet_rank, make_core, refuse_settings, report, set_core, settings_of
 
 FLAG = "use_rrattn"
 SUPPORTED_LAYERS = {
@@ -140,13 +140,15 @@ def enable(model, config: RRAttentionConfig | None = None):
             f"{type(model).__name__} has {len(layers)} of its {num_layers} attention layers here, so rrattn cannot "
             "tell which settings per layer are theirs: give one threshold and no dense_layers"
         )
+    ranks = max(model_config.tensor_parallel_degree, 1)
     cores = [
         make_core(
             config,
             layer_index=index,
             num_layers=num_layers,
             num_heads=model_config.num_attention_heads,
-            ranks=max(model_config.tensor_parallel_degree, 1),
+            ranks=ranks,
+            rank=fleet_rank(ranks),
         )
         for index in range(len(layers))
     ]

@@ -1,0 +1,251 @@
+"""RRAttention as the core attention of PaddleFleet's layer specs.
+
+    SelfAttentionSublayersSpec(..., core_attention=RRCoreAttention)   # instead of DotProductAttention
+
+PaddleFleet builds the class once per attention layer and calls it with queries, keys and values of this rank's heads,
+[B, S, heads, D], rotated but without the cache, which the core attention updates itself. Settings stand in the model's
+config as `rrattn_threshold` and so on; `rrattn.enable(model, config)` gives others, and `rrattn.disable(model)` returns
+to PaddleFleet's own attention.
+
+For PaddleFleet's operator `rr_attention`, `rrattn.rr_attention` is a drop-in.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import paddle
+from paddle.distributed import fleet
+
+from ..config import RRAttentionConfig
+from ..layer import RRAttention
+from .common import attend, core_of, make_core, refuse_settings, report, set_core, settings_of
+
+try:
+    from paddlefleet.context_parallel_utils import UlyssesAlltoAll
+    from paddlefleet.process_groups_config import ProcessGroupCollection
+    from paddlefleet.transformer.dot_product_attention import DotProductAttention
+    from paddlefleet.transformer.enums import AttnMaskType
+except ImportError as error:
+    raise ImportError(
+        "rrattn.integrations.paddlefleet needs PaddleFleet, of which PyPI has no release: install it from "
+        f"github.com/PaddlePaddle/PaddleFleet ({error})"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+# Ways of a model's config to run that rrattn has no answer to when they are more than this.
+_UNSUPPORTED_CONFIG = {"apply_query_key_layer_scaling": False, "gpt_model_use_experimental_version": False}
+# Arguments of a call that rrattn has no answer to, unless they are None or False.
+_UNSUPPORTED = ("attention_bias", "packed_seq_params", "use_rr_flash_attention")
+_ALL_TO_ALL = "contiguous_a2a"
+
+
+class RRCoreAttention(DotProductAttention):
+    """A core attention of PaddleFleet's layer specs that attends selected blocks.
+
+    Its constructor takes what DotProductAttention's takes, by name, as layer specs give it. The layer's place among the
+    ranks comes from `pg_collection.tp` and, with context parallelism, fleet's context-parallel group.
+
+    Raises
+    ------
+    ValueError
+        For what rrattn has no answer to: an attention sink (softmax_type other than "vanilla"), a sliding window, heads
+        of values with another size than those of keys (multi-latent attention), query-key layer scaling, context
+        parallelism other than cp_balance_mode "contiguous_a2a"; and for rrattn's settings in the config, when they are
+        not allowed or differ per layer, which takes `rrattn.enable`.
+    """
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, *, pg_collection=None, **options):
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        super().__init__(
+            config=config,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type=attention_type,
+            pg_collection=pg_collection,
+            **options,
+        )
+        refuse_settings(config, _UNSUPPORTED_CONFIG, "PaddleFleet")
+        if self.softmax_offset is not None:
+            raise ValueError(f"rrattn does not support attention sinks (softmax_type {config.softmax_type!r})")
+        if self.is_swa:
+            raise ValueError(f"rrattn does not support sliding-window layers (sliding_window {config.sliding_window})")
+        if self.k_channels != self.v_channels:
+            raise ValueError(
+                f"rrattn does not support values of another head size than keys ({self.v_channels}, {self.k_channels})"
+            )
+        self._cp_group = None
+        if self.context_parallel_size > 1:
+            mode = self.hybrid_mla_cp_mode or config.cp_balance_mode
+            if mode != _ALL_TO_ALL:
+                raise ValueError(
+                    f"cp_balance_mode is {mode!r}, in which a rank holds some of the queries and all keys; rrattn "
+                    f"supports {_ALL_TO_ALL!r}, in which it holds some of the heads and whole sequences"
+                )
+            self._cp_group = fleet.get_hybrid_communicate_group().get_context_parallel_group()
+        # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
+        tp_ranks, tp_rank = _place(pg_collection.tp)
+        cp_ranks, cp_rank = _place(self._cp_group)
+        self._ranks, self._rank = tp_ranks * cp_ranks, tp_rank * cp_ranks + cp_rank
+        settings = settings_of(config)
+        if settings.dense_layers or not isinstance(settings.threshold, float):
+            raise ValueError(
+                "a layer cannot tell which of the settings per layer are its own: "
+                "give these to rrattn.enable(model, config), which counts the layers"
+            )
+        set_core(self, self._make_core(settings, 0, 1))
+
+    def _make_core(self, config, layer_index, num_layers):
+        return make_core(
+            config,
+            layer_index=layer_index,
+            num_layers=num_layers,
+            num_heads=self.num_attention_heads,
+            ranks=self._ranks,
+            rank=self._rank,
+        )
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        attn_mask_startend_row_indices=None,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params=None,
+        use_rr_flash_attention=False,
+        past_key_values=None,
+        layer_idx=None,
+        use_cache=False,
+        **others,
+    ):
+        """Attends the selected blocks; after `rrattn.disable`, DotProductAttention's own attention.
+
+        Parameters
+        ----------
+        query : Tensor
+            [B, Lq, H, D], with context parallelism [B, Lq / ranks, H, D]; H is this rank's share of the heads.
+        key, value : Tensor
+            [B, Lq, Hkv, D] likewise: without what the cache holds.
+        attention_mask : Tensor, optional
+            [B | 1, 1 | H, Lq, Lk]: bool with True for hidden, float with 1 for visible and 0 for hidden, or additive.
+            Unused where there are row indices, as in DotProductAttention.
+        attn_mask_startend_row_indices : Tensor, optional
+            int32 [B, 1 | Hkv, Lk, 1 | 2 | 4], of the whole sequence.
+        attn_mask_type : AttnMaskType, optional
+            With row indices of two bounds and no cache, causal or not; causal otherwise.
+        past_key_values, layer_idx, use_cache
+            With both, `past_key_values.update(key, value, layer_idx)` returns the keys and values to attend.
+        attention_bias, packed_seq_params, use_rr_flash_attention, others
+            Not supported unless None or False. (use_rr_flash_attention is PaddleFleet's refined recompute.)
+
+        Returns
+        -------
+        Tensor
+            [B, Lq, H * D].
+
+        Raises
+        ------
+        ValueError
+            For what is not supported, dropout in training among it, and for masks that rrattn cannot express.
+        """
+        own = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+        own |= {"use_rr_flash_attention": use_rr_flash_attention, **others}
+        if core_of(self) is None:
+            cache = {"past_key_values": past_key_values, "layer_idx": layer_idx, "use_cache": use_cache}
+            masks = (attention_mask, attn_mask_startend_row_indices, attn_mask_type)
+            return super().forward(query, key, value, *masks, **own, **cache)
+        for name, given in own.items():
+            if given is not None and given is not False:
+                raise ValueError(f"rrattn does not support {name} in PaddleFleet layers")
+        dropout = self.attention_dropout.p
+        if self.training and dropout:
+            raise ValueError(f"rrattn does not support attention dropout; set attention_dropout to 0.0, got {dropout}")
+        rows, causal = attn_mask_startend_row_indices, True
+        if query.shape[1] == 1 or rows is not None:
+            attention_mask = None  # that of a decoding step is still the prefill's
+        if self._cp_group is not None and (use_cache or attention_mask is not None):
+            raise ValueError("with context parallelism, rrattn supports neither a cache nor attention_mask")
+        if use_cache and past_key_values is not None:
+            key, value = past_key_values.update(key, value, layer_idx)
+        elif rows is not None:
+            causal = attn_mask_type == AttnMaskType.causal
+
+        if self._cp_group is not None:
+            query, key, value = (self._exchange(tensor, scatter=2, gather=1) for tensor in (query, key, value))
+            if rows is not None and rows.ndim == 4 and rows.shape[1] > 1:
+                rows = paddle.split(rows, self.context_parallel_size, axis=1)[self._cp_group.rank]
+        mask = _additive_or_visible(attention_mask)
+        out = attend(core_of(self), query, key, value, mask, rows, causal=causal, softmax_scale=self.softmax_scale)
+        if self._cp_group is not None:
+            out = self._exchange(out, scatter=1, gather=2)
+        return out.reshape([0, 0, out.shape[2] * out.shape[3]])
+
+    def _exchange(self, tensor, *, scatter, gather):
+        """All-to-all over the context-parallel ranks: dimension `scatter` is split over them, `gather` put together."""
+        return UlyssesAlltoAll.apply(
+            tensor, scatter_idx=scatter, gather_idx=gather, batch_dim_idx=0, group=self._cp_group
+        )
+
+
+def _place(group):
+    """(number of ranks, which of them this one is) of a process group; (1, 0) where there is none."""
+    return (1, 0) if group is None or group.world_size <= 1 else (group.world_size, group.rank)
+
+
+def _additive_or_visible(mask):
+    """A dense mask of PaddleFleet as `common.attend` takes it: bool with True for visible, or additive."""
+    if mask is None:
+        return None
+    if mask.dtype == paddle.bool:
+        return ~mask
+    ones = mask == 1
+    return ones if bool((ones | (mask == 0)).all()) and bool(ones.any()) else mask
+
+
+def enable(model, config: RRAttentionConfig | None = None):
+    """See `rrattn.enable`."""
+    layers = _core_attentions(model)
+    model_config = layers[0].config
+    config = settings_of(model_config) if config is None else config
+    num_layers = model_config.num_hidden_layers
+    if len(layers) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
+        raise ValueError(
+            f"{type(model).__name__} has {len(layers)} of its {num_layers} attention layers here, so rrattn cannot "
+            "tell which settings per layer are theirs: give one threshold and no dense_layers"
+        )
+    cores = [layer._make_core(config, index, num_layers) for index, layer in enumerate(layers)]
+    for layer, core in zip(layers, cores):
+        set_core(layer, core)
+    logger.info(report(model, "PaddleFleet", config, len(layers)))
+    return model
+
+
+def disable(model):
+    """See `rrattn.disable`."""
+    layers = _core_attentions(model)
+    if core_of(layers[0]) is None:
+        raise ValueError("rrattn is not enabled on this model")
+    for layer in layers:
+        set_core(layer, None)
+    return model
+
+
+def attention_cores(model) -> list[RRAttention | None]:
+    """The RRAttention of each attention layer in order; None where rrattn is not enabled."""
+    return [core_of(layer) for layer in _core_attentions(model)]
+
+
+def _core_attentions(model) -> list[RRCoreAttention]:
+    """A model's core attentions of this kind, in order."""
+    layers = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, RRCoreAttention)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layer of rrattn.integrations.paddlefleet.RRCoreAttention: "
+            "name it as core_attention in the layer spec that the model is built from"
+        )
+    return layers

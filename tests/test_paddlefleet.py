@@ -1,0 +1,286 @@
+"""RRAttention as the core attention of PaddleFleet's layer specs, against the contract in paddlefleet_stand_in.py."""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddlefleet_stand_in as stand_in
+import pytest
+import reference
+
+import rrattn
+
+LENGTH = 700
+SPARSE = rrattn.RRAttentionConfig(threshold=0.5)
+DENSE = rrattn.RRAttentionConfig(threshold=1.0)
+
+
+@pytest.fixture
+def fleet(monkeypatch):
+    """rrattn.integrations.paddlefleet, over the stand-in."""
+    stand_in.install(monkeypatch)
+    yield importlib.import_module("rrattn.integrations.paddlefleet")
+    sys.modules.pop("rrattn.integrations.paddlefleet", None)
+
+
+@pytest.fixture
+def model(fleet):
+    return make_model(fleet.RRCoreAttention, rrattn_threshold=0.5)
+
+
+def make_model(core_attention, **settings):
+    config = stand_in.TransformerConfig()
+    vars(config).update(settings)
+    paddle.seed(0)
+    model = stand_in.GPTModel(config, core_attention)
+    model.eval()
+    return model
+
+
+def hidden_states(length=LENGTH, batch=2):
+    paddle.seed(1)
+    return 3 * paddle.randn([batch, length, 64])
+
+
+def assert_same(actual, expected):
+    np.testing.assert_allclose(actual.numpy(), expected.numpy(), atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def test_without_paddlefleet_the_import_says_what_is_missing():
+    command = [sys.executable, "-c", "import rrattn.integrations.paddlefleet"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(rrattn.__file__).parents[1])}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 1
+    assert "needs PaddleFleet, of which PyPI has no release: install it from github.com" in result.stderr
+
+
+def test_it_takes_what_the_contract_passes(fleet):
+    ours = inspect.signature(fleet.RRCoreAttention.forward).parameters
+    theirs = list(inspect.signature(stand_in.DotProductAttention.forward).parameters)
+    known = [name for name in ours if name != "others"]
+    assert theirs[: len(known)] == known  # in the same order; others are refused by name
+    training_op = inspect.signature(rrattn.rr_attention).parameters
+    assert list(training_op)[:4] == ["query", "key", "value", "startend_row_indices"]
+    assert {"causal", "training", "stride", "threshold"} <= set(training_op)
+
+
+@paddle.no_grad()
+def test_every_block_selected_equals_the_dense_twin_and_fewer_differ(model):
+    dense = make_model(stand_in.DotProductAttention)(hidden_states())
+    sparse = model(hidden_states())
+    assert float(rrattn.layer_densities(model)[0].max()) < 1
+    assert float((sparse - dense).abs().max()) > 1e-2
+    assert_same(rrattn.enable(model, DENSE)(hidden_states()), dense)
+    assert_same(rrattn.disable(model)(hidden_states()), dense)
+    assert (rrattn.enable(model)(hidden_states()) == sparse).all()
+    with pytest.raises(ValueError, match="not enabled"):
+        rrattn.disable(rrattn.disable(model))
+
+
+def test_below_threshold_1_it_equals_the_oracle(fleet):
+    core = make_model(fleet.RRCoreAttention, rrattn_threshold=0.5).layers[0].core_attention
+    paddle.seed(2)
+    query, (key, value) = 3 * paddle.randn([1, LENGTH, 4, 16]), paddle.randn([2, 1, LENGTH, 2, 16])
+    out = core(query, key, value, None, attn_mask_type=stand_in.AttnMaskType.causal)
+    arrays = [tensor.numpy().astype(np.float64) for tensor in (query, key, value)]
+    scores = reference.estimate(*arrays[:2], causal=True).astype(np.float32)
+    kept = reference.select(scores, 0.5, causal=True, seqlen_q=LENGTH, seqlen_k=LENGTH)
+    expected, _ = reference.attend(*arrays, kept, causal=True)
+    assert not kept.all()
+    np.testing.assert_allclose(out.numpy(), expected.reshape(1, LENGTH, 64), atol=1e-4)
+
+
+def test_gradients_equal_the_dense_twin(fleet):
+    gradients = []
+    for core_attention in (stand_in.DotProductAttention, fleet.RRCoreAttention):
+        model = make_model(core_attention, rrattn_threshold=1.0)
+        model.train()
+        model(hidden_states()).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for dense, ours in zip(*gradients):
+        np.testing.assert_allclose(ours.numpy(), dense.numpy(), atol=1e-4 * float(dense.abs().max()))
+
+
+@paddle.no_grad()
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_the_cache_is_updated_by_chunks_and_decoding_steps(model, threshold):
+    rrattn.enable(model, rrattn.RRAttentionConfig(threshold=threshold))
+    hidden = hidden_states()
+    cache, parts = stand_in.Cache(), []
+    for begin, end in ((0, 384), (384, LENGTH - 1), (LENGTH - 1, LENGTH)):
+        parts.append(model(hidden[:, begin:end], past_key_values=cache, use_cache=True))
+    assert cache.states[0][0].shape == cache.states[1][1].shape == [2, LENGTH, 2, 16]
+    assert_same(paddle.concat(parts[:2], axis=1), model(hidden[:, :-1]))
+    if threshold == 1:  # a decoding step is dense
+        assert_same(parts[2], model(hidden)[:, -1:])
+
+
+@paddle.no_grad()
+def test_masks(model):
+    rrattn.enable(model, DENSE)
+    dense = make_model(stand_in.DotProductAttention)
+    rows = rrattn.masks.document_startend_rows([[300, 400], [450, 250]])
+    packed = model(hidden_states(), attn_mask_startend_row_indices=rows)
+    assert_same(packed, dense(hidden_states(), attn_mask_startend_row_indices=rows))
+    position = paddle.arange(LENGTH)
+    hidden = (position[:, None] < position).unsqueeze([0, 1]) | (position < 100)  # causal, and 100 of padding
+    expected = dense(hidden_states(), attention_mask=hidden)[:, 100:]
+    ones = (~hidden).astype("float32")
+    for mask in (hidden, ones, (1 - ones) * -1e9):
+        assert_same(model(hidden_states(), attention_mask=mask)[:, 100:], expected)
+    assert float((packed[:, 100:] - expected).abs().max()) > 1e-2
+
+
+def test_rows_of_two_bounds_are_causal_as_the_mask_type_says(model):
+    core = model.layers[0].core_attention
+    query, (key, value) = paddle.randn([1, 256, 4, 16]), paddle.randn([2, 1, 256, 2, 16])
+    rows = paddle.concat([paddle.full([1, 1, 256, 1], bound, "int32") for bound in (200, 250)], -1)
+    for mask_type, causal in ((stand_in.AttnMaskType.causal, True), (stand_in.AttnMaskType.no_mask, False)):
+        out = core(query, key, value, None, rows, attn_mask_type=mask_type)
+        expected = rrattn.rr_attention(query, key, value, rows, causal=causal, threshold=0.5)
+        assert (out == expected.reshape([1, 256, 64])).all()
+
+
+def test_heads_split_over_tensor_parallel_ranks(fleet):
+    paddle.seed(3)
+    query, (key, value) = 3 * paddle.randn([1, LENGTH, 4, 16]), paddle.randn([2, 1, LENGTH, 2, 16])
+    config = rrattn.RRAttentionConfig(threshold=[(0.5, 0.2, 0.7, 0.4)])
+
+    def attend(rank, ranks, heads, kv_heads):
+        core = make_core(fleet, stand_in.group(rank, ranks))
+        rrattn.enable(core, config)
+        out = core(query[:, :, heads], key[:, :, kv_heads], value[:, :, kv_heads], None)
+        (selection,) = rrattn.layer_selections(core)
+        return out.numpy(), selection.block_mask.numpy()
+
+    out, mask = attend(0, 1, slice(0, 4), slice(0, 2))
+    parts = [attend(rank, 2, slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1)) for rank in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([part for part, _ in parts], axis=2), out)
+    np.testing.assert_array_equal(np.concatenate([part for _, part in parts], axis=1), mask)
+
+
+def make_core(fleet, tp=None, **settings):
+    config = stand_in.TransformerConfig(num_hidden_layers=1)
+    options = {name: settings.pop(name) for name in ("is_swa", "v_channels") if name in settings}
+    vars(config).update(settings)
+    causal = stand_in.AttnMaskType.causal
+    groups = stand_in.ProcessGroupCollection(tp=tp)
+    return fleet.RRCoreAttention(
+        config=config, layer_number=0, attn_mask_type=causal, attention_type="self", pg_collection=groups, **options
+    )
+
+
+@pytest.fixture
+def context_parallel(monkeypatch, fleet):
+    """context_parallel(rank, **whole): two context-parallel ranks, of which this is the one that is built."""
+
+    def build(group, **settings):
+        monkeypatch.setattr(stand_in.ContextParallel, "size", group.world_size)
+
+        class Groups:
+            @staticmethod
+            def get_context_parallel_group():
+                return group
+
+        monkeypatch.setattr(fleet.fleet, "get_hybrid_communicate_group", Groups)
+        return make_core(fleet, **settings)
+
+    return build
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_context_parallelism_by_all_to_all(fleet, context_parallel, masked):
+    paddle.seed(4)
+    query, (key, value) = 3 * paddle.randn([1, 512, 4, 16]), paddle.randn([2, 1, 512, 2, 16])
+    rows = paddle.concat([rrattn.masks.document_startend_rows(lengths) for lengths in ([512], [300, 212])], axis=1)
+    rows = rows if masked else None  # a bound per key head
+    one = make_core(fleet, rrattn_threshold=0.5)
+    expected = one(query, key, value, None, rows)
+    heads = {}
+    for _ in range(2):  # in the second round, every rank finds the heads of the others
+        outs, masks = [], []
+        for rank in (0, 1):
+            group = stand_in.group(rank, 2, whole=(query, key, value), entered=[], heads=heads)
+            core = context_parallel(group, rrattn_threshold=0.5, cp_balance_mode="contiguous_a2a")
+            parts = (paddle.split(tensor, 2, axis=1)[rank] for tensor in (query, key, value))
+            outs.append(core(*parts, None, rows))
+            masks.append(rrattn.layer_selections(core)[0].block_mask)
+    assert (paddle.concat(outs, axis=1) == expected).all()
+    assert (paddle.concat(masks, axis=1) == rrattn.layer_selections(one)[0].block_mask).all()
+
+
+def test_context_parallelism_by_all_gather_is_refused_by_name(context_parallel):
+    for mode in ("dualchunk_allgather", "contiguous_allgather"):
+        with pytest.raises(ValueError, match=f"cp_balance_mode is '{mode}'.*'contiguous_a2a'"):
+            context_parallel(stand_in.group(0, 2), cp_balance_mode=mode)
+    core = context_parallel(stand_in.group(0, 2), cp_balance_mode="contiguous_a2a")
+    x = paddle.ones([1, 128, 4, 16])
+    with pytest.raises(ValueError, match="neither a cache nor attention_mask"):
+        core(x, x, x, None, past_key_values=stand_in.Cache(), use_cache=True)
+
+
+def test_statistics_and_settings_per_layer(model):
+    rrattn.enable(model, rrattn.RRAttentionConfig(threshold=[0.3, 1.0]))
+    with rrattn.collect_stats(model) as stats:
+        model(hidden_states())
+    assert (stats.layers[0].density < 1).all() and (stats.layers[1].density == 1).all()
+    part = model.layers[1]
+    part.__class__.__module__ = "paddlefleet.transformer.attention"
+    with pytest.raises(ValueError, match="1 of its 2 attention layers"):
+        rrattn.enable(part, rrattn.RRAttentionConfig(dense_layers=[1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"softmax_type": "learnable"}, "softmax_type 'learnable'"),
+        ({"is_swa": True, "sliding_window": (128, 0)}, r"sliding_window \(128, 0\)"),
+        ({"v_channels": 8}, r"\(8, 16\)"),
+        ({"apply_query_key_layer_scaling": True}, "apply_query_key_layer_scaling=True"),
+        ({"gpt_model_use_experimental_version": True}, "gpt_model_use_experimental_version=True"),
+        ({"rrattn_threshold": [0.5, 0.6]}, "per layer"),
+        ({"rrattn_dense_layers": [0]}, "per layer"),
+        ({"rrattn_threshold": 0.0}, r"threshold is 0\.0"),
+        ({"rrattn_treshold": 0.5}, "rrattn_treshold"),
+    ],
+)
+def test_layers_that_are_not_supported_are_refused(fleet, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_core(fleet, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_bias": paddle.zeros([1])}, "attention_bias"),
+        ({"packed_seq_params": object()}, "packed_seq_params"),
+        ({"use_rr_flash_attention": True}, "use_rr_flash_attention"),
+        ({"kv_compressed": paddle.zeros([1])}, "kv_compressed"),
+        ({"attention_mask": paddle.zeros([1, 1, 128, 128])}, "not causal"),
+    ],
+)
+def test_calls_that_are_not_supported_are_refused(fleet, arguments, message):
+    x = paddle.ones([1, 128, 4, 16])
+    core = make_core(fleet)
+    core.eval()
+    with pytest.raises(ValueError, match=message):
+        core(x, x, x, **{"attention_mask": None, **arguments})
+
+
+def test_dropout_in_training_is_refused(fleet):
+    core = make_core(fleet, attention_dropout=0.1)
+    x = paddle.ones([1, 128, 4, 16])
+    with pytest.raises(ValueError, match="dropout.*0.1"):
+        core(x, x, x, None)
+    core.eval()
+    core(x, x, x, None)
+
+
+def test_models_without_the_layer_are_told_how_to_get_it(fleet):
+    with pytest.raises(ValueError, match="GPTModel has no layer of .*RRCoreAttention.*layer spec"):
+        rrattn.enable(make_model(stand_in.DotProductAttention))
