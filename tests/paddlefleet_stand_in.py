@@ -223,6 +223,7 @@ _MODULES = {
     "paddlefleet.models": (),
     "paddlefleet.models.gpt": (GPTModel,),
     "paddlefleet.transformer": (),
+    "paddlefleet.transformer.attention": (SelfAttention,),
     "paddlefleet.transformer.dot_product_attention": (DotProductAttention,),
     "paddlefleet.transformer.enums": (AttnMaskType,),
 }

@@ -63,7 +63,8 @@ def load_part(model, folder, model_type, rank, ranks):
         for axis, (size, part) in enumerate(zip(weight.shape, parameter.shape)):
             if part != size:
                 assert part * ranks == size, name
-                weight = np.split(weight, ranks, axis)[rank]
+                fused = np.split(weight, 2, axis) if "up_gate_proj" in name else [weight]
+                weight = np.concatenate([np.split(one, ranks, axis)[rank] for one in fused], axis)
         parameter.set_value(weight)
 
 

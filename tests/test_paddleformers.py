@@ -17,6 +17,8 @@ from tiny_models import (  # noqa: E402
     NUM_LAYERS,
     SPARSE,
     assert_differs,
+    assert_same,
+    attention_layers,
     logits,
     make_model,
 )
@@ -73,7 +75,7 @@ def test_enabling_changes_the_flag_alone(model, tmp_path):
 
 def test_models_of_other_types_are_refused(model):
     model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="llama, qwen2, qwen3.*'mamba'"):
+    with pytest.raises(ValueError, match="llama, qwen2, qwen3, ernie4_5, ernie4_5_moe.*'mamba'"):
         rrattn.enable(model)
     assert model.config._attn_implementation == "eager"
 
@@ -138,3 +140,37 @@ def test_scaling_and_causality_are_honoured(model):
     assert (call(model, scaling=0.5)[0] == out).all()
     assert_differs(call(model, scaling=0.25)[0].numpy(), out.numpy())
     assert_differs(call(model, scaling=0.5, is_causal=False)[0].numpy(), out.numpy())
+
+
+# ERNIE 4.5, whose layers read the flag when they are built
+
+
+def test_ernie_layers_follow_enable_and_disable(tokens):
+    model = make_model("ernie4_5")
+    dense = logits(model, tokens)
+    sparse = logits(rrattn.enable(model, SPARSE), tokens)
+    assert_differs(sparse, dense)
+    rrattn.enable(model, DENSE)
+    assert {layer.attn_implementation for layer in attention_layers(model)} == {"rrattn"}
+    rrattn.disable(model)
+    assert {layer.attn_implementation for layer in attention_layers(model)} == {"eager"}
+    assert model.config._attn_implementation == "eager" and (logits(model, tokens) == dense).all()
+    model.config._attn_implementation = "rrattn"  # too late for this model, so that it must not look enabled
+    with pytest.raises(ValueError, match="not enabled"), rrattn.collect_stats(model):
+        pass
+
+
+def test_an_ernie_model_built_with_the_flag(tokens):
+    model = make_model("ernie4_5", implementation="rrattn", rrattn_threshold=0.5)
+    assert (logits(model, tokens) == logits(rrattn.enable(make_model("ernie4_5"), SPARSE), tokens)).all()
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.5])
+def test_ernie_with_experts(tokens, threshold):
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}
+    # without a layer of experts, which Paddle's CPU build lacks operators for
+    model = make_model("ernie4_5_moe", **experts, moe_layer_start_index=NUM_LAYERS)
+    dense = logits(model, tokens)
+    ours = logits(rrattn.enable(model, rrattn.RRAttentionConfig(threshold=threshold)), tokens)
+    (assert_same if threshold == 1 else assert_differs)(ours, dense)
+    assert (logits(rrattn.disable(model), tokens) == dense).all()

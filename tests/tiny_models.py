@@ -17,12 +17,18 @@ if LIBRARY is None:
     pytest.skip("no model library is installed", allow_module_level=True)
 transformers = pytest.importorskip(f"{LIBRARY}.transformers")
 
-NAMES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-MODELS = tuple(
-    name
-    for name in NAMES
-    if hasattr(transformers, f"{NAMES[name]}ForCausalLM") and (LIBRARY, name) != ("paddlenlp", "qwen3")
-)
+NAMES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "ernie4_5": "Ernie4_5", "ernie4_5_moe": "Ernie4_5_Moe"}
+
+
+def _is_there(name):
+    try:
+        return hasattr(transformers, f"{NAMES[name]}ForCausalLM")
+    except ImportError:  # PaddleFormers 1.2 builds Qwen on PaddleFleet
+        return False
+
+
+_TESTED = {"paddleformers": ("llama", "qwen2", "qwen3", "ernie4_5"), "paddlenlp": ("llama", "qwen2")}
+MODELS = tuple(filter(_is_there, _TESTED[LIBRARY]))
 VOCABULARY = 97
 NUM_LAYERS = 2
 NUM_HEADS = 4
@@ -31,8 +37,11 @@ DENSE = rrattn.RRAttentionConfig(threshold=1.0)
 SPARSE = rrattn.RRAttentionConfig(threshold=0.5)
 
 
-def make_model(model_type="llama", heads=NUM_HEADS, kv_heads=2, **settings):
-    """A model in eval mode with random weights; head size 16. Its own attention is the dense twin."""
+def make_model(model_type="llama", heads=NUM_HEADS, kv_heads=2, implementation="eager", **settings):
+    """A model in eval mode with random weights; head size 16. Its own attention is the dense twin.
+
+    In PaddleFormers, `implementation` is the flag with which it is built; "eager" is that attention.
+    """
     paddle.seed(0)
     if LIBRARY == "paddleformers":
         settings["head_dim"] = 16
@@ -49,7 +58,7 @@ def make_model(model_type="llama", heads=NUM_HEADS, kv_heads=2, **settings):
     )
     config.fuse_rms_norm = False
     if LIBRARY == "paddleformers":
-        config._attn_implementation = "eager"
+        config._attn_implementation = implementation
     model = getattr(transformers, f"{NAMES[model_type]}ForCausalLM")(config)
     model.eval()
     return model

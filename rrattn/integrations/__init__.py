@@ -70,8 +70,9 @@ def enable(model, config=None):
     Parameters
     ----------
     model : paddle.nn.Layer
-        A LLaMA, Qwen2 or Qwen3 model of PaddleFormers, a LLaMA or Qwen2 model of PaddleNLP, or a model of PaddleFleet
-        whose layer spec names `rrattn.integrations.paddlefleet.RRCoreAttention`. Call it after loading the weights.
+        A LLaMA, Qwen2, Qwen3 or ERNIE 4.5 model of PaddleFormers, a LLaMA or Qwen2 model of PaddleNLP, or a model of
+        PaddleFleet whose layer spec names `rrattn.integrations.paddlefleet.RRCoreAttention`. Call it after loading the
+        weights.
     config : RRAttentionConfig, optional
         Its threshold may differ per layer and per head. Default: what the model's config says, in attributes named
         `rrattn_threshold`, `rrattn_stride` and so on, one per field of RRAttentionConfig; the defaults where it says

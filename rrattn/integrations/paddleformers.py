@@ -6,6 +6,7 @@ adds "rrattn" to it, so that
     model.config._attn_implementation = "rrattn"
 
 runs with the settings of the model's config (or the defaults), and `enable(model, config)` with chosen ones.
+(ERNIE reads the flag when the model is built: set it in the config before, or use `enable`.)
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from ..layer import RRAttention
 from .common import attend, core_of, fleet_rank, make_core, refuse_settings, report, set_core, settings_of
 
 NAME = "rrattn"
-SUPPORTED_MODELS = ("llama", "qwen2", "qwen3")
+SUPPORTED_MODELS = ("llama", "qwen2", "qwen3", "ernie4_5", "ernie4_5_moe")
 
 # Ways of a model's config to run that rrattn has no answer to when they are more than this.
 _UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
-_PREVIOUS = "_rrattn_previous"  # what _attn_implementation was before enable
+_PREVIOUS = "_rrattn_previous"  # what the flags of the config and of the layer were before enable
+_LAYER_FLAG = "attn_implementation"  # of ERNIE layers, which read the config's flag once, when they are built
 
 
 def register(interface_module) -> None:
@@ -107,10 +109,12 @@ def enable(model, config: RRAttentionConfig | None = None):
         )
     layers = _attention_layers(model)
     cores = [_make_core(layer, config) for layer in layers]
-    previous = getattr(layers[0], _PREVIOUS, model.config._attn_implementation)
     for layer, core in zip(layers, cores):
         set_core(layer, core)
-        layer.__dict__[_PREVIOUS] = previous
+        flags = model.config._attn_implementation, getattr(layer, _LAYER_FLAG, None)
+        layer.__dict__.setdefault(_PREVIOUS, flags)
+        if hasattr(layer, _LAYER_FLAG):
+            setattr(layer, _LAYER_FLAG, NAME)
     model.config._attn_implementation = NAME
     logger.info(report(model, "PaddleFormers", config, len(layers)))
     return model
@@ -121,17 +125,20 @@ def disable(model):
     layers = _attention_layers(model)
     if not hasattr(layers[0], _PREVIOUS):
         raise ValueError("rrattn is not enabled on this model")
-    model.config._attn_implementation = getattr(layers[0], _PREVIOUS)
     for layer in layers:
         set_core(layer, None)
-        del layer.__dict__[_PREVIOUS]
+        model.config._attn_implementation, flag = layer.__dict__.pop(_PREVIOUS)
+        if hasattr(layer, _LAYER_FLAG):
+            setattr(layer, _LAYER_FLAG, flag)
     return model
 
 
 def attention_cores(model) -> list[RRAttention | None]:
     """The RRAttention of each attention layer in order; None where neither `enable` nor the flag asked for it."""
-    find = _core_of if model.config._attn_implementation == NAME else core_of
-    return [find(layer) for layer in _attention_layers(model)]
+    return [
+        _core_of(layer) if getattr(layer, _LAYER_FLAG, model.config._attn_implementation) == NAME else core_of(layer)
+        for layer in _attention_layers(model)
+    ]
 
 
 def _attention_layers(model):
