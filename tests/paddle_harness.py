@@ -1,10 +1,12 @@
 """Run rrattn's functions on the arrays of a case as Paddle tensors, and compare what comes back."""
 
+import contextlib
 import itertools
 
 import paddle
 from cases import Case
 from harness import assert_identical
+from paddle.base.framework import _dygraph_tracer
 
 import rrattn
 
@@ -43,3 +45,15 @@ def assert_all_identical(actual, expected):
     for a, e in itertools.zip_longest(actual, expected):
         assert a.dtype == e.dtype
         assert_identical(to_numpy(a), to_numpy(e))
+
+
+@contextlib.contextmanager
+def eager_auto_cast(level, dtype="bfloat16"):
+    """What `paddle.amp.auto_cast` sets on a GPU: eagerly on the CPU it warns and sets nothing."""
+    tracer = _dygraph_tracer()
+    before = tracer._amp_level, tracer._amp_dtype
+    tracer._amp_level, tracer._amp_dtype = getattr(paddle.base.core.AmpLevel, level), dtype
+    try:
+        yield
+    finally:
+        tracer._amp_level, tracer._amp_dtype = before

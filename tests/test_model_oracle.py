@@ -4,6 +4,7 @@ import numpy as np
 import paddle
 import pytest
 import reference
+from paddle_harness import eager_auto_cast
 from tiny_models import (
     LENGTH,
     MODELS,
@@ -123,6 +124,28 @@ def test_generation(model, tokens, settings, by_oracle):
         return generate(model, tokens, 32, attention_mask=padding("left"), **settings)
 
     np.testing.assert_array_equal(seeded(), by_oracle(seeded))
+
+
+@paddle.no_grad()
+def test_amp(model, tokens, monkeypatch):
+    """Layer by layer, on the same inputs: what one layer rounds may change what the next one selects."""
+    calls = []
+    attend = rrattn.RRAttention.forward
+
+    def record(core, query, key, value, *arguments, **options):
+        out = attend(core, query, key, value, *arguments, **options)
+        calls.append((core, (query, key, value), arguments, options, out, core.last_selection.density))
+        return out
+
+    monkeypatch.setattr(rrattn.RRAttention, "forward", record)
+    with eager_auto_cast("O1"):
+        logits(model, tokens)
+    assert len(calls) == NUM_LAYERS
+    for core, tensors, arguments, options, out, density in calls:
+        assert out.dtype == paddle.bfloat16 and float(density.min()) < 1
+        exact = oracle_forward(core, *(x.astype("bfloat16").astype("float32") for x in tensors), *arguments, **options)
+        error = (out.astype("float32") - exact).abs()
+        assert float(error.max()) <= 2**-8 * float(exact.abs().max())  # half a unit in the last place, and some
 
 
 def test_packing(model, by_oracle):

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import paddle
 import pytest
+from paddle_harness import eager_auto_cast
 from tiny_models import (
     DENSE,
     LENGTH,
@@ -259,6 +260,62 @@ def test_recompute_selects_the_same_blocks(model, tokens, padded, monkeypatch):
     assert len(reads) == (padded or LIBRARY == "paddlenlp")  # PaddleNLP always makes a mask
     for name, gradient in expected[1].items():
         np.testing.assert_array_equal(again[1][name], gradient, err_msg=name)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (8, 1)])
+def test_gradients_of_key_heads_shared_by_any_number_of_query_heads(heads, kv_heads, tokens):
+    model = make_model(heads=heads, kv_heads=kv_heads)
+    dense = gradients(model, tokens)
+    assert_same_gradients(gradients(rrattn.enable(model, DENSE), tokens), dense)
+
+
+def accumulated(model, tokens):
+    """What `gradients` returns, by one backward pass per row."""
+    model.train()
+    model.clear_gradients()
+    losses = [model(row.unsqueeze(0), labels=row.unsqueeze(0), return_dict=True).loss / len(tokens) for row in tokens]
+    for loss in losses:
+        loss.backward()
+    return float(sum(losses)), {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_accumulated_gradients_are_those_of_the_batch(model_type, tokens):
+    model = make_model(model_type)
+    dense = accumulated(model, tokens)
+    assert_same_gradients(accumulated(rrattn.enable(model, DENSE), tokens), dense)
+    sparse = gradients(rrattn.enable(model, SPARSE), tokens)
+    assert_same_gradients(accumulated(model, tokens), sparse)
+    assert abs(sparse[0] - dense[0]) > 1e-3
+
+
+def relative_errors(actual, exact):
+    """Of the loss and of each gradient, in norm; of two results of `gradients`."""
+    yield abs(actual[0] - exact[0]) / abs(exact[0])
+    for name, gradient in exact[1].items():
+        yield np.linalg.norm(actual[1][name] - gradient) / np.linalg.norm(gradient)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_attention_under_amp_is_as_exact_as_its_dtype(model_type, tokens, monkeypatch):
+    """Level O1, in which rrattn casts what it gets; Paddle's own operators have no amp on the CPU."""
+    attend = rrattn.RRAttention.forward
+
+    def rounded(core, *tensors, **options):
+        """In float32, from inputs and to an output that bfloat16 holds; gradients likewise."""
+        halves = (tensor.astype("bfloat16").astype("float32") for tensor in tensors[:3])
+        return attend(core, *halves, *tensors[3:], **options).astype("bfloat16").astype("float32")
+
+    model = make_model(model_type)
+    exact = gradients(model, tokens)
+    rrattn.enable(model, DENSE)
+    with eager_auto_cast("O1"):
+        ours = gradients(model, tokens)
+    monkeypatch.setattr(rrattn.RRAttention, "forward", rounded)
+    noise = list(relative_errors(gradients(model, tokens), exact))
+    assert np.median(noise) > 1e-3
+    for error, expected in zip(relative_errors(ours, exact), noise):
+        assert error <= 2 * expected + 1e-3
 
 
 def test_training_lowers_the_loss(model):

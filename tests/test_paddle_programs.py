@@ -1,13 +1,10 @@
 """The operators in Paddle's machinery: traced, saved, in the inference predictor, recomputed, in mixed precision."""
 
-import contextlib
-
 import paddle
 import pytest
 from cases import Case, make_inputs
-from paddle.base.framework import _dygraph_tracer
 from paddle.distributed.fleet.utils import recompute
-from paddle_harness import CASE, assert_all_identical, bounds_of, gradients, run, to_tensors
+from paddle_harness import CASE, assert_all_identical, bounds_of, eager_auto_cast, gradients, run, to_tensors
 
 import rrattn
 
@@ -166,18 +163,6 @@ def test_auto_cast_in_a_traced_function(level):
             return run((query, key, value))
 
     assert_computes_as_cast_by_hand(paddle.jit.to_static(function, full_graph=True), make_inputs(CASE))
-
-
-@contextlib.contextmanager
-def eager_auto_cast(level, dtype="bfloat16"):
-    """What `paddle.amp.auto_cast` sets on a GPU: eagerly on the CPU it warns and sets nothing."""
-    tracer = _dygraph_tracer()
-    before = tracer._amp_level, tracer._amp_dtype
-    tracer._amp_level, tracer._amp_dtype = getattr(paddle.base.core.AmpLevel, level), dtype
-    try:
-        yield
-    finally:
-        tracer._amp_level, tracer._amp_dtype = before
 
 
 @pytest.mark.parametrize("level", ("O1", "O2"))
