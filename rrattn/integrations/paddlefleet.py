@@ -7,7 +7,8 @@ PaddleFleet builds the class once per attention layer and calls it with queries,
 config as `rrattn_threshold` and so on; `rrattn.enable(model, config)` gives others, and `rrattn.disable(model)` returns
 to PaddleFleet's own attention.
 
-For PaddleFleet's operator `rr_attention`, `rrattn.rr_attention` is a drop-in.
+For PaddleFleet's training operator `rr_attention`, `rrattn.rr_attention` is a drop-in: the same arguments. Give it
+the threshold, which is 1 there by default.
 """
 
 from __future__ import annotations
