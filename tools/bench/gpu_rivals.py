@@ -51,8 +51,10 @@ def flex_causal(shift):
 
 @cache
 def compiled_flex():
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import flex_attention
 
+    config.donated_buffer = False  # or a backward pass could not be run again
     return torch.compile(flex_attention, dynamic=False)
 
 
