@@ -34,6 +34,7 @@ def dense(backend):
 
 def index_lists(mask):
     """(number of blocks [1, Hq, Mq], their indices in rising order [1, Hq, Mq, Mk]), int32."""
+    mask = mask.contiguous()
     order = (~mask).byte().argsort(dim=-1, stable=True)
     return mask.sum(-1, dtype=torch.int32)[None], order.int()[None]
 
