@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 BLOCK_SIZE = 128
 """Tokens in a block, of queries and of keys: the unit of sparsity."""
@@ -70,6 +72,33 @@ class RRAttentionConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be True or False")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         object.__setattr__(self, "threshold", _checked(self.threshold, "threshold", depth=2))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> RRAttentionConfig:
+        """The settings in a JSON file, an object of any of the fields by name; defaults for the others.
+
+        `tools/calibrate.py` writes such a file, with a threshold for each layer or head.
+
+        Raises
+        ------
+        ValueError
+            When the file holds no JSON object, a name that is no setting, or a value that is not allowed.
+        """
+        try:
+            given = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, dict):
+            raise ValueError(f"{path} holds a {type(given).__name__}, but must hold an object of {', '.join(known)}")
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"{path} sets {', '.join(unknown)}, but the settings are {', '.join(known)}")
+        return cls(**given)
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes all settings into a file that `from_json` reads."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def layer_threshold(self, layer_index: int, num_layers: int) -> float | tuple[float, ...]:
         """The threshold of one layer: a float, or a tuple of one float per query head.

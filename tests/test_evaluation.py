@@ -1,0 +1,468 @@
+"""tools/evaluate.py and tools/calibrate.py: methods, tasks, results, formats and calibration, on a tiny byte model."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+import reference
+
+import rrattn
+
+paddleformers = pytest.importorskip("paddleformers.transformers")
+pytest.importorskip("matplotlib")
+TOOLS = Path(__file__).parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import calibrate  # noqa: E402
+from evaluation import baselines, benchmarks, prompts, report, run  # noqa: E402
+from evaluation.methods import Method  # noqa: E402
+from evaluation.model import Model, length_of, log_probabilities  # noqa: E402
+
+KINDS = ["lookup", "needle", "hops", "copy", "inside", "text"]
+BASELINES = ["xattention:0.7", "pooling:0.7", "vertical-slash:0.7", "window:2", "random:0.3", "exact:0.7"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A byte-level LLaMA of two layers, whose weights are large enough for attention to have preferences."""
+    folder = tmp_path_factory.mktemp("byte-model")
+    paddle.seed(0)
+    config = paddleformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+        pad_token_id=255,
+    )
+    config.fuse_rms_norm = False
+    paddleformers.LlamaForCausalLM(config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return Model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Two documents of lines of words."""
+    rng = np.random.default_rng(1)
+    words = [bytes(rng.integers(97, 123, rng.integers(2, 9), dtype=np.uint8)) for _ in range(3000)]
+    lines = b"\n".join(b" ".join(words[i : i + 8]) for i in range(0, len(words), 8))
+    return np.frombuffer(b"\0" + lines[:6000] + b"\0" + lines[6000:], np.uint8)
+
+
+def inputs(rng, seqlen_q, seqlen_k, heads=4, kv_heads=2):
+    """One sequence of queries and keys that attend unevenly."""
+    return (
+        2 * rng.standard_normal((seqlen_q, heads, 16), np.float32),
+        2 * rng.standard_normal((seqlen_k, kv_heads, 16), np.float32),
+    )
+
+
+SHAPES = [(1, 1), (127, 127), (129, 129), (400, 400), (72, 584), (128, 640)]
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
+def test_exact_mass_is_the_softmax(rng, seqlen_q, seqlen_k):
+    query, key = inputs(rng, seqlen_q, seqlen_k)
+    mass = baselines.exact_mass(query, key, 0.25)
+    visible = reference.token_mask(None, causal=True, batch=1, num_heads=4, seqlen_q=seqlen_q, seqlen_k=seqlen_k)[0]
+    for h in range(4):
+        probability = reference.masked_softmax(query[:, h] @ key[:, h // 2].T * 0.25, visible[h])[0]
+        for m, j in np.ndindex(mass.shape[1:]):
+            block = probability[m * 128 : m * 128 + 128, j * 128 : j * 128 + 128]
+            assert mass[h, m, j] == pytest.approx(block.sum(), abs=2e-3)
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
+def test_antidiagonal_scores_sum_antidiagonals(rng, seqlen_q, seqlen_k):
+    query, key = inputs(rng, seqlen_q, seqlen_k)
+    shift, stride = seqlen_k - seqlen_q, 8
+    scores = baselines.antidiagonal_scores(query, key, 0.25, stride)
+    expected = np.zeros_like(scores)
+    for h in range(4):
+        product = np.zeros((-(-seqlen_q // 8) * 8, -(-seqlen_k // 8) * 8))
+        product[:seqlen_q, :seqlen_k] = query[:, h] @ key[:, h // 2].T * 0.25
+        squares = np.zeros((product.shape[0] // 8, product.shape[1] // 8))
+        for i, j in np.ndindex(squares.shape):
+            squares[i, j] = np.trace(product[i * 8 : i * 8 + 8, j * 8 : j * 8 + 8][::-1]) / stride
+        visible = np.arange(squares.shape[1]) <= np.arange(len(squares))[:, None] + shift // 8
+        probability = reference.masked_softmax(squares, visible)[0]
+        for i, j in np.ndindex(probability.shape):
+            expected[h, i // 16, j // 16] += probability[i, j]
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_antidiagonals_need_whole_strides(rng):
+    with pytest.raises(
+        ValueError, match="3 keys stand before the queries, but that must be a multiple of the stride 8"
+    ):
+        baselines.antidiagonal_scores(*inputs(rng, 10, 13), 0.25, 8)
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
+def test_pooled_scores_are_of_block_means(rng, seqlen_q, seqlen_k):
+    query, key = inputs(rng, seqlen_q, seqlen_k)
+    scores = baselines.pooled_scores(query, key, 0.25)
+    for h, m in np.ndindex(scores.shape[:2]):
+        last = (min(m * 128 + 128, seqlen_q) - 1 + seqlen_k - seqlen_q) // 128
+        products = [
+            query[m * 128 : m * 128 + 128, h].mean(0) @ key[j * 128 : j * 128 + 128, h // 2].mean(0) * 0.25
+            for j in range(last + 1)
+        ]
+        expected = np.exp(products) / np.exp(products).sum()
+        np.testing.assert_allclose(scores[h, m, : last + 1], expected, rtol=1e-4)
+        assert not scores[h, m, last + 1 :].any()
+
+
+def test_vertical_slash_finds_a_column_and_a_diagonal():
+    """Key 200 and, for each query, the one 300 before it hold half of its attention each.
+
+    To the last 64 queries that is columns 1 and 5, where these keys are, and distances of 2 and mostly 6 blocks.
+    """
+    seqlen = 1024
+    code = np.random.default_rng(0).standard_normal((seqlen, 64)).astype(np.float32)
+    code *= (60 / np.square(code).sum(1, keepdims=True)) ** 0.5
+    key = np.zeros((seqlen, 1, 66), np.float32)
+    key[:, 0, :64], key[200, 0, 64] = code, 1
+    query = np.zeros((seqlen, 1, 66), np.float32)
+    query[300:, 0, :64], query[:, 0, 64] = code[:-300], 60
+    mask = baselines.vertical_slash_mask(query, key, 1.0, 0.9)[0]
+    for m in range(8):
+        expected = {1, 5} | {j for j in range(8) if m - j in (2, 3, 6, 7)}
+        assert set(np.flatnonzero(mask[m])) == expected
+
+
+def test_window_and_random_masks(rng):
+    query, key = inputs(rng, 1000, 1000)
+    assert [list(np.flatnonzero(row)) for row in baselines.window_mask(query, key, 2)[0, [0, 1, 5]]] == [
+        [0], [0, 1], [0, 4, 5]]  # fmt: skip
+    long = np.zeros((8000, 4, 16), np.float32)
+    assert baselines.random_mask(long, long, 0.3, 0).mean() == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("text", ["dense", "rrattn:0.6:16", *BASELINES])
+def test_masks_keep_the_diagonal_and_the_sink_and_nothing_hidden(rng, text):
+    query, key = (paddle.to_tensor(x[None]) for x in inputs(rng, 500, 756))
+    packed = Method(text).block_mask(query, key, None, 0, 1)
+    mask = rrattn.unpack_block_mask(packed, 6).numpy()[0]
+    assert mask[:, :, 0].all() and all(mask[:, m, m + 2].all() for m in range(4))
+    assert not any(mask[:, m, m + 3 :].any() for m in range(4))
+    assert (mask.sum() == 4 * (3 + 4 + 5 + 6)) == (text == "dense")
+
+
+def test_a_growing_knob_attends_more_and_exact_keeps_most(rng):
+    query, key = inputs(rng, 2048, 2048)
+    mass = baselines.exact_mass(query, key, 0.25)
+    query, key = (paddle.to_tensor(x[None]) for x in (query, key))
+    curves = {}
+    for name in ("exact", "rrattn", "xattention", "pooling", "vertical-slash"):
+        masks = [
+            rrattn.unpack_block_mask(Method(f"{name}:{tau}").block_mask(query, key, None, 0, 1), 16).numpy()[0]
+            for tau in (0.2, 0.4, 0.6, 0.8, 0.9, 1)
+        ]
+        assert all((low <= high).all() for low, high in zip(masks, masks[1:])), name
+        curves[name] = np.asarray([[mask.sum(), (mask * mass).sum()] for mask in masks]).T
+        best = np.interp(curves[name][0], *curves["exact"])
+        assert (curves[name][1] <= best * 1.01).all(), name
+
+
+@pytest.mark.parametrize("text, message", [
+    ("denser", "method 'denser' is not one of dense, rrattn, xattention"),
+    ("rrattn", "must be written as rrattn:NUMBER\\[:STRIDE\\] or rrattn:FILE.json"),
+    ("rrattn:1.5", "method 'rrattn:1.5': 1.5 must be in \\(0, 1\\]"),
+    ("rrattn:0.9:7", "stride must be one of 2, 4, 8"),
+    ("pooling:0.9:8", "must be written as pooling:NUMBER"),
+    ("window:2.5", "window must be a whole number of blocks"),
+    ("random:x", "must be written as random:NUMBER"),
+    ("dense:1", "must be written as dense"),
+])  # fmt: skip
+def test_bad_methods_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        Method(text)
+
+
+# The model
+
+
+def test_prefills_do_what_the_enabled_model_does(model, checkpoint):
+    tokens = np.random.default_rng(2).integers(0, 255, 900)
+    plain = paddleformers.LlamaForCausalLM.from_pretrained(str(checkpoint), dtype="float32")
+    plain.config.fuse_rms_norm = False
+    plain.eval()
+    for method, threshold in (("dense", 1.0), ("rrattn:0.5:16", 0.5)):
+        rrattn.enable(plain, rrattn.RRAttentionConfig(threshold=threshold, stride=16))
+        with paddle.no_grad():
+            expected = plain(paddle.to_tensor(tokens[None]), return_dict=True).logits[0].numpy()
+        model.method = Method(method)
+        logits, cache = model.prefill(tokens)
+        np.testing.assert_allclose(logits, expected, atol=1e-3)
+        of_plain = [density.numpy()[0] for density in rrattn.layer_densities(plain)]
+        np.testing.assert_allclose(model.densities, of_plain)
+        assert length_of(cache) == 900
+    assert 0 < np.mean(model.densities) < 1
+
+
+@pytest.mark.parametrize("method", ["dense", "rrattn:0.5", "xattention:0.5"])
+def test_answers_are_those_of_one_prefill_and_greedy_decoding(model, method):
+    """`answer` prefills the context's whole blocks once and checks the answer in one go; generate does it plainly."""
+    rng = np.random.default_rng(3)
+    context, question = rng.integers(0, 255, 700), rng.integers(0, 255, 30)
+    model.method = Method(method)
+    expected = model.generate(np.concatenate([context, question]), 5)
+    _, cache = model.prefill(context[:640])
+    assert model.answer(context, cache, question, expected).all()
+    assert length_of(cache) == 640
+    wrong = expected.copy()
+    wrong[3] = (wrong[3] + 1) % 255
+    assert list(model.answer(context, cache, question, wrong)[:4]) == [True, True, True, False]
+
+
+def test_log_probabilities(rng):
+    logits = rng.standard_normal((6, 11)).astype(np.float32)
+    expected = np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(6), [0, 3, 10, 1, 1, 5]]
+    np.testing.assert_allclose(log_probabilities(logits, np.array([0, 3, 10, 1, 1, 5])), expected, atol=1e-6)
+
+
+# Tasks and results
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_repeat_and_differ_by_index(text, kind):
+    first, again, other = (prompts.make_prompt(kind, text, 2000, index, 6) for index in (0, 0, 1))
+    assert first.context == again.context != other.context
+    assert 1900 < len(first.context) <= 2000
+    if kind == "needle":
+        assert [one.task for one in first.questions] == ["needle"] * 6 + ["multi-needle"]
+        multi = first.questions[-1]
+        lines = multi.question.decode().splitlines()
+        known = {one.question: one.answer for one in first.questions[:6]}
+        assert len(lines) == 4 and known[lines[-1].encode()] == multi.answer
+        assert all(known[line[:-5].encode()] == line[-5:].encode() for line in lines[:3])
+    if kind == "inside":
+        for begin, end in first.spans:
+            key = first.context[begin - 7 : begin]
+            assert first.context.count(key + first.context[begin:end]) == 2 and first.scored[begin:end].all()
+        assert first.scored.sum() == 6 * 5
+
+
+def test_a_run_writes_every_task_and_goes_on_where_it_stopped(model, text, tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    arguments = (text, KINDS, ["dense", "rrattn:0.5"], [1500], 1, 4)
+    run.run_tasks(model, run.Results(path), *arguments)
+    rows = run.read_results(path)
+    assert {(row["method"], row["task"]) for row in rows} == {
+        (method, task) for method in ("dense", "rrattn:0.5") for task in prompts.TASKS
+    }
+    assert all(row["density"] == 1 for row in rows if row["method"] == "dense")
+    assert all(0 < row["density"] < 1 for row in rows if row["method"] == "rrattn:0.5")
+    loss = [row["nats"] for row in rows if row["task"] == "text"]
+    assert loss[0] != loss[1] and min(loss) > 4
+
+    path.write_text("\n".join(json.dumps(row) for row in rows[:-1]) + '\n{"model": "cut o')
+    ran = []
+    monkeypatch.setattr(run, "run_prompt", lambda model, kind, prompt: ran.append(kind) or [])
+    run.run_tasks(model, run.Results(path), *arguments)
+    assert ran == [kind for kind, tasks in prompts.CONTEXTS.items() if rows[-1]["task"] in tasks]
+
+
+def test_kept_mass_is_what_the_masks_hold(model, text, tmp_path):
+    results = run.Results(tmp_path / "results.jsonl")
+    methods = ["dense", "rrattn:0.5", "exact:0.5", "exact:0.8", "random:0.3"]
+    run.measure_mass(model, results, text, ["text"], methods, [1500], 1, 4)
+    rows = {row["method"]: row for row in results.rows}
+    assert rows["dense"]["kept"] == pytest.approx(1) and rows["dense"]["density"] == 1
+    assert 0.5 <= rows["exact:0.5"]["kept"] < rows["exact:0.8"]["kept"] < 1
+    assert rows["exact:0.5"]["density"] < rows["exact:0.8"]["density"] < 1
+    assert np.shape(rows["rrattn:0.5"]["by_layer"]) == (2, 4, 2)
+
+
+def test_report(model, text, tmp_path):
+    def row(method, task, **results):
+        return {"model": "m", "method": method, "length": 1024, "index": 0, "questions": 2, "task": task, **results}
+
+    def answers(right):
+        return {"score": sum(right) / 2, "right": [[right[0], 0.1], [right[1], 0.9]], "density": 1.0, "seconds": 1.0}
+
+    rows = [
+        row("dense", "needle", **answers([True, True])),
+        row("dense", "text", nats=1.0, score=0.5, density=1.0, seconds=1.0),
+        row("rrattn:0.9:16", "needle", **{**answers([True, False]), "density": 0.4}),
+        row("rrattn:0.9:16", "text", nats=1.25, score=0.5, density=0.2, seconds=1.0),
+        row("rrattn:0.5", "mass text", density=0.1, kept=0.6),
+        row("rrattn:0.9", "mass text", density=0.3, kept=0.8),
+    ]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    written = report.write_report(path, tmp_path / "plots")
+    assert "| rrattn:0.9:16 | 50.0% | 1.2500 | 65.0% | 30.0% |" in written  # (0.5 + 1 / 1.25) / 2
+    assert "| rrattn, stride 8 | 60.0% | 70.0% | 80.0% |  |  |" in written
+    assert {plot.name for plot in (tmp_path / "plots").iterdir()} == {"quality.png", "mass.png", "needles.png"}
+    path.write_text(path.read_text() + json.dumps({**rows[0], "model": "other"}) + "\n")
+    with pytest.raises(SystemExit, match="results of 2 models"):
+        report.write_report(path)
+
+
+def test_command_line(checkpoint, text, tmp_path):
+    (tmp_path / "text").write_bytes(text.tobytes())
+
+    def evaluate(*arguments):
+        command = [sys.executable, "-W", "ignore", str(TOOLS / "evaluate.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+    common = ("--text", "text", "--lengths", 1024, "--questions", 2)
+    ran = evaluate(
+        "run", checkpoint, "out.jsonl", *common, "--tasks", "lookup", "text", "--methods", "dense", "window:2"
+    )
+    assert ran.returncode == 0, ran.stderr
+    shown = evaluate("report", "out.jsonl")
+    assert "| window:2 |" in shown.stdout and "### 1,024 tokens" in shown.stdout
+    bad = evaluate("run", checkpoint, "out.jsonl", *common, "--methods", "sparse:2")
+    assert bad.returncode == 2 and "method 'sparse:2' is not one of dense" in bad.stderr
+
+
+# Benchmarks
+
+
+def test_helmet_formats(tmp_path):
+    records = [
+        {"context": "{'k1': 'v 7'}", "question": "k1", "answer": "v 7", "num_kvs": 1, "demos": []},
+        {"context": "Long.", "query": "magic numbers", "outputs": ["12", "34"], "length": 9, "index": 0},
+        {"question": "Who?", "answers": ["Ada"], "ctxs": [{"title": "T", "text": "Ada did."}]},
+    ]
+    path = tmp_path / "kv.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    kv, ruler, qa = benchmarks.read_helmet(path)
+    assert kv.prompt.startswith("{'k1': 'v 7'}") and "k1" in kv.prompt[13:] and kv.answers == ["v 7"]
+    assert ruler.answers == ["12", "34"] and ruler.count_each and "magic numbers" in ruler.prompt
+    assert "Ada did." in qa.prompt and "Who?" in qa.prompt and not qa.count_each
+    path.write_text(json.dumps({"text": "x"}))
+    with pytest.raises(ValueError, match="kv.jsonl:1 has the fields text, but must have context, question"):
+        benchmarks.read_helmet(path)
+
+
+def test_video_mme_format(tmp_path):
+    record = {
+        "videoID": "abc",
+        "question_id": "001-1",
+        "question": "What?",
+        "options": ["A. this", "B. that"],
+        "answer": "B",
+    }
+    (tmp_path / "videomme").mkdir()
+    (tmp_path / "subtitle").mkdir()
+    table = tmp_path / "videomme" / "test.json"
+    table.write_text(json.dumps([record, {**record, "videoID": "silent"}]))
+    with pytest.raises(ValueError, match="holds no .srt file of the videos in test.json"):
+        benchmarks.read_video_mme(tmp_path)
+    srt = "1\n00:00:01,000 --> 00:00:02,000\n<i>Hello there</i>\n\n2\n00:00:03,000 --> 00:00:04,000\nGood bye\n"
+    (tmp_path / "subtitle" / "abc.srt").write_text(srt)
+    (sample,) = benchmarks.read_video_mme(tmp_path)
+    assert "Hello there\nGood bye\n" in sample.prompt and "-->" not in sample.prompt and "B. that" in sample.prompt
+    assert sample.answers == ["B"] and sample.letters == ["A", "B"]
+    table.write_text(json.dumps([{**record, "answer": "C"}]))
+    with pytest.raises(ValueError, match="answer 'C' is not among"):
+        benchmarks.read_video_mme(tmp_path)
+
+
+def test_benchmark_scores(model, tmp_path):
+    """The model's own output and likeliest letter count as right, another as wrong."""
+    model.method = Method("dense")
+    prompt = "some words to go on with"
+    output = model.codec.decode(model.generate(model.codec.encode(prompt.encode()), benchmarks.HELMET_ANSWER_TOKENS))
+    said = benchmarks.normalized(output.decode("utf-8", "replace"))
+    found = benchmarks.Sample("a", prompt, [said, "never said at all"])
+    assert benchmarks.score(model, found, 100)[0] == 1
+    found.count_each = True
+    assert benchmarks.score(model, found, 100)[0] == 0.5
+    logits = model.prefill(model.codec.encode(prompt.encode()))[0][-1]
+    best = max("ABCD", key=lambda letter: logits[ord(letter)])
+    samples = [benchmarks.Sample(letter, prompt, [letter], list("ABCD")) for letter in "ABCD"]
+    results = run.Results(tmp_path / "results.jsonl")
+    benchmarks.run_benchmark(model, results, "video-mme", samples, ["dense"], 10)
+    assert all(row["tokens"] == 10 for row in results.rows) and len(results.rows) == 4
+    assert [benchmarks.score(model, one, 100)[0] for one in samples] == [float(letter == best) for letter in "ABCD"]
+
+
+# Calibration
+
+
+def curves(rng, layers=3, heads=4):
+    """(kept, density) [thresholds, layers, heads] of heads with different curves; both grow with the threshold."""
+    tau = np.asarray(calibrate.THRESHOLDS)[:, None, None]
+    sharpness = rng.uniform(0.5, 6, (layers, heads))
+    return 1 - (1 - tau) ** rng.uniform(0.7, 1.6, (layers, heads)), tau**sharpness
+
+
+@pytest.mark.parametrize("per", ["head", "layer"])
+@pytest.mark.parametrize("loss", [0.02, 0.1, 0.3])
+def test_calibration_meets_its_bounds(rng, per, loss):
+    kept, density = curves(rng)
+    groups = 12 if per == "head" else 3
+    of_groups = calibrate.grouped(kept, per), calibrate.grouped(density, per)
+    each = calibrate.calibrate(kept, density, Namespace(per=per, bound="each", loss=loss))
+    assert each.shape == (groups,)
+    for group, chosen in enumerate(each):
+        assert 1 - of_groups[0][chosen, group] <= loss
+        assert chosen == 0 or 1 - of_groups[0][chosen - 1, group] > loss
+    mean = calibrate.calibrate(kept, density, Namespace(per=per, bound="mean", loss=loss))
+    assert 1 - calibrate.at(of_groups[0], mean) <= loss
+    same_loss = calibrate.global_density(*of_groups, calibrate.at(of_groups[0], mean))
+    assert calibrate.at(of_groups[1], mean) < same_loss
+
+
+def test_fewest_blocks_against_every_choice(rng):
+    """Of all combinations of thresholds with the bound kept, none has clearly fewer blocks."""
+    kept, density = (calibrate.grouped(x, "head")[::4, :3] for x in curves(rng))
+    chosen = calibrate.fewest_blocks(kept, density, 0.15)
+    best = min(
+        calibrate.at(density, choice)
+        for choice in np.ndindex(*[len(kept)] * 3)
+        if 1 - calibrate.at(kept, choice) <= 0.15
+    )
+    assert calibrate.at(density, chosen) <= best + 0.08
+
+
+def test_calibration_writes_a_config_that_enable_reads(checkpoint, text, tmp_path):
+    (tmp_path / "text").write_bytes(text.tobytes())
+    command = [sys.executable, "-W", "ignore", str(TOOLS / "calibrate.py"), str(checkpoint), "out.json"]
+    options = ["--text", "text", "--held-out", "text", "--length", "1024", "--samples", "1", "--loss", "0.1"]
+    ran = subprocess.run(command + options, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "bound on mean: 10.00%" in ran.stdout
+    config = rrattn.RRAttentionConfig.from_json(tmp_path / "out.json")
+    assert np.shape(config.threshold) == (2, 4) and config.stride == 8
+    model = Model(checkpoint)
+    rrattn.enable(model.model, config)
+    model.method = Method(f"rrattn:{tmp_path / 'out.json'}")
+    model.prefill(np.arange(1000) % 250)
+    with pytest.raises(ValueError, match="the stride is in the file"):
+        Method(f"rrattn:{tmp_path / 'out.json'}:16")
+
+
+def test_config_files(tmp_path):
+    path = tmp_path / "config.json"
+    config = rrattn.RRAttentionConfig(threshold=[0.5, [0.6, 0.7]], stride=16, dense_layers=[1], keep_last=True)
+    config.to_json(path)
+    assert rrattn.RRAttentionConfig.from_json(path) == config
+    for content, message in (
+        ('{"threshold": 2}', "threshold is 2, but must be in"),
+        ('{"treshold": 0.5}', "sets treshold, but the settings are stride, threshold"),
+        ("[1]", "holds a list, but must hold an object"),
+        ("{", "is not JSON"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            rrattn.RRAttentionConfig.from_json(path)

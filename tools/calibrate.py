@@ -1,0 +1,154 @@
+"""Finds a threshold for each layer or head of a model that loses no more attention mass than a stated bound.
+
+    python tools/calibrate.py MODEL CONFIG.json --text FILE --held-out FILE [--loss 0.05] [--per head]
+
+One threshold for all heads spends blocks where they hardly matter: a head whose estimate is good could do with less
+than one whose estimate is poor. Here the bound is on what is really lost: on prefills of sample text, the true
+attention mass outside the chosen blocks. `--bound each` finds for each head (or layer) the smallest threshold whose
+loss is within the bound; `--bound mean` spreads blocks over all of them so that the mean loss is within the bound and
+the blocks are as few as can be. Both are then checked on held-out text, beside one threshold of the same loss.
+
+CONFIG.json holds an RRAttentionConfig: rrattn.enable(model, rrattn.RRAttentionConfig.from_json("CONFIG.json")).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))  # for evaluation and probe
+
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99,
+              0.995, 0.999, 1.0)  # fmt: skip
+
+
+def parse_arguments():
+    from evaluation.prompts import CONTEXTS
+
+    from rrattn.config import STRIDES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a checkpoint directory of PaddleFormers or PaddleNLP")
+    parser.add_argument("config", type=Path, help="the file to write")
+    parser.add_argument("--text", type=Path, required=True, help="sample text: a file, or what corpus.py wrote")
+    parser.add_argument("--held-out", type=Path, required=True, help="text to check the result on")
+    parser.add_argument("--loss", type=float, default=0.05, help="attention mass that may be lost (default: 0.05)")
+    parser.add_argument("--per", choices=("layer", "head"), default="head", help="(default: head)")
+    parser.add_argument("--bound", choices=("each", "mean"), default="mean", help="what the loss is of (default: mean)")
+    parser.add_argument("--stride", type=int, choices=STRIDES, default=8, help="(default: 8)")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a sample (default: 8192)")
+    parser.add_argument("--samples", type=int, default=2, help="of each kind, and as many held out (default: 2)")
+    parser.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=["text"], help="kinds (default: text)")
+    arguments = parser.parse_args()
+    if not 0 < arguments.loss < 1:
+        parser.error(f"--loss must be between 0 and 1, got {arguments.loss}")
+    if arguments.samples < 1 or arguments.length < 512:
+        parser.error(f"--samples must be at least 1 and --length 512, got {arguments.samples} and {arguments.length}")
+    for path in (arguments.text, arguments.held_out):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    return arguments
+
+
+def measure(model, texts, arguments):
+    """(kept, density), float64 [thresholds, layers, heads]: means over samples of the true mass in the chosen blocks
+    and of the share of blocks that they are."""
+    from evaluation.run import capture, kept_mass, sized_prompt
+
+    total = []
+    for index in range(arguments.samples):
+        for kind in arguments.tasks:
+            prompt = sized_prompt(model, kind, texts, arguments.length, index, 12)
+            inputs, masses = capture(model, model.codec.encode(prompt.context))
+            methods = [f"rrattn:{threshold}:{arguments.stride}" for threshold in THRESHOLDS]
+            total.append([kept_mass(model, inputs, masses, method)["by_layer"] for method in methods])
+    mean = np.mean(total, axis=0)  # [thresholds, layers, heads, 2]
+    return mean[..., 1], mean[..., 0]
+
+
+def smallest_each(kept, loss):
+    """int [groups]: the first threshold of each group whose loss is within the bound; kept is [thresholds, groups]."""
+    return (1 - kept <= loss).argmax(0)
+
+
+def fewest_blocks(kept, density, loss):
+    """int [groups]: thresholds whose mean loss is within the bound, with as few blocks as can be.
+
+    Each group's losses and densities form a curve. At the optimum all groups trade at one price, the blocks that a
+    little mass costs: with a price, each group takes the threshold that is cheapest in density + price * loss, and a
+    bisection finds the least price that meets the bound.
+    """
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        price = (low + high) / 2
+        chosen = (density + price * (1 - kept)).argmin(0)
+        mean_loss = np.take_along_axis(1 - kept, chosen[None], 0).mean()
+        low, high = (low, price) if mean_loss <= loss else (price, high)
+    return (density + high * (1 - kept)).argmin(0)
+
+
+def grouped(values, per):
+    """[thresholds, groups] of [thresholds, layers, heads]: a group is a head, or the mean of a layer's heads."""
+    return values.reshape(len(values), -1) if per == "head" else values.mean(2)
+
+
+def at(values, chosen):
+    """Mean over groups of values [thresholds, groups] at each group's threshold."""
+    return float(np.take_along_axis(values, np.asarray(chosen)[None], 0).mean())
+
+
+def global_density(kept, density, kept_wanted):
+    """Density of one threshold for all that keeps a given mass: between the measured thresholds, linear."""
+    return float(np.interp(kept_wanted, kept.mean(1), density.mean(1)))
+
+
+def calibrate(kept, density, arguments):
+    """The chosen thresholds, int [groups], from [thresholds, layers, heads] of sample text."""
+    kept, density = grouped(kept, arguments.per), grouped(density, arguments.per)
+    if arguments.bound == "each":
+        return smallest_each(kept, arguments.loss)
+    return fewest_blocks(kept, density, arguments.loss)
+
+
+def as_config(chosen, num_layers, arguments):
+    """The RRAttentionConfig of the chosen thresholds."""
+    import rrattn
+
+    thresholds = [THRESHOLDS[i] for i in chosen]
+    if arguments.per == "head":
+        heads = len(thresholds) // num_layers
+        thresholds = [thresholds[i * heads : (i + 1) * heads] for i in range(num_layers)]
+    return rrattn.RRAttentionConfig(threshold=thresholds, stride=arguments.stride)
+
+
+def main():
+    arguments = parse_arguments()
+    import paddle
+    from evaluate import read_text
+    from evaluation.model import Model
+
+    paddle.base.core.set_num_threads(os.cpu_count())
+    model = Model(arguments.model)
+    kept, density = measure(model, read_text(arguments.text), arguments)
+    chosen = calibrate(kept, density, arguments)
+    config = as_config(chosen, model.num_layers, arguments)
+    config.to_json(arguments.config)
+    held_kept, held_density = measure(model, read_text(arguments.held_out), arguments)
+    print(f"{'':22} {'mass lost':>10} {'density':>9} {'one threshold of that loss':>28} {'blocks saved':>13}")
+    for name, k, d in (("sample text", kept, density), ("held-out text", held_kept, held_density)):
+        k, d = grouped(k, arguments.per), grouped(d, arguments.per)
+        of_global = global_density(k, d, at(k, chosen))
+        saved = 1 - at(d, chosen) / of_global
+        print(f"{name:22} {1 - at(k, chosen):10.2%} {at(d, chosen):9.1%} {of_global:28.1%} {saved:13.1%}")
+    k = grouped(held_kept, arguments.per)
+    worst = 1 - float(np.take_along_axis(k, chosen[None], 0).min())
+    print(f"worst {arguments.per} on held-out text: {worst:.2%} lost; bound on {arguments.bound}: {arguments.loss:.2%}")
+    print(f"written: {arguments.config}")
+
+
+if __name__ == "__main__":
+    main()

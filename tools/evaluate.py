@@ -1,0 +1,122 @@
+"""Evaluates ways to choose attention blocks on a checkpoint: quality, density and kept attention mass.
+
+    python tools/evaluate.py run MODEL RESULTS.jsonl --text FILE [--tasks ...] [--methods ...] [--lengths ...]
+    python tools/evaluate.py mass MODEL RESULTS.jsonl --text FILE [...]
+    python tools/evaluate.py report RESULTS.jsonl [--plots FOLDER]
+    python tools/evaluate.py helmet MODEL FILE.jsonl ... / video-mme MODEL FOLDER ... [--methods ...]
+
+MODEL is a checkpoint directory of PaddleFormers or PaddleNLP, such as examples/probe. Results are JSON lines; a run
+that was interrupted goes on where it stopped. Tasks are told in evaluation/prompts.py, methods in
+evaluation/methods.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for evaluation and probe
+
+DEFAULT_METHODS = (
+    ["dense"]
+    + [f"rrattn:{tau}:{stride}" for stride in (8, 16, 32) for tau in ("0.80", "0.90", "0.95", "0.99")]
+    + [f"{name}:{tau}" for name in ("xattention", "pooling", "vertical-slash") for tau in ("0.80", "0.90", "0.95")]
+    + [f"window:{blocks}" for blocks in (8, 16, 32)]
+    + [f"random:{share}" for share in ("0.1", "0.3", "0.5")]
+)
+
+
+def add_common(parser, lengths):
+    parser.add_argument("model", type=Path, help="a checkpoint directory")
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, metavar="METHOD", help="(default: all)")
+    if lengths:
+        parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384], help="(default: 4K to 16K)")
+
+
+def parse_arguments():
+    from evaluation.methods import Method
+    from evaluation.prompts import CONTEXTS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "mass"):
+        command = commands.add_parser(name)
+        add_common(command, lengths=True)
+        command.add_argument("results", type=Path, help="a file of JSON lines, made or gone on with")
+        command.add_argument("--text", type=Path, required=True, help="held-out text: a file, or what corpus.py wrote")
+        kinds = list(CONTEXTS) if name == "run" else ["text", "lookup", "needle"]
+        command.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=kinds)
+        command.add_argument("--contexts", type=int, default=1, help="of each task and length (default: 1)")
+        command.add_argument("--questions", type=int, default=12, help="about each context (default: 12)")
+    command = commands.add_parser("report")
+    command.add_argument("results", type=Path)
+    command.add_argument("--plots", type=Path, help="folder for the plots (default: none are drawn)")
+    for name in ("helmet", "video-mme"):
+        command = commands.add_parser(name)
+        add_common(command, lengths=False)
+        command.add_argument("results", type=Path, help="a file of JSON lines, made or gone on with")
+        command.add_argument("--data", type=Path, required=True, help="a .jsonl file / the folder of the data set")
+        command.add_argument("--samples", type=int, default=100, help="at most so many (default: 100)")
+        command.add_argument("--longest", type=int, default=131072, help="tokens of a prompt (default: 131072)")
+    arguments = parser.parse_args()
+    for name in ("contexts", "questions", "samples", "longest"):
+        if getattr(arguments, name, 1) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if min(getattr(arguments, "lengths", [512])) < 512:
+        parser.error(f"--lengths must be at least 512, got {min(arguments.lengths)}")
+    for path in (getattr(arguments, "text", None), getattr(arguments, "data", None)):
+        if path is not None and not path.exists():
+            parser.error(f"there is no {path}")
+    try:
+        for method in getattr(arguments, "methods", []):
+            Method(method)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return arguments
+
+
+def read_text(path):
+    """A text as uint8 [bytes]; .xz is unpacked."""
+    import numpy as np
+    from probe.tasks import load_text
+
+    return load_text(path) if path.suffix == ".xz" else np.frombuffer(path.read_bytes(), np.uint8)
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.command == "report":
+        from evaluation.report import write_report
+
+        print(write_report(arguments.results, arguments.plots))
+        return
+    import paddle
+    from evaluation.model import Model
+    from evaluation.run import Results, measure_mass, run_tasks
+
+    paddle.base.core.set_num_threads(os.cpu_count())  # or Paddle's own products run on one core
+    model, results = Model(arguments.model), Results(arguments.results)
+    if arguments.command in ("run", "mass"):
+        work = run_tasks if arguments.command == "run" else measure_mass
+        work(
+            model,
+            results,
+            read_text(arguments.text),
+            arguments.tasks,
+            arguments.methods,
+            arguments.lengths,
+            arguments.contexts,
+            arguments.questions,
+        )
+        return
+    from evaluation.benchmarks import read_helmet, read_video_mme, run_benchmark
+
+    read = read_helmet if arguments.command == "helmet" else read_video_mme
+    samples = read(arguments.data)[: arguments.samples]
+    run_benchmark(model, results, arguments.command, samples, arguments.methods, arguments.longest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What tools/evaluate.py and tools/calibrate.py are made of."""

@@ -1,0 +1,130 @@
+"""The ways to choose blocks that are compared, each from a short text.
+
+dense                       every block
+rrattn:0.95[:8]             rrattn at a threshold, with a stride (default 8)
+rrattn:FILE.json            rrattn with the settings of a file (RRAttentionConfig.from_json)
+xattention:0.95[:8]         antidiagonal scores, with a stride (default 8)
+pooling:0.95                products of block means, as FlexPrefill's query-aware estimate
+vertical-slash:0.95         columns and diagonals that the last queries attend, as MInference
+window:16                   the first block and so many of the nearest
+random:0.3                  each block with this chance
+exact:0.95                  the true attention mass: what no selection can beat
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+
+import rrattn
+from rrattn.config import STRIDES
+
+from . import baselines
+
+NAMES = ("dense", "rrattn", "xattention", "pooling", "vertical-slash", "window", "random", "exact")
+_WITH_STRIDE = ("rrattn", "xattention")
+
+
+class Method:
+    """One way to choose blocks; see the module for the texts.
+
+    Raises
+    ------
+    ValueError
+        For a text that names no method, or a number that is not allowed.
+    """
+
+    def __init__(self, text):
+        self.text = text
+        self.name, *settings = text.split(":")
+        if self.name not in NAMES:
+            raise ValueError(f"method {text!r} is not one of {', '.join(NAMES)}")
+        self.config = None
+        most = 0 if self.name == "dense" else 2 if self.name in _WITH_STRIDE else 1
+        if len(settings) > most or (self.name != "dense" and not settings):
+            raise ValueError(f"method {text!r} must be written as {_form(self.name)}")
+        if self.name == "dense":
+            return
+        if self.name == "rrattn" and settings[0].endswith(".json"):
+            self.config = rrattn.RRAttentionConfig.from_json(settings[0])
+            if len(settings) > 1:
+                raise ValueError(f"method {text!r}: the stride is in the file, so it must not be given")
+            return
+        try:
+            self.knob = float(settings[0])
+            self.stride = int(settings[1]) if len(settings) > 1 else 8
+        except ValueError:
+            raise ValueError(f"method {text!r} must be written as {_form(self.name)}") from None
+        if self.name == "window":
+            if self.knob < 1 or self.knob != int(self.knob):
+                raise ValueError(f"method {text!r}: the window must be a whole number of blocks, 1 or more")
+        elif not 0 < self.knob <= 1:
+            raise ValueError(f"method {text!r}: {settings[0]} must be in (0, 1]")
+        if self.stride not in STRIDES:
+            raise ValueError(f"method {text!r}: the stride must be one of {', '.join(map(str, STRIDES))}")
+        if self.name == "rrattn":
+            self.config = rrattn.RRAttentionConfig(threshold=self.knob, stride=self.stride)
+
+    def block_mask(self, query, key, scale, layer, num_layers):
+        """The blocks to attend, causal.
+
+        Parameters
+        ----------
+        query, key : Tensor
+            [1, Lq, Hq, D], the last positions of the keys, and [1, Lk, Hkv, D].
+        scale : float or None
+            Of the products; None: 1 / sqrt(D).
+        layer, num_layers : int
+
+        Returns
+        -------
+        Tensor
+            int32 [1, Hq, Mq, ceil(Mk / 32)], see `rrattn.pack_block_mask`.
+        """
+        sizes = {"causal": True, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        if self.name == "dense":
+            return rrattn.dense_block_mask(1, query.shape[2], **sizes)
+        if self.name == "rrattn":
+            threshold = self.config.layer_threshold(layer, num_layers)
+            if self.config.layer_is_dense(layer, num_layers) or key.shape[1] < self.config.min_length:
+                return rrattn.dense_block_mask(1, query.shape[2], **sizes)
+            if not isinstance(threshold, float):
+                threshold = paddle.to_tensor(list(threshold), dtype="float32")
+            scores = rrattn.estimate_block_scores(
+                query,
+                key,
+                causal=True,
+                stride=self.config.stride,
+                head_offset=self.config.head_offset,
+                softmax_scale=scale if self.config.softmax_scale is None else self.config.softmax_scale,
+            )
+            keep = {"keep_sink": self.config.keep_sink, "keep_last": self.config.keep_last}
+            return rrattn.select_blocks(scores, threshold, **sizes, **keep)
+        scores, mask = self._baseline(query[0].numpy(), key[0].numpy(), scale or query.shape[3] ** -0.5, layer)
+        if scores is None:
+            scores, threshold = np.where(mask, 1.0, 0.0).astype(np.float32), 1 - 2**-20
+        else:
+            threshold = self.knob
+        return rrattn.select_blocks(paddle.to_tensor(scores[None]), threshold, **sizes)
+
+    def _baseline(self, query, key, scale, layer):
+        """(scores, None) or (None, mask), [Hq, Mq, Mk]."""
+        if self.name == "xattention":
+            return baselines.antidiagonal_scores(query, key, scale, self.stride), None
+        if self.name == "pooling":
+            return baselines.pooled_scores(query, key, scale), None
+        if self.name == "exact":
+            return baselines.exact_mass(query, key, scale), None
+        if self.name == "vertical-slash":
+            return None, baselines.vertical_slash_mask(query, key, scale, self.knob)
+        if self.name == "window":
+            return None, baselines.window_mask(query, key, int(self.knob))
+        return None, baselines.random_mask(query, key, self.knob, [layer, len(query), len(key)])
+
+
+def _form(name):
+    if name == "dense":
+        return "dense"
+    return (
+        f"{name}:NUMBER" + ("[:STRIDE]" if name in _WITH_STRIDE else "") + (" or rrattn:FILE.json") * (name == "rrattn")
+    )

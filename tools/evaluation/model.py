@@ -1,0 +1,208 @@
+"""A checkpoint of PaddleFormers or PaddleNLP whose attention chooses its blocks by a given method."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import importlib
+import time
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+import rrattn
+from rrattn.integrations import attention_cores
+
+BLOCK = rrattn.BLOCK_SIZE
+LIBRARIES = ("paddleformers", "paddlenlp")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+class Bytes:
+    """Tokens of a byte-level model, which has no tokenizer: the bytes themselves."""
+
+    def encode(self, text):
+        return np.frombuffer(text, np.uint8).astype(np.int64)
+
+    def decode(self, tokens):
+        return bytes(int(token) for token in tokens if token < 256)
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint, without special tokens."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def encode(self, text):
+        ids = self._tokenizer(text.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"]
+        return np.asarray(ids, np.int64).reshape(-1)
+
+    def decode(self, tokens):
+        return self._tokenizer.decode([int(token) for token in tokens]).encode()
+
+
+class Model:
+    """A model, its tokens, and the method by which its attention chooses blocks.
+
+    Parameters
+    ----------
+    folder : path
+        A checkpoint directory that AutoModelForCausalLM of the installed library loads. Without tokenizer files the
+        vocabulary must be of at most 512 tokens, and the tokens are bytes.
+
+    Attributes
+    ----------
+    method : Method
+        How prefills choose their blocks; may be set between calls.
+    densities : list of float32 [Hq]
+        Of the last prefill, per layer: the share of the visible blocks that were attended.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise SystemExit(f"{folder} is no checkpoint directory: it has no config.json")
+        library = next((name for name in LIBRARIES if util.find_spec(name)), None)
+        if library is None:
+            raise SystemExit(f"neither {' nor '.join(LIBRARIES)} is installed")
+        transformers = importlib.import_module(f"{library}.transformers")
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32")
+        self.model.config.fuse_rms_norm = False  # an operator for GPUs
+        self.model.eval()
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            self.codec = Tokenizer(transformers.AutoTokenizer.from_pretrained(str(folder)))
+        elif self.model.config.vocab_size <= 512:
+            self.codec = Bytes()
+        else:
+            raise SystemExit(f"{folder} has {self.model.config.vocab_size} tokens, but no tokenizer")
+        rrattn.enable(self.model, rrattn.RRAttentionConfig())
+        self.cores = attention_cores(self.model)
+        for layer, core in enumerate(self.cores):
+            core._observer = functools.partial(self._attend, layer)
+        self.method = None
+        self.on_attend = None  # called with (layer, query, key, scale) before each prefill's attention
+        self.densities = [None] * len(self.cores)
+        self._every_block = False
+        self._causal_bounds = {}
+
+    @property
+    def num_layers(self):
+        return len(self.cores)
+
+    def digest(self):
+        """A few letters that tell the weights from others."""
+        state = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            state.update(name.encode() + weight.numpy().tobytes())
+        return state.hexdigest()[:12]
+
+    def _attend(self, layer, query, key, value, startend_row_indices, *, causal, softmax_scale):
+        """What an RRAttention runs in place of its own: (out, block mask). Masks are plain causal here, so bounds that
+        the library makes of them say nothing more."""
+        sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        if self._every_block or query.shape[1] == 1 < key.shape[1]:
+            block_mask = rrattn.dense_block_mask(query.shape[0], query.shape[2], **sizes)
+        else:
+            if self.on_attend is not None:
+                self.on_attend(layer, query, key, softmax_scale)
+            block_mask = self.method.block_mask(query, key, softmax_scale, layer, self.num_layers)
+            self.densities[layer] = rrattn.block_density(block_mask, **sizes).numpy()[0]
+        out = rrattn.block_sparse_attention(query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale)
+        return out, block_mask
+
+    @paddle.no_grad()
+    def prefill(self, tokens, cache=None):
+        """(logits float32 [n, vocabulary], cache) of n tokens, int64 [n], after those of the cache, which stays.
+
+        Blocks are chosen by the method.
+        """
+        return self._run(tokens, cache)
+
+    @paddle.no_grad()
+    def decode(self, tokens, cache):
+        """What `prefill` returns, with every block attended: the same as decoding these tokens one by one."""
+        self._every_block = True
+        try:
+            return self._run(tokens, cache)
+        finally:
+            self._every_block = False
+
+    def _run(self, tokens, cache):
+        begin, past = (0, None) if cache is None else (length_of(cache), copied(cache))
+        end = begin + len(tokens)
+        output = self.model(
+            paddle.to_tensor(np.asarray(tokens, np.int64)[None]),
+            position_ids=paddle.arange(begin, end).unsqueeze(0),
+            attn_mask_startend_row_indices=paddle.full([1, 1, end, 1], end - begin, dtype="int32"),
+            past_key_values=past,
+            use_cache=True,
+            return_dict=True,
+        )
+        return output.logits[0].astype("float32").numpy(), output.past_key_values
+
+    def answer(self, context, cache, question, answer):
+        """Whether greedy decoding answers a question, token by token: bool [answer tokens].
+
+        Parameters
+        ----------
+        context : int64 [n]
+        cache : of the context's first floor(n / 128) * 128 tokens
+            What is left of the context, and the question, are prefilled after it, as one prefill of all would do them:
+            its choice of blocks is the same.
+        question, answer : int64 [tokens]
+        """
+        prompt = np.concatenate([context[length_of(cache) :], question])
+        logits, cache = self.prefill(prompt, cache)
+        guesses = [logits[-1].argmax()]
+        if len(answer) > 1:
+            # Greedy decoding goes on with the answer as long as it is right, so this tells the same.
+            guesses += list(self.decode(answer[:-1], cache)[0].argmax(-1))
+        return np.asarray(guesses) == answer
+
+    def generate(self, prompt, count):
+        """`count` tokens after a prompt, int64 [count], greedily: the prefill by the method, decoding dense."""
+        logits, cache = self.prefill(prompt)
+        made = [int(logits[-1].argmax())]
+        while len(made) < count:
+            logits, cache = self.decode(np.asarray(made[-1:]), cache)
+            made.append(int(logits[-1].argmax()))
+        return np.asarray(made)
+
+
+def length_of(cache):
+    """Tokens in a cache."""
+    if isinstance(cache, (list, tuple)):  # PaddleNLP: (key, value) [B, L, Hkv, D] per layer
+        return cache[0][0].shape[1]
+    return cache.get_seq_length()
+
+
+def copied(cache):
+    """A cache that may grow without the first one growing; tensors are shared, as neither changes them in place."""
+    if isinstance(cache, (list, tuple)):
+        return cache
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+def log_probabilities(logits, targets):
+    """float64 [n]: of each target under its row of logits."""
+    logits = logits.astype(np.float64)
+    top = logits.max(-1, keepdims=True)
+    norm = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
+    return logits[np.arange(len(targets)), targets] - norm
+
+
+class Timer:
+    """with Timer() as timer: ...; then timer.seconds."""
+
+    def __enter__(self):
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds = time.perf_counter() - self._begin

@@ -1,0 +1,212 @@
+"""Runs the tasks and writes a line of results for each model, method, task, length and context."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from tqdm import tqdm
+
+from . import baselines
+from .methods import Method
+from .model import BLOCK, Timer, log_probabilities
+from .prompts import CONTEXTS, make_prompt
+
+MASS = "mass"  # the task of the lines that `measure_mass` writes
+
+
+class Results:
+    """A file of JSON lines, one a result, that an interrupted run goes on with.
+
+    A result is known by its model, method, task, length, context number and number of questions.
+    """
+
+    KEY = ("model", "method", "task", "length", "index", "questions")
+
+    def __init__(self, path):
+        self.path = path
+        self.rows = read_results(path) if path.exists() else []
+        self._known = {self.key(row) for row in self.rows}
+
+    def key(self, row):
+        return tuple(row.get(name) for name in self.KEY)
+
+    def __contains__(self, row):
+        return self.key(row) in self._known
+
+    def add(self, row):
+        self.rows.append(row)
+        self._known.add(self.key(row))
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_results(path):
+    """The rows of a results file; a last line that an interruption cut off is left out, and cut off the file."""
+    text = path.read_text()
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete)
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def run_tasks(model, results, text, kinds, methods, lengths, contexts, num_questions):
+    """Runs every kind of context at every length with every method, without what `results` has.
+
+    Parameters
+    ----------
+    model : Model
+    results : Results
+    text : uint8 [bytes]
+        Held-out text.
+    kinds, methods : sequences of str
+        Of CONTEXTS; of methods.Method.
+    lengths : sequence of int
+        Bytes of the contexts, or tokens where the model has a tokenizer.
+    contexts, num_questions : int
+        Contexts of each kind and length, and questions about each.
+    """
+    digest = model.digest()
+    todo = []
+    for length in lengths:
+        for index in range(contexts):
+            for kind in kinds:
+                for method in methods:
+                    tasks = CONTEXTS[kind]
+                    row = {
+                        "model": digest,
+                        "method": method,
+                        "length": length,
+                        "index": index,
+                        "questions": num_questions,
+                    }
+                    if any({**row, "task": task} not in results for task in tasks):
+                        todo.append((kind, row))
+    bar = tqdm(todo, unit="context")
+    for kind, row in bar:
+        bar.set_description(f"{kind} {row['length']} {row['method']}")
+        prompt = sized_prompt(model, kind, text, row["length"], row["index"], num_questions)
+        model.method = Method(row["method"])
+        for scored in run_prompt(model, kind, prompt):
+            if {**row, **scored} not in results:
+                results.add({**row, **scored})
+
+
+def sized_prompt(model, kind, text, length, index, num_questions):
+    """A prompt whose context is of about `length` tokens: exactly so many bytes where bytes are the tokens."""
+    prompt = make_prompt(kind, text, length, index, num_questions)
+    tokens = len(model.codec.encode(prompt.context))
+    if tokens == len(prompt.context):
+        return prompt
+    return make_prompt(kind, text, int(length * len(prompt.context) / tokens), index, num_questions)
+
+
+def run_prompt(model, kind, prompt):
+    """Results of one prompt: a dict a task."""
+    context = model.codec.encode(prompt.context)
+    if prompt.scored is not None:
+        with Timer() as timer:
+            logits, _ = model.prefill(context)
+        return [{"task": kind, **score_inside(model, prompt, context, logits), **of_prefill(model, timer)}]
+    with Timer() as timer:
+        _, cache = model.prefill(context[: len(context) // BLOCK * BLOCK])
+    prefill = of_prefill(model, timer)  # before the questions' own short prefills
+    right = {task: [] for task in CONTEXTS[kind]}
+    for one in prompt.questions:
+        question, answer = model.codec.encode(one.question), model.codec.encode(one.answer)
+        correct = bool(model.answer(context, cache, question, answer).all())
+        right[one.task].append([correct, None if np.isnan(one.depth) else round(one.depth, 4)])
+    return [
+        {"task": task, "score": float(np.mean([correct for correct, _ in of_task])), "right": of_task, **prefill}
+        for task, of_task in right.items()
+    ]
+
+
+def score_inside(model, prompt, context, logits):
+    """Loss, share of tokens guessed right and share of right answers where the prompt is scored itself."""
+    if len(context) != len(prompt.context):
+        if not prompt.scored.all():
+            raise ValueError("copy and inside are scored byte by byte: they take a byte-level model")
+        scored = np.ones(len(context), bool)
+    else:
+        scored = prompt.scored.astype(bool)
+    nats = -log_probabilities(logits[:-1], context[1:])
+    guessed = logits[:-1].argmax(-1) == context[1:]
+    counted = {"nats": float(nats[scored[1:]].mean()), "guessed": float(guessed[scored[1:]].mean())}
+    if prompt.spans:
+        counted["score"] = float(np.mean([guessed[begin - 1 : end - 1].all() for begin, end in prompt.spans]))
+    else:
+        counted["score"] = counted["guessed"]
+    return counted
+
+
+def of_prefill(model, timer):
+    """Density of the prefill just run, per layer and over all, and its time."""
+    layers = [float(density.mean()) for density in model.densities]
+    return {"density": float(np.mean(layers)), "layers": [round(x, 5) for x in layers], "seconds": timer.seconds}
+
+
+def measure_mass(model, results, text, kinds, methods, lengths, contexts, num_questions):
+    """The true attention mass that each method's blocks hold, on the queries and keys of a dense prefill.
+
+    All methods choose from the same queries and keys, so nothing but the choice differs. A result has `kept` and
+    `density`, means over layers, heads and queries, and `by_layer`, lists of [density, kept] of each head.
+    """
+    digest = model.digest()
+    jobs = [(length, index, kind) for length in lengths for index in range(contexts) for kind in kinds]
+    for length, index, kind in tqdm(jobs, desc="kept mass", unit="context"):
+        row = {"model": digest, "task": f"{MASS} {kind}", "length": length, "index": index, "questions": num_questions}
+        missing = [method for method in methods if {**row, "method": method} not in results]
+        if not missing:
+            continue
+        prompt = sized_prompt(model, kind, text, length, index, num_questions)
+        inputs, masses = capture(model, model.codec.encode(prompt.context))
+        for method in tqdm(missing, desc=f"{kind} {length}", unit="method", leave=False):
+            results.add({**row, "method": method, **kept_mass(model, inputs, masses, method)})
+
+
+def capture(model, tokens):
+    """([(query, key, scale)], [exact mass [Hq, Mq, Mk]]) of each layer in a dense prefill."""
+    inputs = [None] * model.num_layers
+
+    def keep(layer, query, key, scale):
+        inputs[layer] = (query, key, scale)
+
+    model.method, model.on_attend = Method("dense"), keep
+    try:
+        model.prefill(tokens)
+    finally:
+        model.on_attend = None
+    masses = []
+    for query, key, scale in tqdm(inputs, desc="exact mass", unit="layer", leave=False):
+        scale = scale or query.shape[3] ** -0.5
+        masses.append(baselines.exact_mass(query[0].numpy(), key[0].numpy(), scale))
+    return inputs, masses
+
+
+def kept_mass(model, inputs, masses, method):
+    """What `measure_mass` writes of one method."""
+    import rrattn
+
+    chosen = _ExactFrom(method, masses) if method.startswith("exact:") else Method(method)
+    by_layer = []
+    for layer, ((query, key, scale), mass) in enumerate(zip(inputs, masses)):
+        packed = chosen.block_mask(query, key, scale, layer, model.num_layers)
+        mask = rrattn.unpack_block_mask(packed, mass.shape[2]).numpy()[0]
+        visible = np.tril(np.ones(mask.shape[1:], bool))
+        density = (mask & visible).sum((1, 2)) / visible.sum()
+        kept = (mass * mask).sum((1, 2)) / mass.sum((1, 2))
+        by_layer.append([[round(float(d), 5), round(float(k), 5)] for d, k in zip(density, kept)])
+    density, kept = np.asarray(by_layer).mean((0, 1))
+    return {"density": float(density), "kept": float(kept), "by_layer": by_layer}
+
+
+class _ExactFrom(Method):
+    """Method("exact:...") with masses that are known."""
+
+    def __init__(self, text, masses):
+        super().__init__(text)
+        self._masses = masses
+
+    def _baseline(self, query, key, scale, layer):
+        return self._masses[layer], None
