@@ -24,7 +24,16 @@ from evaluation.methods import Method  # noqa: E402
 from evaluation.model import Model, length_of, log_probabilities  # noqa: E402
 
 KINDS = ["lookup", "needle", "hops", "copy", "inside", "text"]
-BASELINES = ["xattention:0.7", "pooling:0.7", "vertical-slash:0.7", "window:2", "random:0.3", "exact:0.7"]
+BASELINES = [
+    "xattention:0.7",
+    "rotated-blocks:0.6",
+    "rotated-strides:0.6",
+    "pooling:0.7",
+    "vertical-slash:0.2",
+    "window:2",
+    "random:0.3",
+    "exact:0.7",
+]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +122,33 @@ def test_antidiagonals_need_whole_strides(rng):
 
 
 @pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
+def test_sampled_scores(rng, seqlen_q, seqlen_k):
+    """Not rotated they are rrattn's estimate; rotated by blocks or strides, that of other heads there."""
+    query, key = inputs(rng, seqlen_q, seqlen_k)
+    group = np.repeat(np.arange(2), 2)
+    own = reference.estimate(query[None], key[None], causal=True, stride=8)[0]
+    np.testing.assert_allclose(baselines.sampled_scores(query, key, 0.25, 8, "heads"), own, atol=1e-3)
+    by_block = baselines.sampled_scores(query, key, 0.25, 8, "blocks")
+    for m in range(own.shape[1]):
+        turned = reference.estimate(query[None], key[None], causal=True, stride=8, head_offset=m)[0]
+        np.testing.assert_allclose(by_block[:, m], turned[:, m], atol=1e-3)
+    by_stride = baselines.sampled_scores(query, key, 0.25, 8, "strides")
+    shift = seqlen_k - seqlen_q
+    for h in range(4):
+        k, expected = key[:, group[h]].astype(np.float64), np.zeros_like(own[h])
+        for i in range(-(-seqlen_q // 8)):
+            token = i * 8 + (h + i) % 8
+            if token < seqlen_q:
+                starts = np.arange(0, token + shift + 1, 8)
+                score = (
+                    np.add.reduceat(k, np.arange(0, seqlen_k, 8), axis=0)[: len(starts)] @ query[token, h] * 0.25 / 8
+                )
+                chance = np.exp(score - score.max())
+                np.add.at(expected[token // 128], starts // 128, chance / chance.sum())
+        np.testing.assert_allclose(by_stride[h], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
 def test_pooled_scores_are_of_block_means(rng, seqlen_q, seqlen_k):
     query, key = inputs(rng, seqlen_q, seqlen_k)
     scores = baselines.pooled_scores(query, key, 0.25)
@@ -180,7 +216,7 @@ def test_a_growing_knob_attends_more_and_exact_keeps_most(rng):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("denser", "method 'denser' is not one of dense, rrattn, xattention"),
+    ("denser", "method 'denser' is not one of dense, pooling, vertical-slash"),
     ("rrattn", "must be written as rrattn:NUMBER\\[:STRIDE\\] or rrattn:FILE.json"),
     ("rrattn:1.5", "method 'rrattn:1.5': 1.5 must be in \\(0, 1\\]"),
     ("rrattn:0.9:7", "stride must be one of 2, 4, 8"),

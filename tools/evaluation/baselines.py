@@ -80,6 +80,28 @@ def antidiagonal_scores(query, key, scale, stride):
     return scores
 
 
+def sampled_scores(query, key, scale, stride, rotate):
+    """rrattn's estimate with another rotation of the sampled position: at the same cost, one query in a stride.
+
+    rotate says what the position (h + turn) mod stride turns with, besides the head h: "blocks" (turn is the number of
+    the query block) or "strides" (of the stride, so that a head samples every position in turn). "heads" is rrattn's
+    own, where turn is 0.
+    """
+    seqlen_q, seqlen_k = len(query), len(key)
+    shift = seqlen_k - seqlen_q
+    scores = np.zeros((query.shape[1], num_blocks(seqlen_q), num_blocks(seqlen_k)), np.float32)
+    index = np.arange(-(-seqlen_q // stride))
+    turn = {"heads": 0 * index, "blocks": index * stride // BLOCK, "strides": index}[rotate]
+    first_key = np.arange(0, seqlen_k, stride)
+    for h, q, k in heads(query, key):
+        token = index * stride + (h + turn) % stride
+        token = token[token < seqlen_q]
+        products = q[token] @ np.add.reduceat(k, first_key, axis=0).T * np.float32(scale / stride)
+        chance = softmax(np.where(first_key <= token[:, None] + shift, products, -np.inf))
+        np.add.at(scores[h], token // BLOCK, block_sums(chance, BLOCK // stride))
+    return scores
+
+
 def pooled_scores(query, key, scale):
     """FlexPrefill's query-aware estimate (arXiv 2502.20766): softmax of the products of mean queries and mean keys.
 

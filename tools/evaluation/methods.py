@@ -21,8 +21,9 @@ from rrattn.config import STRIDES
 
 from . import baselines
 
-NAMES = ("dense", "rrattn", "xattention", "pooling", "vertical-slash", "window", "random", "exact")
-_WITH_STRIDE = ("rrattn", "xattention")
+WITHOUT_STRIDE = ("dense", "pooling", "vertical-slash", "window", "random", "exact")
+WITH_STRIDE = ("rrattn", "xattention", "rotated-blocks", "rotated-strides")
+NAMES = WITHOUT_STRIDE + WITH_STRIDE
 
 
 class Method:
@@ -40,7 +41,7 @@ class Method:
         if self.name not in NAMES:
             raise ValueError(f"method {text!r} is not one of {', '.join(NAMES)}")
         self.config = None
-        most = 0 if self.name == "dense" else 2 if self.name in _WITH_STRIDE else 1
+        most = 0 if self.name == "dense" else 2 if self.name in WITH_STRIDE else 1
         if len(settings) > most or (self.name != "dense" and not settings):
             raise ValueError(f"method {text!r} must be written as {_form(self.name)}")
         if self.name == "dense":
@@ -111,6 +112,9 @@ class Method:
         """(scores, None) or (None, mask), [Hq, Mq, Mk]."""
         if self.name == "xattention":
             return baselines.antidiagonal_scores(query, key, scale, self.stride), None
+        if self.name.startswith("rotated-"):
+            rotate = self.name.partition("-")[2]
+            return baselines.sampled_scores(query, key, scale, self.stride, rotate), None
         if self.name == "pooling":
             return baselines.pooled_scores(query, key, scale), None
         if self.name == "exact":
@@ -126,5 +130,5 @@ def _form(name):
     if name == "dense":
         return "dense"
     return (
-        f"{name}:NUMBER" + ("[:STRIDE]" if name in _WITH_STRIDE else "") + (" or rrattn:FILE.json") * (name == "rrattn")
+        f"{name}:NUMBER" + ("[:STRIDE]" if name in WITH_STRIDE else "") + (" or rrattn:FILE.json") * (name == "rrattn")
     )

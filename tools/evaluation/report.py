@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from .methods import WITH_STRIDE
 from .prompts import TASKS
 from .run import MASS, read_results
 
@@ -18,7 +19,7 @@ def family(method):
     if settings and settings[0].endswith(".json"):
         return f"{name}, {settings[0].rsplit('/', 1)[-1]}"
     stride = int(settings[1]) if len(settings) > 1 else 8
-    return f"{name}, stride {stride}" if name in ("rrattn", "xattention") else name
+    return f"{name}, stride {stride}" if name in WITH_STRIDE else name
 
 
 def merged(rows):
