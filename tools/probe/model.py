@@ -177,7 +177,7 @@ class Probe:
             except RuntimeError as error:
                 print(f"attention by {backend.name}: not here ({str(error).splitlines()[0]})")
                 continue
-            results = [x.float() for x in (out, *gradients)]
+            results = [x.detach().float() for x in (out, *gradients)]
             first = first or results
             apart = max(float((x - y).norm() / y.norm()) for x, y in zip(results, first))
             if not apart < 0.02:
