@@ -199,6 +199,18 @@ def test_masks_keep_the_diagonal_and_the_sink_and_nothing_hidden(rng, text):
     assert (mask.sum() == 4 * (3 + 4 + 5 + 6)) == (text == "dense")
 
 
+@pytest.mark.parametrize("text", ["rrattn:0.5", "xattention:0.5", "random:0.1"])
+def test_last_keeps_the_last_row_and_changes_no_other(rng, text):
+    query, key = (paddle.to_tensor(x[None]) for x in inputs(rng, 1000, 1000))
+    name, _, settings = text.partition(":")
+    plain, last = (
+        rrattn.unpack_block_mask(Method(text).block_mask(query, key, None, 0, 1), 8).numpy()[0]
+        for text in (text, f"{name}+last:{settings}")
+    )
+    assert last[:, -1].all() and not plain[:, -1].all()
+    assert np.array_equal(last[:, :-1], plain[:, :-1])
+
+
 def test_a_growing_knob_attends_more_and_exact_keeps_most(rng):
     query, key = inputs(rng, 2048, 2048)
     mass = baselines.exact_mass(query, key, 0.25)
@@ -223,6 +235,7 @@ def test_a_growing_knob_attends_more_and_exact_keeps_most(rng):
     ("pooling:0.9:8", "must be written as pooling:NUMBER"),
     ("window:2.5", "window must be a whole number of blocks"),
     ("random:x", "must be written as random:NUMBER"),
+    ("dense+last", "dense keeps every block anyway"),
     ("dense:1", "must be written as dense"),
 ])  # fmt: skip
 def test_bad_methods_are_named(text, message):
@@ -484,7 +497,7 @@ def test_calibration_writes_a_config_that_enable_reads(checkpoint, text, tmp_pat
     rrattn.enable(model.model, config)
     model.method = Method(f"rrattn:{tmp_path / 'out.json'}")
     model.prefill(np.arange(1000) % 250)
-    with pytest.raises(ValueError, match="the stride is in the file"):
+    with pytest.raises(ValueError, match="the stride and keep_last are in the file"):
         Method(f"rrattn:{tmp_path / 'out.json'}:16")
 
 

@@ -9,6 +9,9 @@ vertical-slash:0.95         columns and diagonals that the last queries attend, 
 window:16                   the first block and so many of the nearest
 random:0.3                  each block with this chance
 exact:0.95                  the true attention mass: what no selection can beat
+
+A name with "+last", as in rrattn+last:0.95, keeps every block of the last query block row as well: the end of the
+prompt, where its question is, attends all of it.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ class Method:
 
     def __init__(self, text):
         self.text = text
-        self.name, *settings = text.split(":")
+        name, *settings = text.split(":")
+        self.name = name.removesuffix("+last")
+        self.keep_last = name.endswith("+last")
         if self.name not in NAMES:
             raise ValueError(f"method {text!r} is not one of {', '.join(NAMES)}")
         self.config = None
@@ -45,11 +50,13 @@ class Method:
         if len(settings) > most or (self.name != "dense" and not settings):
             raise ValueError(f"method {text!r} must be written as {_form(self.name)}")
         if self.name == "dense":
+            if self.keep_last:
+                raise ValueError(f"method {text!r}: dense keeps every block anyway")
             return
         if self.name == "rrattn" and settings[0].endswith(".json"):
             self.config = rrattn.RRAttentionConfig.from_json(settings[0])
-            if len(settings) > 1:
-                raise ValueError(f"method {text!r}: the stride is in the file, so it must not be given")
+            if len(settings) > 1 or self.keep_last:
+                raise ValueError(f"method {text!r}: the stride and keep_last are in the file, so must not be given")
             return
         try:
             self.knob = float(settings[0])
@@ -64,7 +71,7 @@ class Method:
         if self.stride not in STRIDES:
             raise ValueError(f"method {text!r}: the stride must be one of {', '.join(map(str, STRIDES))}")
         if self.name == "rrattn":
-            self.config = rrattn.RRAttentionConfig(threshold=self.knob, stride=self.stride)
+            self.config = rrattn.RRAttentionConfig(threshold=self.knob, stride=self.stride, keep_last=self.keep_last)
 
     def block_mask(self, query, key, scale, layer, num_layers):
         """The blocks to attend, causal.
@@ -106,7 +113,7 @@ class Method:
             scores, threshold = np.where(mask, 1.0, 0.0).astype(np.float32), 1 - 2**-20
         else:
             threshold = self.knob
-        return rrattn.select_blocks(paddle.to_tensor(scores[None]), threshold, **sizes)
+        return rrattn.select_blocks(paddle.to_tensor(scores[None]), threshold, keep_last=self.keep_last, **sizes)
 
     def _baseline(self, query, key, scale, layer):
         """(scores, None) or (None, mask), [Hq, Mq, Mk]."""
