@@ -329,13 +329,18 @@ def test_a_run_writes_every_task_and_goes_on_where_it_stopped(model, text, tmp_p
 
 def test_kept_mass_is_what_the_masks_hold(model, text, tmp_path):
     results = run.Results(tmp_path / "results.jsonl")
-    methods = ["dense", "rrattn:0.5", "exact:0.5", "exact:0.8", "random:0.3"]
+    methods = ["dense", "rrattn:0.5", "exact:0.5", "exact:0.8", "random:0.3", "best:0.6", "best:1"]
     run.measure_mass(model, results, text, ["text"], methods, [1500], 1, 4)
     rows = {row["method"]: row for row in results.rows}
     assert rows["dense"]["kept"] == pytest.approx(1) and rows["dense"]["density"] == 1
     assert 0.5 <= rows["exact:0.5"]["kept"] < rows["exact:0.8"]["kept"] < 1
     assert rows["exact:0.5"]["density"] < rows["exact:0.8"]["density"] < 1
     assert np.shape(rows["rrattn:0.5"]["by_layer"]) == (2, 4, 2)
+    assert rows["best:0.6"]["density"] == pytest.approx(0.6, abs=0.01) and rows["best:1"]["kept"] == pytest.approx(1)
+    for row in list(results.rows):
+        run.measure_mass(model, results, text, ["text"], [f"best:{row['density']}"], [1500], 1, 4)
+        best = next(one for one in results.rows if one["method"] == f"best:{row['density']}")
+        assert best["kept"] >= row["kept"] - 1e-4, row["method"]
 
 
 def test_report(model, text, tmp_path):

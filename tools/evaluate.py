@@ -38,6 +38,7 @@ def add_common(parser, lengths):
 def parse_arguments():
     from evaluation.methods import Method
     from evaluation.prompts import CONTEXTS
+    from evaluation.run import BEST
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -71,6 +72,10 @@ def parse_arguments():
             parser.error(f"there is no {path}")
     try:
         for method in getattr(arguments, "methods", []):
+            if arguments.command == "mass" and method.startswith(BEST):
+                if not 0 < float(method[len(BEST) :]) <= 1:
+                    raise ValueError(f"method {method!r}: the density must be in (0, 1]")
+                continue
             Method(method)
     except (ValueError, OSError) as error:
         parser.error(str(error))
