@@ -211,6 +211,19 @@ def test_last_keeps_the_last_row_and_changes_no_other(rng, text):
     assert np.array_equal(last[:, :-1], plain[:, :-1])
 
 
+@pytest.mark.parametrize("text", ["rrattn:0.5", "xattention:0.5", "random:0.1"])
+def test_near_keeps_the_block_before_the_diagonal(rng, text):
+    query, key = (paddle.to_tensor(x[None]) for x in inputs(rng, 1000, 1256))
+    name, _, settings = text.partition(":")
+    plain, near = (
+        rrattn.unpack_block_mask(Method(text).block_mask(query, key, None, 0, 1), 10).numpy()[0]
+        for text in (text, f"{name}+near:{settings}")
+    )
+    before = np.arange(10) == np.arange(8)[:, None] + 1
+    assert near[:, before].all() and not plain[:, before].all()
+    assert np.array_equal(near[:, ~before], plain[:, ~before])
+
+
 def test_a_growing_knob_attends_more_and_exact_keeps_most(rng):
     query, key = inputs(rng, 2048, 2048)
     mass = baselines.exact_mass(query, key, 0.25)
@@ -236,6 +249,7 @@ def test_a_growing_knob_attends_more_and_exact_keeps_most(rng):
     ("window:2.5", "window must be a whole number of blocks"),
     ("random:x", "must be written as random:NUMBER"),
     ("dense+last", "dense keeps every block anyway"),
+    ("rrattn+first:0.9", "after a \\+ may stand last and near"),
     ("dense:1", "must be written as dense"),
 ])  # fmt: skip
 def test_bad_methods_are_named(text, message):

@@ -11,7 +11,9 @@ random:0.3                  each block with this chance
 exact:0.95                  the true attention mass: what no selection can beat
 
 A name with "+last", as in rrattn+last:0.95, keeps every block of the last query block row as well: the end of the
-prompt, where its question is, attends all of it.
+prompt, where its question is, attends all of it. With "+near" each row also keeps the block before its diagonal: the
+first tokens of a block look back over its edge, but are too few to count much in the block's mass. Both may stand
+together, as in rrattn+last+near:0.95.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ class Method:
     def __init__(self, text):
         self.text = text
         name, *settings = text.split(":")
-        self.name = name.removesuffix("+last")
-        self.keep_last = name.endswith("+last")
+        self.name, *extras = name.split("+")
+        if len(set(extras)) < len(extras) or not set(extras) <= {"last", "near"}:
+            raise ValueError(f"method {text!r}: after a + may stand last and near, each once")
+        self.keep_last, self.keep_near = "last" in extras, "near" in extras
         if self.name not in NAMES:
             raise ValueError(f"method {text!r} is not one of {', '.join(NAMES)}")
         self.config = None
@@ -50,7 +54,7 @@ class Method:
         if len(settings) > most or (self.name != "dense" and not settings):
             raise ValueError(f"method {text!r} must be written as {_form(self.name)}")
         if self.name == "dense":
-            if self.keep_last:
+            if extras:
                 raise ValueError(f"method {text!r}: dense keeps every block anyway")
             return
         if self.name == "rrattn" and settings[0].endswith(".json"):
@@ -89,6 +93,14 @@ class Method:
         Tensor
             int32 [1, Hq, Mq, ceil(Mk / 32)], see `rrattn.pack_block_mask`.
         """
+        mask = self._chosen(query, key, scale, layer, num_layers)
+        if not self.keep_near:
+            return mask
+        near = baselines.window_mask(query[0], key[0], 2)
+        return mask | rrattn.pack_block_mask(paddle.to_tensor(near[None]))
+
+    def _chosen(self, query, key, scale, layer, num_layers):
+        """What `block_mask` returns, but for the near blocks."""
         sizes = {"causal": True, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         if self.name == "dense":
             return rrattn.dense_block_mask(1, query.shape[2], **sizes)

@@ -19,7 +19,7 @@ def family(method):
     if settings and settings[0].endswith(".json"):
         return f"{name}, {settings[0].rsplit('/', 1)[-1]}"
     stride = int(settings[1]) if len(settings) > 1 else 8
-    return f"{name}, stride {stride}" if name.removesuffix("+last") in WITH_STRIDE else name
+    return f"{name}, stride {stride}" if name.split("+")[0] in WITH_STRIDE else name
 
 
 def merged(rows):
