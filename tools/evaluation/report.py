@@ -169,13 +169,28 @@ def pyplot():
 
 
 def styles(names):
-    """{name: how its line is drawn}: the same for a name in every plot that has the same names."""
+    """{name: how its line is drawn}: no two alike, rrattn's own with thicker lines."""
     colors = pyplot().get_cmap("tab10").colors
     return {
-        name: {"color": colors[i % len(colors)], "marker": "o" if name.startswith("rrattn") else "s", "markersize": 4,
-               "linewidth": 2 if name.startswith("rrattn") else 1.2, "label": name}
+        name: {
+            "color": colors[i % len(colors)],
+            "marker": "osD^v"[i // len(colors) % 5],
+            "markersize": 5,
+            "linewidth": 2.2 if name.startswith("rrattn") else 1,
+            "label": name,
+        }
         for i, name in enumerate(sorted(names))
-    }  # fmt: skip
+    }
+
+
+def add_legend(figure, axes, columns):
+    """One legend below all panels, of every line that any of them has."""
+    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
+    labels = sorted(handles)
+    rows = -(-len(labels) // columns)
+    height = 0.25 * rows / figure.get_figheight() + 0.01
+    figure.legend([handles[label] for label in labels], labels, loc="lower center", ncol=columns, fontsize=8)
+    figure.tight_layout(rect=(0, height, 1, 1))
 
 
 def draw_quality(rows, path):
@@ -207,10 +222,8 @@ def draw_quality(rows, path):
                 axis.plot(*np.asarray(sorted(line)).T, **style[name])
         axis.axhline(1, color="0.6", linewidth=0.8)
         axis.set(title=panel, xlabel="density", ylabel="share of dense")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.suptitle(f"Quality against density, {length:,} tokens")
-    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    add_legend(figure, axes, 4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -222,14 +235,13 @@ def draw_mass(rows, path):
         return
     plt = pyplot()
     style = styles({name for by_family in curves.values() for name in by_family})
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 4.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 5), squeeze=False, sharey=True)
     for ((kind, length), by_family), axis in zip(sorted(curves.items()), axes.flat):
         for name, curve in sorted(by_family.items()):
             axis.plot(*curve, **style[name])
-        axis.set(title=f"{kind}, {length:,} tokens", xlabel="density", xlim=(0, 0.7), ylim=(0.4, 1.0))
+        axis.set(title=f"{kind}, {length:,} tokens", xlabel="density", xlim=(0, 0.7), ylim=(0.7, 1.0))
     axes.flat[0].set_ylabel("true attention mass kept")
-    axes.flat[0].legend(fontsize=8)
-    figure.tight_layout()
+    add_legend(figure, axes, 4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
