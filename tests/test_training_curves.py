@@ -1,0 +1,134 @@
+"""tools/training_curves.py trains for real at a small size, and its figures, files and exit status hold."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+import rrattn
+
+pytest.importorskip("paddleformers")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "training_curves.py"
+LINE = "One line of text, and then the next one follows. "
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The tool's module."""
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    return __import__("training_curves")
+
+
+def test_a_short_run(tmp_path):
+    sizes = ("--steps", "20", "--tokens", "500", "--threshold", "0.3", "--stride", "16", "--seed", "5")
+    command = [sys.executable, str(TOOL), *sizes, "--json", "curves.json", "--picture", "curves.png"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    results = json.loads((tmp_path / "curves.json").read_text())
+    settings = {"steps": 20, "tokens": 500, "threshold": 0.3, "stride": 16, "seed": 5}
+    assert settings.items() <= results.items()
+    assert results["run"]["command"].startswith("python tools/training_curves.py --steps 20")
+    means = []
+    for name in ("dense", "rrattn"):
+        losses = np.array(results[name]["loss"])
+        assert losses.shape == (20,) and losses[-3:].mean() < 0.6 * losses[:3].mean()
+        assert results[name]["seconds"] > 0
+        means.append(losses.mean())  # over 20 steps, so over all of them
+        assert results["final"][name] == pytest.approx(means[-1])
+    density = np.array(results["rrattn"]["density"])
+    assert density.shape == (20,) and (0 < density).all() and (density < 1).all()
+    assert results["final"]["difference"] == pytest.approx((means[1] - means[0]) / means[0])
+    assert results["dense"]["loss"] != results["rrattn"]["loss"]
+    assert process.returncode == int(abs(results["final"]["difference"]) > 0.02), process.stdout + process.stderr
+    assert re.search(rf"^dense +{means[0]:.4f} +100.0% ", process.stdout, re.MULTILINE)
+    assert re.search(rf"^RRAttention +{means[1]:.4f} +{100 * density.mean():.1f}% ", process.stdout, re.MULTILINE)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dense_and_every_block_train_alike(tool):
+    text = paddle.to_tensor(np.frombuffer((LINE * 40).encode(), np.uint8).astype(np.int64)[None])
+    sequences = tool.cut_sequences(text, steps=5, tokens=300, seed=0)
+    config = rrattn.RRAttentionConfig(threshold=1.0)
+    dense = tool.train(tool.make_model(300, seed=1), sequences, "dense")
+    every_block = tool.train(rrattn.enable(tool.make_model(300, seed=1), config), sequences, "every block")
+    np.testing.assert_allclose(every_block["loss"], dense["loss"], rtol=1e-4)
+    assert every_block["density"] == [1.0] * 5 and "density" not in dense
+    other = tool.train(tool.make_model(300, seed=2), sequences[:1], "another seed")
+    assert abs(other["loss"][0] / dense["loss"][0] - 1) > 1e-3
+
+
+def test_sequences_are_different_stretches_of_the_text(tool):
+    text = paddle.arange(1000).unsqueeze(0)
+    sequences = [x.numpy()[0] for x in tool.cut_sequences(text, steps=9, tokens=111, seed=3)]
+    assert sorted(x[0] for x in sequences) == list(range(0, 999, 111))
+    assert all((x == np.arange(x[0], x[0] + 112)).all() for x in sequences)
+    again, other = (tool.cut_sequences(text, steps=9, tokens=111, seed=seed) for seed in (3, 4))
+    assert [int(x[0, 0]) for x in again] == [x[0] for x in sequences] != [int(x[0, 0]) for x in other]
+
+
+@pytest.mark.parametrize(
+    ("final_loss", "status"), [(2.039, 0), (1.961, 0), (2.041, 1), (1.959, 1), (float("nan"), 1), (float("inf"), 1)]
+)
+def test_the_exit_status_tells_whether_the_final_losses_agree(tool, monkeypatch, tmp_path, capsys, final_loss, status):
+    def train(model, sequences, name):
+        """Made-up curves that are apart before the last 20 steps in any case."""
+        assert len(sequences) == 25
+        sparse = model.config._attn_implementation == "rrattn"
+        curve = {"loss": [5.0] * 5 + [final_loss] * 20, "density": [0.5] * 25} if sparse else {"loss": [2.0] * 25}
+        return curve | {"seconds": 1.0}
+
+    monkeypatch.setattr(tool, "train", train)
+    (tmp_path / "text").write_text(LINE * 20)
+    files = ["--json", str(tmp_path / "curves.json"), "--picture", str(tmp_path / "curves.png")]
+    arguments = [str(tmp_path / "text"), "--steps", "25", "--tokens", "30", *files]
+    monkeypatch.setattr(sys, "argv", ["training_curves.py", *arguments])
+    assert tool.main() == status
+    assert ("NOT within 2%" in capsys.readouterr().out) == bool(status)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "19"], "--steps must be at least 20, got 19"),
+        (["--tokens", "1"], "--tokens must be at least 2, got 1"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--threshold", "2"], r"threshold.*2\.0"),
+        (["--stride", "7"], "stride is 7.*16"),
+        (["no/such/file"], "no file no/such/file"),
+        (["--json", "no/such/curves.json"], "no folder no/such for --json"),
+        (["--json", "curves.txt"], r"--json must end in \.json, got curves\.txt"),
+        (["--picture", "no/such/curves.png"], "no folder no/such for --picture"),
+        (["--picture", "curves"], r"--picture must end in \.png or .*, got curves"),
+    ],
+)
+def test_bad_options_are_named(tool, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["training_curves.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        tool.main()
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_text_that_is_too_short_is_named(tool, monkeypatch, tmp_path):
+    (tmp_path / "short").write_text("x" * 600)
+    monkeypatch.setattr(sys, "argv", ["training_curves.py", str(tmp_path / "short"), "--steps", "20", "--tokens", "30"])
+    with pytest.raises(SystemExit, match="short holds 600 bytes, fewer than the 601 that 20 steps of 30"):
+        tool.main()
+
+
+def test_the_readme_tells_what_was_recorded():
+    results = json.loads((ROOT / "tools/bench/results/training_curves.json").read_text())
+    dense, sparse = (np.mean(results[name]["loss"][-20:]) for name in ("dense", "rrattn"))
+    density = results["rrattn"]["density"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{results['steps']} steps of {results['tokens']:,} bytes" in readme
+    assert f"threshold {results['threshold']:g}" in readme
+    assert f"{sparse:.3f} nats per byte with RRAttention, {dense:.3f} dense ({sparse / dense - 1:+.2%})" in readme
+    assert f"{np.mean(density):.0%} of the blocks on average, {np.mean(density[-20:]):.0%} in the end" in readme
