@@ -178,7 +178,7 @@ def running_mean(values):
 def plot(dense, sparse, title, path):
     """Draws both losses, how far their running means are apart, and the density, over the steps."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
     steps = np.arange(1, len(dense["loss"]) + 1)
     figure = Figure(figsize=(7.2, 5.4), dpi=110, layout="constrained")
@@ -197,6 +197,8 @@ def plot(dense, sparse, title, path):
     difference.plot(steps[FINAL_STEPS - 1 :], means[1] / means[0] - 1, color=SPARSE_COLOR, linewidth=1.3)
     density.plot(steps, sparse["density"], color=SPARSE_COLOR, linewidth=1.3)
 
+    losses.set_yscale("log", base=2)  # or the first steps leave no room for the others
+    losses.yaxis.set_major_formatter(ScalarFormatter())
     losses.set_ylabel("loss, nats per byte", fontsize=9, color=INK)
     losses.legend(fontsize=9, labelcolor=INK, frameon=False)
     difference.set_ylabel("difference\nof the means", fontsize=9, color=INK)
@@ -234,6 +236,7 @@ def main():
             f" {arguments.tokens:,} take: name a longer file, or use fewer --steps or --tokens"
         )
     sequences = cut_sequences(text, arguments.steps, arguments.tokens, arguments.seed)
+    run = describe_run()  # before the training, during which the checkout may change
 
     model = make_model(arguments.tokens, arguments.seed)
     parameters = sum(p.size for p in model.parameters()) / 1e6
@@ -246,7 +249,7 @@ def main():
     final = compare(dense, sparse)
     close = report(dense, sparse, final)
     settings = {name: getattr(arguments, name) for name in ("steps", "tokens", "threshold", "stride", "seed")}
-    results = {"run": describe_run(), "text": path.name, **settings, "final": final, "dense": dense, "rrattn": sparse}
+    results = {"run": run, "text": path.name, **settings, "final": final, "dense": dense, "rrattn": sparse}
     arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     title = (
         f"Byte-level LLaMA, {arguments.tokens:,} tokens a step, threshold {config.threshold:g}, stride {config.stride}"
