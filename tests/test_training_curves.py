@@ -132,3 +132,7 @@ def test_the_readme_tells_what_was_recorded():
     assert f"threshold {results['threshold']:g}" in readme
     assert f"{sparse:.3f} nats per byte with RRAttention, {dense:.3f} dense ({sparse / dense - 1:+.2%})" in readme
     assert f"{np.mean(density):.0%} of the blocks on average, {np.mean(density[-20:]):.0%} in the end" in readme
+    floor = json.loads((ROOT / "tools/bench/results/training_curves_floor.json").read_text())
+    assert floor["dense"]["loss"] == results["dense"]["loss"]  # nothing but the threshold was another
+    assert f"`--threshold {floor['threshold']:.4f}`" in readme
+    assert f"it came to {np.mean(floor['rrattn']['loss'][-20:]):.3f}, below dense" in readme
