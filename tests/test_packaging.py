@@ -136,6 +136,9 @@ def test_readme_tables_show_the_gpu_stages_that_were_measured():
     attend = {"stage": "attend", "ms": 2.0, "baselines": {"cudnn dense": 5.0, "fa4": 3.0}, **common}
     alone = {"stage": "attend", "ms": 4.0, "baselines": {"cudnn dense": 5.0}, **common}
     whole = {"stage": "rr_attention", "ms": 2.5, "baselines": {"cudnn dense": 5.0}, "threshold": 0.9, **common}
+    whole["data"] = "structured"
+    quick = {"stage": "backward", "ms": 4.0, "baselines": {"cudnn dense": 6.0}, "deterministic": False, **common}
+    same_bits = {**quick, "ms": 4.5, "deterministic": True}
     assert script["gpu_tables"]([]) == ""
     (table,) = script["gpu_tables"]([attend, alone]).split("\n\n|")[1:]
     assert table.splitlines() == [
@@ -146,4 +149,9 @@ def test_readme_tables_show_the_gpu_stages_that_were_measured():
     ]
     both = script["gpu_tables"]([whole, attend])
     assert both.startswith(script["gpu_tables"]([attend]))
-    assert both.splitlines()[-1] == "| 8,192 | 0.90 | 25.4% | 2.500 ms | 5.000 ms, 2.00 x |"
+    assert both.splitlines()[-1] == "| 8,192 | structured | 0.90 | 25.4% | 2.500 ms | 5.000 ms, 2.00 x |"
+    assert script["gpu_tables"]([quick, same_bits]).splitlines()[-3:] == [
+        "| tokens | blocks | backward | TFLOP/s | deterministic | cuDNN, dense |",
+        "|---|---|---|---|---|---|",
+        "| 8,192 | 25% | 4.000 ms | 500 | 4.500 ms | 6.000 ms, 1.50 x |",
+    ]
