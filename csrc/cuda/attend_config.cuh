@@ -74,17 +74,6 @@ struct AttendTraits {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
-inline TensorShape query_shape_of(const AttendParams& params) {
-  const Visibility& visibility = params.visibility;
-  return {visibility.batch, visibility.seqlen_q, visibility.num_heads, params.heads.head_dim,
-          params.heads.dtype};
-}
-inline TensorShape key_shape_of(const AttendParams& params) {
-  const Visibility& visibility = params.visibility;
-  return {visibility.batch, visibility.seqlen_k, params.heads.num_heads_k, params.heads.head_dim,
-          params.heads.dtype};
-}
-
 struct AttendWorkspace {
   RunBounds* block_bounds;  // [B, bounds heads, Mk]
   int* next_row;
@@ -93,9 +82,11 @@ struct AttendWorkspace {
   AttendWorkspace(Arena& arena, const AttendParams& params) {
     block_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
     next_row = arena.take<int>(1);
-    query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape_of(params)));
-    key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape_of(params)));
-    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape_of(params)));
+    const TensorShape query_shape = query_shape_of(params.visibility, params.heads);
+    const TensorShape key_shape = key_shape_of(params.visibility, params.heads);
+    query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape));
+    key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape));
+    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape));
   }
 };
 

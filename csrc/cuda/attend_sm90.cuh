@@ -61,7 +61,8 @@ void launch_attend(const AttendParams& attend) {
 
   AttendKernelParams params;
   params.attend = attend;
-  const TensorShape query_shape = query_shape_of(attend), key_shape = key_shape_of(attend);
+  const TensorShape query_shape = query_shape_of(visibility, attend.heads);
+  const TensorShape key_shape = key_shape_of(visibility, attend.heads);
   params.query = map_rows(attend.query, query_shape, workspace.query, kGroupRows, stream);
   params.key = map_rows(attend.key, key_shape, workspace.key, Traits::kTileN, stream);
   params.value = map_rows(attend.value, key_shape, workspace.value, Traits::kTileN, stream);

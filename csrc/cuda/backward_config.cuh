@@ -103,17 +103,6 @@ struct BackwardTraits {
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
 
-inline TensorShape query_shape_of(const BackwardParams& params) {
-  const Visibility& visibility = params.visibility;
-  return {visibility.batch, visibility.seqlen_q, visibility.num_heads, params.heads.head_dim,
-          params.heads.dtype};
-}
-inline TensorShape key_shape_of(const BackwardParams& params) {
-  const Visibility& visibility = params.visibility;
-  return {visibility.batch, visibility.seqlen_k, params.heads.num_heads_k, params.heads.head_dim,
-          params.heads.dtype};
-}
-
 // grad_query holds the sums of dS K. In float32 they depend on the order in which the key blocks
 // come to add, so in deterministic mode they are whole numbers of 32 bits, in units of
 // 1 / (query_scale * key_scale): powers of 2 such that no sum of a row and a column reaches 2^30.
@@ -151,10 +140,12 @@ struct BackwardWorkspace {
     key_column = arena.take<uint32_t>(params.deterministic ? key_heads * 128 : 0);
     value_norm = arena.take<uint32_t>(params.deterministic ? key_heads : 0);
     key_scale = arena.take<float>(params.deterministic ? key_heads * 128 : 0);
-    query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape_of(params)));
-    key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape_of(params)));
-    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape_of(params)));
-    grad_out = arena.take<uint16_t>(elements_to_pack(params.grad_out, query_shape_of(params)));
+    const TensorShape query_shape = query_shape_of(params.visibility, params.heads);
+    const TensorShape key_shape = key_shape_of(params.visibility, params.heads);
+    query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape));
+    key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape));
+    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape));
+    grad_out = arena.take<uint16_t>(elements_to_pack(params.grad_out, query_shape));
   }
 };
 

@@ -255,7 +255,8 @@ void launch_backward(const BackwardParams& backward) {
   RRATTN_CUDA_CHECK(
       cudaMemsetAsync(workspace.grad_query, 0, rows * Traits::kHeadDim * sizeof(float), stream));
 
-  const TensorShape query_shape = query_shape_of(backward), key_shape = key_shape_of(backward);
+  const TensorShape query_shape = query_shape_of(visibility, backward.heads);
+  const TensorShape key_shape = key_shape_of(visibility, backward.heads);
   const BackwardKernelParams params{
       backward,
       map_rows(backward.query, query_shape, workspace.query, kQueryTile, stream),

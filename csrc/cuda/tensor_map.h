@@ -15,6 +15,13 @@ struct TensorShape {
   DataType dtype;  // of 2 bytes
 };
 
+inline TensorShape query_shape_of(const Visibility& visibility, const Heads& heads) {
+  return {visibility.batch, visibility.seqlen_q, visibility.num_heads, heads.head_dim, heads.dtype};
+}
+inline TensorShape key_shape_of(const Visibility& visibility, const Heads& heads) {
+  return {visibility.batch, visibility.seqlen_k, heads.num_heads_k, heads.head_dim, heads.dtype};
+}
+
 // 0 where the bulk copies can read the rows where they are; else the size of a copy that they can
 // read: rows that do not start on 16 bytes, or broadcast ones.
 int64_t elements_to_pack(const Rows& rows, const TensorShape& shape);

@@ -76,6 +76,13 @@ class Pipeline:
         return [estimate, select, self.attend(block_mask)]
 
 
+def rivals_ms(ms, density, dense, sparse):
+    """{name: ms} of the rivals that ran, dense ones and at this density block-sparse ones."""
+    rivals = {name: ms[name] for name in dense if name in ms}
+    rivals.update((name, ms[name, density]) for name in sparse if (name, density) in ms)
+    return rivals
+
+
 def measure_attend(shape, densities):
     """Records of one shape, all densities and rivals in turns."""
     pipeline = Pipeline(normal(shape[0], NUM_HEADS), *(normal(shape[1], NUM_HEADS_K) for _ in range(2)))
@@ -94,8 +101,7 @@ def measure_attend(shape, densities):
     records = []
     for density in densities:
         num_selected = selected_blocks(words[density])
-        rivals = {name: ms[name] for name in DENSE if name in ms}
-        rivals.update((name, ms[name, density]) for name in SPARSE if (name, density) in ms)
+        rivals = rivals_ms(ms, density, DENSE, SPARSE)
         records.append(
             {
                 "stage": "attend",

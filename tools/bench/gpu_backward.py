@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gpu_attend import Pipeline, rivals_text, rounds_for
+from gpu_attend import Pipeline, rivals_ms, rivals_text, rounds_for
 from gpu_inputs import (
     NUM_HEADS,
     NUM_HEADS_K,
@@ -55,8 +55,7 @@ def measure_one(tokens, densities):
     records = []
     for density in densities:
         num_selected = selected_blocks(words[density])
-        rivals = {name: ms[name] for name in BACKWARD_DENSE if name in ms}
-        rivals.update((name, ms[name, density]) for name in BACKWARD_SPARSE if (name, density) in ms)
+        rivals = rivals_ms(ms, density, BACKWARD_DENSE, BACKWARD_SPARSE)
         for deterministic in (False, True):
             ours = ms["ours", (density, deterministic)]
             records.append(

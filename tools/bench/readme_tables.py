@@ -85,48 +85,48 @@ RIVALS = {
 }
 
 
-def attend_table(rows):
-    rivals = [name for name in RIVALS if any(name in row["baselines"] for row in rows)]
+def rivals_table(intro, columns, rows):
+    """A table of (record, cells of `columns`), with the rivals' times after them."""
+    rivals = [name for name in RIVALS if any(name in row["baselines"] for row, _ in rows)]
     lines = [
-        f"{gpu_setting(rows, 'random blocks, those on the diagonal always')} The others took turns with it: torch's"
-        " dense attention, all blocks, and block-sparse ones, the same blocks. *n x* is their time over attend's.",
+        intro,
         "",
-        f"| queries | keys | blocks | attend | TFLOP/s | {' | '.join(RIVALS[name] for name in rivals)} |",
-        "|---" * (5 + len(rivals)) + "|",
+        f"| {' | '.join([*columns, *(RIVALS[name] for name in rivals)])} |",
+        "|---" * (len(columns) + len(rivals)) + "|",
     ]
-    for row in rows:
-        cells = [
-            f"{row['seqlen_q']:,}",
-            f"{row['seqlen_k']:,}",
-            f"{100 * row['density']:.0f}%",
-            f"{row['ms']:.3f} ms",
-            f"{row['tflops']:.0f}",
-            *(times(row, name) for name in rivals),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    for row, cells in rows:
+        lines.append(f"| {' | '.join([*cells, *(times(row, name) for name in rivals)])} |")
     return "\n".join(lines)
+
+
+def work_cells(row):
+    """Share of the blocks, time and rate."""
+    return f"{100 * row['density']:.0f}%", f"{row['ms']:.3f} ms", f"{row['tflops']:.0f}"
+
+
+def attend_table(rows):
+    intro = (
+        f"{gpu_setting(rows, 'random blocks, those on the diagonal always')} The others took turns with it: torch's"
+        " dense attention, all blocks, and block-sparse ones, the same blocks. *n x* is their time over attend's."
+    )
+    columns = "queries", "keys", "blocks", "attend", "TFLOP/s"
+    return rivals_table(
+        intro, columns, [(row, (f"{row['seqlen_q']:,}", f"{row['seqlen_k']:,}", *work_cells(row))) for row in rows]
+    )
 
 
 def backward_table(rows):
-    rivals = [name for name in RIVALS if any(name in row["baselines"] for row in rows)]
-    lines = [
+    intro = (
         f"{gpu_setting(rows, 'random blocks, those on the diagonal always')} Gradients of attend, in turns with the"
-        " others' backward passes.",
-        "",
-        f"| tokens | blocks | backward | TFLOP/s | deterministic | {' | '.join(RIVALS[name] for name in rivals)} |",
-        "|---" * (5 + len(rivals)) + "|",
-    ]
-    for row, same in zip(rows[::2], rows[1::2], strict=True):  # the latter deterministic
-        cells = [
-            f"{row['seqlen_q']:,}",
-            f"{100 * row['density']:.0f}%",
-            f"{row['ms']:.3f} ms",
-            f"{row['tflops']:.0f}",
-            f"{same['ms']:.3f} ms",
-            *(times(row, name) for name in rivals),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        " others' backward passes."
+    )
+    columns = "tokens", "blocks", "backward", "TFLOP/s", "deterministic"
+    pairs = zip(rows[::2], rows[1::2], strict=True)  # the latter deterministic
+    return rivals_table(
+        intro,
+        columns,
+        [(row, (f"{row['seqlen_q']:,}", *work_cells(row), f"{same['ms']:.3f} ms")) for row, same in pairs],
+    )
 
 
 def rr_attention_table(rows):
