@@ -59,10 +59,8 @@ __device__ void produce_tiles(const AttendKernelParams& params,
   const auto copy_tile = [&](const CUtensorMap& map, typename Traits::Element* to, int first_key,
                              const RowPlace& place, Barrier& full) {
     full.arrive_and_expect(Traits::kTileBytes);
-    for (int panel = 0; panel < Traits::kPanels; ++panel) {
-      copy_box(to + panel * Traits::kTileN * kPanel, map, panel * kPanel, first_key,
-               place.head / group, place.batch, full);
-    }
+    copy_rows<Traits::kPanels>(to, map, Traits::kTileN, first_key, place.head / group, place.batch,
+                               full);
   };
 
   for (;;) {
@@ -110,11 +108,9 @@ __device__ void produce_tiles(const AttendKernelParams& params,
       shared.query_full.arrive_and_expect(kBlockSize * Traits::kHeadDim *
                                           sizeof(typename Traits::Element));
       for (int g = 0; g < kConsumerGroups; ++g) {
-        for (int panel = 0; panel < Traits::kPanels; ++panel) {
-          copy_box(shared.query[g] + panel * kGroupRows * kPanel, params.query, panel * kPanel,
-                   place.m_block * kBlockSize + g * kGroupRows, place.head, place.batch,
-                   shared.query_full);
-        }
+        copy_rows<Traits::kPanels>(shared.query[g], params.query, kGroupRows,
+                                   place.m_block * kBlockSize + g * kGroupRows, place.head,
+                                   place.batch, shared.query_full);
       }
     }
     while (n_block >= 0) {

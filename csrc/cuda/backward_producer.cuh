@@ -12,7 +12,6 @@ namespace rrattn::cuda {
 template <typename Traits>
 __device__ void produce_steps(const BackwardKernelParams& params,
                               typename Traits::SharedStorage& shared) {
-  using Element = typename Traits::Element;
   const Visibility& visibility = params.backward.visibility;
   const BackwardWorkspace& workspace = params.workspace;
   const int group = static_cast<int>(visibility.num_heads / params.backward.heads.num_heads_k);
@@ -23,13 +22,6 @@ __device__ void produce_steps(const BackwardKernelParams& params,
   RingPosition<1> items;
   RingPosition<Traits::kQueryStages> queries;
   RingPosition<Traits::kGradOutStages> grads;
-
-  const auto copy_rows = [&](const CUtensorMap& map, Element* to, int rows, int first_row, int head,
-                             int batch, Barrier& full) {
-    for (int panel = 0; panel < Traits::kPanels; ++panel) {
-      copy_box(to + panel * rows * kPanel, map, panel * kPanel, first_row, head, batch, full);
-    }
-  };
 
   for (;;) {
     int turn = 0;
@@ -83,10 +75,10 @@ __device__ void produce_steps(const BackwardKernelParams& params,
               shared.item_full.raw(), shared.key_scale, kScaleBytes);
         }
         const int first_key = place.n_block * kBlockSize;
-        copy_rows(params.key, shared.key, kBlockSize, first_key, place.key_head, place.batch,
-                  shared.item_full);
-        copy_rows(params.value, shared.value, kBlockSize, first_key, place.key_head, place.batch,
-                  shared.item_full);
+        copy_rows<Traits::kPanels>(shared.key, params.key, kBlockSize, first_key, place.key_head,
+                                   place.batch, shared.item_full);
+        copy_rows<Traits::kPanels>(shared.value, params.value, kBlockSize, first_key,
+                                   place.key_head, place.batch, shared.item_full);
       } else {
         shared.item_full.arrive();
       }
@@ -108,8 +100,8 @@ __device__ void produce_steps(const BackwardKernelParams& params,
           Barrier& full = shared.query_full[queries.slot];
           full.arrive_and_expect(Traits::kQueryBytes +
                                  Traits::kStatisticsBytes * (deterministic ? 2 : 1));
-          copy_rows(params.query, shared.query[queries.slot], kQueryTile, first_query, block_head,
-                    place.batch, full);
+          copy_rows<Traits::kPanels>(shared.query[queries.slot], params.query, kQueryTile,
+                                     first_query, block_head, place.batch, full);
           SM90_BULK_COPY_G2S::copy(workspace.lse + statistics, full.raw(), shared.lse[queries.slot],
                                    Traits::kStatisticsBytes);
           if (deterministic) {
@@ -122,8 +114,8 @@ __device__ void produce_steps(const BackwardKernelParams& params,
         if (leader) {
           Barrier& full = shared.grad_out_full[grads.slot];
           full.arrive_and_expect(Traits::kQueryBytes + Traits::kStatisticsBytes);
-          copy_rows(params.grad_out, shared.grad_out[grads.slot], kQueryTile, first_query,
-                    block_head, place.batch, full);
+          copy_rows<Traits::kPanels>(shared.grad_out[grads.slot], params.grad_out, kQueryTile,
+                                     first_query, block_head, place.batch, full);
           SM90_BULK_COPY_G2S::copy(workspace.delta + statistics, full.raw(),
                                    shared.delta[grads.slot], Traits::kStatisticsBytes);
         }

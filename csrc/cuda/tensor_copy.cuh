@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "barrier.cuh"
+#include "tensor_map.h"
 
 namespace rrattn::cuda {
 
@@ -17,6 +18,15 @@ __device__ inline void copy_box(void* to, const CUtensorMap& map, int column, in
       "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch),
       "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier.raw())))
       : "memory");
+}
+
+// Copies `rows` rows of a head, panel after panel of kPanel columns.
+template <int kPanels, typename Element>
+__device__ inline void copy_rows(Element* to, const CUtensorMap& map, int rows, int first_row,
+                                 int head, int batch, Barrier& barrier) {
+  for (int panel = 0; panel < kPanels; ++panel) {
+    copy_box(to + panel * rows * kPanel, map, panel * kPanel, first_row, head, batch, barrier);
+  }
 }
 
 }  // namespace rrattn::cuda
