@@ -61,7 +61,9 @@ class EstimateFinisher {
       const int first_tile = chunk / consumers * kChunkTiles;
       const int consumer = first + chunk % consumers;
       shared_.chunk_full[team_][reading_.slot].wait(reading_.parity);
-      if (consumer == end - 1) free_sums(position_ + first_tile + kChunkTiles);
+      if (team_ == Traits::kConsumers && consumer == end - 1) {
+        free_sums(position_ + first_tile + kChunkTiles);
+      }
       if (item.rows[consumer].active) {
         write_chunk(item, item.rows[consumer], first_tile, chunks_[reading_.slot],
                     shared_.row_factor[slot][consumer]);
