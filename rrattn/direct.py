@@ -25,6 +25,9 @@ from __future__ import annotations
 from numbers import Real
 
 from . import _direct
+from .config import RRAttentionConfig
+
+_DEFAULTS = RRAttentionConfig()
 
 available_simd = _direct.available_simd
 set_simd = _direct.set_simd
@@ -42,9 +45,9 @@ def estimate_block_scores(
     startend_row_indices=None,
     *,
     causal,
-    stride=8,
-    head_offset=0,
-    softmax_scale=None,
+    stride=_DEFAULTS.stride,
+    head_offset=_DEFAULTS.head_offset,
+    softmax_scale=_DEFAULTS.softmax_scale,
     dtype=None,
     **options,
 ):
@@ -81,8 +84,8 @@ def select_blocks(
     causal,
     seqlen_q,
     seqlen_k,
-    keep_sink=True,
-    keep_last=False,
+    keep_sink=_DEFAULTS.keep_sink,
+    keep_last=_DEFAULTS.keep_last,
     **options,
 ):
     """Keep the blocks whose scores reach ``threshold`` of their row's sum.
@@ -120,7 +123,7 @@ def block_sparse_attention(
     startend_row_indices=None,
     *,
     causal,
-    softmax_scale=None,
+    softmax_scale=_DEFAULTS.softmax_scale,
     dtype=None,
     **options,
 ):
@@ -164,7 +167,7 @@ def block_sparse_attention_backward(
     startend_row_indices=None,
     *,
     causal,
-    softmax_scale=None,
+    softmax_scale=_DEFAULTS.softmax_scale,
     dtype=None,
     deterministic=False,
     **options,
