@@ -31,6 +31,10 @@ class RRAttentionConfig:
         Always keep the first visible key block of a row (the attention sink).
     keep_last : bool
         Keep every visible block of the last query block row.
+    keep_local : int
+        When causal, always keep this many visible key blocks directly before those of the row's own positions, which
+        are kept anyway: tokens at the start of a block look back over its edge, but are too few to count much in its
+        mass. 0: none. No effect when not causal, where a row has no own positions.
     head_offset : int
         Number of the first query head, for heads sharded over ranks: the sampled positions depend on it.
     softmax_scale : float, optional
@@ -52,6 +56,7 @@ class RRAttentionConfig:
     threshold: float | Sequence[float | Sequence[float]] = 0.95
     keep_sink: bool = True
     keep_last: bool = False
+    keep_local: int = 0
     head_offset: int = 0
     softmax_scale: float | None = None
     dense_layers: Sequence[int] = ()
@@ -60,9 +65,8 @@ class RRAttentionConfig:
     def __post_init__(self):
         if self.stride not in STRIDES:
             raise ValueError(f"stride is {self.stride}, but must be one of {', '.join(map(str, STRIDES))}")
-        for name in ("head_offset", "min_length"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be an integer of at least 0")
+        for name in ("keep_local", "head_offset", "min_length"):
+            _check_count(getattr(self, name), name)
         if not isinstance(self.dense_layers, (list, tuple)) or not all(map(_is_count, self.dense_layers)):
             raise ValueError(f"dense_layers is {self.dense_layers!r}, but must be a sequence of integers of at least 0")
         if self.softmax_scale is not None and not math.isfinite(self.softmax_scale):
@@ -129,6 +133,23 @@ class RRAttentionConfig:
         if absent:
             raise ValueError(f"dense_layers names layer {absent[0]}, but the model has {num_layers} layers, from 0 on")
         return layer_index in self.dense_layers
+
+
+def int64_count(value, name):
+    """An integer of at least 0 for the kernels, whose int64 holds no more: a larger one is cut to that.
+
+    Raises
+    ------
+    ValueError
+        For anything else, True and False among it.
+    """
+    _check_count(value, name)
+    return min(value, 2**63 - 1)
+
+
+def _check_count(value, name):
+    if not _is_count(value):
+        raise ValueError(f"{name} is {value!r}, but must be an integer of at least 0")
 
 
 def _is_count(value):

@@ -25,7 +25,7 @@ from __future__ import annotations
 from numbers import Real
 
 from . import _direct
-from .config import RRAttentionConfig
+from .config import RRAttentionConfig, int64_count
 
 _DEFAULTS = RRAttentionConfig()
 
@@ -86,6 +86,7 @@ def select_blocks(
     seqlen_k,
     keep_sink=_DEFAULTS.keep_sink,
     keep_last=_DEFAULTS.keep_last,
+    keep_local=_DEFAULTS.keep_local,
     **options,
 ):
     """Keep the blocks whose scores reach ``threshold`` of their row's sum.
@@ -95,7 +96,7 @@ def select_blocks(
     block_scores : [B, Hq, Mq, Mk] float32
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output: bit j % 32 of word j / 32 for key block j
     threshold : float in (0, 1], or [Hq] or [1] float32
-    startend_row_indices, causal, keep_sink, keep_last : as in :func:`rrattn.rr_attention`
+    startend_row_indices, causal, keep_sink, keep_last, keep_local : as in :func:`rrattn.rr_attention`
     """
     scalar = isinstance(threshold, Real)
     return _direct.select_blocks(
@@ -109,6 +110,7 @@ def select_blocks(
         seqlen_k,
         keep_sink,
         keep_last,
+        int64_count(keep_local, "keep_local"),
         _options(**options),
     )
 

@@ -18,7 +18,7 @@ from numbers import Real
 
 import paddle
 
-from .config import RRAttentionConfig
+from .config import RRAttentionConfig, int64_count
 from .library import call
 
 try:
@@ -47,6 +47,7 @@ def rr_attention(
     softmax_scale=_DEFAULTS.softmax_scale,
     keep_sink=_DEFAULTS.keep_sink,
     keep_last=_DEFAULTS.keep_last,
+    keep_local=_DEFAULTS.keep_local,
     deterministic=None,
     return_softmax_lse=False,
     return_block_mask=False,
@@ -82,6 +83,9 @@ def rr_attention(
         Always keep a row's first visible key block.
     keep_last : bool
         Keep every visible block of the last query block row.
+    keep_local : int
+        When causal, always keep this many visible key blocks directly before those of the row's own positions, which
+        are kept anyway; 0: none. No effect when not causal, where a row has no own positions.
     deterministic : bool, optional
         Gradients with the same bits on every run, on a GPU too, where that takes 4 to 22% longer (H200); on a CPU
         they always are. Default: as Paddle's FLAGS_cudnn_deterministic says when this is called.
@@ -125,6 +129,7 @@ def rr_attention(
             _scale(softmax_scale, query),
             bool(keep_sink),
             bool(keep_last),
+            int64_count(keep_local, "keep_local"),
             _deterministic(deterministic),
         )
     return _results(out, lse if return_softmax_lse else None, block_mask if return_block_mask else None)
@@ -181,13 +186,15 @@ def select_blocks(
     seqlen_k,
     keep_sink=_DEFAULTS.keep_sink,
     keep_last=_DEFAULTS.keep_last,
+    keep_local=_DEFAULTS.keep_local,
 ):
     """Keep the blocks whose scores reach `threshold` of their row's sum: the second stage of :func:`rr_attention`.
 
     Blocks are taken from the largest score down, the lower index first among equals, while the mass before one is below
     `threshold` times the row's; masses are added in fixed point, so that every device selects the same. Also kept: the
-    blocks on the row's own diagonal (when causal), blocks that FlashMask masks in part, and what `keep_sink` and
-    `keep_last` ask for. A row with a score that is NaN, negative or 2^18 and up keeps every visible block.
+    blocks that hold the row's own positions (when causal), blocks that FlashMask masks in part, and what `keep_sink`,
+    `keep_last` and `keep_local` ask for. A row with a score that is NaN, negative or 2^18 and up keeps every visible
+    block.
 
     Parameters
     ----------
@@ -195,7 +202,7 @@ def select_blocks(
         [B, Hq, Mq, Mk] float32.
     seqlen_q, seqlen_k : int
         Lengths in tokens.
-    threshold, startend_row_indices, causal, keep_sink, keep_last
+    threshold, startend_row_indices, causal, keep_sink, keep_last, keep_local
         As in :func:`rr_attention`.
 
     Returns
@@ -221,6 +228,7 @@ def select_blocks(
             _integer(seqlen_k, "seqlen_k"),
             bool(keep_sink),
             bool(keep_last),
+            int64_count(keep_local, "keep_local"),
         )
 
 

@@ -146,6 +146,7 @@ class RRAttention(nn.Layer):
             softmax_scale=softmax_scale,
             keep_sink=config.keep_sink,
             keep_last=config.keep_last,
+            keep_local=config.keep_local,
             return_block_mask=eager,
         )
         return result if eager else (result, None)

@@ -155,6 +155,11 @@ BAD_THRESHOLD = {
     "threshold dtype": ({"threshold": np.full(4, 0.5)}, "threshold has dtype float64.*must have float32"),
 }
 
+BAD_KEEP = {
+    f"keep_local {value!r}": ({"keep_local": value}, rf"keep_local is {value!r}, .*integer of at least 0")
+    for value in (-1, -(2**70), True, 1.5, "1", None)
+}
+
 BAD_SCORES = {
     "scores of rank 3": ({"block_scores": zeros(HQ, MQ, MK)}, "block_scores has 3 dimensions.*must have 4"),
     "scores dtype": (
@@ -192,15 +197,15 @@ BAD_MASK = {
 SHARED_BOUNDS = {name: BAD_QUERY_KEY[name] for name in BAD_QUERY_KEY if "bound" in name}
 STAGES = {
     "estimate": {**BAD_QUERY_KEY, **BAD_SAMPLING},
-    "select": {**SHARED_BOUNDS, **BAD_THRESHOLD, **BAD_SCORES},
+    "select": {**SHARED_BOUNDS, **BAD_THRESHOLD, **BAD_KEEP, **BAD_SCORES},
     "attend": {**BAD_QUERY_KEY, **BAD_VALUE, **BAD_MASK},
     "backward": {**BAD_QUERY_KEY, **BAD_VALUE, **BAD_MASK},
-    "rr_attention": {**BAD_QUERY_KEY, **BAD_VALUE, **BAD_SAMPLING, **BAD_THRESHOLD},
+    "rr_attention": {**BAD_QUERY_KEY, **BAD_VALUE, **BAD_SAMPLING, **BAD_THRESHOLD, **BAD_KEEP},
 }
 KEYWORDS = {
     "estimate": {"stride", "head_offset", "softmax_scale"},
-    "select": {"threshold", "seqlen_q", "seqlen_k"},
+    "select": {"threshold", "seqlen_q", "seqlen_k", "keep_local"},
     "attend": {"softmax_scale"},
     "backward": {"softmax_scale"},
-    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold"},
+    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold", "keep_local"},
 }

@@ -159,11 +159,13 @@ class Kernels:
         )
         return tuple(self.read(grad, dtype) for grad in grads)
 
-    def prefill(self, query, key, value, startend=None, *, causal, threshold, dtype="float32", **sampling):
+    def prefill(
+        self, query, key, value, startend=None, *, causal, threshold, dtype="float32", keep_local=0, **sampling
+    ):
         """All three stages: (block_scores, block_mask, out, lse)."""
-        lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        rules = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1], "keep_local": keep_local}
         scores = self.estimate(query, key, startend, causal=causal, dtype=dtype, **sampling)
-        mask = self.select(scores, startend, causal=causal, threshold=threshold, **lengths)
+        mask = self.select(scores, startend, causal=causal, threshold=threshold, **rules)
         return scores, mask, *self.attend(query, key, value, mask, startend, causal=causal, dtype=dtype)
 
     def assert_same(self, actual, expected, dtype):

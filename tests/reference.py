@@ -156,7 +156,9 @@ def estimate(query, key, startend=None, *, causal, stride=8, head_offset=0, soft
     return block_scores
 
 
-def select(block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k, keep_sink=True, keep_last=False):
+def select(
+    block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k, keep_sink=True, keep_last=False, keep_local=0
+):
     """Stage 2. The blocks to keep, bool [B, Hq, Mq, Mk], by one threshold or one for each head."""
     batch, num_heads, num_q_blocks, _ = block_scores.shape
     hidden, touched = block_geometry(
@@ -173,7 +175,8 @@ def select(block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k
         if causal:
             first_row, last_row = m * BLOCK, min(m * BLOCK + BLOCK, seqlen_q) - 1
             shift = seqlen_k - seqlen_q
-            keep[b, h, m, (first_row + shift) // BLOCK : (last_row + shift) // BLOCK + 1] = True
+            first_own, last_own = (first_row + shift) // BLOCK, (last_row + shift) // BLOCK
+            keep[b, h, m, max(first_own - keep_local, 0) : last_own + 1] = True
     if keep_last:
         keep[:, :, -1:] = True
     return keep & visible

@@ -10,6 +10,7 @@ from bad_arguments import HKV, HQ, KEYWORDS, LK, LQ, MK, MQ, STAGES, B, D, good,
 
 import rrattn
 from rrattn import direct
+from rrattn.library import call
 
 
 def parameters(*stages):
@@ -199,6 +200,13 @@ def test_paddle_objects_that_are_no_tensors():
             rrattn.rr_attention(*arguments.values())
 
 
+def test_the_operator_itself_refuses_a_negative_keep_local():
+    """As a saved program may hold it, which no Python looks at."""
+    scores = paddle.zeros([B, HQ, MQ, MK])
+    with pytest.raises(ValueError, match="keep_local is -1, but must be at least 0"):
+        call("select", scores, None, None, 0.9, True, LQ, LK, True, False, -1)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     (
@@ -212,6 +220,9 @@ def test_paddle_objects_that_are_no_tensors():
         ({"head_offset": -1}, "head_offset is -1,.*at least 0"),
         ({"softmax_scale": float("inf")}, "softmax_scale is inf,.*finite"),
         ({"keep_last": 1}, "keep_last is 1,.*True or False"),
+        ({"keep_local": -1}, "keep_local is -1,.*integer of at least 0"),
+        ({"keep_local": True}, "keep_local is True,.*integer of at least 0"),
+        ({"keep_local": 0.5}, "keep_local is 0.5,.*integer of at least 0"),
     ),
     ids=str,
 )

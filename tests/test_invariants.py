@@ -24,6 +24,7 @@ CASES = [
     ),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_keep_local = pytest.mark.parametrize("keep_local", (0, 1, 2))
 
 
 def prefill(kernels, case, inputs, dtype, threshold=0.6, **options):
@@ -44,16 +45,18 @@ def test_tau_of_one_is_dense_attention(kernels, main_dtype, case):
         assert_as_good_as_naive(actual, exact, same_dtype)
 
 
+@each_keep_local
 @each_case
-def test_growing_tau_never_removes_a_block(kernels, main_dtype, case):
+def test_growing_tau_never_removes_a_block(kernels, main_dtype, case, keep_local):
     inputs = make_inputs(case, main_dtype)
     taus = (0.01, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.9999, 1.0)
-    masks = [prefill(kernels, case, inputs, main_dtype, threshold=tau)[1] for tau in taus]
+    masks = [prefill(kernels, case, inputs, main_dtype, threshold=tau, keep_local=keep_local)[1] for tau in taus]
     for smaller, larger in zip(masks, masks[1:]):
         assert (larger >= smaller).all()
     assert masks[0].sum() < masks[-1].sum()
 
 
+@each_keep_local
 @pytest.mark.parametrize("chunk", (128, 384, 512))
 @pytest.mark.parametrize(
     "case",
@@ -66,9 +69,9 @@ def test_growing_tau_never_removes_a_block(kernels, main_dtype, case):
     ],
     ids=str,
 )
-def test_prefill_in_chunks_is_one_prefill(kernels, case, dtype, chunk):
+def test_prefill_in_chunks_is_one_prefill(kernels, case, dtype, chunk, keep_local):
     inputs = make_inputs(case, dtype)
-    scores, mask, out, lse = prefill(kernels, case, inputs, dtype)
+    scores, mask, out, lse = prefill(kernels, case, inputs, dtype, keep_local=keep_local)
     cached = case.seqlen_k - case.seqlen_q
     assert cached % BLOCK == 0
     for first in range(0, case.seqlen_q, chunk):
@@ -77,7 +80,7 @@ def test_prefill_in_chunks_is_one_prefill(kernels, case, dtype, chunk):
         startend = None if inputs.startend is None else inputs.startend[:, :, keys] - np.int32(first)
         part = kernels.prefill(
             inputs.query[:, rows], inputs.key[:, keys], inputs.value[:, keys], startend,
-            causal=True, stride=case.stride, threshold=0.6, dtype=dtype,
+            causal=True, stride=case.stride, threshold=0.6, keep_local=keep_local, dtype=dtype,
         )  # fmt: skip
         blocks = slice(first // BLOCK, first // BLOCK + part[0].shape[2])
         num_k_blocks = part[0].shape[3]
@@ -107,8 +110,9 @@ def test_heads_split_over_ranks(kernels, main_dtype, ranks, stride):
             assert not np.array_equal(part[0], kernels.prefill(*arrays, **options)[0])
 
 
+@each_keep_local
 @pytest.mark.parametrize("causal", (True, False))
-def test_packed_sequences_run_as_if_apart(kernels, causal, dtype):
+def test_packed_sequences_run_as_if_apart(kernels, causal, dtype, keep_local):
     """Documents that start at multiples of 128, across the edge of a tile of strides."""
     lengths = (256, 640, 128, 301)
     case = Case(sum(lengths), sum(lengths), causal, num_heads=4, num_heads_k=2, head_dim=32)
@@ -116,7 +120,7 @@ def test_packed_sequences_run_as_if_apart(kernels, causal, dtype):
     ends = np.cumsum(lengths)
     bounds = [np.repeat(ends, lengths)] if causal else [np.repeat(ends, lengths), np.repeat(ends - lengths, lengths)]
     startend = np.stack(bounds, -1).astype(np.int32)[None, None]
-    options = {"causal": causal, "threshold": 0.6, "dtype": dtype}
+    options = {"causal": causal, "threshold": 0.6, "keep_local": keep_local, "dtype": dtype}
     scores, mask, out, lse = kernels.prefill(*inputs.forward, startend, **options)
     for first, end in zip(ends - lengths, ends):
         rows, blocks = slice(first, end), slice(first // BLOCK, -(-end // BLOCK))

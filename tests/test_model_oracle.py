@@ -23,7 +23,7 @@ from tiny_models import (
 
 import rrattn
 
-CONFIG = rrattn.RRAttentionConfig(threshold=[0.5, (0.3, 0.6, 1.0, 0.4)], keep_last=True)
+CONFIG = rrattn.RRAttentionConfig(threshold=[0.5, (0.3, 0.6, 1.0, 0.4)], keep_last=True, keep_local=2)
 
 
 class Oracle(paddle.autograd.PyLayer):
@@ -36,7 +36,7 @@ class Oracle(paddle.autograd.PyLayer):
         mask = {"startend": rows, "causal": causal}
         sampling = {"stride": settings["stride"], "softmax_scale": softmax_scale}
         scores = reference.estimate(query, key, **mask, **sampling).astype(np.float32)
-        kept = {"keep_sink": settings["keep_sink"], "keep_last": settings["keep_last"]}
+        kept = {name: settings[name] for name in ("keep_sink", "keep_last", "keep_local")}
         threshold = 1.0 if lengths["seqlen_q"] == 1 < lengths["seqlen_k"] else settings["threshold"]
         selected = reference.select(scores, threshold, **mask, **lengths, **kept)
         out, _ = reference.attend(query, key, value, selected, **mask, softmax_scale=softmax_scale)
@@ -58,6 +58,7 @@ def oracle_forward(core, query, key, value, startend_row_indices=None, *, causal
         "threshold": core.threshold,
         "keep_sink": core.config.keep_sink,
         "keep_last": core.config.keep_last,
+        "keep_local": core.config.keep_local,
     }
     return Oracle.apply(query, key, value, rows, settings, causal, softmax_scale)
 

@@ -56,7 +56,7 @@ def test_rr_attention_is_its_stages(case):
     tensors, bounds = to_tensors(inputs, requires_grad=True), bounds_of(inputs)
     options = {"causal": case.causal}
     lengths = {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
-    for keep in ({"keep_sink": False}, {"keep_last": True}):
+    for keep in ({"keep_sink": False}, {"keep_last": True}, {"keep_local": 2}):
         sampling = {"stride": 16, "head_offset": 3, "softmax_scale": 0.3}
         out, lse, mask = run(tensors, bounds, **options, **sampling, **keep)
         scores = rrattn.estimate_block_scores(*tensors[:2], bounds, **options, **sampling)

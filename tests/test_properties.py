@@ -88,3 +88,31 @@ def test_pipeline(kernels, case, dtype, taus, head_offset, keep_sink, keep_last)
     terms = reference.backward(*arguments, causal=case.causal, terms=True)
     for results in zip(grads, oracle, naive, terms):
         assert_as_good_as_naive(*results)
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    case=shapes(),
+    seed=st.integers(0, 2**32),
+    taus=st.lists(st.floats(0.01, 1.0), min_size=2, max_size=2).map(sorted),
+    keep_sink=st.booleans(),
+    keep_last=st.booleans(),
+    keep_local=st.integers(0, 4),
+)
+def test_keep_rules_only_add(kernels, case, seed, taus, keep_sink, keep_last, keep_local):
+    """On scores with many ties: rules add to the selection without them, and none takes from that of a lower tau."""
+    scores = np.random.default_rng(seed).integers(0, 6, case.block_shape).astype(np.float32)
+    startend = make_inputs(case).startend
+    sizes = {"causal": case.causal, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+    rules = {"keep_sink": keep_sink, "keep_last": keep_last, "keep_local": keep_local}
+    lower, higher = (kernels.select(scores, startend, threshold=tau, **sizes, **rules) for tau in taus)
+    for mask, tau in zip((lower, higher), taus):
+        assert np.array_equal(mask, reference.select(scores, tau, startend, **sizes, **rules))
+    plain = kernels.select(scores, startend, threshold=taus[0], **sizes, keep_sink=False, keep_last=False, keep_local=0)
+    hidden, _ = reference.block_geometry(startend, **case.geometry)
+    assert (plain <= lower).all() and (lower <= higher).all() and not (lower & hidden).any()

@@ -61,9 +61,11 @@ def wide(num_k_blocks, num_q_blocks=3, causal=False):
     return {"causal": causal, "seqlen_q": num_q_blocks * 128, "seqlen_k": num_k_blocks * 128}
 
 
-@pytest.mark.parametrize("keep_sink, keep_last", ((True, False), (False, True)))
+@pytest.mark.parametrize(
+    "keep_sink, keep_last, keep_local", ((True, False, 0), (True, False, 1), (False, True, 0), (False, False, 2))
+)
 @pytest.mark.parametrize("case", LENGTHS + UNEQUAL + HEADS + MASKED, ids=str)
-def test_masks(kernels, rng, case, keep_sink, keep_last):
+def test_masks(kernels, rng, case, keep_sink, keep_last, keep_local):
     startend = make_inputs(case).startend
     for make_scores in SCORES:
         scores = make_scores(rng, case.block_shape)
@@ -75,6 +77,7 @@ def test_masks(kernels, rng, case, keep_sink, keep_last):
                 threshold=tau,
                 keep_sink=keep_sink,
                 keep_last=keep_last,
+                keep_local=keep_local,
                 **sizes(case),
             )
 
@@ -196,6 +199,45 @@ def test_keep_rules(kernels):
             assert np.flatnonzero(mask[0, 0, row]).tolist() == [0] * keep_sink + blocks
     mask = check(kernels, scores, threshold=0.5, keep_last=True, **sizes(case))
     assert mask[0, 0, 2].all() and not mask[0, 0, 1].all()
+
+
+@pytest.mark.parametrize("keep_local", (0, 1, 2, 3, 2**31, 2**63, 10**30))
+def test_keep_local(kernels, keep_local):
+    """Without mass to select by, the row's own blocks and so many before them are kept, none below the first."""
+    case = Case(300, 820, num_heads=1)  # rows 0..299 sit at keys 520..819
+    scores = np.zeros(case.block_shape, np.float32)
+    mask = check(kernels, scores, threshold=0.5, keep_sink=False, keep_local=keep_local, **sizes(case))
+    for row, (first_own, last_own) in enumerate(((4, 5), (5, 6), (6, 6))):
+        assert np.flatnonzero(mask[0, 0, row]).tolist() == list(range(max(first_own - keep_local, 0), last_own + 1))
+
+
+@pytest.mark.parametrize("num_k_blocks", (40, 70, 1030))
+def test_keep_local_adds_to_what_the_threshold_keeps(kernels, rng, num_k_blocks):
+    """Over the edges of mask words: the blocks before a row's own, and no other."""
+    scores = attention_like(rng, (1, 2, 35, num_k_blocks))
+    options = {"threshold": 0.4, **wide(num_k_blocks, 35, causal=True)}
+    plain, local = (check(kernels, scores, keep_local=k, **options) for k in (0, 3))
+    distance = np.arange(num_k_blocks - 35, num_k_blocks)[:, None] - np.arange(num_k_blocks)
+    near = (1 <= distance) & (distance <= 3)
+    assert local[:, :, near].all() and not plain[:, :, near].all()
+    assert np.array_equal(local[:, :, ~near], plain[:, :, ~near])
+
+
+def test_keep_local_has_no_meaning_when_not_causal(kernels):
+    scores = np.zeros((1, 1, 4, 6), np.float32)
+    for seqlen_k in (6 * 128, 5 * 128 + 1):
+        options = {"causal": False, "seqlen_q": 512, "seqlen_k": seqlen_k, "threshold": 0.5, "keep_sink": False}
+        assert not check(kernels, scores, keep_local=2, **options).any()
+
+
+def test_keep_local_keeps_no_block_of_another_document(kernels):
+    """Documents of 384 and 640 tokens: near blocks are kept back to the start of the row's own."""
+    case = Case(1024, 1024, num_heads=1)
+    startend = np.where(np.arange(1024) < 384, 384, 1024).astype(np.int32).reshape(1, 1, 1024, 1)
+    scores = np.zeros(case.block_shape, np.float32)
+    mask = check(kernels, scores, startend, threshold=0.5, keep_sink=False, keep_local=2, **sizes(case))
+    for row in range(8):
+        assert np.flatnonzero(mask[0, 0, row]).tolist() == list(range(max(row - 2, 0 if row < 3 else 3), row + 1))
 
 
 def test_the_sink_under_flashmask_is_the_start_of_the_document(kernels):

@@ -182,14 +182,15 @@ int64_t estimate_block_scores(const py::object& query, const py::object& key,
 int64_t select_blocks(const py::object& block_scores, const py::object& block_mask,
                       const py::object& startend_row_indices, double threshold,
                       const py::object& head_thresholds, bool causal, int64_t seqlen_q,
-                      int64_t seqlen_k, bool keep_sink, bool keep_last, const Options& options) {
+                      int64_t seqlen_k, bool keep_sink, bool keep_last, int64_t keep_local,
+                      const Options& options) {
   Arrays arrays(std::nullopt);
   const Array& first = arrays(block_scores, "block_scores");
   return run(kSelect,
              select_params(first, arrays.optional(startend_row_indices, "startend_row_indices"),
                            arrays(block_mask, "block_mask"), threshold,
                            arrays.optional(head_thresholds, "threshold"), causal, seqlen_q,
-                           seqlen_k, keep_sink, keep_last),
+                           seqlen_k, keep_sink, keep_last, keep_local),
              first, options);
 }
 

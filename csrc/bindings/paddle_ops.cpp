@@ -144,7 +144,8 @@ std::vector<Tensor> estimate(const Tensor& query, const Tensor& key,
 
 std::vector<Tensor> select(const Tensor& block_scores, const OptionalTensor& startend_row_indices,
                            const OptionalTensor& head_thresholds, float threshold, bool causal,
-                           int64_t seqlen_q, int64_t seqlen_k, bool keep_sink, bool keep_last) {
+                           int64_t seqlen_q, int64_t seqlen_k, bool keep_sink, bool keep_last,
+                           int64_t keep_local) {
   const Kernel<SelectParams>& kernel = kSelect.kernel_for(describe(block_scores, "block_scores"));
   Tensor block_mask =
       paddle::empty(mask_shape(block_scores.shape()), DType::INT32, block_scores.place());
@@ -153,7 +154,7 @@ std::vector<Tensor> select(const Tensor& block_scores, const OptionalTensor& sta
                     describe(startend_row_indices, "startend_row_indices"),
                     describe(block_mask, "block_mask"), threshold,
                     describe(head_thresholds, "threshold"), causal, seqlen_q, seqlen_k, keep_sink,
-                    keep_last),
+                    keep_last, keep_local),
       block_scores);
   return {block_mask};
 }
@@ -199,13 +200,13 @@ std::vector<Tensor> rr_attention(const Tensor& query, const Tensor& key, const T
                                  const OptionalTensor& head_thresholds, float threshold,
                                  bool causal, int64_t stride, int64_t head_offset,
                                  float softmax_scale, bool keep_sink, bool keep_last,
-                                 bool deterministic) {
+                                 int64_t keep_local, bool deterministic) {
   kAttend.kernel_for(describe(query, "query"));  // before the other stages run in vain
   const Tensor block_scores =
       estimate(query, key, startend_row_indices, causal, stride, head_offset, softmax_scale)[0];
   const Tensor block_mask =
       select(block_scores, startend_row_indices, head_thresholds, threshold, causal,
-             query.shape()[1], key.shape()[1], keep_sink, keep_last)[0];
+             query.shape()[1], key.shape()[1], keep_sink, keep_last, keep_local)[0];
   std::vector<Tensor> outputs = attend(query, key, value, block_mask, startend_row_indices, causal,
                                        softmax_scale, deterministic);
   outputs.push_back(block_mask);
@@ -218,7 +219,7 @@ std::vector<Tensor> rr_attention_backward(const Tensor& query, const Tensor& key
                                           const Tensor& out, const Tensor& lse,
                                           const Tensor& block_mask, const Tensor& grad_out, float,
                                           bool causal, int64_t, int64_t, float softmax_scale, bool,
-                                          bool, bool deterministic) {
+                                          bool, int64_t, bool deterministic) {
   return attend_backward(query, key, value, block_mask, startend_row_indices, out, lse, grad_out,
                          causal, softmax_scale, deterministic);
 }
@@ -272,7 +273,7 @@ PD_BUILD_OP(rrattn_select)
              paddle::Optional("HeadThresholds")})
     .Outputs({"BlockMask"})
     .Attrs({"threshold: float", "causal: bool", "seqlen_q: int64_t", "seqlen_k: int64_t",
-            "keep_sink: bool", "keep_last: bool"})
+            "keep_sink: bool", "keep_last: bool", "keep_local: int64_t"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::select>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::select_shape>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::select_dtype));
@@ -297,7 +298,8 @@ PD_BUILD_OP(rrattn_rr_attention)
              paddle::Optional("HeadThresholds")})
     .Outputs({"Out", "Lse", "BlockMask"})
     .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
-            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "deterministic: bool"})
+            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "keep_local: int64_t",
+            "deterministic: bool"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::rr_attention_shape>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::rr_attention_dtype));
@@ -307,5 +309,6 @@ PD_BUILD_GRAD_OP(rrattn_rr_attention)
              "BlockMask", paddle::Grad("Out")})
     .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
     .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
-            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "deterministic: bool"})
+            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "keep_local: int64_t",
+            "deterministic: bool"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention_backward>::call));

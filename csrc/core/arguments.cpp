@@ -254,7 +254,7 @@ EstimateParams estimate_params(const Array& query, const Array& key,
 SelectParams select_params(const Array& block_scores, const OptionalArray& startend_row_indices,
                            const Array& block_mask, double threshold,
                            const OptionalArray& head_thresholds, bool causal, int64_t seqlen_q,
-                           int64_t seqlen_k, bool keep_sink, bool keep_last) {
+                           int64_t seqlen_k, bool keep_sink, bool keep_last, int64_t keep_local) {
   SelectParams params;
   require_rank(block_scores.name, block_scores.shape, 4,
                "[batch, num_heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)]");
@@ -292,8 +292,10 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& start
     params.threshold = static_cast<float>(threshold);
     check_threshold(params.threshold, "threshold");
   }
+  if (keep_local < 0) fail("keep_local is ", keep_local, ", but must be at least 0");
   params.keep_sink = keep_sink;
   params.keep_last = keep_last;
+  params.keep_local = std::min(keep_local, params.visibility.num_n_blocks());
   params.block_mask =
       const_cast<uint32_t*>(check_block_mask(block_mask, params.visibility, block_scores));
   return params;

@@ -42,7 +42,7 @@ EstimateParams estimate_params(const Array& query, const Array& key,
 SelectParams select_params(const Array& block_scores, const OptionalArray& startend_row_indices,
                            const Array& block_mask, double threshold,
                            const OptionalArray& head_thresholds, bool causal, int64_t seqlen_q,
-                           int64_t seqlen_k, bool keep_sink, bool keep_last);
+                           int64_t seqlen_k, bool keep_sink, bool keep_last, int64_t keep_local);
 
 AttendParams attend_params(const Array& query, const Array& key, const Array& value,
                            const Array& block_mask, const OptionalArray& startend_row_indices,

@@ -106,6 +106,7 @@ struct SelectParams {
   int64_t head_threshold_stride = 0;       // 1 or 0
   bool keep_sink = true;
   bool keep_last = false;
+  int64_t keep_local = 0;          // key blocks before the row's own; at most Mk
   uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)], written whole
   Execution execution;
 };

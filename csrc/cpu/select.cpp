@@ -78,14 +78,15 @@ void keep_by_rule(const SelectParams& params, int64_t m_block, const SelectScrat
   const Visibility& visibility = params.visibility;
   const int64_t first_row = m_block * kBlockSize;
   const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-  const int64_t first_own = visibility.causal ? (first_row + visibility.shift()) / kBlockSize : 0;
+  // The blocks that hold the row's own positions, and keep_local before them: none when not causal.
+  const int64_t first_local = (first_row + visibility.shift()) / kBlockSize - params.keep_local;
   const int64_t last_own = visibility.causal ? (last_row + visibility.shift()) / kBlockSize : -1;
   const bool keep_row = params.keep_last && m_block == visibility.num_m_blocks() - 1;
   bool sink = params.keep_sink;
   for (int64_t n = 0; n < visibility.num_n_blocks(); ++n) {
     if (scratch.kinds[n] == BlockKind::kHidden) continue;
-    const bool own = first_own <= n && n <= last_own;
-    if (sink || own || keep_row || scratch.kinds[n] == BlockKind::kPartial) set_bit(mask_row, n);
+    const bool local = first_local <= n && n <= last_own;
+    if (sink || local || keep_row || scratch.kinds[n] == BlockKind::kPartial) set_bit(mask_row, n);
     sink = false;  // only the first visible block
   }
 }

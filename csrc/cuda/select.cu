@@ -101,10 +101,12 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 8 ? 2 : 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   RowGroup<kWarps> group{sums, lows, highs};
 
-  // The blocks on the row's own diagonal; when causal, later ones are hidden.
+  // The blocks that hold the row's own positions, and keep_local before them; when causal, later
+  // ones are hidden.
   const int64_t first_row = static_cast<int64_t>(m_block) * kBlockSize;
   const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-  const int first_own = static_cast<int>((first_row + visibility.shift()) / kBlockSize);
+  const int first_local =
+      static_cast<int>((first_row + visibility.shift()) / kBlockSize - select.keep_local);
   const int last_own = static_cast<int>((last_row + visibility.shift()) / kBlockSize);
   const int end_block = visibility.causal ? last_own + 1 : num_n_blocks;
 
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 8 ? 2 : 1)
       }
       keep |= tie && static_cast<double>(mass_above + rank * mass_at_cut) < target;
     }
-    keep |= keep_row || (visibility.causal && first_own <= n_block && n_block <= last_own) ||
+    keep |= keep_row || (visibility.causal && first_local <= n_block && n_block <= last_own) ||
             (partial_words >> i & 1) || (select.keep_sink && n_block == first_visible);
     const uint32_t bits = __ballot_sync(~0u, keep && visible);
     if (lane == 0) select.block_mask[static_cast<int64_t>(row) * num_words + word] = bits;

@@ -14,6 +14,10 @@ from test_select import (  # noqa: F401  (collected here with this folder's fixt
     test_equal_scores_go_to_the_lower_block,
     test_hidden_scores_count_for_nothing,
     test_intervals_that_end_at_block_edges,
+    test_keep_local,
+    test_keep_local_adds_to_what_the_threshold_keeps,
+    test_keep_local_has_no_meaning_when_not_causal,
+    test_keep_local_keeps_no_block_of_another_document,
     test_keep_rules,
     test_masks,
     test_masses_are_added_in_fixed_point,
@@ -31,8 +35,8 @@ def test_long_rows(kernels, rng, num_k_blocks):
     case = Case(1, 128 * num_k_blocks, num_heads=3)
     scores = rng.random(case.block_shape, np.float32) ** 20
     scores[0, 1] = np.round(scores[0, 1], 2)  # many ties
-    for tau in (0.3, 0.95):
-        options = {"causal": True, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+    for tau, keep_local in ((0.3, 0), (0.95, 1), (0.3, 40), (0.3, 5000)):
+        options = {"causal": True, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k, "keep_local": keep_local}
         expected = reference.select(scores, tau, **options)
         for _ in range(3):
             assert_identical(kernels.select(scores, threshold=tau, **options), expected)
