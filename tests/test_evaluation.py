@@ -320,8 +320,10 @@ def test_calibration_writes_a_config_that_enable_reads(checkpoint, text, tmp_pat
     rrattn.enable(model.model, config)
     model.method = Method(f"rrattn:{tmp_path / 'out.json'}")
     model.prefill(np.arange(1000) % 250)
-    with pytest.raises(ValueError, match="the stride and keep_last are in the file"):
+    with pytest.raises(ValueError, match="stride and keep rules are in the file"):
         Method(f"rrattn:{tmp_path / 'out.json'}:16")
+    with pytest.raises(ValueError, match="stride and keep rules are in the file"):
+        Method(f"rrattn+near:{tmp_path / 'out.json'}")
 
 
 def test_config_files(tmp_path):

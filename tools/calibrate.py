@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,15 +58,16 @@ def parse_arguments():
 def measure(model, texts, arguments):
     """(kept, density), float64 [thresholds, layers, heads]: means over samples of the true mass in the chosen blocks
     and of the share of blocks that they are."""
-    from evaluation.run import capture, kept_mass, sized_prompt
+    from evaluation.methods import rrattn_block_mask
+    from evaluation.run import capture, mass_in_blocks, sized_prompt
 
+    choices = [partial(rrattn_block_mask, as_config(threshold, arguments)) for threshold in THRESHOLDS]
     total = []
     for index in range(arguments.samples):
         for kind in arguments.tasks:
             prompt = sized_prompt(model, kind, texts, arguments.length, index, 12)
             inputs, masses = capture(model, model.codec.encode(prompt.context))
-            methods = [f"rrattn:{threshold}:{arguments.stride}" for threshold in THRESHOLDS]
-            total.append([kept_mass(model, inputs, masses, method)["by_layer"] for method in methods])
+            total.append([mass_in_blocks(model, inputs, masses, choice)["by_layer"] for choice in choices])
     mean = np.mean(total, axis=0)  # [thresholds, layers, heads, 2]
     return mean[..., 1], mean[..., 0]
 
@@ -114,15 +116,20 @@ def calibrate(kept, density, arguments):
     return fewest_blocks(kept, density, arguments.loss)
 
 
-def as_config(chosen, num_layers, arguments):
-    """The RRAttentionConfig of the chosen thresholds."""
+def as_thresholds(chosen, num_layers, arguments):
+    """The chosen thresholds as RRAttentionConfig takes them: of each layer, or of each head of each layer."""
+    thresholds = [THRESHOLDS[i] for i in chosen]
+    if arguments.per == "layer":
+        return thresholds
+    heads = len(thresholds) // num_layers
+    return [thresholds[i * heads : (i + 1) * heads] for i in range(num_layers)]
+
+
+def as_config(threshold, arguments):
+    """The RRAttentionConfig to measure a threshold with, and to write: the defaults in all but these two."""
     import rrattn
 
-    thresholds = [THRESHOLDS[i] for i in chosen]
-    if arguments.per == "head":
-        heads = len(thresholds) // num_layers
-        thresholds = [thresholds[i * heads : (i + 1) * heads] for i in range(num_layers)]
-    return rrattn.RRAttentionConfig(threshold=thresholds, stride=arguments.stride)
+    return rrattn.RRAttentionConfig(threshold=threshold, stride=arguments.stride)
 
 
 def main():
@@ -135,7 +142,7 @@ def main():
     model = Model(arguments.model)
     kept, density = measure(model, read_text(arguments.text), arguments)
     chosen = calibrate(kept, density, arguments)
-    config = as_config(chosen, model.num_layers, arguments)
+    config = as_config(as_thresholds(chosen, model.num_layers, arguments), arguments)
     config.to_json(arguments.config)
     held_kept, held_density = measure(model, read_text(arguments.held_out), arguments)
     print(f"{'':22} {'mass lost':>10} {'density':>9} {'one threshold of that loss':>28} {'blocks saved':>13}")

@@ -11,9 +11,9 @@ random:0.3                  each block with this chance
 exact:0.95                  the true attention mass: what no selection can beat
 
 A name with "+last", as in rrattn+last:0.95, keeps every block of the last query block row as well: the end of the
-prompt, where its question is, attends all of it. With "+near" each row also keeps the block before its diagonal: the
-first tokens of a block look back over its edge, but are too few to count much in the block's mass. Both may stand
-together, as in rrattn+last+near:0.95.
+prompt, where its question is, attends all of it (rrattn's keep_last). With "+near" each row also keeps the block before
+its diagonal (keep_local=1, which is rrattn's default, but takes the word here). Both may stand together, as in
+rrattn+last+near:0.95; without them neither rule is on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Method:
         self.name, *extras = name.split("+")
         if len(set(extras)) < len(extras) or not set(extras) <= {"last", "near"}:
             raise ValueError(f"method {text!r}: after a + may stand last and near, each once")
-        self.keep_last, self.keep_near = "last" in extras, "near" in extras
+        self.keep = {"keep_last": "last" in extras, "keep_local": int("near" in extras)}
         if self.name not in NAMES:
             raise ValueError(f"method {text!r} is not one of {', '.join(NAMES)}")
         self.config = None
@@ -59,8 +59,8 @@ class Method:
             return
         if self.name == "rrattn" and settings[0].endswith(".json"):
             self.config = rrattn.RRAttentionConfig.from_json(settings[0])
-            if len(settings) > 1 or self.keep_last:
-                raise ValueError(f"method {text!r}: the stride and keep_last are in the file, so must not be given")
+            if len(settings) > 1 or extras:
+                raise ValueError(f"method {text!r}: stride and keep rules are in the file, so must not be given")
             return
         try:
             self.knob = float(settings[0])
@@ -75,7 +75,7 @@ class Method:
         if self.stride not in STRIDES:
             raise ValueError(f"method {text!r}: the stride must be one of {', '.join(map(str, STRIDES))}")
         if self.name == "rrattn":
-            self.config = rrattn.RRAttentionConfig(threshold=self.knob, stride=self.stride, keep_last=self.keep_last)
+            self.config = rrattn.RRAttentionConfig(threshold=self.knob, stride=self.stride, **self.keep)
 
     def block_mask(self, query, key, scale, layer, num_layers):
         """The blocks to attend, causal.
@@ -93,39 +93,17 @@ class Method:
         Tensor
             int32 [1, Hq, Mq, ceil(Mk / 32)], see `rrattn.pack_block_mask`.
         """
-        mask = self._chosen(query, key, scale, layer, num_layers)
-        if not self.keep_near:
-            return mask
-        near = baselines.window_mask(query[0], key[0], 2)
-        return mask | rrattn.pack_block_mask(paddle.to_tensor(near[None]))
-
-    def _chosen(self, query, key, scale, layer, num_layers):
-        """What `block_mask` returns, but for the near blocks."""
         sizes = {"causal": True, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         if self.name == "dense":
             return rrattn.dense_block_mask(1, query.shape[2], **sizes)
         if self.name == "rrattn":
-            threshold = self.config.layer_threshold(layer, num_layers)
-            if self.config.layer_is_dense(layer, num_layers) or key.shape[1] < self.config.min_length:
-                return rrattn.dense_block_mask(1, query.shape[2], **sizes)
-            if not isinstance(threshold, float):
-                threshold = paddle.to_tensor(list(threshold), dtype="float32")
-            scores = rrattn.estimate_block_scores(
-                query,
-                key,
-                causal=True,
-                stride=self.config.stride,
-                head_offset=self.config.head_offset,
-                softmax_scale=scale if self.config.softmax_scale is None else self.config.softmax_scale,
-            )
-            keep = {"keep_sink": self.config.keep_sink, "keep_last": self.config.keep_last}
-            return rrattn.select_blocks(scores, threshold, **sizes, **keep)
+            return rrattn_block_mask(self.config, query, key, scale, layer, num_layers)
         scores, mask = self._baseline(query[0].numpy(), key[0].numpy(), scale or query.shape[3] ** -0.5, layer)
         if scores is None:
             scores, threshold = np.where(mask, 1.0, 0.0).astype(np.float32), 1 - 2**-20
         else:
             threshold = self.knob
-        return rrattn.select_blocks(paddle.to_tensor(scores[None]), threshold, keep_last=self.keep_last, **sizes)
+        return rrattn.select_blocks(paddle.to_tensor(scores[None]), threshold, **self.keep, **sizes)
 
     def _baseline(self, query, key, scale, layer):
         """(scores, None) or (None, mask), [Hq, Mq, Mk]."""
@@ -143,6 +121,26 @@ class Method:
         if self.name == "window":
             return None, baselines.window_mask(query, key, int(self.knob))
         return None, baselines.random_mask(query, key, self.knob, [layer, len(query), len(key)])
+
+
+def rrattn_block_mask(config, query, key, scale, layer, num_layers):
+    """What rrattn with an RRAttentionConfig attends in a prefill, causal; the rest as for `Method.block_mask`."""
+    sizes = {"causal": True, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+    if config.layer_is_dense(layer, num_layers) or key.shape[1] < config.min_length:
+        return rrattn.dense_block_mask(1, query.shape[2], **sizes)
+    threshold = config.layer_threshold(layer, num_layers)
+    if not isinstance(threshold, float):
+        threshold = paddle.to_tensor(list(threshold), dtype="float32")
+    scores = rrattn.estimate_block_scores(
+        query,
+        key,
+        causal=True,
+        stride=config.stride,
+        head_offset=config.head_offset,
+        softmax_scale=scale if config.softmax_scale is None else config.softmax_scale,
+    )
+    keep = {name: getattr(config, name) for name in ("keep_sink", "keep_last", "keep_local")}
+    return rrattn.select_blocks(scores, threshold, **sizes, **keep)
 
 
 def _form(name):

@@ -187,15 +187,20 @@ def capture(model, tokens):
 
 def kept_mass(model, inputs, masses, method):
     """What `measure_mass` writes of one method."""
-    import rrattn
-
     if method.startswith(BEST):
         shares = best_shares(masses, float(method[len(BEST) :]))
         return {"density": shares[0], "kept": shares[1]}
     chosen = _ExactFrom(method, masses) if method.startswith("exact:") else Method(method)
+    return mass_in_blocks(model, inputs, masses, chosen.block_mask)
+
+
+def mass_in_blocks(model, inputs, masses, block_mask):
+    """What `measure_mass` writes of the blocks that a function with the arguments of `Method.block_mask` chooses."""
+    import rrattn
+
     by_layer = []
     for layer, ((query, key, scale), mass) in enumerate(zip(inputs, masses)):
-        packed = chosen.block_mask(query, key, scale, layer, model.num_layers)
+        packed = block_mask(query, key, scale, layer, model.num_layers)
         mask = rrattn.unpack_block_mask(packed, mass.shape[2]).numpy()[0]
         visible = np.tril(np.ones(mask.shape[1:], bool))
         density = (mask & visible).sum((1, 2)) / visible.sum()
