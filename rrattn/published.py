@@ -8,8 +8,9 @@ instead.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
-from .config import BLOCK_SIZE, PUBLISHED_ESTIMATE, PUBLISHED_PATCH, PUBLISHED_PREFILL, RRAttentionConfig
+from .config import BLOCK_SIZE, PUBLISHED_ESTIMATE, PUBLISHED_PATCH, PUBLISHED_PREFILL
 from .functional import estimate_block_scores, rr_attention, select_blocks
 from .integrations import enable
 from .masks import block_density, unpack_block_mask
@@ -72,6 +73,7 @@ def rrattn_prefill(
         threshold=threshold,
         keep_sink=keep_sink,
         keep_last=keep_recent,
+        keep_local=PUBLISHED_PREFILL.keep_local,
         return_block_mask=True,
     )
     density = block_density(block_mask, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1])
@@ -121,6 +123,7 @@ def rrattn_estimate(
         seqlen_k=key.shape[1],
         keep_sink=keep_sink,
         keep_last=keep_recent,
+        keep_local=PUBLISHED_ESTIMATE.keep_local,
     )
     return scores, unpack_block_mask(block_mask, scores.shape[3])
 
@@ -150,7 +153,9 @@ def _patch(name, model_types):
                 f"{model_type!r}"
             )
         _check_others(name, others)
-        config = RRAttentionConfig(threshold=threshold, stride=stride, keep_sink=keep_sink, keep_last=keep_recent)
+        config = replace(
+            PUBLISHED_PATCH, threshold=threshold, stride=stride, keep_sink=keep_sink, keep_last=keep_recent
+        )
         return enable(model, config)
 
     patch.__name__ = patch.__qualname__ = name

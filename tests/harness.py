@@ -160,7 +160,7 @@ class Kernels:
         return tuple(self.read(grad, dtype) for grad in grads)
 
     def prefill(
-        self, query, key, value, startend=None, *, causal, threshold, dtype="float32", keep_local=0, **sampling
+        self, query, key, value, startend=None, *, causal, threshold, dtype="float32", keep_local=1, **sampling
     ):
         """All three stages: (block_scores, block_mask, out, lse)."""
         rules = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1], "keep_local": keep_local}

@@ -157,7 +157,7 @@ def estimate(query, key, startend=None, *, causal, stride=8, head_offset=0, soft
 
 
 def select(
-    block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k, keep_sink=True, keep_last=False, keep_local=0
+    block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k, keep_sink=True, keep_last=False, keep_local=1
 ):
     """Stage 2. The blocks to keep, bool [B, Hq, Mq, Mk], by one threshold or one for each head."""
     batch, num_heads, num_q_blocks, _ = block_scores.shape

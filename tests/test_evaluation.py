@@ -69,7 +69,7 @@ def test_prefills_do_what_the_enabled_model_does(model, checkpoint):
     plain = paddleformers.LlamaForCausalLM.from_pretrained(str(checkpoint), dtype="float32")
     plain.config.fuse_rms_norm = False
     plain.eval()
-    for method, threshold in (("dense", 1.0), ("rrattn:0.5:16", 0.5)):
+    for method, threshold in (("dense", 1.0), ("rrattn+near:0.5:16", 0.5)):
         rrattn.enable(plain, rrattn.RRAttentionConfig(threshold=threshold, stride=16))
         with paddle.no_grad():
             expected = plain(paddle.to_tensor(tokens[None]), return_dict=True).logits[0].numpy()
@@ -331,8 +331,13 @@ def test_config_files(tmp_path):
     config = rrattn.RRAttentionConfig(threshold=[0.5, [0.6, 0.7]], stride=16, dense_layers=[1], keep_last=True)
     config.to_json(path)
     assert rrattn.RRAttentionConfig.from_json(path) == config
+    path.write_text('{"threshold": 0.9, "keep_local": 0}')
+    assert rrattn.RRAttentionConfig.from_json(path) == rrattn.RRAttentionConfig(threshold=0.9, keep_local=0)
+    path.write_text('{"threshold": 0.9, "keep_last": true}')  # as one from before keep_local: the default
+    assert rrattn.RRAttentionConfig.from_json(path).keep_local == 1
     for content, message in (
         ('{"threshold": 2}', "threshold is 2, but must be in"),
+        ('{"keep_local": true}', "keep_local is True, but must be an integer of at least 0"),
         ('{"treshold": 0.5}', "sets treshold, but the settings are stride, threshold"),
         ("[1]", "holds a list, but must hold an object"),
         ("{", "is not JSON"),

@@ -343,9 +343,9 @@ def test_the_published_names_patch_models(model_type, tokens):
         assert patch(model, "rrattn", [0.5, 0.7], use_triton=True, chunk_size=2048, keep_recent=False) is model
     assert len([entry for entry in caught if entry.category is DeprecationWarning]) == 1
     patched = logits(model, tokens)
-    config = rrattn.RRAttentionConfig(threshold=[0.5, 0.7])
+    config = rrattn.RRAttentionConfig(threshold=[0.5, 0.7], keep_local=0)
     assert (patched == logits(rrattn.enable(make_model(model_type), config), tokens)).all()
-    defaults = rrattn.RRAttentionConfig(threshold=0.9, keep_last=True)
+    defaults = rrattn.RRAttentionConfig(threshold=0.9, keep_last=True, keep_local=0)
     expected = logits(rrattn.enable(make_model(model_type), defaults), tokens)
     assert (logits(patch(model), tokens) == expected).all()
 

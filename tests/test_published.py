@@ -28,7 +28,13 @@ def stages(states, threshold, **options):
     query, key, value = (tensor.numpy().transpose(0, 2, 1, 3).astype(np.float64) for tensor in states)
     scores = reference.estimate(query, key, causal=True)
     mask = reference.select(
-        scores.astype(np.float32), threshold, causal=True, seqlen_q=query.shape[1], seqlen_k=key.shape[1], **options
+        scores.astype(np.float32),
+        threshold,
+        causal=True,
+        seqlen_q=query.shape[1],
+        seqlen_k=key.shape[1],
+        keep_local=0,  # the release has no such rule
+        **options,
     )
     return scores, mask, reference.attend(query, key, value, mask, causal=True)[0]
 

@@ -28,11 +28,11 @@ def tool(monkeypatch):
 
 
 def test_a_short_run(tmp_path):
-    sizes = ("--steps", "20", "--tokens", "500", "--threshold", "0.3", "--stride", "16", "--seed", "5")
+    sizes = "--steps 20 --tokens 500 --threshold 0.3 --stride 16 --keep-local 0 --seed 5".split()
     command = [sys.executable, str(TOOL), *sizes, "--json", "curves.json", "--picture", "curves.png"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     results = json.loads((tmp_path / "curves.json").read_text())
-    settings = {"steps": 20, "tokens": 500, "threshold": 0.3, "stride": 16, "seed": 5}
+    settings = {"steps": 20, "tokens": 500, "threshold": 0.3, "stride": 16, "keep_local": 0, "seed": 5}
     assert settings.items() <= results.items()
     assert results["run"]["command"].startswith("python tools/training_curves.py --steps 20")
     means = []
@@ -101,6 +101,7 @@ def test_the_exit_status_tells_whether_the_final_losses_agree(tool, monkeypatch,
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--threshold", "2"], r"threshold.*2\.0"),
         (["--stride", "7"], "stride is 7.*16"),
+        (["--keep-local", "-1"], "keep_local is -1.*at least 0"),
         (["no/such/file"], "no file no/such/file"),
         (["--json", "no/such/curves.json"], "no folder no/such for --json"),
         (["--json", "curves.txt"], r"--json must end in \.json, got curves\.txt"),
