@@ -89,6 +89,35 @@ def test_scores_beyond_the_range_of_float16(kernels):
     np.testing.assert_allclose(lse, exact[1], rtol=4e-6)
 
 
+@pytest.mark.parametrize("rise", (-120, -9, 9, 30, 120))
+@pytest.mark.parametrize("flashmask", (None, "document"))
+def test_scores_far_above_those_before(kernels, dtype, rise, flashmask):
+    """Every block's scores are `rise` above the last one's, in units of the softmax: whichever way a kernel goes
+    through the blocks, and whichever base its exponentials have, one day they outgrow it."""
+    case = Case(400, 1100, num_heads=4, num_heads_k=2, head_dim=64, flashmask=flashmask)
+    inputs = make_inputs(case, dtype, query_scale=0.5)
+    query, key = inputs.query.copy(), inputs.key.copy()
+    query[..., 0] = 16  # the scores' common part: 16 * key / sqrt(64)
+    key[..., 0] = (rise / 2 * (np.arange(1100) // reference.BLOCK))[:, None]
+    exact = [reference.cast(x, dtype).astype(np.float32) for x in (query, key)]
+    check(kernels, case, dtype, replace(inputs, query=exact[0], key=exact[1]))
+
+
+def test_nan_stays_in_its_row(kernels, main_dtype):
+    case = FEW_CASES[0]
+    inputs = make_inputs(case, main_dtype)
+    query = inputs.query.copy()
+    query[0, 5, 0] = np.nan
+    out, lse = run(kernels, case, main_dtype, replace(inputs, query=query))
+    clean = run(kernels, case, main_dtype)
+    assert np.isfinite(clean[1][0, 0, 5])
+    assert np.isnan(out[0, 5, 0]).all() and np.isnan(lse[0, 0, 5])
+    out[0, 5, 0], lse[0, 0, 5] = clean[0][0, 5, 0], clean[1][0, 0, 5]
+    np.testing.assert_allclose(out, clean[0], rtol=2.0**-6, atol=1e-3)
+    np.testing.assert_allclose(lse, clean[1], rtol=2e-6, atol=2e-6)
+    assert_identical((out[0, :, 1:], lse[0, 1:]), (clean[0][0, :, 1:], clean[1][0, 1:]))
+
+
 @pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if str(c.flashmask).startswith("no_")], ids=str)
 def test_rows_that_see_nothing_are_zero(kernels, main_dtype, case):
     inputs = make_inputs(case, main_dtype)

@@ -26,8 +26,8 @@ struct AttendRow {
 // One step of a row: kTileN keys of a selected block.
 struct AttendTile {
   int first_key;
-  bool masked;  // some of its scores may be hidden
-  bool last;    // of the row
+  bool plain;  // no score is hidden, and the softmax scale is positive
+  bool last;   // of the row
 };
 
 // Shared memory (227 KB): the query block, and kStages tiles of kTileN keys and as many of values.
@@ -37,7 +37,7 @@ struct AttendTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;  // 64: the output takes 128 registers
   static constexpr int kTilesPerBlock = kBlockSize / kTileN;
-  static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
+  static constexpr int kStages = kHeadDim == 64 ? 4 : kHeadDim == 128 ? 3 : 2;
   static constexpr int kThreads = (kConsumerGroups + 1) * kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
   static constexpr int kProducerRegisters = 24;
@@ -58,6 +58,12 @@ struct AttendTraits {
                                            Shape<Int<kTileN>, Int<kHeadDim>>{}));
   using ValueLayout = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
                                              Shape<Int<kHeadDim>, Int<kTileN>>{}, Step<_2, _1>{}));
+  // The same scores by the products of a single warp, and where an element lies in the tiles.
+  using WarpScoreMma =
+      std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
+                         SM80_16x8x16_F32BF16BF16F32_TN, SM80_16x8x16_F32F16F16F32_TN>;
+  using QueryOffsets = decltype(as_position_independent_swizzle_layout(QueryLayout{}));
+  using KeyOffsets = decltype(as_position_independent_swizzle_layout(KeyLayout{}));
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kTileElements = kTileN * kHeadDim;
   static constexpr uint32_t kTileBytes = kTileElements * sizeof(Element);

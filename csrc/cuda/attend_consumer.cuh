@@ -5,12 +5,18 @@
 // probabilities with the values; and the two groups take turns at the tensor cores, so that the
 // one's softmax falls into the other's products.
 //
+// Probabilities are relative to a base of their row: its largest score in the first tile in which
+// it sees anything. Later tiles need no maximum and nothing rescaled, because floats have room for
+// larger ones. A tile in which they outgrow that room is computed once more, on larger bases.
+//
 // Measured on an H200 (32 heads over 8, D 128, causal, 50% of the blocks of 32,768 / 131,072
-// tokens, TFLOP/s), each beside this in the same run: rescaling only when the base rises by more
-// than 2^8 606 / 616 (this 617 / 619; the branch costs more than it saves), that with 3 stages
-// 605 / 611, and without turns 611 / 623; queries kept in registers 609 / 603 and rows in the order
-// of their lengths 611 / 604 (this 612 / 614); a softmax that ptxas is kept from putting behind the
-// wait for the second product 566 / 585 (this 644 / 633).
+// tokens, TFLOP/s), this 680 / 650. Beside it in the same run: the maximum of every tile as the
+// base, and all that was summed up rescaled, 631 / 615; no turns 629 / 643, turns that end after
+// the first product 523 / 574; 2 stages 661 / 646. Exponentials before the wait for the second
+// product: none 645 / 646, an eighth 648 / 656, half 632 / 629. Of forerunners with a maximum a
+// tile: rescaling only when it rises by more than 2^8 613 / 611 (beside them 607 / 612), queries
+// kept in registers 609 / 603 and rows in the order of their lengths 611 / 604 (612 / 614), keys
+// and values brought to L2 two blocks ahead 594 / 585 (619 / 621).
 #pragma once
 
 #include "attend_producer.cuh"
@@ -18,6 +24,9 @@
 #include "store_row.cuh"
 
 namespace rrattn::cuda {
+
+// Of a thread's probabilities of one row: below float16's largest, and far above 1.
+constexpr float kOutgrown = 0x1p12f;
 
 template <typename Traits>
 class AttendConsumer {
@@ -28,6 +37,9 @@ class AttendConsumer {
   using Out = decltype(partition_fragment_C(typename Traits::OutMma{},
                                             Shape<Int<kGroupRows>, Int<Traits::kHeadDim>>{}));
   static constexpr int kRowScores = Traits::kTileN / 4;  // of a row, in one thread
+  static constexpr int kEarlyScores = kRowScores / 4;    // whose exponentials come first
+  static constexpr int kChains = 4;                      // of additions, to hide the latency of one
+  using ChainSums = float[2][kChains];
   static constexpr int kRowOuts = Traits::kHeadDim / 4;
   // The first operand of the second product lies in registers, in the order of the scores.
   using Probabilities = decltype(typename Traits::OutMma{}.get_thread_slice(0).partition_fragment_A(
@@ -55,6 +67,7 @@ class AttendConsumer {
       Out out;
       clear(out);
       row_base_[0] = row_base_[1] = -INFINITY;
+      unseen_ = true;
       row_sum_[0] = row_sum_[1] = 0;
       if (!row.nothing_selected) attend(place, out);
       write(place, out);
@@ -65,7 +78,6 @@ class AttendConsumer {
   __device__ void attend(const RowPlace& place, Out& out) {
     Scores scores;
     Probabilities probabilities;
-    float factor[2];
     shared_.query_full.wait(queries_.parity);
     queries_.advance();
     shared_.key_full[keys_.slot].wait(keys_.parity);
@@ -73,9 +85,12 @@ class AttendConsumer {
     multiply_keys(scores);
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
-    release_key(tile);
-    softmax(place, tile, scores, factor);
+    start_bases(place, tile, scores);
+    ChainSums sums;
+    exponentiate<0, kRowScores>(scores, sums);
+    add_sums(sums);
     convert(scores, probabilities);
+    release_key(tile);
     while (!tile.last) {
       shared_.key_full[keys_.slot].wait(keys_.parity);
       tile = shared_.tile[keys_.slot];
@@ -86,17 +101,20 @@ class AttendConsumer {
       give_turn(1 - group_);
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
-      release_key(tile);
-      softmax(place, tile, scores, factor);
+      if (!tile.plain || unseen_) start_bases(place, tile, scores);
+      exponentiate<0, kEarlyScores>(scores, sums);
+      compute_here(sums[0][kChains - 1] + sums[1][kChains - 1]);
       warpgroup_wait<0>();
       warpgroup_fence_operand(out);
       release_value();
-#pragma unroll
-      for (int i = 0; i < kRowOuts; ++i) {
-        out(i / 2 * 4 + i % 2) *= factor[0];
-        out(i / 2 * 4 + 2 + i % 2) *= factor[1];
-      }
+      exponentiate<kEarlyScores, kRowScores>(scores, sums);
       convert(scores, probabilities);
+      if (outgrown(sums)) {
+        raise_bases(place, tile, scores, sums, out);
+        convert(scores, probabilities);
+      }
+      add_sums(sums);
+      release_key(tile);
     }
     shared_.value_full[values_.slot].wait(values_.parity);
     multiply_values(probabilities, out);
@@ -142,7 +160,7 @@ class AttendConsumer {
 
   __device__ void release_key(const AttendTile& tile) {
     shared_.key_empty[keys_.slot].arrive();
-    if (tile.last && threadIdx.x % 32 == 0) shared_.query_empty.arrive();
+    if (tile.last) shared_.query_empty.arrive();
     keys_.advance();
   }
 
@@ -151,67 +169,148 @@ class AttendConsumer {
     values_.advance();
   }
 
-  // Turns scores into probabilities relative to the new row_base_; what was summed up before is to
-  // be multiplied with `factor`.
-  __device__ void softmax(const RowPlace& place, const AttendTile& tile, Scores& scores,
-                          float (&factor)[2]) {
-    // Score i of the thread's, of row row() + 8 half.
-    const auto at = [&](int half, int i) -> float& { return scores(i / 2 * 4 + half * 2 + i % 2); };
-    if (product_scale_ != 1) {
-#pragma unroll
-      for (int i = 0; i < size(scores); ++i) scores(i) *= product_scale_;
-    }
-    if (tile.masked) hide(place, tile, at);
+  // Scales and hides scores, and gives rows that have seen nothing before the largest for a base.
+  __device__ void start_bases(const RowPlace& place, const AttendTile& tile, Scores& scores) {
+    if (!tile.plain) adjust(place, tile, scores);
+    if (!unseen_) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Four chains each, to hide the latency of one.
-      float largest[4];
+      const float largest = score_scale_ * largest_score(scores, half);
+      if (row_base_[half] == -INFINITY) row_base_[half] = largest;
+    }
+    unseen_ = __any_sync(~0u, row_base_[0] == -INFINITY || row_base_[1] == -INFINITY);
+  }
+
+  // Whether a score of the warp is so far above its row's base that the probability may not fit its
+  // type; or is not a number. Rare.
+  __device__ static bool outgrown(const ChainSums& sums) {
+    return __any_sync(~0u, !(row_total(sums[0]) <= kOutgrown && row_total(sums[1]) <= kOutgrown));
+  }
+
+  // Does the warp's part of the tile once more, with the largest score so far as a row's base.
+  __device__ void raise_bases(const RowPlace& place, const AttendTile& tile, Scores& scores,
+                              ChainSums& sums, Out& out) {
+    multiply_keys_again(scores);
+    if (!tile.plain) adjust(place, tile, scores);
+    float factor[2];
 #pragma unroll
-      for (int i = 0; i < kRowScores; ++i) {
-        largest[i % 4] = i < 4 ? at(half, i) : fmaxf(largest[i % 4], at(half, i));
-      }
-      const float tile_base = score_scale_ * quad_max(fmaxf(fmaxf(largest[0], largest[1]),
-                                                            fmaxf(largest[2], largest[3])));
-      const float new_base = fmaxf(row_base_[half], tile_base);
-      const float base = new_base == -INFINITY ? 0 : new_base;  // nothing seen yet: -inf stays
-      factor[half] = exp2_approx(row_base_[half] - base);
-      row_base_[half] = new_base;
-      float sum[4];
+    for (int half = 0; half < 2; ++half) {
+      const float base = fmaxf(row_base_[half], score_scale_ * largest_score(scores, half));
+      factor[half] = exp2_approx(row_base_[half] - finite(base));
+      row_base_[half] = base;
+      row_sum_[half] *= factor[half];
+    }
 #pragma unroll
-      for (int i = 0; i < kRowScores; ++i) {
-        at(half, i) = exp2_approx(fmaf(at(half, i), score_scale_, -base));
-        sum[i % 4] = i < 4 ? at(half, i) : sum[i % 4] + at(half, i);
+    for (int i = 0; i < kRowOuts; ++i) {
+      out(i / 2 * 4 + i % 2) *= factor[0];
+      out(i / 2 * 4 + 2 + i % 2) *= factor[1];
+    }
+    exponentiate<0, kRowScores>(scores, sums);
+  }
+
+  __device__ static float largest_score(const Scores& scores, int half) {
+    float largest = scores(index(half, 0));
+#pragma unroll
+    for (int i = 1; i < kRowScores; ++i) largest = fmaxf(largest, scores(index(half, i)));
+    return quad_max(largest);
+  }
+
+  // The scores of one warp: products of the whole group need all four.
+  __device__ void multiply_keys_again(Scores& scores) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int first = static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + lane / 4;
+    const auto query = [&](int row, int column) {
+      return *reinterpret_cast<const uint32_t*>(shared_.query[group_] +
+                                                typename Traits::QueryOffsets{}(row, column));
+    };
+    const auto key = [&](int row, int column) {
+      return *reinterpret_cast<const uint32_t*>(shared_.key[keys_.slot] +
+                                                typename Traits::KeyOffsets{}(row, column));
+    };
+    clear(scores);
+#pragma unroll 1
+    for (int k = lane % 4 * 2; k < Traits::kHeadDim; k += 16) {
+      const uint32_t a[4] = {query(first, k), query(first + 8, k), query(first, k + 8),
+                             query(first + 8, k + 8)};
+#pragma unroll
+      for (int n = 0; n < Traits::kTileN; n += 8) {
+        Traits::WarpScoreMma::fma(scores(n / 2), scores(n / 2 + 1), scores(n / 2 + 2),
+                                  scores(n / 2 + 3), a[0], a[1], a[2], a[3], key(n + lane / 4, k),
+                                  key(n + lane / 4, k + 8), scores(n / 2), scores(n / 2 + 1),
+                                  scores(n / 2 + 2), scores(n / 2 + 3));
       }
-      row_sum_[half] = row_sum_[half] * factor[half] + ((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
   }
 
-  template <typename At>
-  __device__ void hide(const RowPlace& place, const AttendTile& tile, const At& at) const {
+  // Turns scores into probabilities, and adds these up.
+  template <int kBegin, int kEnd>
+  __device__ void exponentiate(Scores& scores, ChainSums& sums) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float base = finite(row_base_[half]);
+#pragma unroll
+      for (int i = kBegin; i < kEnd; ++i) {
+        float& score = scores(index(half, i));
+        score = exp2_approx(fmaf(score, score_scale_, -base));
+        float& sum = sums[half][i % kChains];
+        sum = i < kChains ? score : sum + score;
+      }
+    }
+  }
+
+  __device__ static float row_total(const float (&sums)[kChains]) {
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+  __device__ void add_sums(const ChainSums& sums) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) row_sum_[half] += row_total(sums[half]);
+  }
+
+  __device__ static float finite(float base) { return base == -INFINITY ? 0 : base; }
+
+  // Score i of the thread's, of row row_token() + 8 half: its place in the accumulators, and its
+  // key, from the thread's first.
+  __device__ static constexpr int index(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
+  __device__ static constexpr int key_step(int i) { return i / 2 * 8 + i % 2; }
+
+  // Scales products by a scale that is not positive, and makes hidden scores -infinity.
+  __device__ void adjust(const RowPlace& place, const AttendTile& tile, Scores& scores) const {
     const Visibility& visibility = params_.attend.visibility;
     const RowBounds& layout = visibility.row_bounds;
     const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
     const int end_key = static_cast<int>(visibility.seqlen_k);
+    uint32_t hidden[2];  // bit i: of score i
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = row_token(place, half);
-      const int end = visibility.causal
-                          ? min(token + static_cast<int>(visibility.shift()) + 1, end_key)
-                          : end_key;
-#pragma unroll
+      const int end =
+          visibility.causal
+              ? min(row_token(place, half) + static_cast<int>(visibility.shift()) + 1, end_key)
+              : end_key;
+      const int keys = max(end - first, 0);
+      const int visible = keys / 8 * 2 + min(keys % 8, 2);  // key_step(i) < keys
+      hidden[half] = visible < 32 ? ~0u << visible : 0;
+    }
+    if (layout.data != nullptr) {
+      const int32_t* bounds =
+          row_bounds_of(layout, place.batch, visibility.bounds_head(place.head));
+#pragma unroll 4
       for (int i = 0; i < kRowScores; ++i) {
-        if (first + i / 2 * 8 + i % 2 >= end) at(half, i) = -INFINITY;
+        const int key = first + key_step(i);
+        if (key >= end_key) break;
+        const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, bounds, key);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          hidden[half] |= static_cast<uint32_t>(key_bounds.mask(row_token(place, half))) << i;
+        }
       }
     }
-    if (layout.data == nullptr) return;
-    const int32_t* bounds = row_bounds_of(layout, place.batch, visibility.bounds_head(place.head));
 #pragma unroll
-    for (int i = 0; i < kRowScores; ++i) {
-      const int key = first + i / 2 * 8 + i % 2;
-      if (key >= end_key) continue;
-      const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, bounds, key);
-      if (key_bounds.mask(row_token(place, 0))) at(0, i) = -INFINITY;
-      if (key_bounds.mask(row_token(place, 1))) at(1, i) = -INFINITY;
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kRowScores; ++i) {
+        float& score = scores(index(half, i));
+        score = hidden[half] >> i & 1 ? -INFINITY : score * product_scale_;
+      }
     }
   }
 
@@ -260,7 +359,8 @@ class AttendConsumer {
   float product_scale_, score_scale_;  // the latter in units of log2
   RingPosition<1> queries_;
   RingPosition<Traits::kStages> keys_, values_;
-  float row_base_[2];  // the largest score so far, which the sums are relative to
+  float row_base_[2];  // which the sums are relative to
+  bool unseen_;        // a row of the warp has not seen a score
   float row_sum_[2];   // the thread's share
 };
 

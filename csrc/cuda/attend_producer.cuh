@@ -114,13 +114,14 @@ __device__ void produce_tiles(const AttendKernelParams& params,
       }
     }
     while (n_block >= 0) {
-      const bool masked = has_hidden_scores(visibility, kind, place.m_block, n_block);
+      const bool plain = params.attend.softmax_scale > 0 &&
+                         !has_hidden_scores(visibility, kind, place.m_block, n_block);
       const int next = next_block();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         const int first_key = n_block * kBlockSize + t * Traits::kTileN;
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);
         if (leader) {
-          shared.tile[keys.slot] = {first_key, masked, next < 0 && t == 0};
+          shared.tile[keys.slot] = {first_key, plain, next < 0 && t == 0};
           copy_tile(params.key, shared.key[keys.slot], first_key, place,
                     shared.key_full[keys.slot]);
         }

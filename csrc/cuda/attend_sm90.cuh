@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.row_full.init(1);
     shared.row_empty.init(kConsumers);
     shared.query_full.init(1);
-    shared.query_empty.init(kConsumerWarps);
+    shared.query_empty.init(kConsumers);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       shared.key_full[stage].init(1);
       shared.key_empty[stage].init(kConsumers);

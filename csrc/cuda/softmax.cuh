@@ -11,6 +11,14 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// Has x computed here: ptxas would put it, and all that it needs, behind the next wgmma wait. It
+// cannot know that the pause is not taken, and would not hurt.
+__device__ inline void compute_here(float x) {
+  asm volatile(
+      "{\n.reg .pred huge;\nsetp.gt.f32 huge, %0, 0f7F000000;\n@huge nanosleep.u32 0;\n}" ::"f"(x)
+      : "memory");
+}
+
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));

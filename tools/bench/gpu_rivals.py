@@ -172,14 +172,17 @@ def relative_error(actual, expected):
 
 
 def interleaved_ms(calls, rounds):
-    """{name: median ms over the rounds}, each call once a round: a GPU that slows down slows all of them.
+    """{name: median ms over the rounds}, each call in every round: a GPU that slows down slows all of them.
 
-    The GPU sleeps for about a millisecond before each, so that the time to launch is not counted.
+    Each is timed right after a run of itself, since the clock that it finds depends on what ran before: an H200 at its
+    power limit is faster after a light kernel than after a heavy one. In between the GPU sleeps for about a
+    millisecond, so that the time to launch is not counted.
     """
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            call()
             torch.cuda._sleep(2_000_000)
             begin.record()
             call()
