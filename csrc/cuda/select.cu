@@ -18,8 +18,9 @@ namespace rrattn::cuda {
 
 namespace {
 
-constexpr int kWordsPerWarp = 32;     // at most: 8 warps hold 8,192 blocks, 1M tokens
-constexpr int kSteps = 8;             // of a search of long rows, before what is left is gathered
+constexpr int kWordsPerWarp = 32;  // at most: 8 warps hold 8,192 blocks, 1M tokens
+constexpr int kSteps = 8;          // of a search of long rows, before what is left is gathered
+constexpr int kTogether = 4;       // words of a lane, between two looks at whether there are more
 constexpr int kNothing = 0x7fffffff;  // above the bits of every score
 
 struct SelectKernelParams {
@@ -171,14 +172,16 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 8 ? 2 : 1)
         long long above = 0;
         int next_low = kNothing,
             next_high = -1;  // the least score above the middle, the largest up to it
+        constexpr int kCount = sizeof(bits) / sizeof(bits[0]);
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(bits) / sizeof(bits[0])); ++i) {
-          if (i >= used) break;
-          if (bits[i] > middle) {
-            above += bit_masses[i];
-            next_low = min(next_low, bits[i]);
-          } else {
-            next_high = max(next_high, bits[i]);
+        for (int first = 0; first < kCount; first += kTogether) {
+          if (first >= used) break;
+#pragma unroll
+          for (int i = first; i < min(first + kTogether, kCount); ++i) {
+            const bool is_above = bits[i] > middle;
+            above += is_above ? bit_masses[i] : 0;
+            next_low = min(next_low, is_above ? bits[i] : kNothing);
+            next_high = max(next_high, is_above ? -1 : bits[i]);
           }
         }
         auto split = group.reduce(above, next_low, next_high);
