@@ -82,7 +82,8 @@ def rr_attention(
     keep_sink : bool
         Always keep a row's first visible key block.
     keep_last : bool
-        Keep every visible block of the last query block row.
+        Keep every visible block of the last query block row. Of a prefill by chunks, give True for the last alone to
+        select what one prefill does.
     keep_local : int
         When causal, always keep this many visible key blocks directly before those of the row's own positions, which
         are kept anyway; 0: none. No effect when not causal, where a row has no own positions.

@@ -160,12 +160,14 @@ class Kernels:
         return tuple(self.read(grad, dtype) for grad in grads)
 
     def prefill(
-        self, query, key, value, startend=None, *, causal, threshold, dtype="float32", keep_local=1, **sampling
-    ):
+        self, query, key, value, startend=None, *, causal, threshold, dtype="float32", keep_last=True, keep_local=1,
+        **sampling,
+    ):  # fmt: skip
         """All three stages: (block_scores, block_mask, out, lse)."""
-        rules = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1], "keep_local": keep_local}
+        lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        rules = {"keep_last": keep_last, "keep_local": keep_local}
         scores = self.estimate(query, key, startend, causal=causal, dtype=dtype, **sampling)
-        mask = self.select(scores, startend, causal=causal, threshold=threshold, **rules)
+        mask = self.select(scores, startend, causal=causal, threshold=threshold, **lengths, **rules)
         return scores, mask, *self.attend(query, key, value, mask, startend, causal=causal, dtype=dtype)
 
     def assert_same(self, actual, expected, dtype):
@@ -196,8 +198,11 @@ def assert_identical(actual, expected):
         raise AssertionError(f"{len(different)} of {actual.size} values differ, first at {different[:1]}")
 
 
-def assert_as_good_as_naive(actual, oracle, naive, terms=None):
+def assert_as_good_as_naive(actual, oracle, naive, terms=None, stored=None):
     """The error against the oracle, largest and root mean square, is at most twice the naive one.
+
+    Or twice that of `stored`, where it is larger: exact gradients, but for the forward's result, of which the dtype has
+    a rounding. All gradients of a row carry that one rounding, which the naive way may be lucky with.
 
     A few roundings of float32 are allowed on top, for results that the naive way happens to hit exactly. They are of
     the largest result, or of 1; where larger terms may cancel, `terms` has the sums of their absolute values, and one
@@ -208,14 +213,14 @@ def assert_as_good_as_naive(actual, oracle, naive, terms=None):
     assert np.array_equal(np.isneginf(actual), hidden)
     assert np.isfinite(actual[~hidden]).all()
     error = np.abs(actual[~hidden].astype(np.float64) - oracle[~hidden])
-    naive_error = np.abs(naive[~hidden].astype(np.float64) - oracle[~hidden])
-    assert np.isfinite(naive_error).all()
+    naive_errors = [np.abs(x[~hidden].astype(np.float64) - oracle[~hidden]) for x in (naive, stored) if x is not None]
+    assert np.isfinite(naive_errors).all()
     slack = 8 * FLOAT32_EPSILON * np.abs(oracle[~hidden]).max(initial=1.0)
     if terms is not None:
         slack += FLOAT32_EPSILON * terms.max(initial=0)
-    worst, allowed = error.max(initial=0), 2 * naive_error.max(initial=0) + slack
+    worst, allowed = error.max(initial=0), 2 * np.max(naive_errors, initial=0) + slack
     assert worst <= allowed, f"largest error {worst:.3g}, allowed {allowed:.3g}"
-    mean, allowed = rms(error), 2 * rms(naive_error) + slack
+    mean, allowed = rms(error), 2 * max(map(rms, naive_errors)) + slack
     assert mean <= allowed, f"root mean square error {mean:.3g}, allowed {allowed:.3g}"
 
 

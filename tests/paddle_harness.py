@@ -10,7 +10,7 @@ from paddle.base.framework import _dygraph_tracer
 
 import rrattn
 
-CASE = Case(300, 500, num_heads=4, num_heads_k=2, head_dim=32, batch=2)
+CASE = Case(500, 700, num_heads=4, num_heads_k=2, head_dim=32, batch=2)
 THRESHOLD = 0.6
 
 

@@ -157,7 +157,7 @@ def estimate(query, key, startend=None, *, causal, stride=8, head_offset=0, soft
 
 
 def select(
-    block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k, keep_sink=True, keep_last=False, keep_local=1
+    block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k, keep_sink=True, keep_last=True, keep_local=1
 ):
     """Stage 2. The blocks to keep, bool [B, Hq, Mq, Mk], by one threshold or one for each head."""
     batch, num_heads, num_q_blocks, _ = block_scores.shape
@@ -214,9 +214,12 @@ def attend(query, key, value, block_mask, startend=None, *, causal, softmax_scal
 
 
 def backward(
-    query, key, value, block_mask, grad_out, startend=None, *, causal, softmax_scale=None, dtype="float64", terms=False
-):
+    query, key, value, block_mask, grad_out, startend=None, *, causal, softmax_scale=None, dtype="float64",
+    stored=None, terms=False,
+):  # fmt: skip
     """The gradients of sum(out * grad_out) by query, key and value. The selection is held constant.
+
+    `stored` is the type that the forward pass left its result in, if not `dtype`.
 
     With `terms`, the sums of their terms' absolute values instead: what rounding errors are relative to where terms
     cancel (of one visible key the probability is 1, so its scores have no gradient: all of dP - delta cancels).
@@ -234,7 +237,7 @@ def backward(
         p = cast(np.exp(np.where(visible[b, h], score - lse, -np.inf)), dtype)  # [Lq, Lk]
         if terms:
             q, k, v, do = np.abs(q), np.abs(k), np.abs(v), np.abs(do)
-        out = cast(p @ v, dtype)  # [Lq, D]
+        out = cast(cast(p @ v, stored or dtype), dtype)  # [Lq, D]
         delta = (do * out).sum(-1, keepdims=True)  # [Lq, 1]
         ds = cast(p * (cast(do @ v.T, dtype) + (delta if terms else -delta)), dtype)  # [Lq, Lk]
         grad_query[b, :, h] = ds @ k * cast(scale, dtype)

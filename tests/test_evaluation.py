@@ -69,7 +69,7 @@ def test_prefills_do_what_the_enabled_model_does(model, checkpoint):
     plain = paddleformers.LlamaForCausalLM.from_pretrained(str(checkpoint), dtype="float32")
     plain.config.fuse_rms_norm = False
     plain.eval()
-    for method, threshold in (("dense", 1.0), ("rrattn+near:0.5:16", 0.5)):
+    for method, threshold in (("dense", 1.0), ("rrattn+last+near:0.5:16", 0.5)):
         rrattn.enable(plain, rrattn.RRAttentionConfig(threshold=threshold, stride=16))
         with paddle.no_grad():
             expected = plain(paddle.to_tensor(tokens[None]), return_dict=True).logits[0].numpy()

@@ -87,7 +87,7 @@ def losses_of(output):
 
 
 def test_finetuning_lowers_the_loss_and_goes_on_from_its_checkpoint(tmp_path):
-    sizes = ("--tokens", 512, "--accumulate", 2, "--threshold", 0.5)
+    sizes = ("--tokens", 768, "--accumulate", 2, "--threshold", 0.5)
     output = run("finetune_qwen.py", "--steps", 8, *sizes, "--output", "first", folder=tmp_path)
     losses, densities = losses_of(output)
     assert len(losses) == 8 and losses[-3:].mean() < 0.8 * losses[:3].mean()

@@ -50,13 +50,15 @@ def test_tau_of_one_is_dense_attention(kernels, main_dtype, case):
 def test_growing_tau_never_removes_a_block(kernels, main_dtype, case, keep_local):
     inputs = make_inputs(case, main_dtype)
     taus = (0.01, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.9999, 1.0)
-    masks = [prefill(kernels, case, inputs, main_dtype, threshold=tau, keep_local=keep_local)[1] for tau in taus]
+    rules = {"keep_last": False, "keep_local": keep_local}
+    masks = [prefill(kernels, case, inputs, main_dtype, threshold=tau, **rules)[1] for tau in taus]
     for smaller, larger in zip(masks, masks[1:]):
         assert (larger >= smaller).all()
     assert masks[0].sum() < masks[-1].sum()
 
 
 @each_keep_local
+@pytest.mark.parametrize("keep_last", (False, True))
 @pytest.mark.parametrize("chunk", (128, 384, 512))
 @pytest.mark.parametrize(
     "case",
@@ -69,18 +71,20 @@ def test_growing_tau_never_removes_a_block(kernels, main_dtype, case, keep_local
     ],
     ids=str,
 )
-def test_prefill_in_chunks_is_one_prefill(kernels, case, dtype, chunk, keep_local):
+def test_prefill_in_chunks_is_one_prefill(kernels, case, dtype, chunk, keep_last, keep_local):
+    """With keep_last in the last chunk alone, where one prefill has its last row."""
     inputs = make_inputs(case, dtype)
-    scores, mask, out, lse = prefill(kernels, case, inputs, dtype, keep_local=keep_local)
+    scores, mask, out, lse = prefill(kernels, case, inputs, dtype, keep_last=keep_last, keep_local=keep_local)
     cached = case.seqlen_k - case.seqlen_q
     assert cached % BLOCK == 0
     for first in range(0, case.seqlen_q, chunk):
-        rows = slice(first, first + chunk)
-        keys = slice(0, min(first + chunk, case.seqlen_q) + cached)
+        end = min(first + chunk, case.seqlen_q)
+        rows, keys = slice(first, end), slice(0, end + cached)
+        rules = {"keep_last": keep_last and end == case.seqlen_q, "keep_local": keep_local}
         startend = None if inputs.startend is None else inputs.startend[:, :, keys] - np.int32(first)
         part = kernels.prefill(
             inputs.query[:, rows], inputs.key[:, keys], inputs.value[:, keys], startend,
-            causal=True, stride=case.stride, threshold=0.6, keep_local=keep_local, dtype=dtype,
+            causal=True, stride=case.stride, threshold=0.6, dtype=dtype, **rules,
         )  # fmt: skip
         blocks = slice(first // BLOCK, first // BLOCK + part[0].shape[2])
         num_k_blocks = part[0].shape[3]
@@ -113,14 +117,17 @@ def test_heads_split_over_ranks(kernels, main_dtype, ranks, stride):
 @each_keep_local
 @pytest.mark.parametrize("causal", (True, False))
 def test_packed_sequences_run_as_if_apart(kernels, causal, dtype, keep_local):
-    """Documents that start at multiples of 128, across the edge of a tile of strides."""
+    """Documents that start at multiples of 128, across the edge of a tile of strides.
+
+    Without keep_last, which keeps a row of each call: of the last document, when they are packed.
+    """
     lengths = (256, 640, 128, 301)
     case = Case(sum(lengths), sum(lengths), causal, num_heads=4, num_heads_k=2, head_dim=32)
     inputs = make_inputs(case, dtype)
     ends = np.cumsum(lengths)
     bounds = [np.repeat(ends, lengths)] if causal else [np.repeat(ends, lengths), np.repeat(ends - lengths, lengths)]
     startend = np.stack(bounds, -1).astype(np.int32)[None, None]
-    options = {"causal": causal, "threshold": 0.6, "keep_local": keep_local, "dtype": dtype}
+    options = {"causal": causal, "threshold": 0.6, "keep_last": False, "keep_local": keep_local, "dtype": dtype}
     scores, mask, out, lse = kernels.prefill(*inputs.forward, startend, **options)
     for first, end in zip(ends - lengths, ends):
         rows, blocks = slice(first, end), slice(first // BLOCK, -(-end // BLOCK))

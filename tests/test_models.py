@@ -3,6 +3,7 @@
 import copy
 import importlib
 import re
+from dataclasses import replace
 
 import numpy as np
 import paddle
@@ -131,7 +132,7 @@ def test_densities_are_of_the_last_prefill(model, tokens):
         assert density.shape == [2, NUM_HEADS] and 0.3 < float(density.min()) < 1
         bits = rrattn.unpack_block_mask(selection.block_mask, 6).numpy() & np.tril(np.ones([6, 6], dtype=bool))
         np.testing.assert_allclose(density.numpy(), bits.sum((2, 3)) / 21, rtol=1e-6)
-    rrattn.enable(model, rrattn.RRAttentionConfig(threshold=0.2))
+    rrattn.enable(model, replace(SPARSE, threshold=0.2))
     logits(model, tokens)
     for lower, higher in zip(rrattn.layer_densities(model)[:1], densities):
         assert (lower <= higher).all() and float(lower.mean()) < float(higher.mean())
@@ -343,7 +344,7 @@ def test_the_published_names_patch_models(model_type, tokens):
         assert patch(model, "rrattn", [0.5, 0.7], use_triton=True, chunk_size=2048, keep_recent=False) is model
     assert len([entry for entry in caught if entry.category is DeprecationWarning]) == 1
     patched = logits(model, tokens)
-    config = rrattn.RRAttentionConfig(threshold=[0.5, 0.7], keep_local=0)
+    config = rrattn.RRAttentionConfig(threshold=[0.5, 0.7], keep_last=False, keep_local=0)
     assert (patched == logits(rrattn.enable(make_model(model_type), config), tokens)).all()
     defaults = rrattn.RRAttentionConfig(threshold=0.9, keep_last=True, keep_local=0)
     expected = logits(rrattn.enable(make_model(model_type), defaults), tokens)

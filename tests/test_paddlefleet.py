@@ -73,7 +73,7 @@ def test_it_takes_what_the_contract_passes(fleet):
 def test_every_block_selected_equals_the_dense_twin_and_fewer_differ(model):
     dense = make_model(stand_in.DotProductAttention)(hidden_states())
     sparse = model(hidden_states())
-    assert float(rrattn.layer_densities(model)[0].max()) < 1
+    assert float(rrattn.layer_densities(model)[0].mean()) < 1
     assert float((sparse - dense).abs().max()) > 1e-2
     assert_same(rrattn.enable(model, DENSE)(hidden_states()), dense)
     assert_same(rrattn.disable(model)(hidden_states()), dense)

@@ -50,6 +50,14 @@ def shapes(draw):
     keep_sink=False,
     keep_last=False,
 )
+@example(  # the rounding of the result makes most of the error, and the naive way has a luckier one
+    case=Case(1, 6, num_heads=1, num_heads_k=1, head_dim=32, stride=4, flashmask="share_question"),
+    dtype="bfloat16",
+    taus=1.0,
+    head_offset=0,
+    keep_sink=False,
+    keep_last=False,
+)
 def test_pipeline(kernels, case, dtype, taus, head_offset, keep_sink, keep_last):
     """`taus` is one threshold, or the seed of one for each head."""
     inputs = make_inputs(case, dtype)
@@ -86,7 +94,8 @@ def test_pipeline(kernels, case, dtype, taus, head_offset, keep_sink, keep_last)
     oracle = reference.backward(*arguments, causal=case.causal)
     naive = reference.backward(*arguments, causal=case.causal, dtype=dtype)
     terms = reference.backward(*arguments, causal=case.causal, terms=True)
-    for results in zip(grads, oracle, naive, terms):
+    stored = reference.backward(*arguments, causal=case.causal, stored=dtype)
+    for results in zip(grads, oracle, naive, terms, stored):
         assert_as_good_as_naive(*results)
 
 

@@ -23,7 +23,7 @@ def states():
     return query + 1, key, value
 
 
-def stages(states, threshold, **options):
+def stages(states, threshold, keep_sink=False, keep_last=False):
     """(scores, mask, out) of the oracle, in Paddle's layout."""
     query, key, value = (tensor.numpy().transpose(0, 2, 1, 3).astype(np.float64) for tensor in states)
     scores = reference.estimate(query, key, causal=True)
@@ -33,8 +33,9 @@ def stages(states, threshold, **options):
         causal=True,
         seqlen_q=query.shape[1],
         seqlen_k=key.shape[1],
+        keep_sink=keep_sink,
+        keep_last=keep_last,
         keep_local=0,  # the release has no such rule
-        **options,
     )
     return scores, mask, reference.attend(query, key, value, mask, causal=True)[0]
 
@@ -42,7 +43,7 @@ def stages(states, threshold, **options):
 @pytest.mark.parametrize(
     ("arguments", "threshold", "keep"),
     [
-        ({}, 0.8, {"keep_sink": False}),  # the release's defaults
+        ({}, 0.8, {}),  # the release's defaults
         ({"threshold": 0.3, "keep_sink": True, "keep_recent": True}, 0.3, {"keep_sink": True, "keep_last": True}),
     ],
 )
@@ -56,7 +57,7 @@ def test_prefill_and_its_sparse_ratio(states, arguments, threshold, keep):
 
 def test_estimate(states):
     block_scores, block_mask = rrattn.rrattn_estimate(*states[:2], threshold=0.5, stride=8)
-    scores, mask, _ = stages(states, 0.5, keep_sink=False)
+    scores, mask, _ = stages(states, 0.5)
     np.testing.assert_allclose(block_scores.numpy(), scores, atol=1e-3)
     assert block_mask.dtype == paddle.bool
     np.testing.assert_array_equal(block_mask.numpy(), mask)
@@ -66,7 +67,7 @@ def test_masks_and_not_causal(states):
     rows = paddle.concat([paddle.full([1, 1, 1000, 1], end, "int32") for end in (300, 450)], -1)
     out, _ = rrattn.rrattn_prefill(*states, causal=False, startend_row_indices=rows)
     query, key, value = (tensor.transpose([0, 2, 1, 3]) for tensor in states)
-    expected = rrattn.rr_attention(query, key, value, rows, threshold=0.8, keep_sink=False)
+    expected = rrattn.rr_attention(query, key, value, rows, threshold=0.8, keep_sink=False, keep_last=False)
     assert (out == expected).all() and (out[:, 300:450] == 0).all()
 
 

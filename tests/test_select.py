@@ -56,6 +56,9 @@ def sizes(case):
     return {"causal": case.causal, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
 
 
+NO_RULES = {"keep_sink": False, "keep_last": False, "keep_local": 0}
+
+
 def wide(num_k_blocks, num_q_blocks=3, causal=False):
     """Sizes of a call over so many whole blocks."""
     return {"causal": causal, "seqlen_q": num_q_blocks * 128, "seqlen_k": num_k_blocks * 128}
@@ -87,7 +90,7 @@ def test_masks(kernels, rng, case, keep_sink, keep_last, keep_local):
 @pytest.mark.parametrize("num_k_blocks", (1, 31, 32, 33, 64, 1027))
 def test_rows_of_many_blocks(kernels, rng, num_k_blocks, make_scores, tau):
     scores = make_scores(rng, (2, 3, 3, num_k_blocks))
-    check(kernels, scores, threshold=tau, keep_sink=False, **wide(num_k_blocks))
+    check(kernels, scores, threshold=tau, **NO_RULES, **wide(num_k_blocks))
 
 
 @pytest.mark.parametrize("make_scores", SCORES)
@@ -95,13 +98,13 @@ def test_every_simd_level(kernels, simd, rng, make_scores):
     for num_k_blocks in (5, 33, 200):
         scores = make_scores(rng, (1, 4, 3, num_k_blocks))
         for tau in TAUS:
-            check(kernels, scores, threshold=tau, keep_sink=False, **wide(num_k_blocks, causal=True))
+            check(kernels, scores, threshold=tau, **NO_RULES, **wide(num_k_blocks, causal=True))
 
 
 def test_equal_scores_go_to_the_lower_block(kernels):
     scores = np.full((1, 1, 1, 40), 0.25, np.float32)
     scores[..., 33] = 0.5
-    mask = check(kernels, scores, threshold=0.24, keep_sink=False, **wide(40, 1))
+    mask = check(kernels, scores, threshold=0.24, **NO_RULES, **wide(40, 1))
     # 0.24 of 10.25 is 2.46: block 33 brings 0.5, and eight of 0.25 reach it
     assert np.flatnonzero(mask).tolist() == [*range(8), 33]
 
@@ -109,7 +112,7 @@ def test_equal_scores_go_to_the_lower_block(kernels):
 def test_a_block_is_kept_while_the_mass_before_it_is_below_tau(kernels):
     scores = np.array([0.25, 0.5, 0.125, 0.125], np.float32).reshape(1, 1, 1, 4)
     for tau, kept in ((0.5, [1]), (0.51, [0, 1]), (0.75, [0, 1]), (0.76, [0, 1, 2]), (0.875, [0, 1, 2])):
-        mask = check(kernels, scores, threshold=tau, keep_sink=False, **wide(4, 1))
+        mask = check(kernels, scores, threshold=tau, **NO_RULES, **wide(4, 1))
         assert np.flatnonzero(mask).tolist() == kept, tau
 
 
@@ -120,7 +123,7 @@ def test_masses_are_added_in_fixed_point(kernels):
     """
     scores = np.full((1, 1, 1, 1016), 2.0**-32, np.float32)
     scores[..., :16] = 2.0**17
-    mask = check(kernels, scores, threshold=0.5, keep_sink=False, **wide(1016, 1))
+    mask = check(kernels, scores, threshold=0.5, **NO_RULES, **wide(1016, 1))
     assert np.flatnonzero(mask).tolist() == list(range(9))
 
 
@@ -166,7 +169,7 @@ def test_tau_of_one_keeps_scores_that_underflow(kernels):
     assert check(kernels, scores, threshold=1.0, **wide(50, 2)).all()
     assert check(kernels, scores, threshold=0.99999999, **wide(50, 2)).all()  # float32 rounds it to one
     below_one = float(np.nextafter(np.float32(1), np.float32(0)))
-    assert check(kernels, scores, threshold=below_one, keep_sink=False, **wide(50, 2)).sum() == 2
+    assert check(kernels, scores, threshold=below_one, **NO_RULES, **wide(50, 2)).sum() == 2
 
 
 def test_thresholds_per_head(kernels, rng):
@@ -194,7 +197,7 @@ def test_keep_rules(kernels):
     scores = np.zeros(case.block_shape, np.float32)
     local = [[1, 2, 3], [2, 3, 4], [3, 4]]
     for keep_sink in (True, False):
-        mask = check(kernels, scores, threshold=0.5, keep_sink=keep_sink, **sizes(case))
+        mask = check(kernels, scores, threshold=0.5, keep_sink=keep_sink, keep_last=False, **sizes(case))
         for row, blocks in enumerate(local):
             assert np.flatnonzero(mask[0, 0, row]).tolist() == [0] * keep_sink + blocks
     mask = check(kernels, scores, threshold=0.5, keep_last=True, **sizes(case))
@@ -206,7 +209,8 @@ def test_keep_local(kernels, keep_local):
     """Without mass to select by, the row's own blocks and so many before them are kept, none below the first."""
     case = Case(300, 820, num_heads=1)  # rows 0..299 sit at keys 520..819
     scores = np.zeros(case.block_shape, np.float32)
-    mask = check(kernels, scores, threshold=0.5, keep_sink=False, keep_local=keep_local, **sizes(case))
+    rules = {**NO_RULES, "keep_local": keep_local}
+    mask = check(kernels, scores, threshold=0.5, **rules, **sizes(case))
     for row, (first_own, last_own) in enumerate(((4, 5), (5, 6), (6, 6))):
         assert np.flatnonzero(mask[0, 0, row]).tolist() == list(range(max(first_own - keep_local, 0), last_own + 1))
 
@@ -215,7 +219,7 @@ def test_keep_local(kernels, keep_local):
 def test_keep_local_adds_to_what_the_threshold_keeps(kernels, rng, num_k_blocks):
     """Over the edges of mask words: the blocks before a row's own, and no other."""
     scores = attention_like(rng, (1, 2, 35, num_k_blocks))
-    options = {"threshold": 0.4, **wide(num_k_blocks, 35, causal=True)}
+    options = {"threshold": 0.4, "keep_last": False, **wide(num_k_blocks, 35, causal=True)}
     plain, local = (check(kernels, scores, keep_local=k, **options) for k in (0, 3))
     distance = np.arange(num_k_blocks - 35, num_k_blocks)[:, None] - np.arange(num_k_blocks)
     near = (1 <= distance) & (distance <= 3)
@@ -226,8 +230,8 @@ def test_keep_local_adds_to_what_the_threshold_keeps(kernels, rng, num_k_blocks)
 def test_keep_local_has_no_meaning_when_not_causal(kernels):
     scores = np.zeros((1, 1, 4, 6), np.float32)
     for seqlen_k in (6 * 128, 5 * 128 + 1):
-        options = {"causal": False, "seqlen_q": 512, "seqlen_k": seqlen_k, "threshold": 0.5, "keep_sink": False}
-        assert not check(kernels, scores, keep_local=2, **options).any()
+        options = {"causal": False, "seqlen_q": 512, "seqlen_k": seqlen_k, "threshold": 0.5}
+        assert not check(kernels, scores, keep_sink=False, keep_last=False, keep_local=2, **options).any()
 
 
 def test_keep_local_keeps_no_block_of_another_document(kernels):
@@ -235,7 +239,8 @@ def test_keep_local_keeps_no_block_of_another_document(kernels):
     case = Case(1024, 1024, num_heads=1)
     startend = np.where(np.arange(1024) < 384, 384, 1024).astype(np.int32).reshape(1, 1, 1024, 1)
     scores = np.zeros(case.block_shape, np.float32)
-    mask = check(kernels, scores, startend, threshold=0.5, keep_sink=False, keep_local=2, **sizes(case))
+    rules = {**NO_RULES, "keep_local": 2}
+    mask = check(kernels, scores, startend, threshold=0.5, **rules, **sizes(case))
     for row in range(8):
         assert np.flatnonzero(mask[0, 0, row]).tolist() == list(range(max(row - 2, 0 if row < 3 else 3), row + 1))
 
@@ -243,7 +248,8 @@ def test_keep_local_keeps_no_block_of_another_document(kernels):
 def test_the_sink_under_flashmask_is_the_start_of_the_document(kernels):
     case = Case(1024, 1024, num_heads=1)
     startend = np.where(np.arange(1024) < 512, 512, 1024).astype(np.int32).reshape(1, 1, 1024, 1)
-    mask = check(kernels, np.zeros(case.block_shape, np.float32), startend, threshold=0.5, **sizes(case))
+    scores = np.zeros(case.block_shape, np.float32)
+    mask = check(kernels, scores, startend, threshold=0.5, keep_last=False, **sizes(case))
     for row in range(8):
         first = 0 if row < 4 else 4
         assert np.flatnonzero(mask[0, 0, row]).tolist() == sorted({first, max(first, row - 1), row})
@@ -268,7 +274,7 @@ def test_intervals_that_end_at_block_edges(kernels, start, end):
     rows = [masked[first : first + 128] for first in (0, 128, 256)]
     expected = [[row.any() and not row.all()] * 3 for row in rows]
     scores = np.zeros(case.block_shape, np.float32)
-    mask = check(kernels, scores, startend, threshold=0.5, keep_sink=False, **sizes(case))
+    mask = check(kernels, scores, startend, threshold=0.5, **NO_RULES, **sizes(case))
     assert mask[0, 0].tolist() == expected
     mask = check(kernels, scores, startend, threshold=1.0, **sizes(case))
     assert mask[0, 0].tolist() == [[not row.all()] * 3 for row in rows]

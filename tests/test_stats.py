@@ -1,5 +1,7 @@
 """collect_stats: what it counts, that it changes nothing, and its table and picture."""
 
+from dataclasses import replace
+
 import numpy as np
 import paddle
 import pytest
@@ -38,7 +40,8 @@ def test_density_and_kept_mass_of_one_prefill(model, tokens, monkeypatch):
         np.testing.assert_allclose(layer.density, density.numpy().mean(0), rtol=1e-6)
         query, key = query.numpy().astype(np.float64), key.numpy().astype(np.float64)
         scores = reference.estimate(query, key, causal=True)
-        kept = reference.select(scores.astype(np.float32), 0.5, causal=True, seqlen_q=LENGTH, seqlen_k=LENGTH)
+        lengths = {"seqlen_q": LENGTH, "seqlen_k": LENGTH}
+        kept = reference.select(scores.astype(np.float32), 0.5, causal=True, keep_last=False, **lengths)
         expected = (scores * kept).sum((0, 2, 3)) / scores.sum((0, 2, 3))
         np.testing.assert_allclose(layer.kept_mass, expected, rtol=1e-5)
         assert (0.5 <= expected).all() and (expected < 1).all()
@@ -80,8 +83,7 @@ def test_training_with_recompute_counts_both_calls(model, tokens):
 
 
 def test_dense_layers_keep_everything(tokens):
-    config = rrattn.RRAttentionConfig(threshold=0.5, dense_layers=[1])
-    model = rrattn.enable(make_model(), config)
+    model = rrattn.enable(make_model(), replace(SPARSE, dense_layers=[1]))
     with rrattn.collect_stats(model) as stats:
         logits(model, tokens)
     assert (stats.layers[0].density < 1).all()

@@ -28,11 +28,12 @@ def tool(monkeypatch):
 
 
 def test_a_short_run(tmp_path):
-    sizes = "--steps 20 --tokens 500 --threshold 0.3 --stride 16 --keep-local 0 --seed 5".split()
+    sizes = "--steps 20 --tokens 500 --threshold 0.3 --stride 16 --no-keep-last --keep-local 0 --seed 5".split()
     command = [sys.executable, str(TOOL), *sizes, "--json", "curves.json", "--picture", "curves.png"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     results = json.loads((tmp_path / "curves.json").read_text())
-    settings = {"steps": 20, "tokens": 500, "threshold": 0.3, "stride": 16, "keep_local": 0, "seed": 5}
+    settings = {"steps": 20, "tokens": 500, "threshold": 0.3, "stride": 16, "seed": 5}
+    settings |= {"keep_last": False, "keep_local": 0}
     assert settings.items() <= results.items()
     assert results["run"]["command"].startswith("python tools/training_curves.py --steps 20")
     means = []

@@ -34,7 +34,7 @@ NUM_LAYERS = 2
 NUM_HEADS = 4
 LENGTH = 700  # six blocks, the last one partial
 DENSE = rrattn.RRAttentionConfig(threshold=1.0)
-SPARSE = rrattn.RRAttentionConfig(threshold=0.5)
+SPARSE = rrattn.RRAttentionConfig(threshold=0.5, keep_last=False)  # chunks select what one prefill does
 
 
 def make_model(model_type="llama", heads=NUM_HEADS, kv_heads=2, implementation="eager", **settings):

@@ -1,7 +1,6 @@
 """Loss curves of a small byte-level LLaMA trained twice on real text, dense and with RRAttention.
 
-    python tools/training_curves.py [FILE] [--steps 300] [--tokens 1536] [--threshold 0.7] [--stride 8] [--keep-local 1]
-                                    [--seed 0]
+    python tools/training_curves.py [FILE] [--steps 300] [--tokens 1536] [--threshold 0.7] [--stride 8] [--seed 0]
 
 Both runs start from the same weights and see the same sequences in the same order. Dense is PaddleFormers' own "sdpa"
 attention, with nothing of this package in it. A step trains on one sequence, and no sequence comes twice, so each loss
@@ -52,6 +51,7 @@ def parse_arguments():
     parser.add_argument("--threshold", type=float, default=0.7, help="mass to keep (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=8, help="sample stride (default: %(default)s)")
     parser.add_argument("--keep-local", type=int, default=defaults.keep_local, help="blocks (default: %(default)s)")
+    parser.add_argument("--no-keep-last", dest="keep_last", action="store_false", help="the last row is as the others")
     parser.add_argument("--seed", type=int, default=0, help="of weights and sequences (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=ROOT / "tools/bench/results/training_curves.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "examples/training_curves.png")
@@ -69,7 +69,10 @@ def parse_arguments():
             parser.error(f"--{name} must end in {' or '.join(suffixes)}, got {path}")
     try:
         config = rrattn.RRAttentionConfig(
-            threshold=arguments.threshold, stride=arguments.stride, keep_local=arguments.keep_local
+            threshold=arguments.threshold,
+            stride=arguments.stride,
+            keep_last=arguments.keep_last,
+            keep_local=arguments.keep_local,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -253,7 +256,7 @@ def main():
 
     final = compare(dense, sparse)
     close = report(dense, sparse, final)
-    named = ("steps", "tokens", "threshold", "stride", "keep_local", "seed")
+    named = ("steps", "tokens", "threshold", "stride", "keep_last", "keep_local", "seed")
     settings = {name: getattr(arguments, name) for name in named}
     results = {"run": run, "text": path.name, **settings, "final": final, "dense": dense, "rrattn": sparse}
     arguments.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -153,11 +153,11 @@ def empty_results(query, key):
 
 
 def prefill(query, key, value, threshold):
-    """(block_scores, block_mask, out, lse) of the three stages."""
+    """(block_scores, block_mask, out, lse) of the three stages, without keep_last."""
     scores, mask, out, lse = empty_results(query, key)
-    lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+    options = {"keep_last": False, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
     with_workspace(direct.estimate_block_scores, query, key, scores, causal=True)
-    with_workspace(direct.select_blocks, scores, mask, threshold=threshold, causal=True, **lengths)
+    with_workspace(direct.select_blocks, scores, mask, threshold=threshold, causal=True, **options)
     with_workspace(direct.block_sparse_attention, query, key, value, mask, out, lse, causal=True)
     return scores, mask, out, lse
 

@@ -12,8 +12,8 @@ exact:0.95                  the true attention mass: what no selection can beat
 
 A name with "+last", as in rrattn+last:0.95, keeps every block of the last query block row as well: the end of the
 prompt, where its question is, attends all of it (rrattn's keep_last). With "+near" each row also keeps the block before
-its diagonal (keep_local=1, which is rrattn's default, but takes the word here). Both may stand together, as in
-rrattn+last+near:0.95; without them neither rule is on.
+its diagonal (keep_local=1). Both may stand together: rrattn+last+near:0.95 is what rrattn does by default. Without them
+neither rule is on.
 """
 
 from __future__ import annotations
