@@ -31,7 +31,7 @@ STRIDE = 8
 
 
 def rounds_for(seqlen_k):
-    return 15 if seqlen_k <= 32768 else 3
+    return 5 if seqlen_k <= 32768 else 3
 
 
 def empty(dtype, *shape):

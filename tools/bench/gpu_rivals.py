@@ -8,11 +8,14 @@ here raises, and `make` tells why.
 from __future__ import annotations
 
 import statistics
+import time
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SECONDS_BEFORE = 0.15  # that a call runs before it is timed
 
 
 def dense(backend):
@@ -174,19 +177,23 @@ def relative_error(actual, expected):
 def interleaved_ms(calls, rounds):
     """{name: median ms over the rounds}, each call in every round: a GPU that slows down slows all of them.
 
-    Each is timed right after a run of itself, since the clock that it finds depends on what ran before: an H200 at its
-    power limit is faster after a light kernel than after a heavy one. In between the GPU sleeps for about a
+    Before it is timed each runs for a while by itself, since the clock that it finds depends on what ran before: an H200
+    at its power limit is faster after a light kernel than after a heavy one. In between the GPU sleeps for about a
     millisecond, so that the time to launch is not counted.
     """
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            call()
-            torch.cuda._sleep(2_000_000)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end))
+            start = time.monotonic()
+            while time.monotonic() - start < SECONDS_BEFORE:
+                call()
+                torch.cuda.synchronize()
+            for _ in range(2):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(2_000_000)
+                begin.record()
+                call()
+                end.record()
+                end.synchronize()
+                times[name].append(begin.elapsed_time(end))
     return {name: statistics.median(each) for name, each in times.items()}
