@@ -177,8 +177,8 @@ def relative_error(actual, expected):
 def interleaved_ms(calls, rounds):
     """{name: median ms over the rounds}, each call in every round: a GPU that slows down slows all of them.
 
-    Before it is timed each runs for a while by itself, since the clock that it finds depends on what ran before: an H200
-    at its power limit is faster after a light kernel than after a heavy one. In between the GPU sleeps for about a
+    Before it is timed each runs for a while by itself, since the clock that it finds depends on what ran before: an
+    H200 at its power limit is faster after a light kernel than after a heavy one. In between the GPU sleeps for about a
     millisecond, so that the time to launch is not counted.
     """
     times = {name: [] for name in calls}
