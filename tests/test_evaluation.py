@@ -18,7 +18,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import calibrate  # noqa: E402
-from evaluation import benchmarks, prompts, report, run  # noqa: E402
+from evaluation import benchmarks, prompts, records, report, run  # noqa: E402
 from evaluation.methods import Method  # noqa: E402
 from evaluation.model import Model, length_of, log_probabilities  # noqa: E402
 
@@ -128,8 +128,8 @@ def test_prompts_repeat_and_differ_by_index(text, kind):
 def test_a_run_writes_every_task_and_goes_on_where_it_stopped(model, text, tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
     arguments = (text, KINDS, ["dense", "rrattn:0.5"], [1500], 1, 4)
-    run.run_tasks(model, run.Results(path), *arguments)
-    rows = run.read_results(path)
+    run.run_tasks(model, records.Results(path), *arguments)
+    rows = records.read_results(path)
     assert {(row["method"], row["task"]) for row in rows} == {
         (method, task) for method in ("dense", "rrattn:0.5") for task in prompts.TASKS
     }
@@ -141,12 +141,12 @@ def test_a_run_writes_every_task_and_goes_on_where_it_stopped(model, text, tmp_p
     path.write_text("\n".join(json.dumps(row) for row in rows[:-1]) + '\n{"model": "cut o')
     ran = []
     monkeypatch.setattr(run, "run_prompt", lambda model, kind, prompt: ran.append(kind) or [])
-    run.run_tasks(model, run.Results(path), *arguments)
+    run.run_tasks(model, records.Results(path), *arguments)
     assert ran == [kind for kind, tasks in prompts.CONTEXTS.items() if rows[-1]["task"] in tasks]
 
 
 def test_kept_mass_is_what_the_masks_hold(model, text, tmp_path):
-    results = run.Results(tmp_path / "results.jsonl")
+    results = records.Results(tmp_path / "results.jsonl")
     methods = ["dense", "rrattn:0.5", "exact:0.5", "exact:0.8", "random:0.3", "best:0.6", "best:1"]
     run.measure_mass(model, results, text, ["text"], methods, [1500], 1, 4)
     rows = {row["method"]: row for row in results.rows}
@@ -262,7 +262,7 @@ def test_benchmark_scores(model, tmp_path):
     logits = model.prefill(model.codec.encode(prompt.encode()))[0][-1]
     best = max("ABCD", key=lambda letter: logits[ord(letter)])
     samples = [benchmarks.Sample(letter, prompt, [letter], list("ABCD")) for letter in "ABCD"]
-    results = run.Results(tmp_path / "results.jsonl")
+    results = records.Results(tmp_path / "results.jsonl")
     benchmarks.run_benchmark(model, results, "video-mme", samples, ["dense"], 10)
     assert all(row["tokens"] == 10 for row in results.rows) and len(results.rows) == 4
     assert [benchmarks.score(model, one, 100)[0] for one in samples] == [float(letter == best) for letter in "ABCD"]

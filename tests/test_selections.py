@@ -19,6 +19,8 @@ BASELINES = [
     "xattention:0.7",
     "rotated-blocks:0.6",
     "rotated-strides:0.6",
+    "row-maximum:0.6",
+    "group-mean:0.6",
     "pooling:0.7",
     "vertical-slash:0.2",
     "window:2",
@@ -82,12 +84,12 @@ def test_sampled_scores(rng, seqlen_q, seqlen_k):
     query, key = inputs(rng, seqlen_q, seqlen_k)
     group = np.repeat(np.arange(2), 2)
     own = reference.estimate(query[None], key[None], causal=True, stride=8)[0]
-    np.testing.assert_allclose(baselines.sampled_scores(query, key, 0.25, 8, "heads"), own, atol=1e-3)
-    by_block = baselines.sampled_scores(query, key, 0.25, 8, "blocks")
+    np.testing.assert_allclose(baselines.sampled_scores(query, key, 0.25, 8), own, atol=1e-3)
+    by_block = baselines.sampled_scores(query, key, 0.25, 8, "rotated-blocks")
     for m in range(own.shape[1]):
         turned = reference.estimate(query[None], key[None], causal=True, stride=8, head_offset=m)[0]
         np.testing.assert_allclose(by_block[:, m], turned[:, m], atol=1e-3)
-    by_stride = baselines.sampled_scores(query, key, 0.25, 8, "strides")
+    by_stride = baselines.sampled_scores(query, key, 0.25, 8, "rotated-strides")
     shift = seqlen_k - seqlen_q
     for h in range(4):
         k, expected = key[:, group[h]].astype(np.float64), np.zeros_like(own[h])

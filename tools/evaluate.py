@@ -2,12 +2,16 @@
 
     python tools/evaluate.py run MODEL RESULTS.jsonl --text FILE [--tasks ...] [--methods ...] [--lengths ...]
     python tools/evaluate.py mass MODEL RESULTS.jsonl --text FILE [...]
+    python tools/evaluate.py many MODEL RESULTS.jsonl --text FILE [--contexts 10] [...]
     python tools/evaluate.py report RESULTS.jsonl [--plots FOLDER]
     python tools/evaluate.py helmet MODEL FILE.jsonl ... / video-mme MODEL FOLDER ... [--methods ...]
 
 MODEL is a checkpoint directory of PaddleFormers or PaddleNLP, such as examples/probe. Results are JSON lines; a run
 that was interrupted goes on where it stopped. Tasks are told in evaluation/prompts.py, methods in
 evaluation/methods.py.
+
+`many` runs tasks and kept mass with PyTorch, in place of Paddle, on a GPU if there is one: ten contexts of a plain
+byte-level LLaMA in three minutes. It takes torch and safetensors, and of this package neither Paddle nor a build.
 """
 
 from __future__ import annotations
@@ -27,6 +31,23 @@ DEFAULT_METHODS = (
     + [f"random:{share}" for share in ("0.1", "0.3", "0.5")]
 )
 
+BOTH = "+last+near"  # rrattn's defaults
+MANY_METHODS = (
+    ["dense"]
+    + [f"rrattn{rules}:0.95:{stride}" for stride in (4, 8, 16, 32) for rules in ("", "+near", BOTH)]
+    + ["rrattn+last:0.95:8", f"rrattn{BOTH}:0.9:8"]
+    + [f"rrattn{rules}:{tau}:8" for tau in (0.97, 0.98, 0.99) for rules in ("+near", BOTH)]
+    + [f"xattention{rules}:0.95:8" for rules in ("", "+near", BOTH)]
+    + [f"exact{rules}:0.95" for rules in ("", BOTH)]
+    + [f"{name}{BOTH}:0.95:8" for name in ("rotated-blocks", "rotated-strides", "group-mean", "row-maximum")]
+    + [f"row-maximum{BOTH}:{tau}:8" for tau in (0.85, 0.9)]
+)
+MANY_MASS_METHODS = [
+    f"{family}:{tau}{stride}"
+    for family, stride in (*(("rrattn", f":{s}") for s in (4, 8, 16, 32)), ("xattention", ":8"), ("exact", ""))
+    for tau in (0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995)
+]
+
 
 def add_common(parser, lengths):
     parser.add_argument("model", type=Path, help="a checkpoint directory")
@@ -38,7 +59,7 @@ def add_common(parser, lengths):
 def parse_arguments():
     from evaluation.methods import Method
     from evaluation.prompts import CONTEXTS
-    from evaluation.run import BEST
+    from evaluation.records import BEST
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -51,6 +72,19 @@ def parse_arguments():
         command.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=kinds)
         command.add_argument("--contexts", type=int, default=1, help="of each task and length (default: 1)")
         command.add_argument("--questions", type=int, default=12, help="about each context (default: 12)")
+    command = commands.add_parser("many")
+    command.add_argument("model", type=Path, help="a checkpoint directory of a byte-level LLaMA")
+    command.add_argument("results", type=Path, help="a file of JSON lines, made or gone on with")
+    command.add_argument("--text", type=Path, required=True, help="held-out text: a file, or what corpus.py wrote")
+    command.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=list(CONTEXTS))
+    command.add_argument("--methods", nargs="+", default=MANY_METHODS, metavar="METHOD", help="to run the tasks with")
+    command.add_argument(
+        "--mass", nargs="*", default=MANY_MASS_METHODS, metavar="METHOD", help="to measure the mass of"
+    )
+    command.add_argument("--length", type=int, default=16384, help="bytes of a context (default: 16384)")
+    command.add_argument("--contexts", type=int, default=10, help="of each task (default: 10)")
+    command.add_argument("--questions", type=int, default=24, help="about each context (default: 24)")
+    command.add_argument("--device", help="(default: cuda where there is one)")
     command = commands.add_parser("report")
     command.add_argument("results", type=Path)
     command.add_argument("--plots", type=Path, help="folder for the plots (default: none are drawn)")
@@ -65,13 +99,13 @@ def parse_arguments():
     for name in ("contexts", "questions", "samples", "longest"):
         if getattr(arguments, name, 1) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    if min(getattr(arguments, "lengths", [512])) < 512:
-        parser.error(f"--lengths must be at least 512, got {min(arguments.lengths)}")
+    if min(getattr(arguments, "lengths", [getattr(arguments, "length", 512)])) < 512:
+        parser.error("contexts must be of at least 512 tokens")
     for path in (getattr(arguments, "text", None), getattr(arguments, "data", None)):
         if path is not None and not path.exists():
             parser.error(f"there is no {path}")
     try:
-        for method in getattr(arguments, "methods", []):
+        for method in [*getattr(arguments, "methods", []), *getattr(arguments, "mass", [])]:
             if arguments.command == "mass" and method.startswith(BEST):
                 if not 0 < float(method[len(BEST) :]) <= 1:
                     raise ValueError(f"method {method!r}: the density must be in (0, 1]")
@@ -97,9 +131,32 @@ def main():
 
         print(write_report(arguments.results, arguments.plots))
         return
+    from evaluation.records import Results
+
+    if arguments.command == "many":
+        import torch
+        from evaluation.many import run_many
+
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            run_many(
+                arguments.model,
+                Results(arguments.results),
+                read_text(arguments.text),
+                arguments.tasks,
+                arguments.methods,
+                arguments.mass,
+                arguments.length,
+                arguments.contexts,
+                arguments.questions,
+                device,
+            )
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        return
     import paddle
     from evaluation.model import Model
-    from evaluation.run import Results, measure_mass, run_tasks
+    from evaluation.run import measure_mass, run_tasks
 
     paddle.base.core.set_num_threads(os.cpu_count())  # or Paddle's own products run on one core
     model, results = Model(arguments.model), Results(arguments.results)

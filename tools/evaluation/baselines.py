@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 BLOCK = 128
+VARIANTS = ("rotated-blocks", "rotated-strides", "row-maximum", "group-mean")  # of `sampled_scores`
 
 
 def num_blocks(length):
@@ -80,25 +81,30 @@ def antidiagonal_scores(query, key, scale, stride):
     return scores
 
 
-def sampled_scores(query, key, scale, stride, rotate):
-    """rrattn's estimate with another rotation of the sampled position: at the same cost, one query in a stride.
+def sampled_scores(query, key, scale, stride, variant=None):
+    """rrattn's estimate, or a variant of it at the same cost, one query in a stride.
 
-    rotate says what the position (h + turn) mod stride turns with, besides the head h: "blocks" (turn is the number of
-    the query block) or "strides" (of the stride, so that a head samples every position in turn). "heads" is rrattn's
-    own, where turn is 0.
+    rotated-blocks     the sampled position (h + turn) mod stride turns with the query block as well as with the head h
+    rotated-strides    it turns with the stride, so that a head samples every position
+    row-maximum        a block's score is the greatest share that one sampled query gives it, in place of their sum
+    group-mean         the mean over the query heads of a key head is added to each one's scores
     """
     seqlen_q, seqlen_k = len(query), len(key)
     shift = seqlen_k - seqlen_q
     scores = np.zeros((query.shape[1], num_blocks(seqlen_q), num_blocks(seqlen_k)), np.float32)
     index = np.arange(-(-seqlen_q // stride))
-    turn = {"heads": 0 * index, "blocks": index * stride // BLOCK, "strides": index}[rotate]
+    turn = {"rotated-blocks": index * stride // BLOCK, "rotated-strides": index}.get(variant, 0)
+    add = np.maximum if variant == "row-maximum" else np.add
     first_key = np.arange(0, seqlen_k, stride)
     for h, q, k in heads(query, key):
         token = index * stride + (h + turn) % stride
         token = token[token < seqlen_q]
         products = q[token] @ np.add.reduceat(k, first_key, axis=0).T * np.float32(scale / stride)
         chance = softmax(np.where(first_key <= token[:, None] + shift, products, -np.inf))
-        np.add.at(scores[h], token // BLOCK, block_sums(chance, BLOCK // stride))
+        add.at(scores[h], token // BLOCK, block_sums(chance, BLOCK // stride))
+    if variant == "group-mean":
+        grouped = scores.reshape(key.shape[1], -1, *scores.shape[1:])
+        scores = (grouped + grouped.mean(1, keepdims=True)).reshape(scores.shape)
     return scores
 
 

@@ -9,6 +9,8 @@ vertical-slash:0.95         columns and diagonals that the last queries attend, 
 window:16                   the first block and so many of the nearest
 random:0.3                  each block with this chance
 exact:0.95                  the true attention mass: what no selection can beat
+group-mean:0.95[:8]         rrattn's estimate, changed: see baselines.sampled_scores; likewise row-maximum,
+                            rotated-blocks, rotated-strides
 
 A name with "+last", as in rrattn+last:0.95, keeps every block of the last query block row as well: the end of the
 prompt, where its question is, attends all of it (rrattn's keep_last). With "+near" each row also keeps the block before
@@ -19,15 +21,14 @@ neither rule is on.
 from __future__ import annotations
 
 import numpy as np
-import paddle
 
 import rrattn
-from rrattn.config import STRIDES
+from rrattn.config import STRIDES, RRAttentionConfig
 
 from . import baselines
 
 WITHOUT_STRIDE = ("dense", "pooling", "vertical-slash", "window", "random", "exact")
-WITH_STRIDE = ("rrattn", "xattention", "rotated-blocks", "rotated-strides")
+WITH_STRIDE = ("rrattn", "xattention", *baselines.VARIANTS)
 NAMES = WITHOUT_STRIDE + WITH_STRIDE
 
 
@@ -58,7 +59,7 @@ class Method:
                 raise ValueError(f"method {text!r}: dense keeps every block anyway")
             return
         if self.name == "rrattn" and settings[0].endswith(".json"):
-            self.config = rrattn.RRAttentionConfig.from_json(settings[0])
+            self.config = RRAttentionConfig.from_json(settings[0])
             if len(settings) > 1 or extras:
                 raise ValueError(f"method {text!r}: stride and keep rules are in the file, so must not be given")
             return
@@ -75,7 +76,7 @@ class Method:
         if self.stride not in STRIDES:
             raise ValueError(f"method {text!r}: the stride must be one of {', '.join(map(str, STRIDES))}")
         if self.name == "rrattn":
-            self.config = rrattn.RRAttentionConfig(threshold=self.knob, stride=self.stride, **self.keep)
+            self.config = RRAttentionConfig(threshold=self.knob, stride=self.stride, **self.keep)
 
     def block_mask(self, query, key, scale, layer, num_layers):
         """The blocks to attend, causal.
@@ -98,6 +99,8 @@ class Method:
             return rrattn.dense_block_mask(1, query.shape[2], **sizes)
         if self.name == "rrattn":
             return rrattn_block_mask(self.config, query, key, scale, layer, num_layers)
+        import paddle
+
         scores, mask = self._baseline(query[0].numpy(), key[0].numpy(), scale or query.shape[3] ** -0.5, layer)
         if scores is None:
             scores, threshold = np.where(mask, 1.0, 0.0).astype(np.float32), 1 - 2**-20
@@ -109,9 +112,8 @@ class Method:
         """(scores, None) or (None, mask), [Hq, Mq, Mk]."""
         if self.name == "xattention":
             return baselines.antidiagonal_scores(query, key, scale, self.stride), None
-        if self.name.startswith("rotated-"):
-            rotate = self.name.partition("-")[2]
-            return baselines.sampled_scores(query, key, scale, self.stride, rotate), None
+        if self.name in baselines.VARIANTS:
+            return baselines.sampled_scores(query, key, scale, self.stride, self.name), None
         if self.name == "pooling":
             return baselines.pooled_scores(query, key, scale), None
         if self.name == "exact":
@@ -130,6 +132,8 @@ def rrattn_block_mask(config, query, key, scale, layer, num_layers):
         return rrattn.dense_block_mask(1, query.shape[2], **sizes)
     threshold = config.layer_threshold(layer, num_layers)
     if not isinstance(threshold, float):
+        import paddle
+
         threshold = paddle.to_tensor(list(threshold), dtype="float32")
     scores = rrattn.estimate_block_scores(
         query,

@@ -8,7 +8,7 @@ import numpy as np
 
 from .methods import WITH_STRIDE
 from .prompts import TASKS
-from .run import MASS, read_results
+from .records import MASS, read_results
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 

@@ -1,0 +1,89 @@
+"""tools/evaluate.py many: in PyTorch, what the harness in Paddle does. Skipped where PyTorch is not installed."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+import rrattn
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("paddleformers")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from evaluation import many, records, run, torch_attention, torch_model, torch_selection  # noqa: E402
+from evaluation.methods import Method  # noqa: E402
+from evaluation.model import Model  # noqa: E402
+
+PROBE = ROOT / "examples" / "probe"
+METHODS = ["dense", "rrattn:0.6:16", "rrattn+last+near:0.5", "xattention:0.6", "exact+near:0.5", "group-mean:0.5"]
+METHODS += ["row-maximum:0.5", "rotated-blocks+last:0.5", "rotated-strides:0.5:4"]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return np.frombuffer(b"\0" + (ROOT / "tests" / "reference.py").read_bytes(), np.uint8)
+
+
+@pytest.mark.parametrize("text_of_method", METHODS)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(700, 700), (200, 712)])
+def test_selections_are_those_of_the_harness(text_of_method, seqlen_q, seqlen_k):
+    rng = np.random.default_rng(4)
+    query = 2 * rng.standard_normal((1, seqlen_q, 6, 32), np.float32)
+    key = rng.standard_normal((1, seqlen_k, 2, 32), np.float32)
+    key += np.repeat(rng.standard_normal((1, 6, 2, 32), np.float32), 128, axis=1)[:, :seqlen_k]  # of each block
+    method = Method(text_of_method)
+    words = method.block_mask(paddle.to_tensor(query), paddle.to_tensor(key), None, 0, 1)
+    expected = rrattn.unpack_block_mask(words, -(-seqlen_k // 128)).numpy()
+    mask = torch_selection.block_mask(method, torch.from_numpy(query), torch.from_numpy(key), 32**-0.5)
+    visible = torch_selection.visible_blocks(seqlen_q, seqlen_k, "cpu").numpy()
+    assert np.array_equal(mask.numpy(), expected & visible)
+    assert np.array_equal(mask.numpy(), visible & np.ones_like(expected)) == (text_of_method == "dense")
+
+
+def test_results_are_those_of_the_harness(text, tmp_path):
+    methods, kinds = ["dense", "rrattn+last+near:0.7:16"], ["lookup", "needle", "inside", "copy", "text"]
+    ours, expected = (records.Results(tmp_path / f"{name}.jsonl") for name in ("torch", "paddle"))
+    mass = ["rrattn:0.8:8", "exact+near:0.9"]
+    arguments = (PROBE, ours, text, kinds, methods, mass, 1500, 1, 6, "cpu")
+    many.run_many(*arguments)
+    model = Model(PROBE)
+    run.run_tasks(model, expected, text, kinds, methods, [1500], 1, 6)
+    run.measure_mass(model, expected, text, kinds, mass, [1500], 1, 6)
+    found = {(row["task"], row["method"]): row for row in ours.rows}
+    assert len(found) == len(ours.rows) == len(expected.rows) == 6 * 2 + 5 * 2
+    for row in expected.rows:
+        other = found[row["task"], row["method"]]
+        assert other["density"] == pytest.approx(row["density"], abs=1e-3)
+        for name in ("score", "nats", "guessed", "kept"):
+            assert other.get(name) == pytest.approx(row.get(name), abs=1e-3)
+        assert other.get("right") == row.get("right")
+    lines = ours.path.read_text()
+    many.run_many(*arguments)  # all is there
+    assert ours.path.read_text() == lines
+
+
+def test_plain_attention_is_that_over_the_blocks():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(700, heads, 32, generator=generator) for heads in (6, 2, 2))
+    mask = torch.rand(6, 6, 6, generator=generator) < 0.5
+    mask |= torch_selection.always_kept(700, 700, False, 0, "cpu")
+    out = torch_attention.Plain().attend(query, key, value, mask, 0.2, rows_at_once=256)
+    words = rrattn.pack_block_mask(paddle.to_tensor(mask.numpy()[None]))
+    arrays = (paddle.to_tensor(x.numpy()[None]) for x in (query, key, value))
+    expected = rrattn.block_sparse_attention(*arrays, words, causal=True, softmax_scale=0.2)
+    np.testing.assert_allclose(out.numpy(), expected.numpy()[0], atol=1e-5)
+
+
+def test_what_is_refused(tmp_path):
+    for text, message in (("window:4", "window:4"), ("rrattn:1.5", "1.5"), ("nothing:1", "nothing")):
+        with pytest.raises(ValueError, match=message):
+            many.chosen(text)
+    config = {**json.loads((PROBE / "config.json").read_text()), "attention_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="attention_bias is True, but must be False"):
+        torch_model.Model(tmp_path, torch.device("cpu"), 100)

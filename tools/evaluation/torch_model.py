@@ -1,0 +1,148 @@
+"""A byte-level LLaMA in PyTorch, float32, whose attention chooses its blocks by a given method.
+
+It does what `model.Model` does of examples/probe and its like, many times as fast on a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from .baselines import BLOCK
+from .torch_attention import attention_for
+from .torch_selection import block_mask, exact_mass, products, visible_blocks
+
+PLAIN_LLAMA = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+
+
+class Model:
+    """The weights on a device, and their attention.
+
+    Parameters
+    ----------
+    folder : path
+        A checkpoint directory as Hugging Face writes them: config.json and model.safetensors.
+    device : torch.device
+    longest : int
+        Tokens of the longest sequence, its answer with it.
+
+    Raises
+    ------
+    ValueError
+        For a config that this does not compute.
+    """
+
+    def __init__(self, folder, device, longest):
+        config = json.loads((Path(folder) / "config.json").read_text())
+        for name, value in PLAIN_LLAMA.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"{folder}: {name} is {config[name]!r}, but must be {value!r}")
+        if config["vocab_size"] > 512 or config.get("rope_scaling"):
+            raise ValueError(f"{folder} must be of bytes, without rope_scaling")
+        path = Path(folder) / "model.safetensors"
+        self.device, self.digest = device, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        self.weights = {name: weight.float().to(device) for name, weight in load_file(path).items()}
+        self.num_layers, self.epsilon = config["num_hidden_layers"], config["rms_norm_eps"]
+        self.head_dim = config["head_dim"]
+        self.scale = self.head_dim**-0.5
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        angle = torch.arange(longest, dtype=torch.float64)[:, None] * config["rope_theta"] ** -pairs
+        self.cos, self.sin = (wave(angle).float()[:, None].to(device) for wave in (torch.cos, torch.sin))
+        self.attention = attention_for(device)
+
+    def _normed(self, x, name):
+        return F.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.epsilon)
+
+    def _run(self, tokens, attend, begin=0):
+        """The residual stream [B, L, hidden] of tokens int64 [B, L] that stand at `begin`.
+
+        attend(layer, query, key, value) of [B, L, heads, D], rotated, returns [B, L, Hq, D].
+        """
+        cos, sin = (wave[begin : begin + tokens.shape[1]] for wave in (self.cos, self.sin))
+
+        def rotated(x):
+            left, right = x.chunk(2, -1)
+            return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+        x = F.embedding(tokens, self.weights["model.embed_tokens.weight"])
+        for i in range(self.num_layers):
+            of_layer = f"model.layers.{i}."
+
+            def project(x, name, of_layer=of_layer):
+                return x @ self.weights[f"{of_layer}{name}_proj.weight"].T
+
+            y = self._normed(x, f"{of_layer}input_layernorm")
+            q, k, v = (project(y, f"self_attn.{name}").unflatten(-1, (-1, self.head_dim)) for name in "qkv")
+            x = x + project(attend(i, rotated(q), rotated(k), v).flatten(2), "self_attn.o")
+            y = self._normed(x, f"{of_layer}post_attention_layernorm")
+            x = x + project(F.silu(project(y, "mlp.gate")) * project(y, "mlp.up"), "mlp.down")
+        return x
+
+    def logits(self, x):
+        """[..., vocabulary] of the residual stream."""
+        return self._normed(x, "model.norm") @ self.weights["lm_head.weight"].T
+
+    def mass(self, query, key, scale):
+        """What `exact_mass` returns; in a prefill of one sequence, by the attention's own way."""
+        if query.shape[:2] != (1, key.shape[1]):
+            return exact_mass(query, key, scale)
+        return self.attention.mass(query[0], key[0], scale)[None]
+
+    def prefill(self, tokens, method, on_attend=None):
+        """(residual stream [L, hidden], cache, densities float32 [layers]) of int64 [L], blocks chosen by a Method.
+
+        on_attend(query, key) is called in each layer; the cache holds key and value [1, L, Hkv, D] of each.
+        """
+        cache, densities = [], []
+
+        def attend(layer, query, key, value):
+            if on_attend is not None:
+                on_attend(query, key)
+            mask = block_mask(method, query, key, self.scale, self.mass)
+            densities.append(mask.sum() / (mask.shape[1] * visible_blocks(len(tokens), len(tokens), mask.device).sum()))
+            cache.append((key, value))
+            return self.attention.attend(query[0], key[0], value[0], mask[0], self.scale)[None]
+
+        return self._run(tokens[None], attend)[0], cache, torch.stack(densities)
+
+    def answer(self, rest, cache, questions, answers, method):
+        """Whether greedy decoding answers each question, bool [B], as `model.Model.answer` does.
+
+        Parameters
+        ----------
+        rest : int64 [n]
+            The context behind the cache's tokens, which are a multiple of 128.
+        questions, answers : int64 [B, tokens]
+        """
+        prompt = torch.cat([rest.expand(len(questions), -1), questions], 1)
+        asked, context = prompt.shape[1], cache[0][0].shape[1]
+
+        def attend(layer, query, key, value):
+            past = (old.expand(len(query), -1, -1, -1) for old in cache[layer])
+            key, value = (torch.cat(pair, 1) for pair in zip(past, (key, value)))
+            prefilled = key[:, : context + asked]
+            mask = block_mask(method, query[:, :asked], prefilled, self.scale, self.mass)
+            return attend_after(query, key, value, mask, asked, self.scale)
+
+        x = self._run(torch.cat([prompt, answers[:, :-1]], 1), attend, context)
+        return (self.logits(x[:, asked - 1 :]).argmax(-1) == answers).all(1)
+
+
+def attend_after(query, key, value, mask, asked, scale):
+    """Attention of the last T keys' queries [B, T, Hq, D] to keys [B, C + T, Hkv, D], C a multiple of 128.
+
+    The first `asked` see the blocks of mask [B, Hq, Mq, Mk]; those behind them, which are decoded, see everything.
+    """
+    length, context = query.shape[1], key.shape[1] - query.shape[1]
+    score = products(query.transpose(1, 2) * scale, key.transpose(1, 2))  # [B, Hq, T, C + T]
+    row, col = torch.arange(length, device=query.device), torch.arange(key.shape[1], device=query.device)
+    seen = mask[:, :, (row // BLOCK).clamp(max=mask.shape[2] - 1)]  # [B, Hq, T, Mk]
+    seen = seen[..., (col // BLOCK).clamp(max=mask.shape[3] - 1)] | (row >= asked)[:, None]
+    chance = torch.softmax(score.masked_fill_(~(seen & (col <= row[:, None] + context)), -torch.inf), -1)
+    out = chance.reshape(len(query), key.shape[2], -1, key.shape[1]) @ value.transpose(1, 2)
+    return out.reshape(len(query), -1, length, query.shape[3]).transpose(1, 2)
