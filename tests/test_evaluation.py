@@ -187,6 +187,41 @@ def test_report(model, text, tmp_path):
         report.write_report(path)
 
 
+def test_report_of_several_contexts():
+    """The standard error of the mean share of dense, and differences in kept mass, over three whole contexts."""
+    scores = {"dense": [0.8, 1.0, 0.9, 1.0], "rrattn+last:0.9:8": [0.6, 1.0, 0.8]}
+    rows = [
+        {"task": task, "method": method, "length": 512, "index": i, "score": score, "density": 0.5}
+        for method, of_context in scores.items()
+        for i, score in enumerate(of_context)
+        for task in ("lookup", "hops")
+    ]
+    others = [2.4 / 2.7 - share for share in (1.8 / 1.9, 1.4 / 1.7, 1.6 / 1.8)]
+    errors = report.standard_errors([row for row in rows if row["index"] < 3])[512, "rrattn+last:0.9:8"]
+    mean = np.mean(others)
+    assert errors[report.MEAN] == pytest.approx(np.sqrt(2 / 3 * sum((x - mean) ** 2 for x in others)))
+    (table,) = report.quality_tables(rows)
+    assert f"| 88.89% ± {100 * errors[report.MEAN]:.2f} | 50.0% |" in table  # the fourth context is not whole
+    kept = {"rrattn:0.9:8": (0.3, 0.90), "xattention:0.8": (0.2, 0.86), "xattention:0.9": (0.4, 0.92)}
+    masses = [
+        {"task": "mass text", "method": method, "length": 512, "index": i, "density": density, "kept": share + i / 100}
+        for method, (density, share) in kept.items()
+        for i in range(2)
+    ]
+    (table,) = report.difference_tables(masses)
+    assert table.endswith("| rrattn:0.9:8 | 30.0% | 90.50% | +1.00 ± 0.00 |  |")
+    assert report.difference_tables(masses[::2]) == []
+
+
+def test_no_two_methods_are_drawn_alike():
+    names = [f"{name}{rules}" for name in "abcdefghijklmnopqr" for rules in ("", "+last", "+near", "+last+near")]
+    names += ["rrattn, stride 8", "rrattn+last, stride 4"]
+    drawn = {(style["color"], style["marker"]) for style in report.styles(names).values()}
+    assert len(drawn) == len(names) == 74
+    with pytest.raises(ValueError, match="21 methods"):
+        report.styles([*names, "s"])
+
+
 def test_command_line(checkpoint, text, tmp_path):
     (tmp_path / "text").write_bytes(text.tobytes())
 
