@@ -2,8 +2,8 @@
 
     python examples/generate_llama.py [FILE] [--tokens 8192] [--new 100] [--threshold 0.9]
 
-The prompt is the beginning of a text; the model (see byte_llama.py) goes on with what it finds there. It does so twice,
-with every block attended and with the selected ones.
+The prompt is the beginning of a text; the model, the probe of examples/probe, which reads bytes, goes on with it. It
+does so twice, with every block attended and with the selected ones.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import paddle
-from byte_llama import default_document, make_lookup_model, read_tokens, use_all_cores
+from byte_llama import MAX_TOKENS, default_document, load_probe, read_document, use_all_cores
 
 import rrattn
 
@@ -19,13 +19,15 @@ import rrattn
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, help="a text; default: one that the installation brings")
-    parser.add_argument("--tokens", type=int, default=8192, help="bytes of the prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=100, help="bytes to generate (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.9, help="mass to keep (default: %(default)s)")
     arguments = parser.parse_args()
     for name, least in (("tokens", 2), ("new", 1)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.tokens + arguments.new > MAX_TOKENS:
+        parser.error(f"--tokens and --new must be at most {MAX_TOKENS} together")
     if arguments.file is not None and not arguments.file.is_file():
         parser.error(f"there is no file {arguments.file}")
     try:
@@ -57,12 +59,10 @@ def main():
     arguments, config = parse_arguments()
     use_all_cores()
     path = arguments.file or default_document(arguments.tokens)
-    prompt = read_tokens(path)[:, : arguments.tokens]
-    if prompt.shape[1] < arguments.tokens:
-        raise SystemExit(f"{path} holds {prompt.shape[1]:,} bytes, fewer than --tokens {arguments.tokens:,}")
-    print(f"prompt: the first {arguments.tokens:,} bytes of {path}")
+    prompt = read_document(path, arguments.tokens)
+    print(f"prompt: {arguments.tokens:,} tokens, from the beginning of {path}")
 
-    model = make_lookup_model(max_tokens=arguments.tokens + arguments.new)
+    model = load_probe()
     model.config._attn_implementation = "rrattn"  # the flag; settings stand in the config as well
     model.config.rrattn_threshold = 1.0
     dense = generate(model, prompt, arguments.new)

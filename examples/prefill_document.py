@@ -1,10 +1,10 @@
 """Prefills a long document through a LLaMA twice, dense and with RRAttention, and compares.
 
-    python examples/prefill_document.py [FILE] [--tokens 32768] [--threshold 0.95] [--stride 8] [--output blocks.png]
+    python examples/prefill_document.py [FILE] [--tokens 16384] [--threshold 0.95] [--stride 8] [--output blocks.png]
 
-The model reads bytes, and its weights are written down rather than trained (see byte_llama.py): it guesses each next
-byte from what followed the same bytes earlier in the document. "Dense" is this package's own attention with every
-block selected, because one that writes down the whole matrix of scores does not fit in memory at this length.
+The model is the probe (examples/probe), which reads bytes and was trained to find things in its context. "Dense" is
+this package's own attention with every block selected, because one that writes down the whole matrix of scores does not
+fit in memory at this length.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from byte_llama import HIDDEN, NUM_HEADS, default_document, make_lookup_model, read_tokens, use_all_cores
+from byte_llama import MAX_TOKENS, default_document, load_probe, read_document, use_all_cores
 from tqdm import tqdm
 
 import rrattn
@@ -27,7 +27,7 @@ def parse_arguments():
     defaults = rrattn.RRAttentionConfig()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, help="a text; default: one that the installation brings")
-    parser.add_argument("--tokens", type=int, default=32768, help="bytes to read (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of the prompt (default: %(default)s)")
     parser.add_argument(
         "--threshold", type=float, default=defaults.threshold, help="mass to keep (default: %(default)s)"
     )
@@ -36,8 +36,8 @@ def parse_arguments():
         "--output", type=Path, default=Path("selected_blocks.png"), help="the picture (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    if arguments.tokens < 2:
-        parser.error(f"--tokens must be at least 2, got {arguments.tokens}")
+    if not 2 <= arguments.tokens <= MAX_TOKENS:
+        parser.error(f"--tokens must be from 2 to {MAX_TOKENS}, got {arguments.tokens}")
     if arguments.file is not None and not arguments.file.is_file():
         parser.error(f"there is no file {arguments.file}")
     if not arguments.output.parent.is_dir():
@@ -142,15 +142,13 @@ def main():
     arguments, config = parse_arguments()
     use_all_cores()
     path = arguments.file or default_document(arguments.tokens)
-    tokens = read_tokens(path)[:, : arguments.tokens]
-    if tokens.shape[1] < arguments.tokens:
-        raise SystemExit(f"{path} holds {tokens.shape[1]:,} bytes, fewer than --tokens {arguments.tokens:,}")
-    model = make_lookup_model(max_tokens=arguments.tokens)
+    tokens = read_document(path, arguments.tokens)
+    model = load_probe()
+    heads = model.config.num_attention_heads
     print(
-        f"document: the first {arguments.tokens:,} bytes of {path}\n"
-        f"model:    byte-level LLaMA, {len(model.model.layers)} layers, {NUM_HEADS} heads, hidden size {HIDDEN};\n"
-        "          its weights are not trained but written down: look up what followed the same bytes before\n"
-        f"          (all scores of one layer at once would take {NUM_HEADS * arguments.tokens**2 * 4 / 2**30:,.1f} GB)",
+        f"document: {arguments.tokens:,} tokens, from the beginning of {path}\n"
+        f"model:    the probe, a byte-level LLaMA of {len(model.model.layers)} layers and {heads} heads\n"
+        f"          (all scores of one layer at once would take {heads * arguments.tokens**2 * 4 / 2**30:,.1f} GB)",
         flush=True,
     )
 

@@ -1,4 +1,4 @@
-"""Trains a small byte-level LLaMA for a few steps with RRAttention, forward and backward, on real text.
+"""Trains a small byte-level LLaMA for a few steps from fresh weights with RRAttention, forward and backward, on text.
 
     python examples/train_step.py [FILE] [--steps 15] [--tokens 1024] [--batch 1] [--threshold 0.7] [--stride 8]
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from byte_llama import default_document, make_config, read_tokens, use_all_cores
-from paddleformers.transformers import LlamaForCausalLM
+from byte_llama import NUM_BYTES, default_document, read_tokens, use_all_cores
+from paddleformers.transformers import LlamaConfig, LlamaForCausalLM
 from tqdm import tqdm
 
 import rrattn
@@ -39,6 +39,25 @@ def parse_arguments():
     return arguments, config
 
 
+def make_model(max_tokens):
+    """Two layers of 512 hidden units, 8 query heads and 2 key/value heads."""
+    config = LlamaConfig(
+        vocab_size=NUM_BYTES,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=max_tokens,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        use_cache=False,
+    )
+    config.fuse_rms_norm = False  # the fused kernel is for GPUs
+    return LlamaForCausalLM(config)
+
+
 def main():
     arguments, config = parse_arguments()
     use_all_cores()
@@ -49,7 +68,7 @@ def main():
         raise SystemExit(f"{path} holds {text.shape[1]:,} bytes, fewer than the {length:,} of one sequence")
 
     paddle.seed(0)
-    model = LlamaForCausalLM(make_config(num_layers=2, max_tokens=arguments.tokens, rope_theta=10000.0))
+    model = make_model(arguments.tokens)
     model.train()
     rrattn.enable(model, config)
     optimizer = paddle.optimizer.AdamW(

@@ -34,10 +34,10 @@ def example(monkeypatch):
 
 def test_prefill_of_the_default_document(tmp_path):
     output = run("prefill_document.py", "--tokens", 2000, "--threshold", 0.8, folder=tmp_path)
-    document = re.search(r"the first 2,000 bytes of (.+)", output).group(1)
+    document = re.search(r"from the beginning of (.+)", output).group(1)
     assert Path(document).stat().st_size >= 2000
-    densities = re.findall(r"density of layer (\d) +100\.0% +([\d.]+)% +heads((?: +\d+){8}) %", output)
-    assert [layer for layer, _, _ in densities] == ["0", "1", "2", "3"]
+    densities = re.findall(r"density of layer (\d) +100\.0% +([\d.]+)% +heads((?: +\d+){6}) %", output)
+    assert [layer for layer, _, _ in densities] == list("012345")
     for _, mean, heads in densities:
         heads = [float(head) for head in heads.split()]
         assert 0 < min(heads) and max(heads) <= 100 and float(mean) == pytest.approx(np.mean(heads), abs=0.6)
@@ -52,7 +52,7 @@ def test_prefill_of_the_default_document(tmp_path):
 def test_prefill_of_a_file_with_every_block(tmp_path):
     (tmp_path / "text").write_text("One line and then another. " * 40)
     output = run("prefill_document.py", "text", "--tokens", 1000, "--threshold", 1, folder=tmp_path)
-    assert "the first 1,000 bytes of text" in output
+    assert "1,000 tokens, from the beginning of text" in output
     assert "output difference: 0.00e+00" in output and "at 100.0% of the positions" in output
 
 
@@ -70,9 +70,9 @@ def test_generation_dense_and_sparse(tmp_path):
     texts = re.findall(r"^threshold ([\d.]+), [\d.]+ s: (.+)", output, re.MULTILINE)
     assert [threshold for threshold, _ in texts] == ["1.0", "0.8"]
     assert all(len(text) >= 22 for _, text in texts)
-    layers = re.findall(r"^ +[0-3] +([\d.]+)%, .* 1 x +[\d.]+ ms +19 x [\d.]+ ms", output, re.MULTILINE)
+    layers = re.findall(r"^ +[0-5] +([\d.]+)%, .* 1 x +[\d.]+ ms +19 x [\d.]+ ms", output, re.MULTILINE)
     densities = [float(density) for density in layers]
-    assert len(densities) == 8 and densities[:4] == [100] * 4 and max(densities[4:]) < 100
+    assert len(densities) == 12 and densities[:6] == [100] * 6 and max(densities[6:]) < 100
     assert re.search(r"the same new bytes: [\d.]+%", output)
     (tmp_path / "text").write_text("One line and then another. " * 40)
     output = run("generate_llama.py", "text", "--tokens", 1000, "--new", 30, folder=tmp_path)
@@ -98,10 +98,10 @@ def test_finetuning_lowers_the_loss_and_goes_on_from_its_checkpoint(tmp_path):
 
 
 @paddle.no_grad()
-def test_the_lookup_model_completes_what_it_has_seen(example):
+def test_the_probe_completes_what_it_has_seen(example):
     text = np.random.default_rng(0).integers(97, 123, 500)  # nothing to guess in the first copy
-    tokens = paddle.to_tensor(np.tile(text, 3)[None])
-    model = rrattn.enable(example("byte_llama").make_lookup_model(1500), rrattn.RRAttentionConfig(threshold=1.0))
+    tokens = paddle.to_tensor(np.concatenate([[0], np.tile(text, 3)])[None])
+    model = rrattn.enable(example("byte_llama").load_probe(), rrattn.RRAttentionConfig())
     guesses = model(tokens, return_dict=True).logits[0, :-1].argmax(-1).numpy()
     right = guesses == tokens.numpy()[0, 1:]
     assert right[:499].mean() < 0.1
