@@ -36,6 +36,7 @@ def test_the_flag_alone_runs_the_defaults(model, tokens):
 def test_the_flag_alone_runs_the_settings_of_the_config(model, tokens):
     model.config._attn_implementation = "rrattn"
     model.config.rrattn_threshold = 0.5
+    model.config.rrattn_keep_last = False
     assert (logits(model, tokens) == logits(rrattn.enable(make_model(), SPARSE), tokens)).all()
 
 
@@ -161,7 +162,7 @@ def test_ernie_layers_follow_enable_and_disable(tokens):
 
 
 def test_an_ernie_model_built_with_the_flag(tokens):
-    model = make_model("ernie4_5", implementation="rrattn", rrattn_threshold=0.5)
+    model = make_model("ernie4_5", implementation="rrattn", rrattn_threshold=0.5, rrattn_keep_last=False)
     assert (logits(model, tokens) == logits(rrattn.enable(make_model("ernie4_5"), SPARSE), tokens)).all()
 
 
