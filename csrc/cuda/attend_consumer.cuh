@@ -202,16 +202,17 @@ class AttendConsumer {
     }
 #pragma unroll
     for (int i = 0; i < kRowOuts; ++i) {
-      out(i / 2 * 4 + i % 2) *= factor[0];
-      out(i / 2 * 4 + 2 + i % 2) *= factor[1];
+      out(accumulator_index(0, i)) *= factor[0];
+      out(accumulator_index(1, i)) *= factor[1];
     }
     exponentiate<0, kRowScores>(scores, sums);
   }
 
   __device__ static float largest_score(const Scores& scores, int half) {
-    float largest = scores(index(half, 0));
+    float largest = scores(accumulator_index(half, 0));
 #pragma unroll
-    for (int i = 1; i < kRowScores; ++i) largest = fmaxf(largest, scores(index(half, i)));
+    for (int i = 1; i < kRowScores; ++i)
+      largest = fmaxf(largest, scores(accumulator_index(half, i)));
     return quad_max(largest);
   }
 
@@ -250,7 +251,7 @@ class AttendConsumer {
       const float base = finite(row_base_[half]);
 #pragma unroll
       for (int i = kBegin; i < kEnd; ++i) {
-        float& score = scores(index(half, i));
+        float& score = scores(accumulator_index(half, i));
         score = exp2_approx(fmaf(score, score_scale_, -base));
         float& sum = sums[half][i % kChains];
         sum = i < kChains ? score : sum + score;
@@ -268,11 +269,6 @@ class AttendConsumer {
 
   __device__ static float finite(float base) { return base == -INFINITY ? 0 : base; }
 
-  // Score i of the thread's, of row row_token() + 8 half: its place in the accumulators, and its
-  // key, from the thread's first.
-  __device__ static constexpr int index(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
-  __device__ static constexpr int key_step(int i) { return i / 2 * 8 + i % 2; }
-
   // Scales products by a scale that is not positive, and makes hidden scores -infinity.
   __device__ void adjust(const RowPlace& place, const AttendTile& tile, Scores& scores) const {
     const Visibility& visibility = params_.attend.visibility;
@@ -287,7 +283,7 @@ class AttendConsumer {
               ? min(row_token(place, half) + static_cast<int>(visibility.shift()) + 1, end_key)
               : end_key;
       const int keys = max(end - first, 0);
-      const int visible = keys / 8 * 2 + min(keys % 8, 2);  // key_step(i) < keys
+      const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
       hidden[half] = visible < 32 ? ~0u << visible : 0;
     }
     if (layout.data != nullptr) {
@@ -295,7 +291,7 @@ class AttendConsumer {
           row_bounds_of(layout, place.batch, visibility.bounds_head(place.head));
 #pragma unroll 4
       for (int i = 0; i < kRowScores; ++i) {
-        const int key = first + key_step(i);
+        const int key = first + accumulator_column(i);
         if (key >= end_key) break;
         const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, bounds, key);
 #pragma unroll
@@ -308,7 +304,7 @@ class AttendConsumer {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < kRowScores; ++i) {
-        float& score = scores(index(half, i));
+        float& score = scores(accumulator_index(half, i));
         score = hidden[half] >> i & 1 ? -INFINITY : score * product_scale_;
       }
     }

@@ -99,7 +99,7 @@ class BackwardConsumer {
       const float delta = shared_.delta[grad_slot][column(i)];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int at = index(half, i);
+        const int at = accumulator_index(half, i);
         operand(at) = static_cast<Element>(scores(at) * (grad_scores(at) - delta));
       }
     }
@@ -179,7 +179,7 @@ class BackwardConsumer {
       const float lse = shared_.lse[queries_.slot][column(i)];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float& score = scores(index(half, i));
+        float& score = scores(accumulator_index(half, i));
         score = fmaf(score, score_scale_, -lse);
       }
     }
@@ -192,13 +192,10 @@ class BackwardConsumer {
     }
   }
 
-  // Score i of one of the thread's keys, key_row() + 8 half: its place in the accumulators, and
-  // its query in the tile.
-  __device__ static constexpr int index(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
+  // The query in the tile of score i of one of the thread's keys.
   __device__ static int column(int i) {
-    return static_cast<int>(threadIdx.x) % 4 * 2 + column_step(i);
+    return static_cast<int>(threadIdx.x) % 4 * 2 + accumulator_column(i);
   }
-  __device__ static constexpr int column_step(int i) { return i / 2 * 8 + i % 2; }
 
   // result = A B of tiles in shared memory.
   template <typename Mma, typename ALayout, typename BLayout, typename Result>
@@ -247,7 +244,8 @@ class BackwardConsumer {
                                                    : INT_MIN;
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
-        if (first_query + column_step(i) < first_seeing) scores(index(half, i)) = -INFINITY;
+        if (first_query + accumulator_column(i) < first_seeing)
+          scores(accumulator_index(half, i)) = -INFINITY;
       }
       if (layout.data == nullptr || key >= visibility.seqlen_k) continue;
       const KeyBounds bounds = load_key_bounds(
@@ -255,7 +253,8 @@ class BackwardConsumer {
           row_bounds_of(layout, place.batch, visibility.bounds_head(step.head)), key);
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
-        if (bounds.mask(first_query + column_step(i))) scores(index(half, i)) = -INFINITY;
+        if (bounds.mask(first_query + accumulator_column(i)))
+          scores(accumulator_index(half, i)) = -INFINITY;
       }
     }
   }

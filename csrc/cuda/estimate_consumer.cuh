@@ -118,7 +118,7 @@ class EstimateConsumer {
   // Sums of exponentials over key blocks, to memory; or only the maximum.
   __device__ void process_tile(Scores& scores, int tile, bool maximum) {
     // Stride i of the thread's 32, of row row() + 8 half.
-    const auto at = [&](int half, int i) -> float& { return scores(i / 2 * 4 + half * 2 + i % 2); };
+    const auto at = [&](int half, int i) -> float& { return scores(accumulator_index(half, i)); };
     const bool flashmask = params_.visibility.row_bounds.data != nullptr;
     if ((tile + 1) * kTileStrides > warp_limit_ || flashmask) {
       const float hidden_score = layout_.score_scale < 0 ? INFINITY : -INFINITY;  // scaled: -inf

@@ -5,6 +5,11 @@ namespace rrattn::cuda {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 
+// Element i of one of the two rows of accumulators that a thread holds, the second 8 rows on: its
+// place among the thread's accumulators, and its column from the thread's first.
+__device__ constexpr int accumulator_index(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
+__device__ constexpr int accumulator_column(int i) { return i / 2 * 8 + i % 2; }
+
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
