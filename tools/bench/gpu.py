@@ -41,7 +41,7 @@ import gpu_attend
 import gpu_backward
 import torch
 from gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
-from gpu_rivals import DENSE
+from gpu_rivals import DENSE, elapsed_ms
 
 from rrattn import direct
 
@@ -62,15 +62,7 @@ def median_ms(call, repeats=20, graph=True):
             call()
         call = captured.replay
     call()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median(elapsed_ms(call) for _ in range(repeats))
 
 
 class Problem:

@@ -174,6 +174,16 @@ def relative_error(actual, expected):
     )
 
 
+def elapsed_ms(call):
+    """Milliseconds that the GPU takes for a call, between two events."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
 def interleaved_ms(calls, rounds):
     """{name: median ms over the rounds}, each call in every round: a GPU that slows down slows all of them.
 
@@ -189,11 +199,6 @@ def interleaved_ms(calls, rounds):
                 call()
                 torch.cuda.synchronize()
             for _ in range(2):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 torch.cuda._sleep(2_000_000)
-                begin.record()
-                call()
-                end.record()
-                end.synchronize()
-                times[name].append(begin.elapsed_time(end))
+                times[name].append(elapsed_ms(call))
     return {name: statistics.median(each) for name, each in times.items()}
