@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-BLOCK = 128
+from rrattn.config import BLOCK_SIZE as BLOCK
+
 VARIANTS = ("rotated-blocks", "rotated-strides", "row-maximum", "group-mean")  # of `sampled_scores`
 
 

@@ -16,7 +16,6 @@ import paddle
 import rrattn
 from rrattn.integrations import attention_cores
 
-BLOCK = rrattn.BLOCK_SIZE
 LIBRARIES = ("paddleformers", "paddlenlp")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from . import baselines
 from .methods import Method
-from .model import BLOCK, Timer, log_probabilities
+from .model import Timer, log_probabilities
 from .prompts import CONTEXTS, make_prompt
 from .records import BEST, MASS
 
@@ -71,7 +71,7 @@ def run_prompt(model, kind, prompt):
             logits, _ = model.prefill(context)
         return [{"task": kind, **score_inside(model, prompt, context, logits), **of_prefill(model, timer)}]
     with Timer() as timer:
-        _, cache = model.prefill(context[: len(context) // BLOCK * BLOCK])
+        _, cache = model.prefill(context[: len(context) // baselines.BLOCK * baselines.BLOCK])
     prefill = of_prefill(model, timer)  # before the questions' own short prefills
     right = {task: [] for task in CONTEXTS[kind]}
     for one in prompt.questions:

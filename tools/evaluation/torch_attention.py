@@ -45,6 +45,17 @@ class Plain:
 
 if triton is not None:
 
+    @triton.jit
+    def causal_scores(q, key, at, rows, cols, dims, length, scale):
+        # Products of queries q, at rows, with the keys at cols, which lie at `at`; -1e30 where they are not seen.
+        k = tl.load(key + at[None, :] + dims[:, None], mask=cols[None, :] < length, other=0.0)
+        s = tl.dot(q, k, input_precision="tf32x3") * scale
+        return tl.where((cols[None, :] <= rows[:, None]) & (cols[None, :] < length), s, -1e30)
+
+    @triton.jit
+    def chances(s, top):
+        return tl.where(s > -1e29, tl.exp2(s - top[:, None]), 0.0)
+
     @triton.jit(do_not_specialize=["length"])
     def attend_kernel(
         query, key, value, out, counts, index, length, num_blocks, scale,
@@ -65,11 +76,9 @@ if triton is not None:
             block = tl.load(index + (h * num_blocks + m) * num_blocks + i // (SIZE // STEP))
             cols = block * SIZE + (i % (SIZE // STEP)) * STEP + tl.arange(0, STEP)
             at = (cols * (H // GROUP) + h // GROUP) * D
-            k = tl.load(key + at[None, :] + dims[:, None], mask=cols[None, :] < length, other=0.0)
-            s = tl.dot(q, k, input_precision="tf32x3") * scale
-            s = tl.where((cols[None, :] <= rows[:, None]) & (cols[None, :] < length), s, -1e30)
+            s = causal_scores(q, key, at, rows, cols, dims, length, scale)
             new = tl.maximum(top, tl.max(s, 1))
-            p = tl.where(s > -1e29, tl.exp2(s - new[:, None]), 0.0)
+            p = chances(s, new)
             factor = tl.exp2(top - new)
             total = total * factor + tl.sum(p, 1)
             v = tl.load(value + at[:, None] + dims[None, :], mask=cols[:, None] < length, other=0.0)
@@ -94,11 +103,9 @@ if triton is not None:
         for i in range((m + 1) * (SIZE // STEP)):
             cols = i * STEP + tl.arange(0, STEP)
             at = (cols * (H // GROUP) + h // GROUP) * D
-            k = tl.load(key + at[None, :] + dims[:, None], mask=cols[None, :] < length, other=0.0)
-            s = tl.dot(q, k, input_precision="tf32x3") * scale
-            s = tl.where((cols[None, :] <= rows[:, None]) & (cols[None, :] < length), s, -1e30)
+            s = causal_scores(q, key, at, rows, cols, dims, length, scale)
             new = tl.maximum(top, tl.max(s, 1))
-            total = total * tl.exp2(top - new) + tl.sum(tl.where(s > -1e29, tl.exp2(s - new[:, None]), 0.0), 1)
+            total = total * tl.exp2(top - new) + tl.sum(chances(s, new), 1)
             top = new
         inverse = tl.where(rows < length, 1.0 / tl.maximum(total, 1e-30), 0.0)
         for n in range(m + 1):
@@ -106,10 +113,8 @@ if triton is not None:
             for j in range(SIZE // STEP):
                 cols = n * SIZE + j * STEP + tl.arange(0, STEP)
                 at = (cols * (H // GROUP) + h // GROUP) * D
-                k = tl.load(key + at[None, :] + dims[:, None], mask=cols[None, :] < length, other=0.0)
-                s = tl.dot(q, k, input_precision="tf32x3") * scale
-                s = tl.where((cols[None, :] <= rows[:, None]) & (cols[None, :] < length), s, -1e30)
-                part += tl.sum(tl.where(s > -1e29, tl.exp2(s - top[:, None]), 0.0), 1)
+                s = causal_scores(q, key, at, rows, cols, dims, length, scale)
+                part += tl.sum(chances(s, top), 1)
             tl.store(mass + (h * num_blocks + m) * num_blocks + n, tl.sum(part * inverse, 0))
 
 
