@@ -36,9 +36,17 @@ def default_document(num_bytes):
     raise SystemExit(f"this installation brings no text of {num_bytes:,} bytes: name a file, or use fewer --tokens")
 
 
-def read_tokens(path):
-    """The bytes of a file as tokens, int64 [1, number of bytes]."""
+def read_tokens(path, length=0):
+    """The bytes of a file as tokens, int64 [1, number of bytes].
+
+    Raises
+    ------
+    SystemExit
+        When the file holds fewer than `length`, those of one sequence.
+    """
     data = Path(path).read_bytes()
+    if len(data) < length:
+        raise SystemExit(f"{path} holds {len(data):,} bytes, fewer than the {length:,} of one sequence")
     return paddle.to_tensor(np.frombuffer(data, dtype=np.uint8).astype(np.int64)[None])
 
 

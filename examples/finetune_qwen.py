@@ -66,9 +66,7 @@ def main():
     use_all_cores()
     length = arguments.tokens + 1  # inputs, and the same shifted by one
     path = arguments.file or default_document(length)
-    text = read_tokens(path)  # [1, bytes in the file]
-    if text.shape[1] < length:
-        raise SystemExit(f"{path} holds {text.shape[1]:,} bytes, fewer than the {length:,} of one sequence")
+    text = read_tokens(path, length)  # [1, bytes in the file]
 
     paddle.seed(0)
     model = rrattn.enable(make_model(arguments.model, arguments.tokens), config)

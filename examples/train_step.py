@@ -61,11 +61,9 @@ def make_model(max_tokens):
 def main():
     arguments, config = parse_arguments()
     use_all_cores()
-    path = arguments.file or default_document(arguments.tokens + 1)
-    text = read_tokens(path)  # [1, bytes in the file]
     length = arguments.tokens + 1  # inputs, and the same shifted by one
-    if text.shape[1] < length:
-        raise SystemExit(f"{path} holds {text.shape[1]:,} bytes, fewer than the {length:,} of one sequence")
+    path = arguments.file or default_document(length)
+    text = read_tokens(path, length)  # [1, bytes in the file]
 
     paddle.seed(0)
     model = make_model(arguments.tokens)
