@@ -48,6 +48,15 @@ def refuse_settings(model_config, unsupported, library) -> None:
             raise ValueError(f"rrattn does not support {name}={setting} in {library} models; it must be {off}")
 
 
+def refuse_settings_of_a_part(model, layers, num_layers, config: RRAttentionConfig) -> None:
+    """Raises ValueError for settings per layer where this process has but some of the model's attention layers."""
+    if len(layers) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
+        raise ValueError(
+            f"{type(model).__name__} has {len(layers)} of its {num_layers} attention layers here, so rrattn cannot "
+            "tell which settings per layer are theirs: give one threshold and no dense_layers"
+        )
+
+
 def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, ranks, rank) -> RRAttention:
     """The RRAttention of an attention layer: with its own threshold, and for this rank's heads.
 

@@ -20,7 +20,16 @@ from paddle.distributed import fleet
 
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from .common import attend, core_of, make_core, refuse_settings, report, set_core, settings_of
+from .common import (
+    attend,
+    core_of,
+    make_core,
+    refuse_settings,
+    refuse_settings_of_a_part,
+    report,
+    set_core,
+    settings_of,
+)
 
 try:
     from paddlefleet.context_parallel_utils import UlyssesAlltoAll
@@ -214,11 +223,7 @@ def enable(model, config: RRAttentionConfig | None = None):
     model_config = layers[0].config
     config = settings_of(model_config) if config is None else config
     num_layers = model_config.num_hidden_layers
-    if len(layers) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
-        raise ValueError(
-            f"{type(model).__name__} has {len(layers)} of its {num_layers} attention layers here, so rrattn cannot "
-            "tell which settings per layer are theirs: give one threshold and no dense_layers"
-        )
+    refuse_settings_of_a_part(model, layers, num_layers, config)
     cores = [layer._make_core(config, index, num_layers) for index, layer in enumerate(layers)]
     for layer, core in zip(layers, cores):
         set_core(layer, core)

@@ -19,7 +19,17 @@ from types import FunctionType
 
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from .common import attend, core_of, fleet_rank, make_core, refuse_settings, report, set_core, settings_of
+from .common import (
+    attend,
+    core_of,
+    fleet_rank,
+    make_core,
+    refuse_settings,
+    refuse_settings_of_a_part,
+    report,
+    set_core,
+    settings_of,
+)
 
 FLAG = "use_rrattn"
 SUPPORTED_LAYERS = {
@@ -135,11 +145,7 @@ def enable(model, config: RRAttentionConfig | None = None):
     config = settings_of(model_config) if config is None else config
     refuse_settings(model_config, _UNSUPPORTED_CONFIG, "PaddleNLP")
     num_layers = model_config.num_hidden_layers
-    if len(layers) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
-        raise ValueError(
-            f"{type(model).__name__} has {len(layers)} of its {num_layers} attention layers here, so rrattn cannot "
-            "tell which settings per layer are theirs: give one threshold and no dense_layers"
-        )
+    refuse_settings_of_a_part(model, layers, num_layers, config)
     ranks = max(model_config.tensor_parallel_degree, 1)
     cores = [
         make_core(
