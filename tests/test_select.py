@@ -32,6 +32,13 @@ def huge(rng, shape):
     return np.nextafter(np.float32(2**18), np.float32(0)) * (1 - rng.random(shape, np.float32) ** 8 / 2)
 
 
+def clustered(rng, shape):
+    """Within 40 steps of float32, and one far above them: sums of floats cannot tell which side of the cut one is on."""
+    scores = (1 + rng.integers(0, 40, shape) * 2.0**-23).astype(np.float32) / 512
+    scores[..., 0] = 8
+    return scores
+
+
 def equal(rng, shape):
     return np.full(shape, 0.1, np.float32)
 
@@ -40,7 +47,7 @@ def zero(rng, shape):
     return np.zeros(shape, np.float32)
 
 
-SCORES = (attention_like, tied, tiny, huge, equal, zero)
+SCORES = (attention_like, tied, tiny, huge, clustered, equal, zero)
 
 
 def check(kernels, scores, startend=None, **options):

@@ -4,13 +4,17 @@
 //
 // Same rules and same bits as csrc/cpu/select.cpp. A group of 1 to 8 warps takes a row and holds
 // its scores in registers; word w of the mask is the business of one warp, lane i of block 32 w +
-// i. Instead of sorting, it bisects on the bits of the score (non-negative floats order like their
-// bits) for the smallest score v with
+// i. Instead of sorting, it looks for the cut, the smallest score v with
 //
 //   mass of all scores above v < tau * row_sum
 //
 // All scores above v are kept, and of those equal to v as many, from the lowest index on, as fit
 // the same inequality. Masses are integers, so the order of addition is free.
+//
+// The search bisects on the bits of the score (non-negative floats order like their bits). A step
+// adds up scores, not masses, which would double the registers: the sum says on which side of the
+// middle the cut is, or else is so close to the target that masses are added up after all. The few
+// scores left after some steps are compared each with each.
 #include "run_bounds.cuh"
 #include "stages.h"
 
@@ -19,20 +23,21 @@ namespace rrattn::cuda {
 namespace {
 
 constexpr int kWordsPerWarp = 32;  // at most: 8 warps hold 8,192 blocks, 1M tokens
-constexpr int kSteps = 8;          // of a search of long rows, before what is left is gathered
+constexpr int kMoreSteps = 4;      // of the search, where too many scores are left to be gathered
 constexpr int kTogether = 4;       // words of a lane, between two looks at whether there are more
-constexpr int kNothing = 0x7fffffff;  // above the bits of every score
+constexpr uint32_t kNothing = 0x7fffffff;  // above the bits of every score
+
+constexpr int floor_log2(int n) { return n <= 1 ? 0 : 1 + floor_log2(n / 2); }
 
 struct SelectKernelParams {
   SelectParams select;
   const RunBounds* block_bounds;
 };
 
-__device__ inline long long mass_of(float score) {
-  return __double2ll_rn(static_cast<double>(score) * 0x1p32);
-}
+// That of csrc/cpu/select.cpp, from the bits of score * 2^32, which is exact in float.
+__device__ inline long long mass_of(uint32_t bits) { return __float2ll_rn(__uint_as_float(bits)); }
 
-// The sum over a warp of values in [0, 2^55): three sums of 27 bits each, which the hardware adds
+// The sum over a warp of values in [0, 2^55]: three sums of 27 bits each, which the hardware adds
 // up in one step apiece.
 __device__ inline long long warp_sum(long long value) {
   constexpr unsigned kDigit = (1u << 27) - 1;
@@ -42,51 +47,70 @@ __device__ inline long long warp_sum(long long value) {
   return low + (static_cast<long long>(middle) << 27) + (static_cast<long long>(high) << 54);
 }
 
-// Reductions over the warps of a row.
+// Reductions over the warps of a row, each a barrier too.
 template <int kWarps>
-struct RowGroup {
-  long long (*sums)[kWarps];  // two sets in shared memory each, used in turn, so that one barrier
-  int (*lows)[kWarps];        // a reduction is enough
-  int (*highs)[kWarps];
-  int turn = 0;
+class RowGroup {
+ public:
+  // Two sets, used in turn, so that one barrier a reduction is enough.
+  using Shared = long long[2][kWarps];
 
-  struct Result {
-    long long sum;
-    int low, high;
-  };
+  __device__ explicit RowGroup(Shared& shared) : of_warps_(shared) {}
 
-  __device__ Result reduce(long long sum, int low, int high) {
-    sum = warp_sum(sum);
-    low = __reduce_min_sync(~0u, low);
-    high = __reduce_max_sync(~0u, high);
-    if constexpr (kWarps > 1) {
-      turn ^= 1;
-      if (threadIdx.x % 32 == 0) {
-        sums[turn][threadIdx.x / 32] = sum;
-        lows[turn][threadIdx.x / 32] = low;
-        highs[turn][threadIdx.x / 32] = high;
-      }
-      __syncthreads();
-      sum = 0;
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) {
-        sum += sums[turn][warp];
-        low = min(low, lows[turn][warp]);
-        high = max(high, highs[turn][warp]);
-      }
-    }
-    return {sum, low, high};
+  __device__ long long sum(long long value) {
+    return combine(warp_sum(value), [](long long a, long long b) { return a + b; });
   }
+  __device__ uint32_t sum(uint32_t value) {
+    return combine(__reduce_add_sync(~0u, value), [](uint32_t a, uint32_t b) { return a + b; });
+  }
+  __device__ uint32_t max(uint32_t value) {
+    return combine(__reduce_max_sync(~0u, value),
+                   [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+  }
+
+ private:
+  template <typename T, typename Operation>
+  __device__ T combine(T value, const Operation& operation) {
+    if constexpr (kWarps == 1) {
+      __syncwarp();
+    } else {
+      turn_ ^= 1;
+      if (threadIdx.x % 32 == 0) of_warps_[turn_][threadIdx.x / 32] = value;
+      __syncthreads();
+      value = static_cast<T>(of_warps_[turn_][0]);
+#pragma unroll
+      for (int warp = 1; warp < kWarps; ++warp)
+        value = operation(value, static_cast<T>(of_warps_[turn_][warp]));
+    }
+    return value;
+  }
+
+  Shared& of_warps_;
+  int turn_ = 0;
 };
 
+// All scores above `bits` are kept, and of the `ties` equal to it the first.
+struct Cut {
+  uint32_t bits;
+  int ties;
+  long long mass_above;
+};
+
+// The bits of a word that stand for blocks before `end`.
+__device__ inline uint32_t bits_before(int end, int word) {
+  const int count = min(max(end - 32 * word, 0), 32);
+  return static_cast<uint32_t>((1ull << count) - 1);
+}
+
 template <int kWarps, int kWords, bool kFlashMask>
-__global__ void __launch_bounds__(kWarps * 32, kWarps == 8 ? 2 : 1)
+__global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
     select_kernel(SelectKernelParams params) {
-  __shared__ long long sums[2][kWarps];
-  __shared__ int lows[2][kWarps], highs[2][kWarps];
+  constexpr int kCapacity = kWarps * 32;
+  constexpr int kSteps = floor_log2(kWarps * kWords);  // leave about 32 scores of a row
+  alignas(16) __shared__ typename RowGroup<kWarps>::Shared of_warps;
+  __shared__ uint32_t candidates[kCapacity];
+  __shared__ int num_candidates;
+  __shared__ Cut found;
   __shared__ int ties_of_word[kWarps * kWords];
-  constexpr int kCandidates = kWarps * 32 * 2;
-  __shared__ int candidates[kCandidates], num_candidates;
   const SelectParams& select = params.select;
   const Visibility& visibility = select.visibility;
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
@@ -100,186 +124,171 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 8 ? 2 : 1)
                         ? select.head_thresholds[head * select.head_threshold_stride]
                         : select.threshold;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  RowGroup<kWarps> group{sums, lows, highs};
+  RowGroup<kWarps> group(of_warps);
 
-  // The blocks that hold the row's own positions, and keep_local before them; when causal, later
-  // ones are hidden.
+  // When causal, the blocks after the one that holds the row's last position are hidden.
   const int64_t first_row = static_cast<int64_t>(m_block) * kBlockSize;
   const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-  const int first_local =
-      static_cast<int>((first_row + visibility.shift()) / kBlockSize - select.keep_local);
   const int last_own = static_cast<int>((last_row + visibility.shift()) / kBlockSize);
   const int end_block = visibility.causal ? last_own + 1 : num_n_blocks;
 
   // Words of this warp with anything visible: under the diagonal, half of all on average.
   const int used_words = max(0, ((end_block + 31) / 32 - warp + kWarps - 1) / kWarps);
+  const auto each_word = [&](const auto& visit) {
+#pragma unroll
+    for (int first = 0; first < kWords; first += kTogether) {
+      if (first >= used_words) break;
+#pragma unroll
+      for (int i = first; i < min(first + kTogether, kWords); ++i) visit(i);
+    }
+  };
 
   // This lane's blocks: 32 (warp + kWarps i) + lane. All loads are on their way before the first is
-  // used.
+  // used. Hidden blocks score 0: with no mass, they are never at the cut, and rows without any mass
+  // keep nothing here.
   float loaded[kWords];
+  const int end_offset = end_block - static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const int n_block = (warp + kWarps * i) * 32 + lane;
-    loaded[i] = n_block < end_block ? scores[n_block] : 0;
+    const int offset = kWarps * 32 * i;
+    loaded[i] = offset < end_offset ? scores[threadIdx.x + offset] : 0;
   }
-  int score_bits[kWords];  // -1, below all others, for hidden blocks
-  long long masses[kWords];
-  uint32_t partial_words = 0;  // bit i: block i is partly masked by FlashMask
-  bool keep_all = !(tau > 0 && tau < 1);
+  const int own_word = warp + kWarps * lane;  // this lane's alone, where it is about whole words
+  uint32_t visible_bits = 0, partial_bits = 0;
+  if constexpr (kFlashMask) {
+    const RunBounds* bounds = run_bounds_of(visibility, kBlockSize, params.block_bounds,
+                                            row / num_m_blocks / visibility.num_heads, head);
+    each_word([&](int i) {
+      const int n_block = (warp + kWarps * i) * 32 + lane;
+      const BlockKind kind = n_block < end_block
+                                 ? classify_block(visibility, bounds, m_block, n_block)
+                                 : BlockKind::kHidden;
+      if (kind == BlockKind::kHidden) loaded[i] = 0;
+      const uint32_t visible = __ballot_sync(~0u, kind != BlockKind::kHidden);
+      const uint32_t partial = __ballot_sync(~0u, kind == BlockKind::kPartial);
+      if (lane == i) visible_bits = visible, partial_bits = partial;
+    });
+  }
+  uint32_t score_bits[kWords];  // of scores times 2^32, which are masses but for the rounding
   long long mass = 0;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const int n_block = (warp + kWarps * i) * 32 + lane;
-    bool visible = n_block < end_block;
-    if (kFlashMask && visible) {
-      const RunBounds* bounds = run_bounds_of(visibility, kBlockSize, params.block_bounds,
-                                              row / num_m_blocks / visibility.num_heads, head);
-      const BlockKind kind = classify_block(visibility, bounds, m_block, n_block);
-      visible = kind != BlockKind::kHidden;
-      if (kind == BlockKind::kPartial) partial_words |= 1u << i;
-    }
-    const float score = loaded[i] + 0.0f;  // -0 becomes 0
-    const bool usable = score >= 0 && score < kScoreEnd;
-    keep_all |= visible && !usable;
-    score_bits[i] = !visible ? -1 : usable ? __float_as_int(score) : 0;
-    masses[i] = visible && usable ? mass_of(score) : 0;
-    mass += masses[i];
-  }
-  keep_all = __syncthreads_or(keep_all);
+  uint32_t highest = 0, lowest = 0;  // the lowest that is not 0, negated
+  each_word([&](int i) {
+    score_bits[i] = __float_as_uint(fmaf(loaded[i], 0x1p32f, 0));  // -0 becomes 0
+    mass += mass_of(score_bits[i]);
+    highest = max(highest, score_bits[i]);
+    lowest = max(lowest, 0u - score_bits[i]);
+  });
+  highest = group.max(highest);
+  // The bits of negative scores and NaN are greater too.
+  const bool keep_all = !(tau > 0 && tau < 1) || highest >= __float_as_uint(kScoreEnd * 0x1p32f);
 
-  int cut = kNothing;        // everything above is kept
-  long long mass_above = 0;  // of what is above
-  double target = 0;
-  if (!keep_all) {
-    int lowest = kNothing, highest = -1;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      if (score_bits[i] < 0) continue;
-      lowest = min(lowest, score_bits[i]);
-      highest = max(highest, score_bits[i]);
-    }
-    const auto row = group.reduce(mass, lowest, highest);
-    target = static_cast<double>(tau) * static_cast<double>(row.sum);
-    // The cut is one of the scores in [low, high]; the bounds are scores too, so that they close in
-    // fast. A row that sums to 0 keeps nothing here.
-    int low = row.low, high = row.sum > 0 ? row.high : row.low;
-    // Up to that many halvings, over values that hold all scores in [low, high]; mass_beyond is
-    // that of the greater scores that are not among them.
-    const auto search = [&](const auto& bits, const auto& bit_masses, int used, int steps,
-                            long long mass_beyond) {
+  Cut cut{keep_all ? 0 : kNothing, 0, 0};
+  const long long row_sum = keep_all ? 0 : group.sum(mass);
+  if (row_sum > 0) {
+    const double target = static_cast<double>(tau) * static_cast<double>(row_sum);
+    const auto fits = [&](long long mass_before) {
+      return static_cast<double>(mass_before) < target;
+    };
+    const auto mass_above = [&](uint32_t bits) {
+      long long mass = 0;
+      each_word([&](int i) {
+        if (score_bits[i] > bits) mass += mass_of(score_bits[i]);
+      });
+      return group.sum(mass);
+    };
+    // Sums of scores as shares of the row's, in units of 2^-31. They are off by at most 2^-18 (32
+    // roundings of a lane's sum, and some more) and half a unit of mass for each score; doubled.
+    const float to_share = 0x1p31f / static_cast<float>(row_sum);
+    const float error = 0x1p-17f + 0x1p13f / static_cast<float>(row_sum);
+    const uint32_t surely_fits = __float2uint_rd((tau - error) * 0x1p31f);  // 0 if negative
+    const uint32_t may_fit = __float2uint_ru((tau + error) * 0x1p31f);      // at most 2^32 - 1
+    uint32_t low = 0u - group.max(lowest), high = highest;  // the cut is in [low, high]
+    long long mass_beyond;                                  // of the scores above
+    for (int steps = kSteps;; steps = kMoreSteps) {
       for (; steps > 0 && low < high; --steps) {
-        const int middle = low + (high - low) / 2;
-        long long above = 0;
-        int next_low = kNothing,
-            next_high = -1;  // the least score above the middle, the largest up to it
-        constexpr int kCount = sizeof(bits) / sizeof(bits[0]);
-#pragma unroll
-        for (int first = 0; first < kCount; first += kTogether) {
-          if (first >= used) break;
-#pragma unroll
-          for (int i = first; i < min(first + kTogether, kCount); ++i) {
-            const bool is_above = bits[i] > middle;
-            above += is_above ? bit_masses[i] : 0;
-            next_low = min(next_low, is_above ? bits[i] : kNothing);
-            next_high = max(next_high, is_above ? -1 : bits[i]);
-          }
-        }
-        auto split = group.reduce(above, next_low, next_high);
-        split.sum += mass_beyond;
-        if (static_cast<double>(split.sum) < target) {
-          high = split.high;
-          mass_above = split.sum;
+        const uint32_t middle = low + (high - low) / 2;
+        float above = 0;
+        each_word([&](int i) {
+          if (score_bits[i] > middle) above += __uint_as_float(score_bits[i]);
+        });
+        const uint32_t share = group.sum(__float2uint_rn(above * to_share));
+        bool below = share < surely_fits;
+        if (!below && share <= may_fit) below = fits(mass_above(middle));
+        if (below) {
+          high = middle;
         } else {
-          low = split.low;
+          low = middle + 1;
         }
       }
-    };
-    // Of a long row the few scores that are left after some steps are gathered, and the rest of the
-    // search is over these alone: 0.59 ms in place of 0.72 for 4,096 rows of 8,192 blocks on an
-    // H200. For rows of 1,024 it does not pay.
-    constexpr bool kGather = kWarps == 8;
-    while (low < high) {
-      search(score_bits, masses, used_words, kGather ? kSteps : kNothing, 0);
-      if (!kGather || low == high) break;
       if (threadIdx.x == 0) num_candidates = 0;
       __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        if (i >= used_words) break;
-        const bool candidate = low <= score_bits[i] && score_bits[i] <= high;
-        const uint32_t all = __ballot_sync(~0u, candidate);
-        if (all == 0) continue;
-        int first = 0;
-        if (lane == 0) first = atomicAdd(&num_candidates, __popc(all));
-        const int at = __shfl_sync(~0u, first, 0) + __popc(all & ((1u << lane) - 1));
-        if (candidate && at < kCandidates) candidates[at] = score_bits[i];
+      each_word([&](int i) {
+        if (score_bits[i] - low > high - low) return;
+        const int at = atomicAdd(&num_candidates, 1);
+        if (at < kCapacity) candidates[at] = score_bits[i];
+      });
+      mass_beyond = mass_above(high);
+      if (low == high || num_candidates <= kCapacity) break;
+    }
+    if (low < high) {
+      if (threadIdx.x < num_candidates) {
+        const uint32_t bits = candidates[threadIdx.x];
+        Cut own{bits, 0, mass_beyond};
+        for (int i = 0; i < num_candidates; ++i) {
+          const uint32_t other = candidates[i];
+          if (other > bits) own.mass_above += mass_of(other);
+          own.ties += other == bits;
+        }
+        if (fits(own.mass_above) && !fits(own.mass_above + own.ties * mass_of(bits))) found = own;
       }
       __syncthreads();
-      if (num_candidates > kCandidates) continue;
-      int candidate_bits[2];
-      long long candidate_masses[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = threadIdx.x + i * kWarps * 32;
-        candidate_bits[i] = at < num_candidates ? candidates[at] : -1;
-        candidate_masses[i] = mass_of(__int_as_float(max(candidate_bits[i], 0)));
-      }
-      search(candidate_bits, candidate_masses, 2, 32, mass_above);
+      cut = found;
+    } else {
+      cut = {high, num_candidates, mass_beyond};
     }
-    if (row.sum > 0) cut = high;
+
+    // Where not all ties are kept, the others no longer count as such.
+    const long long mass_at_cut = mass_of(cut.bits);
+    if (!fits(cut.mass_above + (cut.ties - 1) * mass_at_cut)) {
+      each_word([&](int i) {
+        const uint32_t ties = __ballot_sync(~0u, score_bits[i] == cut.bits);
+        if (lane == 0) ties_of_word[warp + kWarps * i] = __popc(ties);
+      });
+      __syncthreads();
+      int ties_before = 0;
+      each_word([&](int i) {
+        const int word = warp + kWarps * i;
+        ties_before +=
+            __reduce_add_sync(~0u, lane < min(word, kWarps) ? ties_of_word[word - 1 - lane] : 0);
+        const uint32_t ties = __ballot_sync(~0u, score_bits[i] == cut.bits);
+        const long long rank = ties_before + __popc(ties & ((1u << lane) - 1));
+        if (score_bits[i] == cut.bits && !fits(cut.mass_above + rank * mass_at_cut))
+          score_bits[i] = 0;
+      });
+    }
   }
 
-  // Ties at the cut before each word, where there is more than one.
-  int own_ties = 0;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) own_ties += !keep_all && score_bits[i] == cut;
-  const bool many_ties = __syncthreads_count(own_ties) > 1 || __syncthreads_or(own_ties > 1);
-  if (many_ties) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const uint32_t ties = __ballot_sync(~0u, score_bits[i] == cut);
-      if (lane == 0) ties_of_word[warp + kWarps * i] = __popc(ties);
-    }
-    __syncthreads();
+  uint32_t kept_bits = 0;
+  each_word([&](int i) {
+    const uint32_t kept = __ballot_sync(~0u, score_bits[i] >= cut.bits);
+    if (lane == i) kept_bits = kept;
+  });
+  uint32_t first_visible = 0;
+  if constexpr (!kFlashMask) {
+    visible_bits = bits_before(end_block, own_word);
+  } else {
+    const uint32_t first = visible_bits ? own_word * 32 + __ffs(visible_bits) - 1 : ~0u;
+    first_visible = ~group.max(~first);
   }
-
-  const bool keep_row = select.keep_last && m_block == num_m_blocks - 1;
-  const long long mass_at_cut = cut < kNothing ? mass_of(__int_as_float(cut)) : 0;
-  int ties_before = 0, next_word = 0;
-  int first_visible = num_n_blocks;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const int word = warp + kWarps * i;
-    const uint32_t visible = __ballot_sync(~0u, score_bits[i] >= 0);
-    if (visible && first_visible == num_n_blocks) first_visible = word * 32 + __ffs(visible) - 1;
+  if (lane >= kWords || own_word >= num_words) return;
+  if (visibility.causal) {  // the blocks that hold the row's own positions, keep_local before them
+    const int64_t first_own = (first_row + visibility.shift()) / kBlockSize;
+    kept_bits |= ~bits_before(static_cast<int>(first_own - select.keep_local), own_word);
   }
-  if constexpr (kWarps > 1) {
-    __shared__ int first_visible_of_warp[kWarps];
-    if (lane == 0) first_visible_of_warp[warp] = first_visible;
-    __syncthreads();
-    for (int w = 0; w < kWarps; ++w) first_visible = min(first_visible, first_visible_of_warp[w]);
-  }
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const int word = warp + kWarps * i;
-    if (word >= num_words) break;
-    const int n_block = word * 32 + lane;
-    const bool visible = score_bits[i] >= 0;
-    bool keep = keep_all || score_bits[i] > cut;
-    if (!keep_all) {
-      const bool tie = score_bits[i] == cut;
-      long long rank = 0;  // of this tie among all
-      if (many_ties) {
-        for (; next_word < word; ++next_word) ties_before += ties_of_word[next_word];
-        rank = ties_before + __popc(__ballot_sync(~0u, tie) & ((1u << lane) - 1));
-      }
-      keep |= tie && static_cast<double>(mass_above + rank * mass_at_cut) < target;
-    }
-    keep |= keep_row || (visibility.causal && first_local <= n_block && n_block <= last_own) ||
-            (partial_words >> i & 1) || (select.keep_sink && n_block == first_visible);
-    const uint32_t bits = __ballot_sync(~0u, keep && visible);
-    if (lane == 0) select.block_mask[static_cast<int64_t>(row) * num_words + word] = bits;
-  }
+  if (select.keep_sink && first_visible / 32 == own_word) kept_bits |= 1u << first_visible % 32;
+  if (select.keep_last && m_block == num_m_blocks - 1) kept_bits = ~0u;
+  select.block_mask[static_cast<int64_t>(row) * num_words + own_word] =
+      (kept_bits | partial_bits) & visible_bits;
 }
 
 template <int kWarps, int kWords>

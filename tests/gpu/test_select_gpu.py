@@ -6,6 +6,8 @@ import reference
 from cases import Case
 from harness import assert_identical
 from test_select import (  # noqa: F401  (collected here with this folder's fixtures)
+    SCORES,
+    check,
     test_a_block_is_kept_while_the_mass_before_it_is_below_tau,
     test_a_row_with_bad_data_keeps_every_visible_block,
     test_an_array_of_one_threshold_holds_for_all_heads,
@@ -40,6 +42,14 @@ def test_long_rows(kernels, rng, num_k_blocks):
         expected = reference.select(scores, tau, **options)
         for _ in range(3):
             assert_identical(kernels.select(scores, threshold=tau, **options), expected)
+
+
+@pytest.mark.parametrize("make_scores", SCORES)
+def test_long_rows_of_every_kind(kernels, rng, make_scores):
+    case = Case(1, 128 * 8192, num_heads=2)
+    scores = make_scores(rng, case.block_shape)
+    for tau in (1e-30, 0.3, 0.9, 0.999):
+        check(kernels, scores, threshold=tau, causal=True, seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k)
 
 
 def test_a_row_that_is_too_long_is_refused(kernels):
