@@ -43,7 +43,7 @@ def test_every_simd_level(kernels, simd, case, dtype):
     check(kernels, case, dtype)
 
 
-@pytest.mark.parametrize("softmax_scale", (0.01, 1.0))
+@pytest.mark.parametrize("softmax_scale", (0.01, 1.0, -0.1, 0.0, 1e-35))
 def test_softmax_scale(kernels, main_dtype, softmax_scale):
     check(kernels, FEW_CASES[0], main_dtype, softmax_scale=softmax_scale)
 

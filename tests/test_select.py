@@ -33,7 +33,7 @@ def huge(rng, shape):
 
 
 def clustered(rng, shape):
-    """Within 40 steps of float32, but for a large one: sums of floats cannot tell which side of the cut a score is on."""
+    """Within 40 steps of float32, but for a large one: sums of floats cannot tell on which side of the cut they are."""
     scores = (1 + rng.integers(0, 40, shape) * 2.0**-23).astype(np.float32) / 512
     scores[..., 0] = 8
     return scores

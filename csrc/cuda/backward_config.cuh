@@ -20,15 +20,18 @@ constexpr int kQueryTile = 64;                                  // queries of a 
 constexpr int kQueryTiles = kBlockSize / kQueryTile;            // of a query block
 
 // A group of 64 keys each: S^T = K Q^T and dP^T = V dO^T lie in registers with the keys as rows, so
-// that dV += P^T dO and dK += dS^T Q take P^T and dS^T from there. dQ = dS K takes dS of both
-// groups from shared memory, and each group computes half of its columns.
-template <typename Element_>
+// that dV += P^T dO and dK += dS^T Q take P^T and dS^T from there. What is subtracted from them,
+// lse / scale and delta, they start from: so it takes neither registers nor time of its own. dQ =
+// dS K takes dS of both groups from shared memory, and each group computes half of its columns.
+template <typename Element_, bool kDeterministic_>
 struct BackwardTraits {
   using Element = Element_;
+  static constexpr bool kDeterministic = kDeterministic_;
   static constexpr int kHeadDim = 128;
   static constexpr int kQueryStages = 3;  // one of the last step, whose dQ is not yet sent
   static constexpr int kGradOutStages = 2;
   static constexpr int kGradScoreStages = 3;
+  static constexpr int kSumsStages = kQueryStages + 1;  // the writer may be one step behind
   static constexpr int kThreads = kBackwardThreads + kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
   static constexpr int kProducerRegisters = 24;
@@ -78,13 +81,13 @@ struct BackwardTraits {
     alignas(1024) Element grad_out[kGradOutStages][kQueryTile * kHeadDim];
     alignas(1024) Element grad_scores[kGradScoreStages][kQueryTile * kBlockSize];  // dS
     alignas(128) uint32_t grad_query[kQueryTile * kHeadDim];  // as wgmma deals it out
-    alignas(128) float lse[kQueryStages][kQueryTile];         // in units of log2
-    alignas(128) float delta[kGradOutStages][kQueryTile];
+    alignas(128) float score_start[kQueryStages][kQueryTile];
+    alignas(128) float grad_score_start[kGradOutStages][kQueryTile];
     alignas(128) float query_scale[kQueryStages][kQueryTile];  // if deterministic
     alignas(128) float key_scale[kHeadDim];                    // if deterministic
     Barrier item_full, item_empty;
-    Barrier query_full[kQueryStages], query_empty[kQueryStages];  // lse, query_scale, step
-    Barrier grad_out_full[kGradOutStages], grad_out_empty[kGradOutStages];  // delta
+    Barrier query_full[kQueryStages], query_empty[kQueryStages];  // score_start, query_scale, step
+    Barrier grad_out_full[kGradOutStages], grad_out_empty[kGradOutStages];  // grad_score_start
     Barrier grad_scores_full[kGradScoreStages];
     Barrier sums_full, sums_empty;  // between the consumers and the writer
     struct Item {
@@ -94,11 +97,12 @@ struct BackwardTraits {
     struct Step {
       int first_query;
       int head;     // of queries
-      int tile;     // of [B, Hq, Mq * kQueryTiles]
       bool masked;  // some of its scores may be hidden
       bool last;    // of the item
     } step[kQueryStages];
-    int sums_tile;  // where grad_query is to be added; < 0: there is no more
+    // Of [B, Hq, Mq * kQueryTiles], where grad_query is to be added, step by step; < 0: there is no
+    // more.
+    int sums_tile[kSumsStages];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
@@ -113,7 +117,8 @@ struct BackwardTraits {
 struct BackwardWorkspace {
   RunBounds* block_bounds;    // [B, bounds heads, Mk]
   uint32_t* transposed_mask;  // [B, Hq, Mk, ceil(Mq / 32)]
-  float *lse, *delta;         // [B, Hq, Mq, kBlockSize]; lse in units of log2, +inf: nothing seen
+  float* score_start;         // [B, Hq, Mq, kBlockSize]: -lse / scale; P = 0 where nothing is seen
+  float* grad_score_start;    // the same: -delta
   float* query_scale;         // the same, if deterministic
   uint32_t* grad_query;  // [B, Hq, Mq, tiles of a block, kQueryTile * 128], as wgmma deals it out
   int* next_item;
@@ -132,8 +137,8 @@ struct BackwardWorkspace {
     transposed_mask =
         arena.take<uint32_t>(visibility.batch * visibility.num_heads * visibility.num_n_blocks() *
                              ceil_div(visibility.num_m_blocks(), kMaskWordBits));
-    lse = arena.take<float>(rows);
-    delta = arena.take<float>(rows);
+    score_start = arena.take<float>(rows);
+    grad_score_start = arena.take<float>(rows);
     query_scale = arena.take<float>(params.deterministic ? rows : 0);
     grad_query = arena.take<uint32_t>(rows * 128);
     next_item = arena.take<int>(1);
@@ -148,6 +153,11 @@ struct BackwardWorkspace {
     grad_out = arena.take<uint16_t>(elements_to_pack(params.grad_out, query_shape));
   }
 };
+
+// The softmax scale, or next to nothing in its place: lse / scale must be a number.
+__device__ inline float usable_scale(float scale) {
+  return fabsf(scale) >= 0x1p-100f ? scale : 0x1p-100f;
+}
 
 // What the kernel is launched with.
 struct BackwardKernelParams {

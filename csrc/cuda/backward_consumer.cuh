@@ -1,6 +1,6 @@
 // A consumer warp group of the gradients: 64 keys, against the queries that the producer brings.
 //
-//   S^T = K Q^T,  P = exp(scale S - lse),  dP^T = V dO^T,  dS = P (dP - delta)
+//   S^T = K Q^T - lse / scale,  P = exp(scale S),  dP^T = V dO^T - delta,  dS = P dP
 //   dV += P^T dO,  dK += dS^T Q,  dQ = dS K
 //
 // Every thread arrives at the barriers: racecheck understands no others.
@@ -43,7 +43,8 @@ class BackwardConsumer {
         shared_(shared),
         group_(group),
         thread_(static_cast<int>(threadIdx.x) - kWarpGroup),
-        score_scale_(params.backward.softmax_scale * kLog2E) {}
+        score_scale_(usable_scale(params.backward.softmax_scale) * kLog2E),
+        hidden_(score_scale_ > 0 ? -INFINITY : INFINITY) {}
 
   __device__ void consume_items() {
     for (RingPosition<1> items;; items.advance()) {
@@ -60,7 +61,8 @@ class BackwardConsumer {
       store(place, grad_key, backward.softmax_scale, backward.grad_key, params_.aligned_grad_key);
       store(place, grad_value, 1, backward.grad_value, params_.aligned_grad_value);
     }
-    send([] {}, -1);
+    shared_.sums_empty.wait(sums_.parity ^ 1);
+    shared_.sums_full.arrive();  // the writer finds that there is no more
   }
 
  private:
@@ -73,7 +75,7 @@ class BackwardConsumer {
     softmax(place, scores, probabilities);
     warpgroup_wait<0>();
     bool first = true;
-    while (!shared_.step[queries_.slot].last) {
+    while (!last_) {
       take_step<false>(place, first, scores, probabilities, grad_scores, grad_key, grad_value);
       first = false;
     }
@@ -81,7 +83,8 @@ class BackwardConsumer {
     GradQuery grad_query;
     start_grad_query(false, grad_query);
     warpgroup_wait<0>();
-    send_grad_query(grad_query);
+    write_grad_query(grad_query);
+    send_grad_query();
   }
 
   // From P and dP of one step, which have been computed, to those of the next, unless this is the
@@ -95,30 +98,25 @@ class BackwardConsumer {
     accumulate(probabilities, shared_.grad_out[grad_slot], grad_value);
     Operand operand;  // dS^T
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const float delta = shared_.delta[grad_slot][column(i)];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = accumulator_index(half, i);
-        operand(at) = static_cast<Element>(scores(at) * (grad_scores(at) - delta));
-      }
+    for (int i = 0; i < size(scores); ++i) {
+      operand(i) = static_cast<Element>(scores(i) * grad_scores(i));
     }
     // The other group has read the slot: sums before the last were sent when both had computed
     // dQ of the step that used it, and the writer had them when this one sent the last.
-    store_transposed(operand, shared_.grad_scores[written_.slot]);
-    fence_async_proxy_shared();  // wgmma reads what these stores wrote
-    shared_.grad_scores_full[written_.slot].arrive();
-    written_.advance();
-    queries_.advance();
-    grads_.advance();
+    store_transposed(operand, shared_.grad_scores[queries_.slot]);
     GradQuery grad_query;
     start_grad_query(first, grad_query);
     accumulate(operand, shared_.query[query_slot], grad_key);
+    fence_async_proxy_shared();  // wgmma reads what store_transposed's stores wrote
+    shared_.grad_scores_full[query_slot].arrive();
+    queries_.advance();
+    grads_.advance();
     warpgroup_wait<1>();  // all but dK
     warpgroup_fence_operand(grad_value);
     shared_.grad_out_empty[grad_slot].arrive();
-    if (!first) send_grad_query(grad_query);
+    if (!first) write_grad_query(grad_query);
     if constexpr (!kLast) start_scores(scores);
+    if (!first) send_grad_query();
     warpgroup_wait<kLast ? 0 : 1>();
     warpgroup_fence_operand(grad_key);
     if constexpr (!kLast) {
@@ -132,11 +130,10 @@ class BackwardConsumer {
   // dQ = dS K of the earliest step that it is not yet computed of. On the first step of an item
   // there is none: what is computed then is not used, which costs less than a branch around wgmma.
   __device__ void start_grad_query(bool none, GradQuery& grad_query) {
-    if (!none) shared_.grad_scores_full[read_.slot].wait(read_.parity);
-    multiply(typename Traits::GradQueryMma{}, shared_.grad_scores[read_.slot],
+    if (!none) shared_.grad_scores_full[unsent_.slot].wait(unsent_.parity);
+    multiply(typename Traits::GradQueryMma{}, shared_.grad_scores[unsent_.slot],
              typename Traits::ScoreLayout{}, shared_.key, typename Traits::KeyLayoutT{},
              grad_query);
-    if (!none) read_.advance();
   }
 
   // dS^T as the first operand of dQ: a key's queries side by side. A lane gives the place of 8
@@ -157,39 +154,56 @@ class BackwardConsumer {
     }
   }
 
-  // S^T = K Q^T of the step at hand.
+  // S^T = K Q^T - lse / scale of the step at hand.
   __device__ void start_scores(Scores& scores) {
     shared_.query_full[queries_.slot].wait(queries_.parity);
-    multiply(typename Traits::ScoreMma{}, shared_.key, typename Traits::KeyLayout{},
-             shared_.query[queries_.slot], typename Traits::QueryLayout{}, scores);
+    masked_ = shared_.step[queries_.slot].masked;
+    last_ = shared_.step[queries_.slot].last;
+    start_from(shared_.score_start[queries_.slot], scores);
+    multiply<GMMA::ScaleOut::One>(typename Traits::ScoreMma{}, shared_.key,
+                                  typename Traits::KeyLayout{}, shared_.query[queries_.slot],
+                                  typename Traits::QueryLayout{}, scores);
   }
 
-  // dP^T = V dO^T of the step at hand.
+  // dP^T = V dO^T - delta of the step at hand.
   __device__ void start_grad_scores(Scores& grad_scores) {
     shared_.grad_out_full[grads_.slot].wait(grads_.parity);
-    multiply(typename Traits::ScoreMma{}, shared_.value, typename Traits::KeyLayout{},
-             shared_.grad_out[grads_.slot], typename Traits::QueryLayout{}, grad_scores);
+    start_from(shared_.grad_score_start[grads_.slot], grad_scores);
+    multiply<GMMA::ScaleOut::One>(typename Traits::ScoreMma{}, shared_.value,
+                                  typename Traits::KeyLayout{}, shared_.grad_out[grads_.slot],
+                                  typename Traits::QueryLayout{}, grad_scores);
+  }
+
+  // The same number for all keys of a query.
+  __device__ static void start_from(const float* of_query, Scores& scores) {
+    const auto first = static_cast<uint32_t>(__cvta_generic_to_shared(of_query + column(0)));
+#pragma unroll
+    for (int i = 0; i < kScores; i += 2) {
+      float pair[2];
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(pair[0]), "=f"(pair[1])
+                   : "r"(first + accumulator_column(i) * 4)
+                   : "memory");
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scores(accumulator_index(half, i)) = pair[0];
+        scores(accumulator_index(half, i + 1)) = pair[1];
+      }
+    }
   }
 
   // Makes scores probabilities.
   __device__ void softmax(const BackwardPlace& place, Scores& scores, Operand& probabilities) {
     warpgroup_fence_operand(scores);
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const float lse = shared_.lse[queries_.slot][column(i)];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& score = scores(accumulator_index(half, i));
-        score = fmaf(score, score_scale_, -lse);
-      }
-    }
-    const Step& step = shared_.step[queries_.slot];
-    if (step.masked) hide(place, step, scores);
+    if (masked_) hide(place, shared_.step[queries_.slot], scores);
+    uint32_t all = 0;
 #pragma unroll
     for (int i = 0; i < size(scores); ++i) {
-      scores(i) = exp2_approx(scores(i));
+      scores(i) = exp2_approx(scores(i) * score_scale_);
       probabilities(i) = static_cast<Element>(scores(i));
+      all ^= __float_as_uint(scores(i));
     }
+    compute_here(__uint_as_float(all));  // beside dP; below 2, as all of them are
   }
 
   // The query in the tile of score i of one of the thread's keys.
@@ -197,14 +211,17 @@ class BackwardConsumer {
     return static_cast<int>(threadIdx.x) % 4 * 2 + accumulator_column(i);
   }
 
-  // result = A B of tiles in shared memory.
-  template <typename Mma, typename ALayout, typename BLayout, typename Result>
+  // result = A B of tiles in shared memory, or result += A B.
+  template <GMMA::ScaleOut kScaleOut = GMMA::ScaleOut::Zero, typename Mma, typename ALayout,
+            typename BLayout, typename Result>
   __device__ void multiply(Mma mma, Element* a, ALayout, Element* b, BLayout,
                            Result& result) const {
-    auto thread_mma = mma.get_thread_slice(group_ * kWarpGroup);
+    int group = group_;
+    asm volatile("" : "+r"(group));  // or descriptors are computed ahead of the loop, and spilled
+    auto thread_mma = mma.get_thread_slice(group * kWarpGroup);
     auto a_fragment = thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(a), ALayout{}));
     auto b_fragment = thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(b), BLayout{}));
-    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    mma.accumulate_ = kScaleOut;
     warpgroup_fence_operand(result);
     warpgroup_arrive();
 #pragma unroll
@@ -245,7 +262,7 @@ class BackwardConsumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         if (first_query + accumulator_column(i) < first_seeing)
-          scores(accumulator_index(half, i)) = -INFINITY;
+          scores(accumulator_index(half, i)) = hidden_;
       }
       if (layout.data == nullptr || key >= visibility.seqlen_k) continue;
       const KeyBounds bounds = load_key_bounds(
@@ -254,46 +271,39 @@ class BackwardConsumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         if (bounds.mask(first_query + accumulator_column(i)))
-          scores(accumulator_index(half, i)) = -INFINITY;
+          scores(accumulator_index(half, i)) = hidden_;
       }
     }
   }
 
-  // Hands dQ of the earliest step to the writer, and frees the slot of its queries.
-  __device__ void send_grad_query(GradQuery& grad_query) {
+  // Writes dQ of the earliest step to where the writer takes it from.
+  __device__ void write_grad_query(GradQuery& grad_query) {
     warpgroup_fence_operand(grad_query);
-    const int slot = unsent_.slot;
-    if (params_.backward.deterministic) {
+    if constexpr (Traits::kDeterministic) {
 #pragma unroll
       for (int i = 0; i < size(grad_query); ++i) {
-        const float scale = shared_.query_scale[slot][group_row() + i % 4 / 2 * 8] *
+        const float scale = shared_.query_scale[unsent_.slot][group_row() + i % 4 / 2 * 8] *
                             shared_.key_scale[group_ * (Traits::kHeadDim / kBackwardGroups) +
                                               i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2];
         grad_query(i) = __int_as_float(__float2int_rn(grad_query(i) * scale));
       }
     }
-    send(
-        [&] {
-          auto* to = reinterpret_cast<float4*>(shared_.grad_query) + thread_;
+    shared_.sums_empty.wait(sums_.parity ^ 1);
+    auto* to = reinterpret_cast<float4*>(shared_.grad_query) + thread_;
 #pragma unroll
-          for (int i = 0; i < size(grad_query); i += 4) {
-            to[i / 4 * kBackwardThreads] =
-                make_float4(grad_query(i), grad_query(i + 1), grad_query(i + 2), grad_query(i + 3));
-          }
-        },
-        shared_.step[slot].tile);
-    shared_.query_empty[slot].arrive();
-    unsent_.advance();
+    for (int i = 0; i < size(grad_query); i += 4) {
+      to[i / 4 * kBackwardThreads] =
+          make_float4(grad_query(i), grad_query(i + 1), grad_query(i + 2), grad_query(i + 3));
+    }
   }
 
-  template <typename Write>
-  __device__ void send(const Write& write, int tile) {
-    shared_.sums_empty.wait(sums_.parity ^ 1);
-    write();
-    if (thread_ == 0) shared_.sums_tile = tile;
-    fence_async_proxy_shared();  // a bulk copy reads what these stores wrote
+  // Hands it over, and frees the slot of its queries.
+  __device__ void send_grad_query() {
+    fence_async_proxy_shared();  // a bulk copy reads what write_grad_query's stores wrote
     shared_.sums_full.arrive();
     sums_.advance();
+    shared_.query_empty[unsent_.slot].arrive();
+    unsent_.advance();
   }
 
   __device__ void store(const BackwardPlace& place, const GradKey& grad, float scale,
@@ -318,10 +328,11 @@ class BackwardConsumer {
   const int group_;
   const int thread_;  // of both groups
   const float score_scale_;
+  const float hidden_;  // a score whose probability is 0
   RingPosition<Traits::kQueryStages> queries_, unsent_;
   RingPosition<Traits::kGradOutStages> grads_;
-  RingPosition<Traits::kGradScoreStages> written_, read_;
   RingPosition<1> sums_;
+  bool masked_, last_;  // of the step at hand
 };
 
 }  // namespace rrattn::cuda

@@ -17,11 +17,11 @@ __device__ void produce_steps(const BackwardKernelParams& params,
   const int group = static_cast<int>(visibility.num_heads / params.backward.heads.num_heads_k);
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
   const int64_t num_words = ceil_div(num_m_blocks, kMaskWordBits);
-  const bool deterministic = params.backward.deterministic;
   const bool leader = threadIdx.x == 0;
   RingPosition<1> items;
   RingPosition<Traits::kQueryStages> queries;
   RingPosition<Traits::kGradOutStages> grads;
+  RingPosition<Traits::kSumsStages> sums;
 
   for (;;) {
     int turn = 0;
@@ -32,6 +32,7 @@ __device__ void produce_steps(const BackwardKernelParams& params,
     if (turn >= params.num_items) {
       if (leader) {
         shared.item.index = -1;
+        shared.sums_tile[sums.slot] = -1;
         shared.item_full.arrive();
       }
       return;
@@ -66,8 +67,8 @@ __device__ void produce_steps(const BackwardKernelParams& params,
       if (more) {
         constexpr uint32_t kScaleBytes = Traits::kHeadDim * sizeof(float);
         shared.item_full.arrive_and_expect(2 * Traits::kKeyBytes +
-                                           (deterministic ? kScaleBytes : 0));
-        if (deterministic) {
+                                           (Traits::kDeterministic ? kScaleBytes : 0));
+        if constexpr (Traits::kDeterministic) {
           SM90_BULK_COPY_G2S::copy(
               workspace.key_scale +
                   (place.batch * params.backward.heads.num_heads_k + place.key_head) *
@@ -96,28 +97,30 @@ __device__ void produce_steps(const BackwardKernelParams& params,
         const int64_t statistics = static_cast<int64_t>(tile) * kQueryTile;
         shared.query_empty[queries.slot].wait(queries.parity ^ 1);
         if (leader) {
-          shared.step[queries.slot] = {first_query, block_head, tile, masked, !more && t == 0};
+          shared.step[queries.slot] = {first_query, block_head, masked, !more && t == 0};
+          shared.sums_tile[sums.slot] = tile;
           Barrier& full = shared.query_full[queries.slot];
           full.arrive_and_expect(Traits::kQueryBytes +
-                                 Traits::kStatisticsBytes * (deterministic ? 2 : 1));
+                                 Traits::kStatisticsBytes * (Traits::kDeterministic ? 2 : 1));
           copy_rows<Traits::kPanels>(shared.query[queries.slot], params.query, kQueryTile,
                                      first_query, block_head, place.batch, full);
-          SM90_BULK_COPY_G2S::copy(workspace.lse + statistics, full.raw(), shared.lse[queries.slot],
-                                   Traits::kStatisticsBytes);
-          if (deterministic) {
+          SM90_BULK_COPY_G2S::copy(workspace.score_start + statistics, full.raw(),
+                                   shared.score_start[queries.slot], Traits::kStatisticsBytes);
+          if constexpr (Traits::kDeterministic) {
             SM90_BULK_COPY_G2S::copy(workspace.query_scale + statistics, full.raw(),
                                      shared.query_scale[queries.slot], Traits::kStatisticsBytes);
           }
         }
         queries.advance();
+        sums.advance();
         shared.grad_out_empty[grads.slot].wait(grads.parity ^ 1);
         if (leader) {
           Barrier& full = shared.grad_out_full[grads.slot];
           full.arrive_and_expect(Traits::kQueryBytes + Traits::kStatisticsBytes);
           copy_rows<Traits::kPanels>(shared.grad_out[grads.slot], params.grad_out, kQueryTile,
                                      first_query, block_head, place.batch, full);
-          SM90_BULK_COPY_G2S::copy(workspace.delta + statistics, full.raw(),
-                                   shared.delta[grads.slot], Traits::kStatisticsBytes);
+          SM90_BULK_COPY_G2S::copy(workspace.grad_score_start + statistics, full.raw(),
+                                   shared.grad_score_start[grads.slot], Traits::kStatisticsBytes);
         }
         grads.advance();
       }

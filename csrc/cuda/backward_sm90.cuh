@@ -3,11 +3,11 @@
 //   query, grad_out [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
 //     ->  grad_query [B, Lq, Hq, D], grad_key, grad_value [B, Lk, Hkv, D]
 //
-// Three steps. prepare: delta = rowsum(dO * O) and lse in units of log2, the units of the sums of
-// dQ if deterministic, and the block mask transposed. backward_kernel, persistent: a thread block
-// takes a key block of a key head, walks the query blocks of the group's heads that selected it,
-// keeps dK and dV in registers, and adds its share of dQ to sums in the workspace. finish: these
-// sums, scaled, as grad_query.
+// Three steps. prepare: what S and dP start from, -lse / scale and -delta = -rowsum(dO * O), the
+// units of the sums of dQ if deterministic, and the block mask transposed. backward_kernel,
+// persistent: a thread block takes a key block of a key head, walks the query blocks of the group's
+// heads that selected it, keeps dK and dV in registers, and adds its share of dQ to sums in the
+// workspace. finish: these sums, scaled, as grad_query.
 #pragma once
 
 #include "backward_consumer.cuh"
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
   atomicMax(params.workspace.value_norm + key_head, largest_norm);
 }
 
-// lse and delta of every row, rows past the end included, and in deterministic mode the scales.
+// What S and dP start from, for every row, rows past the end included, and in deterministic mode
+// the scales.
 template <typename Element>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardKernelParams params, bool aligned) {
@@ -120,8 +121,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
           ? backward.lse[(batch * visibility.num_heads + head) * visibility.seqlen_q + token]
           : -INFINITY;
   const bool sees_nothing = lse == -INFINITY;
-  workspace.lse[row] = sees_nothing ? INFINITY : lse * kLog2E;
-  workspace.delta[row] = sees_nothing ? 0 : delta;
+  workspace.score_start[row] =
+      (sees_nothing ? -INFINITY : -lse) / usable_scale(backward.softmax_scale);
+  workspace.grad_score_start[row] = sees_nothing ? 0 : -delta;
   if (backward.deterministic) {
     // Twice, for what rounding adds. NaN also where lse is no number: then P has none either.
     const float value_norm = __uint_as_float(workspace.value_norm[key_head]);

@@ -19,7 +19,11 @@ template <DataType kDataType>
 void BackwardStage<kDataType>::run(const BackwardParams& params) {
   using Element =
       std::conditional_t<kDataType == DataType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
-  launch_backward<BackwardTraits<Element>>(params);
+  if (params.deterministic) {
+    launch_backward<BackwardTraits<Element, true>>(params);
+  } else {
+    launch_backward<BackwardTraits<Element, false>>(params);
+  }
 }
 
 }  // namespace rrattn::cuda

@@ -11,13 +11,14 @@ __device__ void add_sums(const BackwardKernelParams& params,
   constexpr int kTileElements = kQueryTile * Traits::kHeadDim;
   const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared.grad_query));
   const auto bytes = static_cast<uint32_t>(kTileElements * sizeof(uint32_t));
-  for (RingPosition<1> sums;; sums.advance()) {
+  RingPosition<Traits::kSumsStages> tiles;
+  for (RingPosition<1> sums;; sums.advance(), tiles.advance()) {
     shared.sums_full.wait(sums.parity);
-    const int tile = shared.sums_tile;
+    const int tile = shared.sums_tile[tiles.slot];
     if (tile < 0) return;
     if (threadIdx.x % 32 == 0) {
       uint32_t* to = params.workspace.grad_query + static_cast<int64_t>(tile) * kTileElements;
-      if (params.backward.deterministic) {
+      if constexpr (Traits::kDeterministic) {
         asm volatile(
             "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;" ::"l"(to),
             "r"(from), "r"(bytes)
