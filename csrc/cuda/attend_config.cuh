@@ -40,8 +40,8 @@ struct AttendTraits {
   static constexpr int kStages = kHeadDim == 64 ? 4 : kHeadDim == 128 ? 3 : 2;
   static constexpr int kThreads = (kConsumerGroups + 1) * kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
 
   using ScoreMma = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float,

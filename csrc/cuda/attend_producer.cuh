@@ -1,5 +1,6 @@
-// The producer warp of block-sparse attention: takes rows of the block mask, walks their bits and
-// copies the tiles that these select.
+// The producer warps of block-sparse attention. The first takes rows of the block mask and copies
+// the keys that their bits select; two others follow it row by row, with the values and the
+// queries: so none waits for room that is not its own.
 #pragma once
 
 #include "attend_config.cuh"
@@ -47,28 +48,68 @@ __device__ inline int row_of_turn(const AttendKernelParams& params, int turn) {
   return (first_head + turn % heads) * num_m_blocks + num_m_blocks - 1 - turn / heads;
 }
 
+// The blocks of a row that its bits select and that it sees, from the last to the first. All lanes
+// of a warp call it together.
+class RowBlocks {
+ public:
+  __device__ RowBlocks(const AttendKernelParams& params, const RowPlace& place, int row)
+      : visibility_(params.attend.visibility),
+        bounds_(
+            run_bounds_of(visibility_, kBlockSize, params.block_bounds, place.batch, place.head)),
+        m_block_(place.m_block),
+        plain_end_(params.attend.softmax_scale > 0
+                       ? first_hidden_key(visibility_, m_block_) / kBlockSize
+                       : 0),
+        walk_(params.attend.block_mask + row * visibility_.num_mask_words(),
+              end_block(visibility_, m_block_)) {}
+
+  // < 0: there is none left.
+  __device__ int next() {
+    int n_block = walk_.next();
+    if (bounds_ == nullptr) return n_block;
+    while (n_block >= 0 && (kind_ = classify_block(visibility_, bounds_, m_block_, n_block)) ==
+                               BlockKind::kHidden) {
+      n_block = walk_.next();
+    }
+    return n_block;
+  }
+
+  // Whether no score of the block that came last is hidden, and the softmax scale is positive.
+  __device__ bool is_plain(int n_block) const {
+    return n_block < plain_end_ && kind_ == BlockKind::kOpen;
+  }
+
+ private:
+  // Of the blocks that hold keys which the last row may see.
+  __device__ static int end_block(const Visibility& visibility, int m_block) {
+    if (!visibility.causal) return static_cast<int>(visibility.num_n_blocks());
+    const int64_t last_row =
+        min((static_cast<int64_t>(m_block) + 1) * kBlockSize, visibility.seqlen_q) - 1;
+    return static_cast<int>((last_row + visibility.shift()) / kBlockSize) + 1;
+  }
+
+  const Visibility& visibility_;
+  const RunBounds* bounds_;
+  const int m_block_, plain_end_;
+  BlockKind kind_ = BlockKind::kOpen;
+  BitWalk walk_;
+};
+
+// Takes rows, and copies their keys.
 template <typename Traits>
-__device__ void produce_tiles(const AttendKernelParams& params,
-                              typename Traits::SharedStorage& shared) {
+__device__ void produce_keys(const AttendKernelParams& params,
+                             typename Traits::SharedStorage& shared) {
   const Visibility& visibility = params.attend.visibility;
   const int group = static_cast<int>(visibility.num_heads / params.attend.heads.num_heads_k);
-  const bool leader = threadIdx.x == 0;
-  RingPosition<1> rows, queries;
-  RingPosition<Traits::kStages> keys, values;
-
-  const auto copy_tile = [&](const CUtensorMap& map, typename Traits::Element* to, int first_key,
-                             const RowPlace& place, Barrier& full) {
-    full.arrive_and_expect(Traits::kTileBytes);
-    copy_rows<Traits::kPanels>(to, map, Traits::kTileN, first_key, place.head / group, place.batch,
-                               full);
-  };
-
+  const bool leader = threadIdx.x % 32 == 0;
+  RingPosition<1> rows;
+  RingPosition<Traits::kStages> keys;
   for (;;) {
     int turn = 0;
     if (leader) turn = atomicAdd(params.next_row, 1);
     turn = __shfl_sync(~0u, turn, 0);
     const int row = turn < params.num_rows ? row_of_turn(params, turn) : -1;
-    shared.row_empty.wait(rows.parity ^ 1);  // until the consumers have read the last one
+    shared.row_empty.wait(rows.parity ^ 1);  // until all others have read the last one
     rows.advance();
     if (row < 0) {
       if (leader) {
@@ -78,64 +119,89 @@ __device__ void produce_tiles(const AttendKernelParams& params,
       return;
     }
     const RowPlace place(visibility, row);
-    const int64_t last_token =
-        min((static_cast<int64_t>(place.m_block) + 1) * kBlockSize, visibility.seqlen_q) - 1;
-    const RunBounds* bounds =
-        run_bounds_of(visibility, kBlockSize, params.block_bounds, place.batch, place.head);
-    BitWalk walk(params.attend.block_mask + row * visibility.num_mask_words(),
-                 visibility.causal
-                     ? static_cast<int>((last_token + visibility.shift()) / kBlockSize) + 1
-                     : static_cast<int>(visibility.num_n_blocks()));
-    BlockKind kind = BlockKind::kHidden;
-    const auto next_block = [&] {  // that is selected and visible; < 0: there is none left
-      int n_block;
-      do {
-        n_block = walk.next();
-        if (n_block >= 0) kind = classify_block(visibility, bounds, place.m_block, n_block);
-      } while (n_block >= 0 && kind == BlockKind::kHidden);
-      return n_block;
-    };
-    int n_block = next_block();
+    const int key_head = place.head / group;
+    RowBlocks blocks(params, place, row);
+    int n_block = blocks.next();
     if (leader) {
       shared.row = {row, n_block < 0};
       shared.row_full.arrive();
     }
-    if (n_block < 0) continue;
-
-    shared.query_empty.wait(queries.parity ^ 1);  // until the consumers are done with the last one
-    queries.advance();
-    if (leader) {
-      shared.query_full.arrive_and_expect(kBlockSize * Traits::kHeadDim *
-                                          sizeof(typename Traits::Element));
-      for (int g = 0; g < kConsumerGroups; ++g) {
-        copy_rows<Traits::kPanels>(shared.query[g], params.query, kGroupRows,
-                                   place.m_block * kBlockSize + g * kGroupRows, place.head,
-                                   place.batch, shared.query_full);
-      }
-    }
     while (n_block >= 0) {
-      const bool plain = params.attend.softmax_scale > 0 &&
-                         !has_hidden_scores(visibility, kind, place.m_block, n_block);
-      const int next = next_block();
+      const bool plain = blocks.is_plain(n_block);
+      const int next = blocks.next();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
-        const int first_key = n_block * kBlockSize + t * Traits::kTileN;
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);
         if (leader) {
+          const int first_key = n_block * kBlockSize + t * Traits::kTileN;
           shared.tile[keys.slot] = {first_key, plain, next < 0 && t == 0};
-          copy_tile(params.key, shared.key[keys.slot], first_key, place,
-                    shared.key_full[keys.slot]);
+          Barrier& full = shared.key_full[keys.slot];
+          full.arrive_and_expect(Traits::kTileBytes);
+          copy_rows<Traits::kPanels>(shared.key[keys.slot], params.key, Traits::kTileN, first_key,
+                                     key_head, place.batch, full);
         }
         keys.advance();
-        shared.value_empty[values.slot].wait(values.parity ^ 1);
-        if (leader) {
-          copy_tile(params.value, shared.value[values.slot], first_key, place,
-                    shared.value_full[values.slot]);
-        }
-        values.advance();
       }
       n_block = next;
     }
   }
+}
+
+constexpr int kFollowers = 2;  // warps that call this
+
+// Calls `produce(row, place)` for every row that the first producer takes, and that sees anything.
+template <typename SharedStorage, typename Produce>
+__device__ void follow_rows(const AttendKernelParams& params, SharedStorage& shared,
+                            const Produce& produce) {
+  for (RingPosition<1> rows;; rows.advance()) {
+    shared.row_full.wait(rows.parity);
+    const AttendRow row = shared.row;
+    shared.row_empty.arrive();
+    if (row.index < 0) return;
+    if (!row.nothing_selected) produce(row.index, RowPlace(params.attend.visibility, row.index));
+  }
+}
+
+template <typename Traits>
+__device__ void produce_values(const AttendKernelParams& params,
+                               typename Traits::SharedStorage& shared) {
+  const int group =
+      static_cast<int>(params.attend.visibility.num_heads / params.attend.heads.num_heads_k);
+  RingPosition<Traits::kStages> values;
+  follow_rows(params, shared, [&](int row, const RowPlace& place) {
+    const int key_head = place.head / group;
+    RowBlocks blocks(params, place, row);
+    for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
+      for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
+        shared.value_empty[values.slot].wait(values.parity ^ 1);
+        if (threadIdx.x % 32 == 0) {
+          Barrier& full = shared.value_full[values.slot];
+          full.arrive_and_expect(Traits::kTileBytes);
+          copy_rows<Traits::kPanels>(shared.value[values.slot], params.value, Traits::kTileN,
+                                     n_block * kBlockSize + t * Traits::kTileN, key_head,
+                                     place.batch, full);
+        }
+        values.advance();
+      }
+    }
+  });
+}
+
+template <typename Traits>
+__device__ void produce_queries(const AttendKernelParams& params,
+                                typename Traits::SharedStorage& shared) {
+  RingPosition<1> queries;
+  follow_rows(params, shared, [&](int, const RowPlace& place) {
+    shared.query_empty.wait(queries.parity ^ 1);  // until the consumers are done with the last ones
+    queries.advance();
+    if (threadIdx.x % 32 != 0) return;
+    shared.query_full.arrive_and_expect(kBlockSize * Traits::kHeadDim *
+                                        sizeof(typename Traits::Element));
+    for (int g = 0; g < kConsumerGroups; ++g) {
+      copy_rows<Traits::kPanels>(shared.query[g], params.query, kGroupRows,
+                                 place.m_block * kBlockSize + g * kGroupRows, place.head,
+                                 place.batch, shared.query_full);
+    }
+  });
 }
 
 }  // namespace rrattn::cuda

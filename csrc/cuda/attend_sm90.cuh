@@ -4,9 +4,9 @@
 //     ->  out [B, Lq, Hq, D], lse [B, Hq, Lq]
 //
 // The kernel is persistent. A thread block takes one row of the block mask at a time: 128 queries
-// of a head, 64 to each of two consumer warp groups. One producer warp walks the row's bits and
-// copies the queries and the selected tiles of keys and values to shared memory (TMA); only it
-// knows of the mask, and tells the consumers which tiles have hidden scores.
+// of a head, 64 to each of two consumer warp groups. Producer warps walk the row's bits and copy
+// the queries and the selected tiles of keys and values to shared memory (TMA); only they know of
+// the mask, and tell the consumers which tiles have hidden scores.
 #pragma once
 
 #include "attend_consumer.cuh"
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     constexpr int kConsumers = kConsumerGroups * kWarpGroup;
     constexpr int kConsumerWarps = kConsumers / 32;  // a lane of each arrives
     shared.row_full.init(1);
-    shared.row_empty.init(kConsumers);
+    shared.row_empty.init(kConsumers + kFollowers * 32);
     shared.query_full.init(1);
     shared.query_empty.init(kConsumers);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
@@ -38,7 +38,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   if (warp_group == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) produce_tiles<Traits>(params, shared);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (warp == 0) produce_keys<Traits>(params, shared);
+    if (warp == 1) produce_values<Traits>(params, shared);
+    if (warp == 2) produce_queries<Traits>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     AttendConsumer<Traits>(params, shared, warp_group - 1).consume_rows();

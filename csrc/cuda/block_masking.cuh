@@ -5,15 +5,20 @@
 
 namespace rrattn::cuda {
 
+// Of the keys that the first row of a query block does not see, or that are none, the first.
+__device__ inline int first_hidden_key(const Visibility& visibility, int m_block) {
+  const int64_t end = visibility.causal
+                          ? min(static_cast<int64_t>(m_block) * kBlockSize + visibility.shift() + 1,
+                                visibility.seqlen_k)
+                          : visibility.seqlen_k;
+  return static_cast<int>(end);
+}
+
 // Whether some scores between a query block and a key block that it sees may be hidden.
 __device__ inline bool has_hidden_scores(const Visibility& visibility, BlockKind kind, int m_block,
                                          int n_block) {
-  const int64_t end_key = (static_cast<int64_t>(n_block) + 1) * kBlockSize;
-  const int64_t end_visible =
-      visibility.causal ? min(static_cast<int64_t>(m_block) * kBlockSize + visibility.shift() + 1,
-                              visibility.seqlen_k)
-                        : visibility.seqlen_k;
-  return kind == BlockKind::kPartial || end_key > end_visible;
+  return kind == BlockKind::kPartial ||
+         (n_block + 1) * kBlockSize > first_hidden_key(visibility, m_block);
 }
 
 }  // namespace rrattn::cuda
