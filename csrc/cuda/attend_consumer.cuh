@@ -63,29 +63,28 @@ class AttendConsumer {
       const AttendRow row = shared_.row;
       shared_.row_empty.arrive();
       if (row.index < 0) return;
-      const RowPlace place(params_.attend.visibility, row.index);
       Out out;
       clear(out);
       row_base_[0] = row_base_[1] = -INFINITY;
       unseen_ = true;
       row_sum_[0] = row_sum_[1] = 0;
-      if (!row.nothing_selected) attend(place, out);
-      write(place, out);
+      if (!row.nothing_selected) attend(row, out);
+      write(row, out);
     }
   }
 
  private:
-  __device__ void attend(const RowPlace& place, Out& out) {
+  __device__ void attend(const AttendRow& row, Out& out) {
     Scores scores;
     Probabilities probabilities;
-    shared_.query_full.wait(queries_.parity);
+    shared_.query_full[group_].wait(queries_.parity);
     queries_.advance();
     shared_.key_full[keys_.slot].wait(keys_.parity);
     AttendTile tile = shared_.tile[keys_.slot];
     multiply_keys(scores);
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
-    start_bases(place, tile, scores);
+    start_bases(row, tile, scores);
     ChainSums sums;
     exponentiate<0, kRowScores>(scores, sums);
     add_sums(sums);
@@ -101,7 +100,7 @@ class AttendConsumer {
       give_turn(1 - group_);
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
-      if (!tile.plain || unseen_) start_bases(place, tile, scores);
+      if (!tile.plain || unseen_) start_bases(row, tile, scores);
       exponentiate<0, kEarlyScores>(scores, sums);
       compute_here(sums[0][kChains - 1] + sums[1][kChains - 1]);
       warpgroup_wait<0>();
@@ -110,7 +109,7 @@ class AttendConsumer {
       exponentiate<kEarlyScores, kRowScores>(scores, sums);
       convert(scores, probabilities);
       if (outgrown(sums)) {
-        raise_bases(place, tile, scores, sums, out);
+        raise_bases(row, tile, scores, sums, out);
         convert(scores, probabilities);
       }
       add_sums(sums);
@@ -160,7 +159,7 @@ class AttendConsumer {
 
   __device__ void release_key(const AttendTile& tile) {
     shared_.key_empty[keys_.slot].arrive();
-    if (tile.last) shared_.query_empty.arrive();
+    if (tile.last) shared_.query_empty[group_].arrive();
     keys_.advance();
   }
 
@@ -170,8 +169,8 @@ class AttendConsumer {
   }
 
   // Scales and hides scores, and gives rows that have seen nothing before the largest for a base.
-  __device__ void start_bases(const RowPlace& place, const AttendTile& tile, Scores& scores) {
-    if (!tile.plain) adjust(place, tile, scores);
+  __device__ void start_bases(const AttendRow& row, const AttendTile& tile, Scores& scores) {
+    if (!tile.plain) adjust(row, tile, scores);
     if (!unseen_) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -188,10 +187,10 @@ class AttendConsumer {
   }
 
   // Does the warp's part of the tile once more, with the largest score so far as a row's base.
-  __device__ void raise_bases(const RowPlace& place, const AttendTile& tile, Scores& scores,
+  __device__ void raise_bases(const AttendRow& row, const AttendTile& tile, Scores& scores,
                               ChainSums& sums, Out& out) {
     multiply_keys_again(scores);
-    if (!tile.plain) adjust(place, tile, scores);
+    if (!tile.plain) adjust(row, tile, scores);
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -270,7 +269,7 @@ class AttendConsumer {
   __device__ static float finite(float base) { return base == -INFINITY ? 0 : base; }
 
   // Scales products by a scale that is not positive, and makes hidden scores -infinity.
-  __device__ void adjust(const RowPlace& place, const AttendTile& tile, Scores& scores) const {
+  __device__ void adjust(const AttendRow& row, const AttendTile& tile, Scores& scores) const {
     const Visibility& visibility = params_.attend.visibility;
     const RowBounds& layout = visibility.row_bounds;
     const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
@@ -280,15 +279,14 @@ class AttendConsumer {
     for (int half = 0; half < 2; ++half) {
       const int end =
           visibility.causal
-              ? min(row_token(place, half) + static_cast<int>(visibility.shift()) + 1, end_key)
+              ? min(row_token(row, half) + static_cast<int>(visibility.shift()) + 1, end_key)
               : end_key;
       const int keys = max(end - first, 0);
       const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
       hidden[half] = visible < 32 ? ~0u << visible : 0;
     }
     if (layout.data != nullptr) {
-      const int32_t* bounds =
-          row_bounds_of(layout, place.batch, visibility.bounds_head(place.head));
+      const int32_t* bounds = row_bounds_of(layout, row.batch, visibility.bounds_head(row.head));
 #pragma unroll 4
       for (int i = 0; i < kRowScores; ++i) {
         const int key = first + accumulator_column(i);
@@ -296,7 +294,7 @@ class AttendConsumer {
         const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, bounds, key);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          hidden[half] |= static_cast<uint32_t>(key_bounds.mask(row_token(place, half))) << i;
+          hidden[half] |= static_cast<uint32_t>(key_bounds.mask(row_token(row, half))) << i;
         }
       }
     }
@@ -316,7 +314,7 @@ class AttendConsumer {
   }
 
   // Divides by the row sums and writes out and lse.
-  __device__ void write(const RowPlace& place, Out& out) {
+  __device__ void write(const AttendRow& row, Out& out) {
     const AttendParams& attend = params_.attend;
     const Visibility& visibility = attend.visibility;
     const int head_dim = static_cast<int>(attend.heads.head_dim);
@@ -324,21 +322,21 @@ class AttendConsumer {
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(row_sum_[half]);
       const float scale = sum == 0 ? 0 : 1 / sum;
-      const int64_t token = row_token(place, half);
-      Element* row = static_cast<Element*>(attend.out.data) +
-                     place.batch * attend.out.batch_stride + place.head * attend.out.head_stride +
-                     token * attend.out.row_stride;
+      const int64_t token = row_token(row, half);
+      Element* out_row = static_cast<Element*>(attend.out.data) +
+                         row.batch * attend.out.batch_stride + row.head * attend.out.head_stride +
+                         token * attend.out.row_stride;
       if (token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
-        attend
-            .lse[(place.batch * visibility.num_heads + place.head) * visibility.seqlen_q + token] =
+        attend.lse[(row.batch * visibility.num_heads + row.head) * visibility.seqlen_q + token] =
             sum == 0 ? -INFINITY : (row_base_[half] + log2f(sum)) * kLn2;
       }
-      store_row(out, half, scale, row, token < visibility.seqlen_q, head_dim, params_.aligned_out);
+      store_row(out, half, scale, out_row, token < visibility.seqlen_q, head_dim,
+                params_.aligned_out);
     }
   }
 
-  __device__ int row_token(const RowPlace& place, int half) const {
-    return place.m_block * kBlockSize + group_ * kGroupRows +
+  __device__ int row_token(const AttendRow& row, int half) const {
+    return row.m_block * kBlockSize + group_ * kGroupRows +
            static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
   }
 

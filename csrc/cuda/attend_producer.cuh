@@ -21,17 +21,13 @@ struct AttendKernelParams {
   bool aligned_out;
 };
 
-struct RowPlace {
-  int m_block, head, batch;
-
-  __device__ RowPlace(const Visibility& visibility, int index) {
-    const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
-    const int num_heads = static_cast<int>(visibility.num_heads);
-    m_block = index % num_m_blocks;
-    head = index / num_m_blocks % num_heads;
-    batch = index / num_m_blocks / num_heads;
-  }
-};
+// Row `index`; what it selects is yet to be seen.
+__device__ inline AttendRow row_at(const Visibility& visibility, int index) {
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+  const int num_heads = static_cast<int>(visibility.num_heads);
+  return {index, index % num_m_blocks, index / num_m_blocks % num_heads,
+          index / num_m_blocks / num_heads, false};
+}
 
 // The order of the work: section by section of key heads, so that their keys and values stay in the
 // L2 cache; in a section, query blocks from the last, under the diagonal the longest, to the first,
@@ -52,15 +48,14 @@ __device__ inline int row_of_turn(const AttendKernelParams& params, int turn) {
 // of a warp call it together.
 class RowBlocks {
  public:
-  __device__ RowBlocks(const AttendKernelParams& params, const RowPlace& place, int row)
+  __device__ RowBlocks(const AttendKernelParams& params, const AttendRow& row)
       : visibility_(params.attend.visibility),
-        bounds_(
-            run_bounds_of(visibility_, kBlockSize, params.block_bounds, place.batch, place.head)),
-        m_block_(place.m_block),
+        bounds_(run_bounds_of(visibility_, kBlockSize, params.block_bounds, row.batch, row.head)),
+        m_block_(row.m_block),
         plain_end_(params.attend.softmax_scale > 0
                        ? first_hidden_key(visibility_, m_block_) / kBlockSize
                        : 0),
-        walk_(params.attend.block_mask + row * visibility_.num_mask_words(),
+        walk_(params.attend.block_mask + row.index * visibility_.num_mask_words(),
               end_block(visibility_, m_block_)) {}
 
   // < 0: there is none left.
@@ -108,22 +103,22 @@ __device__ void produce_keys(const AttendKernelParams& params,
     int turn = 0;
     if (leader) turn = atomicAdd(params.next_row, 1);
     turn = __shfl_sync(~0u, turn, 0);
-    const int row = turn < params.num_rows ? row_of_turn(params, turn) : -1;
     shared.row_empty.wait(rows.parity ^ 1);  // until all others have read the last one
     rows.advance();
-    if (row < 0) {
+    if (turn >= params.num_rows) {
       if (leader) {
         shared.row.index = -1;
         shared.row_full.arrive();
       }
       return;
     }
-    const RowPlace place(visibility, row);
-    const int key_head = place.head / group;
-    RowBlocks blocks(params, place, row);
+    AttendRow row = row_at(visibility, row_of_turn(params, turn));
+    const int key_head = row.head / group;
+    RowBlocks blocks(params, row);
     int n_block = blocks.next();
+    row.nothing_selected = n_block < 0;
     if (leader) {
-      shared.row = {row, n_block < 0};
+      shared.row = row;
       shared.row_full.arrive();
     }
     while (n_block >= 0) {
@@ -137,7 +132,7 @@ __device__ void produce_keys(const AttendKernelParams& params,
           Barrier& full = shared.key_full[keys.slot];
           full.arrive_and_expect(Traits::kTileBytes);
           copy_rows<Traits::kPanels>(shared.key[keys.slot], params.key, Traits::kTileN, first_key,
-                                     key_head, place.batch, full);
+                                     key_head, row.batch, full);
         }
         keys.advance();
       }
@@ -148,16 +143,15 @@ __device__ void produce_keys(const AttendKernelParams& params,
 
 constexpr int kFollowers = 2;  // warps that call this
 
-// Calls `produce(row, place)` for every row that the first producer takes, and that sees anything.
+// Calls `produce(row)` for every row that the first producer takes, and that sees anything.
 template <typename SharedStorage, typename Produce>
-__device__ void follow_rows(const AttendKernelParams& params, SharedStorage& shared,
-                            const Produce& produce) {
+__device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
   for (RingPosition<1> rows;; rows.advance()) {
     shared.row_full.wait(rows.parity);
     const AttendRow row = shared.row;
     shared.row_empty.arrive();
     if (row.index < 0) return;
-    if (!row.nothing_selected) produce(row.index, RowPlace(params.attend.visibility, row.index));
+    if (!row.nothing_selected) produce(row);
   }
 }
 
@@ -167,9 +161,9 @@ __device__ void produce_values(const AttendKernelParams& params,
   const int group =
       static_cast<int>(params.attend.visibility.num_heads / params.attend.heads.num_heads_k);
   RingPosition<Traits::kStages> values;
-  follow_rows(params, shared, [&](int row, const RowPlace& place) {
-    const int key_head = place.head / group;
-    RowBlocks blocks(params, place, row);
+  follow_rows(shared, [&](const AttendRow& row) {
+    const int key_head = row.head / group;
+    RowBlocks blocks(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         shared.value_empty[values.slot].wait(values.parity ^ 1);
@@ -177,8 +171,8 @@ __device__ void produce_values(const AttendKernelParams& params,
           Barrier& full = shared.value_full[values.slot];
           full.arrive_and_expect(Traits::kTileBytes);
           copy_rows<Traits::kPanels>(shared.value[values.slot], params.value, Traits::kTileN,
-                                     n_block * kBlockSize + t * Traits::kTileN, key_head,
-                                     place.batch, full);
+                                     n_block * kBlockSize + t * Traits::kTileN, key_head, row.batch,
+                                     full);
         }
         values.advance();
       }
@@ -189,18 +183,22 @@ __device__ void produce_values(const AttendKernelParams& params,
 template <typename Traits>
 __device__ void produce_queries(const AttendKernelParams& params,
                                 typename Traits::SharedStorage& shared) {
+  constexpr uint32_t kBytes = kGroupRows * Traits::kHeadDim * sizeof(typename Traits::Element);
+  const bool leader = threadIdx.x % 32 == 0;
   RingPosition<1> queries;
-  follow_rows(params, shared, [&](int, const RowPlace& place) {
-    shared.query_empty.wait(queries.parity ^ 1);  // until the consumers are done with the last ones
-    queries.advance();
-    if (threadIdx.x % 32 != 0) return;
-    shared.query_full.arrive_and_expect(kBlockSize * Traits::kHeadDim *
-                                        sizeof(typename Traits::Element));
+  follow_rows(shared, [&](const AttendRow& row) {
+    const auto first_query = [&](int g) { return row.m_block * kBlockSize + g * kGroupRows; };
     for (int g = 0; g < kConsumerGroups; ++g) {
-      copy_rows<Traits::kPanels>(shared.query[g], params.query, kGroupRows,
-                                 place.m_block * kBlockSize + g * kGroupRows, place.head,
-                                 place.batch, shared.query_full);
+      if (leader) prefetch_rows<Traits::kPanels>(params.query, first_query(g), row.head, row.batch);
     }
+    for (int g = 0; g < kConsumerGroups; ++g) {
+      shared.query_empty[g].wait(queries.parity ^ 1);  // until the group is done with the last ones
+      if (!leader) continue;
+      shared.query_full[g].arrive_and_expect(kBytes);
+      copy_rows<Traits::kPanels>(shared.query[g], params.query, kGroupRows, first_query(g),
+                                 row.head, row.batch, shared.query_full[g]);
+    }
+    queries.advance();
   });
 }
 

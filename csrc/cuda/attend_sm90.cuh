@@ -25,8 +25,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     constexpr int kConsumerWarps = kConsumers / 32;  // a lane of each arrives
     shared.row_full.init(1);
     shared.row_empty.init(kConsumers + kFollowers * 32);
-    shared.query_full.init(1);
-    shared.query_empty.init(kConsumers);
+    for (int group = 0; group < kConsumerGroups; ++group) {
+      shared.query_full[group].init(1);
+      shared.query_empty[group].init(kWarpGroup);
+    }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       shared.key_full[stage].init(1);
       shared.key_empty[stage].init(kConsumers);

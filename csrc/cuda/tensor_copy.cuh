@@ -29,4 +29,14 @@ __device__ inline void copy_rows(Element* to, const CUtensorMap& map, int rows, 
   }
 }
 
+// Brings the same to the L2 cache.
+template <int kPanels>
+__device__ inline void prefetch_rows(const CUtensorMap& map, int first_row, int head, int batch) {
+  for (int panel = 0; panel < kPanels; ++panel) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map),
+                 "r"(panel * kPanel), "r"(first_row), "r"(head), "r"(batch)
+                 : "memory");
+  }
+}
+
 }  // namespace rrattn::cuda

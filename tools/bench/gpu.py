@@ -13,7 +13,8 @@ estimate, select, estimate+select
 attend
     Random blocks before the diagonal and all blocks on it, other ones for each head. Rivals: torch's dense attention
     (cuDNN's and FlashAttention's), and block-sparse FlexAttention and FlashAttention-4, where they run, on the same
-    blocks; their results must agree with ours. All take turns, each after a run by itself, medians over the rounds.
+    blocks; their results must agree with ours. All take turns, in a new order each round, each after a run by itself;
+    medians over the rounds.
     TFLOP/s count 4 * 128 * 128 * D operations for each selected block and half of them for one on the diagonal.
 backward
     The gradients of attend in both modes, with all they need besides (the transposed mask, dO * O). Rivals: the

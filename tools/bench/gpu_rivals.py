@@ -7,6 +7,7 @@ here raises, and `make` tells why.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from functools import cache
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SECONDS_BEFORE = 0.15  # that a call runs before it is timed
+SECONDS_BEFORE = 0.3  # that a call runs before it is timed
 
 
 def dense(backend):
@@ -187,13 +188,14 @@ def elapsed_ms(call):
 def interleaved_ms(calls, rounds):
     """{name: median ms over the rounds}, each call in every round: a GPU that slows down slows all of them.
 
-    Before it is timed each runs for a while by itself, since the clock that it finds depends on what ran before: an
-    H200 at its power limit is faster after a light kernel than after a heavy one. In between the GPU sleeps for about a
-    millisecond, so that the time to launch is not counted.
+    What ran before sets the clock that a call finds: an H200 at its power limit is faster after a light kernel than
+    after a heavy one. So each round has an order of its own, and a call runs for a while by itself before it is timed.
+    In between the GPU sleeps for about a millisecond, so that the time to launch is not counted.
     """
     times = {name: [] for name in calls}
+    shuffled = random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name, call in shuffled.sample(list(calls.items()), len(calls)):
             start = time.monotonic()
             while time.monotonic() - start < SECONDS_BEFORE:
                 call()
