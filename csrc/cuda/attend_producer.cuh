@@ -60,19 +60,16 @@ class RowBlocks {
 
   // < 0: there is none left.
   __device__ int next() {
-    int n_block = walk_.next();
-    if (bounds_ == nullptr) return n_block;
-    while (n_block >= 0 && (kind_ = classify_block(visibility_, bounds_, m_block_, n_block)) ==
-                               BlockKind::kHidden) {
-      n_block = walk_.next();
-    }
-    return n_block;
+    do {
+      n_block_ = walk_.next();
+      if (n_block_ < 0 || bounds_ == nullptr) break;
+      kind_ = classify_block(visibility_, bounds_, m_block_, n_block_);
+    } while (kind_ == BlockKind::kHidden);
+    return n_block_;
   }
 
   // Whether no score of the block that came last is hidden, and the softmax scale is positive.
-  __device__ bool is_plain(int n_block) const {
-    return n_block < plain_end_ && kind_ == BlockKind::kOpen;
-  }
+  __device__ bool is_plain() const { return n_block_ < plain_end_ && kind_ == BlockKind::kOpen; }
 
  private:
   // Of the blocks that hold keys which the last row may see.
@@ -88,7 +85,16 @@ class RowBlocks {
   const int m_block_, plain_end_;
   BlockKind kind_ = BlockKind::kOpen;
   BitWalk walk_;
+  int n_block_ = -1;
 };
+
+// Copies a tile of keys or of values.
+template <typename Traits>
+__device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, int first_key,
+                          int key_head, int batch, Barrier& full) {
+  full.arrive_and_expect(Traits::kTileBytes);
+  copy_rows<Traits::kPanels>(to, map, Traits::kTileN, first_key, key_head, batch, full);
+}
 
 // Takes rows, and copies their keys.
 template <typename Traits>
@@ -100,9 +106,7 @@ __device__ void produce_keys(const AttendKernelParams& params,
   RingPosition<1> rows;
   RingPosition<Traits::kStages> keys;
   for (;;) {
-    int turn = 0;
-    if (leader) turn = atomicAdd(params.next_row, 1);
-    turn = __shfl_sync(~0u, turn, 0);
+    const int turn = take_turn(params.next_row);
     shared.row_empty.wait(rows.parity ^ 1);  // until all others have read the last one
     rows.advance();
     if (turn >= params.num_rows) {
@@ -122,17 +126,15 @@ __device__ void produce_keys(const AttendKernelParams& params,
       shared.row_full.arrive();
     }
     while (n_block >= 0) {
-      const bool plain = blocks.is_plain(n_block);
+      const bool plain = blocks.is_plain();
       const int next = blocks.next();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);
         if (leader) {
           const int first_key = n_block * kBlockSize + t * Traits::kTileN;
           shared.tile[keys.slot] = {first_key, plain, next < 0 && t == 0};
-          Barrier& full = shared.key_full[keys.slot];
-          full.arrive_and_expect(Traits::kTileBytes);
-          copy_rows<Traits::kPanels>(shared.key[keys.slot], params.key, Traits::kTileN, first_key,
-                                     key_head, row.batch, full);
+          copy_tile<Traits>(shared.key[keys.slot], params.key, first_key, key_head, row.batch,
+                            shared.key_full[keys.slot]);
         }
         keys.advance();
       }
@@ -168,11 +170,9 @@ __device__ void produce_values(const AttendKernelParams& params,
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         shared.value_empty[values.slot].wait(values.parity ^ 1);
         if (threadIdx.x % 32 == 0) {
-          Barrier& full = shared.value_full[values.slot];
-          full.arrive_and_expect(Traits::kTileBytes);
-          copy_rows<Traits::kPanels>(shared.value[values.slot], params.value, Traits::kTileN,
-                                     n_block * kBlockSize + t * Traits::kTileN, key_head, row.batch,
-                                     full);
+          copy_tile<Traits>(shared.value[values.slot], params.value,
+                            n_block * kBlockSize + t * Traits::kTileN, key_head, row.batch,
+                            shared.value_full[values.slot]);
         }
         values.advance();
       }

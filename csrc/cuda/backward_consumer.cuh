@@ -10,9 +10,9 @@
 // subtracted afterwards, fences before the products that do not need them, and both modes in one
 // kernel 499 to 517. Of forerunners: with dQ of the same step, so that each group waits for the
 // other, 511; dQ added from registers, past shared memory, 485 (517), with lse and delta in the
-// order of the accumulators 478, and with the softmax of the next step
-// beside its second product 471; dK before dQ 526 (553 the other way); the blocks of 2 or 8 key
-// heads side by side 515 or 436 (526), and query blocks in another order for each key block 527.
+// order of the accumulators 478, and with the softmax of the next step beside its second product
+// 471; dK before dQ 526 (553 the other way); the blocks of 2 or 8 key heads side by side 515 or 436
+// (526), and query blocks in another order for each key block 527.
 #pragma once
 
 #include "backward_producer.cuh"

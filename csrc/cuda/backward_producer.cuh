@@ -24,9 +24,7 @@ __device__ void produce_steps(const BackwardKernelParams& params,
   RingPosition<Traits::kSumsStages> sums;
 
   for (;;) {
-    int turn = 0;
-    if (leader) turn = atomicAdd(workspace.next_item, 1);
-    turn = __shfl_sync(~0u, turn, 0);
+    const int turn = take_turn(workspace.next_item);
     shared.item_empty.wait(items.parity ^ 1);  // until the consumers are done with the last one
     items.advance();
     if (turn >= params.num_items) {

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int first_column = static_cast<int>(threadIdx.x) / kWarpGroup * (Traits::kHeadDim / 2);
   const int row_in_tile =
       static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
-  if (backward.deterministic) {
+  if constexpr (Traits::kDeterministic) {
     const int64_t key_head = batch * backward.heads.num_heads_k +
                              head / (visibility.num_heads / backward.heads.num_heads_k);
 #pragma unroll
