@@ -17,7 +17,8 @@
 namespace rrattn::cuda {
 
 constexpr int kPrepareThreads = 256;
-constexpr int kRowLanes = 16;   // of a row: 8 columns each
+constexpr int kRowLanes = 16;  // of a row: 8 columns each
+constexpr int kPrepareRows = kPrepareThreads / kRowLanes;
 constexpr int kKeyChunks = 64;  // thread blocks that share the keys of a head
 
 // The power of 2 that brings what is at most `bound` to at most `target`, itself a power of 2. NaN
@@ -43,15 +44,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int64_t batch = key_head / backward.heads.num_heads_k;
   const int column = static_cast<int>(threadIdx.x) % kRowLanes * 8;
   const int row = static_cast<int>(threadIdx.x) / kRowLanes;
-  constexpr int kRows = kPrepareThreads / kRowLanes;
   const auto eight = [&](const Rows& rows, int64_t key) {
     return load_eight(static_cast<const Element*>(rows.data) + batch * rows.batch_stride +
                           head * rows.head_stride + key * rows.row_stride,
                       column, head_dim, aligned);
   };
   uint32_t largest[8] = {}, largest_norm = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < visibility.seqlen_k;
-       first += static_cast<int64_t>(gridDim.x) * kRows) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows; first < visibility.seqlen_k;
+       first += static_cast<int64_t>(gridDim.x) * kPrepareRows) {
     const bool inside = first + row < visibility.seqlen_k;
     const uint4 none = make_uint4(0, 0, 0, 0);
     const uint4 keys = inside ? eight(backward.key, first + row) : none;
@@ -76,19 +76,19 @@ __global__ void __launch_bounds__(kPrepareThreads)
 }
 
 // What S and dP start from, for every row, rows past the end included, and in deterministic mode
-// the scales.
+// the scales. The heads of a token, side by side in memory, are read at about the same time.
 template <typename Element>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardKernelParams params, bool aligned) {
   const BackwardParams& backward = params.backward;
   const BackwardWorkspace& workspace = params.workspace;
   const Visibility& visibility = backward.visibility;
-  const int64_t padded = visibility.num_m_blocks() * kBlockSize;
-  const int64_t row =
-      (static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x) / kRowLanes;
-  if (row >= visibility.batch * visibility.num_heads * padded) return;
-  const int64_t token = row % padded, head = row / padded % visibility.num_heads;
-  const int64_t batch = row / padded / visibility.num_heads;
+  const auto num_heads = static_cast<unsigned>(visibility.num_heads);
+  const auto padded = static_cast<unsigned>(visibility.num_m_blocks()) * kBlockSize;
+  const unsigned head = blockIdx.x % num_heads, tile = blockIdx.x / num_heads;
+  const int64_t batch = tile / (padded / kPrepareRows);
+  const unsigned token = tile % (padded / kPrepareRows) * kPrepareRows + threadIdx.x / kRowLanes;
+  const int64_t row = (batch * num_heads + head) * padded + token;
   const int column = static_cast<int>(threadIdx.x) % kRowLanes * 8;
   float delta = 0, norm = 0;
   if (token < visibility.seqlen_q) {
@@ -108,18 +108,16 @@ __global__ void __launch_bounds__(kPrepareThreads)
     delta += __shfl_xor_sync(~0u, delta, lanes);
     norm += __shfl_xor_sync(~0u, norm, lanes);
   }
-  const int64_t key_head = batch * backward.heads.num_heads_k +
-                           head / (visibility.num_heads / backward.heads.num_heads_k);
-  if (backward.deterministic && token < 128 / kRowLanes &&
-      head % (visibility.num_heads / backward.heads.num_heads_k) == 0) {
+  const unsigned group = num_heads / static_cast<unsigned>(backward.heads.num_heads_k);
+  const int64_t key_head = batch * backward.heads.num_heads_k + head / group;
+  if (backward.deterministic && token < 128 / kRowLanes && head % group == 0) {
     const int64_t at = key_head * 128 + token * kRowLanes + column / 8;
     workspace.key_scale[at] = scale_to(__uint_as_float(workspace.key_column[at]), 1, -30);
   }
   if (column != 0) return;
-  const float lse =
-      token < visibility.seqlen_q
-          ? backward.lse[(batch * visibility.num_heads + head) * visibility.seqlen_q + token]
-          : -INFINITY;
+  const float lse = token < visibility.seqlen_q
+                        ? backward.lse[(batch * num_heads + head) * visibility.seqlen_q + token]
+                        : -INFINITY;
   const bool sees_nothing = lse == -INFINITY;
   workspace.score_start[row] =
       (sees_nothing ? -INFINITY : -lse) / usable_scale(backward.softmax_scale);
@@ -286,9 +284,8 @@ void launch_backward(const BackwardParams& backward) {
     RRATTN_CUDA_CHECK(cudaGetLastError());
   }
   if (rows > 0) {
-    prepare_rows_kernel<Element>
-        <<<blocks(rows * kRowLanes, kPrepareThreads), kPrepareThreads, 0, stream>>>(
-            params, aligned_rows(backward.out) && aligned_rows(backward.grad_out));
+    prepare_rows_kernel<Element><<<blocks(rows, kPrepareRows), kPrepareThreads, 0, stream>>>(
+        params, aligned_rows(backward.out) && aligned_rows(backward.grad_out));
     RRATTN_CUDA_CHECK(cudaGetLastError());
   }
   if (params.num_items > 0) {
