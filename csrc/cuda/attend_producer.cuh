@@ -7,6 +7,7 @@
 #include "bit_walk.cuh"
 #include "block_masking.cuh"
 #include "tensor_copy.cuh"
+#include "turns.cuh"
 
 namespace rrattn::cuda {
 
@@ -17,31 +18,20 @@ struct AttendKernelParams {
   const RunBounds* block_bounds;
   int* next_row;
   int num_rows;
-  int section_heads;  // key heads whose rows are worked off together
+  int section_heads;  // whose rows are worked off together
   bool aligned_out;
 };
 
-// Row `index`; what it selects is yet to be seen.
-__device__ inline AttendRow row_at(const Visibility& visibility, int index) {
-  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
-  const int num_heads = static_cast<int>(visibility.num_heads);
-  return {index, index % num_m_blocks, index / num_m_blocks % num_heads,
-          index / num_m_blocks / num_heads, false};
-}
-
-// The order of the work: section by section of key heads, so that their keys and values stay in the
-// L2 cache; in a section, query blocks from the last, under the diagonal the longest, to the first,
-// heads side by side.
-__device__ inline int row_of_turn(const AttendKernelParams& params, int turn) {
-  const Visibility& visibility = params.attend.visibility;
-  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
-  const int num_heads = params.num_rows / num_m_blocks;  // query heads of all batch entries
-  const int group = static_cast<int>(visibility.num_heads / params.attend.heads.num_heads_k);
-  const int section = turn / (params.section_heads * group * num_m_blocks);
-  const int first_head = section * params.section_heads * group;
-  const int heads = min(params.section_heads * group, num_heads - first_head);
-  turn -= first_head * num_m_blocks;
-  return (first_head + turn % heads) * num_m_blocks + num_m_blocks - 1 - turn / heads;
+// The row of a turn; what it selects is yet to be seen. Query blocks come from the last, under the
+// diagonal the longest, to the first.
+__device__ inline AttendRow row_of_turn(const AttendKernelParams& params, int turn) {
+  const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
+  const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
+  const TurnPlace place =
+      place_of_turn(turn, params.num_rows / num_m_blocks, num_m_blocks, params.section_heads);
+  const int m_block = num_m_blocks - 1 - place.block;
+  return {place.head * num_m_blocks + m_block, m_block, place.head % num_heads,
+          place.head / num_heads, false};
 }
 
 // The blocks of a row that its bits select and that it sees, from the last to the first. All lanes
@@ -100,8 +90,8 @@ __device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, 
 template <typename Traits>
 __device__ void produce_keys(const AttendKernelParams& params,
                              typename Traits::SharedStorage& shared) {
-  const Visibility& visibility = params.attend.visibility;
-  const int group = static_cast<int>(visibility.num_heads / params.attend.heads.num_heads_k);
+  const int group =
+      static_cast<int>(params.attend.visibility.num_heads / params.attend.heads.num_heads_k);
   const bool leader = threadIdx.x % 32 == 0;
   RingPosition<1> rows;
   RingPosition<Traits::kStages> keys;
@@ -116,7 +106,7 @@ __device__ void produce_keys(const AttendKernelParams& params,
       }
       return;
     }
-    AttendRow row = row_at(visibility, row_of_turn(params, turn));
+    AttendRow row = row_of_turn(params, turn);
     const int key_head = row.head / group;
     RowBlocks blocks(params, row);
     int n_block = blocks.next();

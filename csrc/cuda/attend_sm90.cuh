@@ -77,9 +77,10 @@ void launch_attend(const AttendParams& attend) {
       static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
   const int64_t head_bytes =
       2 * visibility.seqlen_k * attend.heads.head_dim * size_of(attend.heads.dtype);
+  const int64_t key_heads = visibility.batch * attend.heads.num_heads_k;
   params.section_heads =
-      static_cast<int>(std::clamp<int64_t>(kSectionBytes / std::max<int64_t>(1, head_bytes), 1,
-                                           visibility.batch * attend.heads.num_heads_k));
+      heads_in_section(kSectionBytes, head_bytes, key_heads) *
+      static_cast<int>(visibility.num_heads / std::max<int64_t>(1, attend.heads.num_heads_k));
   params.aligned_out = aligned_rows(attend.out);
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);

@@ -9,6 +9,7 @@
 #include "barrier.cuh"
 #include "run_bounds.cuh"
 #include "tensor_map.h"
+#include "turns.cuh"
 
 namespace rrattn::cuda {
 
@@ -91,7 +92,7 @@ struct BackwardTraits {
     Barrier grad_scores_full[kGradScoreStages];
     Barrier sums_full, sums_empty;  // between the consumers and the writer
     struct Item {
-      int index;  // of [B, Hkv, Mk]; < 0: there is none left
+      int turn;  // < 0: there is none left
       bool nothing_selected;
     } item;
     struct Step {
@@ -165,18 +166,22 @@ struct BackwardKernelParams {
   CUtensorMap query, key, value, grad_out;
   BackwardWorkspace workspace;
   int num_items;
+  int section_heads;  // key heads whose key blocks are worked off together
   bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
 };
 
+// Key blocks come from the first, under the diagonal the longest, to the last.
 struct BackwardPlace {
   int n_block, key_head, batch;
 
-  __device__ BackwardPlace(const BackwardKernelParams& params, int index) {
+  __device__ BackwardPlace(const BackwardKernelParams& params, int turn) {
     const int num_n_blocks = static_cast<int>(params.backward.visibility.num_n_blocks());
     const int num_heads_k = static_cast<int>(params.backward.heads.num_heads_k);
-    n_block = index % num_n_blocks;
-    key_head = index / num_n_blocks % num_heads_k;
-    batch = index / num_n_blocks / num_heads_k;
+    const TurnPlace place =
+        place_of_turn(turn, params.num_items / num_n_blocks, num_n_blocks, params.section_heads);
+    n_block = place.block;
+    key_head = place.head % num_heads_k;
+    batch = place.head / num_heads_k;
   }
 };
 

@@ -29,7 +29,7 @@ __device__ void produce_steps(const BackwardKernelParams& params,
     items.advance();
     if (turn >= params.num_items) {
       if (leader) {
-        shared.item.index = -1;
+        shared.item.turn = -1;
         shared.sums_tile[sums.slot] = -1;
         shared.item_full.arrive();
       }

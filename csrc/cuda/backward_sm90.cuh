@@ -240,6 +240,11 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
 }
 
+// Queries, dO and sums of dQ of a section. Against one key head after the other, the gradients are
+// 6% to 10% faster at 8,192 tokens, and 35% at 4,096, since the thread blocks are done at about the
+// same time (H200, 32 heads over 8, D 128, causal); with 128 MB they are 3% slower at 16,384.
+constexpr int64_t kBackwardSectionBytes = 64 << 20;
+
 template <typename Traits>
 void launch_backward(const BackwardParams& backward) {
   using Element = typename Traits::Element;
@@ -250,6 +255,7 @@ void launch_backward(const BackwardParams& backward) {
   const BackwardWorkspace workspace(arena, backward);
   compute_run_bounds(visibility, kBlockSize, workspace.block_bounds, stream);
   const int64_t num_heads = visibility.batch * visibility.num_heads;
+  const int64_t key_heads = visibility.batch * backward.heads.num_heads_k;
   const int64_t rows = num_heads * visibility.num_m_blocks() * kBlockSize;
   RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.next_item, 0, sizeof(int), stream));
   RRATTN_CUDA_CHECK(
@@ -257,6 +263,8 @@ void launch_backward(const BackwardParams& backward) {
 
   const TensorShape query_shape = query_shape_of(visibility, backward.heads);
   const TensorShape key_shape = key_shape_of(visibility, backward.heads);
+  const int64_t row_bytes = Traits::kHeadDim * (2 * sizeof(Element) + sizeof(float));
+  const int64_t head_bytes = rows / std::max<int64_t>(1, key_heads) * row_bytes;
   const BackwardKernelParams params{
       backward,
       map_rows(backward.query, query_shape, workspace.query, kQueryTile, stream),
@@ -264,7 +272,8 @@ void launch_backward(const BackwardParams& backward) {
       map_rows(backward.value, key_shape, workspace.value, kBlockSize, stream),
       map_rows(backward.grad_out, query_shape, workspace.grad_out, kQueryTile, stream),
       workspace,
-      static_cast<int>(visibility.batch * backward.heads.num_heads_k * visibility.num_n_blocks()),
+      static_cast<int>(key_heads * visibility.num_n_blocks()),
+      heads_in_section(kBackwardSectionBytes, head_bytes, key_heads),
       aligned_rows(backward.grad_key),
       aligned_rows(backward.grad_value),
       aligned_rows(backward.grad_query)};
@@ -272,7 +281,6 @@ void launch_backward(const BackwardParams& backward) {
   const auto blocks = [](int64_t threads, int block) {
     return static_cast<unsigned>(ceil_div(threads, block));
   };
-  const int64_t key_heads = visibility.batch * backward.heads.num_heads_k;
   if (backward.deterministic && key_heads > 0) {
     RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.key_column, 0,
                                       key_heads * Traits::kHeadDim * sizeof(uint32_t), stream));

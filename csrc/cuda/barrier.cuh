@@ -1,4 +1,4 @@
-// How warp groups work together: barriers in shared memory (mbarrier), rings of them, and turns.
+// How warp groups work together: barriers in shared memory (mbarrier), and rings of them.
 //
 // Unlike CUTLASS's these also keep the compiler from moving ordinary loads and stores across: an
 // arrive releases all that its thread wrote before, a wait acquires it.
@@ -70,12 +70,5 @@ struct RingPosition {
     }
   }
 };
-
-// The next turn of those that all thread blocks share out. All lanes of a warp call it together.
-__device__ inline int take_turn(int* next_turn) {
-  int turn = 0;
-  if (threadIdx.x % 32 == 0) turn = atomicAdd(next_turn, 1);
-  return __shfl_sync(~0u, turn, 0);
-}
 
 }  // namespace rrattn::cuda

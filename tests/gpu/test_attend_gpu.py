@@ -115,6 +115,7 @@ def check(query, key, value, mask, causal=True):
         (4096, 4096, 8, 8, 128),
         (8192, 8192, 4, 2, 128),
         (1000, 8000, 4, 1, 256),
+        (512, 32768, 6, 3, 128),  # two key heads in the first section of the work, one in the last
     ),
     ids=str,
 )

@@ -62,7 +62,15 @@ def torch_out(query, key, value, mask, causal):
 @pytest.mark.parametrize("deterministic", (False, True))
 @pytest.mark.parametrize("density", (0.1, 0.5, 1.0))
 @pytest.mark.parametrize(
-    "sizes", ((2048, 2048, 8, 2, 64), (2000, 4333, 8, 1, 64), (4096, 4096, 4, 4, 128), (4096, 4096, 4, 1, 128)), ids=str
+    "sizes",
+    (
+        (2048, 2048, 8, 2, 64),
+        (2000, 4333, 8, 1, 64),
+        (4096, 4096, 4, 4, 128),
+        (4096, 4096, 4, 1, 128),
+        (8192, 8192, 12, 3, 128),  # two key heads in the first section of the work, one in the last
+    ),
+    ids=str,
 )
 def test_long_sequences(dtype, sizes, density, deterministic):
     inputs = random_inputs(*sizes, dtype=getattr(torch, dtype))

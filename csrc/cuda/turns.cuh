@@ -1,0 +1,39 @@
+// How the thread blocks of a persistent kernel share out its work: turn by turn.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace rrattn::cuda {
+
+// The next turn. All lanes of a warp call it together.
+__device__ inline int take_turn(int* next_turn) {
+  int turn = 0;
+  if (threadIdx.x % 32 == 0) turn = atomicAdd(next_turn, 1);
+  return __shfl_sync(~0u, turn, 0);
+}
+
+struct TurnPlace {
+  int head;   // of all batch entries
+  int block;  // of the head, in the order of the work
+};
+
+// The order of the work: section by section of heads, so that what they read stays in the L2 cache;
+// in a section, block by block, heads side by side, so that where blocks get shorter, the longest
+// come first.
+__device__ inline TurnPlace place_of_turn(int turn, int num_heads, int num_blocks,
+                                          int section_heads) {
+  const int section = turn / (section_heads * num_blocks);
+  const int first_head = section * section_heads;
+  const int heads = min(section_heads, num_heads - first_head);
+  turn -= first_head * num_blocks;
+  return {first_head + turn % heads, turn / heads};
+}
+
+// As many as have at most `section_bytes`, but 1 at least.
+inline int heads_in_section(int64_t section_bytes, int64_t head_bytes, int64_t num_heads) {
+  return static_cast<int>(std::clamp<int64_t>(section_bytes / std::max<int64_t>(1, head_bytes), 1,
+                                              std::max<int64_t>(1, num_heads)));
+}
+
+}  // namespace rrattn::cuda
