@@ -3,8 +3,8 @@
 //   query, grad_out [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
 //     ->  grad_query [B, Lq, Hq, D], grad_key, grad_value [B, Lk, Hkv, D]
 //
-// Three steps. prepare: what S and dP start from, -lse / scale and -delta = -rowsum(dO * O), the
-// units of the sums of dQ if deterministic, and the block mask transposed. backward_kernel,
+// Three steps. prepare: what S and dP start from, -lse / scale and -delta = -rowsum(dO * O), sums
+// of dQ that are 0, their units if deterministic, and the block mask transposed. backward_kernel,
 // persistent: a thread block takes a key block of a key head, walks the query blocks of the group's
 // heads that selected it, keeps dK and dV in registers, and adds its share of dQ to sums in the
 // workspace. finish: these sums, scaled, as grad_query.
@@ -75,8 +75,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
   atomicMax(params.workspace.value_norm + key_head, largest_norm);
 }
 
-// What S and dP start from, for every row, rows past the end included, and in deterministic mode
-// the scales. The heads of a token, side by side in memory, are read at about the same time.
+// What S, dP and the sums of dQ start from, for every row, rows past the end included, and in
+// deterministic mode the scales. The heads of a token, side by side in memory, are read at about
+// the same time.
 template <typename Element>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardKernelParams params, bool aligned) {
@@ -89,7 +90,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int64_t batch = tile / (padded / kPrepareRows);
   const unsigned token = tile % (padded / kPrepareRows) * kPrepareRows + threadIdx.x / kRowLanes;
   const int64_t row = (batch * num_heads + head) * padded + token;
-  const int column = static_cast<int>(threadIdx.x) % kRowLanes * 8;
+  const int lane = static_cast<int>(threadIdx.x) % kRowLanes, column = lane * 8;
+  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * 128) + lane;
+  sums[0] = sums[kRowLanes] = make_uint4(0, 0, 0, 0);
   float delta = 0, norm = 0;
   if (token < visibility.seqlen_q) {
     const auto eight = [&](const Rows& rows) {
@@ -111,10 +114,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const unsigned group = num_heads / static_cast<unsigned>(backward.heads.num_heads_k);
   const int64_t key_head = batch * backward.heads.num_heads_k + head / group;
   if (backward.deterministic && token < 128 / kRowLanes && head % group == 0) {
-    const int64_t at = key_head * 128 + token * kRowLanes + column / 8;
+    const int64_t at = key_head * 128 + token * kRowLanes + lane;
     workspace.key_scale[at] = scale_to(__uint_as_float(workspace.key_column[at]), 1, -30);
   }
-  if (column != 0) return;
+  if (lane != 0) return;
   const float lse = token < visibility.seqlen_q
                         ? backward.lse[(batch * num_heads + head) * visibility.seqlen_q + token]
                         : -INFINITY;
@@ -258,8 +261,6 @@ void launch_backward(const BackwardParams& backward) {
   const int64_t key_heads = visibility.batch * backward.heads.num_heads_k;
   const int64_t rows = num_heads * visibility.num_m_blocks() * kBlockSize;
   RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.next_item, 0, sizeof(int), stream));
-  RRATTN_CUDA_CHECK(
-      cudaMemsetAsync(workspace.grad_query, 0, rows * Traits::kHeadDim * sizeof(float), stream));
 
   const TensorShape query_shape = query_shape_of(visibility, backward.heads);
   const TensorShape key_shape = key_shape_of(visibility, backward.heads);
