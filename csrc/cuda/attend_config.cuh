@@ -36,7 +36,7 @@ struct AttendTile {
 // Of this one's speed on an H200 (32 heads over 8, D 128, causal, 32,768 and 131,072 tokens): tiles
 // of 64 keys, 6 stages, 0.91 and 0.92 (50% of the blocks); two query blocks in place of a stage of
 // values 0.92 to 0.96; clusters of two heads that bring half of every tile to both (multicast),
-// which takes heads that select the same blocks, 0.62 and 0.63 (all blocks).
+// which needs heads that select the same blocks, 0.62 and 0.63 (all blocks).
 template <typename Element_, int kHeadDim_>
 struct AttendTraits {
   using Element = Element_;
