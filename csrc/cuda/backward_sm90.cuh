@@ -49,6 +49,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
                           head * rows.head_stride + key * rows.row_stride,
                       column, head_dim, aligned);
   };
+  __shared__ uint32_t block_largest[128], block_largest_norm;
+  if (threadIdx.x < 128) block_largest[threadIdx.x] = 0;
+  if (threadIdx.x == 128) block_largest_norm = 0;
+  __syncthreads();
   uint32_t largest[8] = {}, largest_norm = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows; first < visibility.seqlen_k;
        first += static_cast<int64_t>(gridDim.x) * kPrepareRows) {
@@ -69,10 +73,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
     largest_norm = max(largest_norm, __float_as_uint(fabsf(norm)));
   }
-  for (int e = 0; e < 8; ++e) {
-    atomicMax(params.workspace.key_column + key_head * 128 + column + e, largest[e]);
+  for (int e = 0; e < 8; ++e) atomicMax(block_largest + column + e, largest[e]);
+  atomicMax(&block_largest_norm, largest_norm);
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    atomicMax(params.workspace.key_column + key_head * 128 + threadIdx.x,
+              block_largest[threadIdx.x]);
   }
-  atomicMax(params.workspace.value_norm + key_head, largest_norm);
+  if (threadIdx.x == 128) atomicMax(params.workspace.value_norm + key_head, block_largest_norm);
 }
 
 // What S, dP and the sums of dQ start from, for every row, rows past the end included, and in
