@@ -138,3 +138,11 @@ def test_the_readme_tells_what_was_recorded():
     assert floor["dense"]["loss"] == results["dense"]["loss"]  # nothing but the threshold was another
     assert f"`--threshold {floor['threshold']:.4f}`" in readme
     assert f"it came to {np.mean(floor['rrattn']['loss'][-20:]):.3f}, below dense" in readme
+    folder = ROOT / "tools/bench/results"
+    defaults = [json.loads((folder / f"training_curves_default_{seed}.json").read_text()) for seed in range(3)]
+    assert all(run["keep_last"] and run["keep_local"] == 1 and run["seed"] == i for i, run in enumerate(defaults))
+    first, second, third = (
+        np.mean(run["rrattn"]["loss"][-20:]) / np.mean(run["dense"]["loss"][-20:]) - 1 for run in defaults
+    )
+    assert f"differed from dense by {first:+.1%}, {second:+.1%} and {third:+.1%}, the first" in readme
+    assert f"came to {dense:.3f} on one CPU and {np.mean(defaults[0]['dense']['loss'][-20:]):.3f} on another" in readme
