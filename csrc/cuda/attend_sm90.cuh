@@ -78,9 +78,8 @@ void launch_attend(const AttendParams& attend) {
   const int64_t head_bytes =
       2 * visibility.seqlen_k * attend.heads.head_dim * size_of(attend.heads.dtype);
   const int64_t key_heads = visibility.batch * attend.heads.num_heads_k;
-  params.section_heads =
-      heads_in_section(kSectionBytes, head_bytes, key_heads) *
-      static_cast<int>(visibility.num_heads / std::max<int64_t>(1, attend.heads.num_heads_k));
+  params.section_heads = heads_in_section(kSectionBytes, head_bytes, key_heads) *
+                         static_cast<int>(visibility.num_heads / attend.heads.num_heads_k);
   params.aligned_out = aligned_rows(attend.out);
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);

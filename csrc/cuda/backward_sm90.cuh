@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int64_t row = (batch * num_heads + head) * padded + token;
   const int lane = static_cast<int>(threadIdx.x) % kRowLanes, column = lane * 8;
   auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * 128) + lane;
-  sums[0] = sums[kRowLanes] = make_uint4(0, 0, 0, 0);
+  sums[0] = sums[kRowLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's 128
   float delta = 0, norm = 0;
   if (token < visibility.seqlen_q) {
     const auto eight = [&](const Rows& rows) {
