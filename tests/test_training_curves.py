@@ -126,23 +126,26 @@ def test_a_text_that_is_too_short_is_named(tool, monkeypatch, tmp_path):
 
 
 def test_the_readme_tells_what_was_recorded():
-    results = json.loads((ROOT / "tools/bench/results/training_curves.json").read_text())
-    dense, sparse = (np.mean(results[name]["loss"][-20:]) for name in ("dense", "rrattn"))
+    def recorded(name):
+        return json.loads((ROOT / "tools/bench/results" / name).read_text())
+
+    def final(results, name):
+        return np.mean(results[name]["loss"][-20:])
+
+    results = recorded("training_curves.json")
+    dense, sparse = final(results, "dense"), final(results, "rrattn")
     density = results["rrattn"]["density"]
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"{results['steps']} steps of {results['tokens']:,} bytes" in readme
     assert f"threshold {results['threshold']:g}" in readme
     assert f"{sparse:.3f} nats per byte with RRAttention, {dense:.3f} dense ({sparse / dense - 1:+.2%})" in readme
     assert f"{np.mean(density):.0%} of the blocks on average, {np.mean(density[-20:]):.0%} in the end" in readme
-    floor = json.loads((ROOT / "tools/bench/results/training_curves_floor.json").read_text())
+    floor = recorded("training_curves_floor.json")
     assert floor["dense"]["loss"] == results["dense"]["loss"]  # nothing but the threshold was another
     assert f"`--threshold {floor['threshold']:.4f}`" in readme
-    assert f"it came to {np.mean(floor['rrattn']['loss'][-20:]):.3f}, below dense" in readme
-    folder = ROOT / "tools/bench/results"
-    defaults = [json.loads((folder / f"training_curves_default_{seed}.json").read_text()) for seed in range(3)]
+    assert f"it came to {final(floor, 'rrattn'):.3f}, below dense" in readme
+    defaults = [recorded(f"training_curves_default_{seed}.json") for seed in range(3)]
     assert all(run["keep_last"] and run["keep_local"] == 1 and run["seed"] == i for i, run in enumerate(defaults))
-    first, second, third = (
-        np.mean(run["rrattn"]["loss"][-20:]) / np.mean(run["dense"]["loss"][-20:]) - 1 for run in defaults
-    )
+    first, second, third = (final(run, "rrattn") / final(run, "dense") - 1 for run in defaults)
     assert f"differed from dense by {first:+.1%}, {second:+.1%} and {third:+.1%}, the first" in readme
-    assert f"came to {dense:.3f} on one CPU and {np.mean(defaults[0]['dense']['loss'][-20:]):.3f} on another" in readme
+    assert f"came to {dense:.3f} on one CPU and {final(defaults[0], 'dense'):.3f} on another" in readme
