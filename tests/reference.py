@@ -135,6 +135,11 @@ def estimate(query, key, startend=None, *, causal, stride=8, head_offset=0, soft
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     intervals = masked_intervals(startend, causal, num_heads)
     query, key = cast(query, dtype), cast(key, dtype)
+    visible = token_mask(
+        startend, causal=causal, batch=batch, num_heads=num_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    )
+    seen = visible.any(axis=2).reshape(batch, num_heads_k, group, seqlen_k).any(axis=2)  # [B, Hkv, Lk]
+    key = np.where(np.isfinite(key) | np.moveaxis(seen, 1, 2)[..., None], key, 0)
     block_scores = cast(np.zeros((batch, num_heads, num_blocks(seqlen_q), num_blocks(seqlen_k))), dtype)
     if seqlen_k == 0:
         return block_scores

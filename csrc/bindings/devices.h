@@ -67,6 +67,14 @@ inline constexpr Stage<BackwardParams> kBackward = {
 #endif
 };
 
+inline constexpr Stage<DenseMaskParams> kDenseMask = {
+    "dense masks",
+    {cpu::dense_mask_workspace_bytes, cpu::run_dense_mask},
+#if defined(RRATTN_WITH_CUDA)
+    {cuda::dense_mask_workspace_bytes, cuda::run_dense_mask},
+#endif
+};
+
 #if defined(RRATTN_WITH_CUDA)
 using cuda::DeviceGuard;
 #else

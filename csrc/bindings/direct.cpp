@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "../core/overlap.h"
 #include "../cpu/cpu_quota.h"
 #include "devices.h"
 #include "dlpack.h"
@@ -20,6 +21,7 @@ ElementType element_type(const std::string& name) {
   if (name == "float16") return ElementType::kFloat16;
   if (name == "bfloat16") return ElementType::kBFloat16;
   if (name == "int32") return ElementType::kInt32;
+  if (name == "bool") return ElementType::kBool;
   return ElementType::kOther;
 }
 
@@ -35,6 +37,10 @@ std::string type_name(const DLDataType& type) {
       return "float" + bits;
     case 4:
       return "bfloat" + bits;
+    case 5:
+      return "complex" + bits;
+    case 6:
+      return "bool";
     default:
       return "DLPack type " + std::to_string(type.code);
   }
@@ -46,44 +52,107 @@ std::string device_name(const DLDevice& device) {
   return "DLPack device " + std::to_string(device.device_type);
 }
 
-// An Array over a Python object's memory, which the capsule keeps alive.
+// An Array over a Python object's memory, which `keeper` keeps alive.
 struct Borrowed {
-  py::capsule capsule;
+  py::object keeper;
   Array array;
-  int64_t bytes;
+  int64_t bytes = 0;
 };
+
+enum class Access { kRead, kWrite };
+
+// Sizes are there, and strides in elements or none: contiguous.
+void finish(Borrowed& borrowed, const int64_t* strides) {
+  Array& array = borrowed.array;
+  array.strides.resize(array.shape.size());
+  int64_t contiguous = 1;  // and, at the end, the number of elements
+  for (size_t i = array.shape.size(); i-- > 0; contiguous *= array.shape[i]) {
+    array.strides[i] = strides ? strides[i] : contiguous;
+  }
+  borrowed.bytes = contiguous * array.element_bytes;
+}
+
+// Of an array in host memory by NumPy's own protocol, which unlike its DLPack has read-only ones.
+Borrowed borrow_by_interface(const py::object& object, const char* name, Access access) {
+  const py::dict interface = object.attr("__array_interface__");
+  const auto [data, read_only] = interface["data"].cast<std::pair<uintptr_t, bool>>();
+  if (read_only && access == Access::kWrite) {
+    throw std::invalid_argument(std::string(name) + " is read-only, but is to be written");
+  }
+  Borrowed borrowed{object, {}};
+  Array& array = borrowed.array;
+  array.data = reinterpret_cast<void*>(data);
+  const auto type = interface["typestr"].cast<std::string>();  // such as "<f4"
+  array.element_bytes = std::stoll(type.substr(2));
+  const std::string bits = std::to_string(8 * array.element_bytes);
+  array.type_name = type[0] == '>'   ? type
+                    : type[1] == 'f' ? "float" + bits
+                    : type[1] == 'i' ? "int" + bits
+                    : type[1] == 'u' ? "uint" + bits
+                    : type[1] == 'b' ? "bool"
+                                     : type;
+  array.device = "cpu";
+  array.shape = interface["shape"].cast<std::vector<int64_t>>();
+  std::vector<int64_t> strides;
+  if (interface.contains("strides") && !interface["strides"].is_none()) {
+    strides = interface["strides"].cast<std::vector<int64_t>>();  // in bytes
+    for (int64_t& stride : strides) {
+      if (stride % array.element_bytes != 0) {
+        throw std::invalid_argument(std::string(name) + " has a stride of " +
+                                    std::to_string(stride) + " bytes, but must have multiples of " +
+                                    std::to_string(array.element_bytes));
+      }
+      stride /= array.element_bytes;
+    }
+  }
+  finish(borrowed, strides.empty() ? nullptr : strides.data());
+  return borrowed;
+}
+
+Borrowed borrow_by_dlpack(const py::object& object, bool on_cpu) {
+  using py::literals::operator""_a;
+  // On a GPU, -1 asks the exporter not to wait for any stream: the caller's stream is in the
+  // caller's hands.
+  py::capsule capsule =
+      on_cpu ? object.attr("__dlpack__")() : object.attr("__dlpack__")("stream"_a = -1);
+  const auto* managed = static_cast<const DLManagedTensor*>(capsule.get_pointer());
+  const DLTensor& tensor = managed->dl_tensor;
+  Borrowed borrowed{capsule, {}};
+  Array& array = borrowed.array;
+  array.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  array.element_bytes = tensor.dtype.bits * tensor.dtype.lanes / 8;
+  array.type_name = type_name(tensor.dtype);
+  array.device = device_name(tensor.device);
+  if (tensor.device.device_type == 2) array.gpu = tensor.device.device_id;
+  array.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
+  finish(borrowed, tensor.strides);
+  return borrowed;
+}
 
 // `halves` is what 16-bit integers stand for, where the array library has no such type; empty:
 // nothing.
-Borrowed borrow(const py::object& object, const char* name, const std::string& halves) {
+Borrowed borrow(const py::object& object, const char* name, Access access,
+                const std::string& halves) {
   if (!py::hasattr(object, "__dlpack__")) {
     throw py::type_error(std::string(name) + " is a " +
                          py::str(py::type::of(object)).cast<std::string>() +
                          ", but must be an array with __dlpack__");
   }
-  // On a GPU, -1 asks the exporter not to wait for any stream: the caller's stream is in the
-  // caller's hands.
-  const bool on_cpu = object.attr("__dlpack_device__")().cast<std::pair<int, int>>().first == 1;
-  using py::literals::operator""_a;
-  Borrowed borrowed{
-      on_cpu ? object.attr("__dlpack__")() : object.attr("__dlpack__")("stream"_a = -1), {}, 0};
-  const auto* managed = static_cast<const DLManagedTensor*>(borrowed.capsule.get_pointer());
-  const DLTensor& tensor = managed->dl_tensor;
+  Borrowed borrowed;
+  try {
+    // Paddle gives the type of its device as an enumeration that is no int.
+    const py::int_ device_type(py::tuple(object.attr("__dlpack_device__")())[0]);
+    const bool on_cpu = device_type.cast<int>() == 1;
+    borrowed = on_cpu && py::hasattr(object, "__array_interface__")
+                   ? borrow_by_interface(object, name, access)
+                   : borrow_by_dlpack(object, on_cpu);
+  } catch (const py::error_already_set& error) {
+    throw std::invalid_argument(std::string(name) + " cannot be had in place: " + error.what());
+  }
   Array& array = borrowed.array;
   array.name = name;
-  array.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  array.type_name = type_name(tensor.dtype);
   if (!halves.empty() && array.type_name == "uint16") array.type_name = halves;
   array.type = element_type(array.type_name);
-  array.device = device_name(tensor.device);
-  if (tensor.device.device_type == 2) array.gpu = tensor.device.device_id;
-  array.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
-  array.strides.resize(tensor.ndim);
-  int64_t contiguous = 1;  // and, at the end, the number of elements
-  for (int i = tensor.ndim; i-- > 0; contiguous *= tensor.shape[i]) {
-    array.strides[i] = tensor.strides ? tensor.strides[i] : contiguous;
-  }
-  borrowed.bytes = contiguous * tensor.dtype.bits / 8;
   return borrowed;
 }
 
@@ -96,25 +165,46 @@ class Arrays {
                                   ", but must be float32, float16 or bfloat16");
     }
   }
-  const Array& operator()(const py::object& object, const char* name) {
-    borrowed_.push_back(std::make_unique<Borrowed>(borrow(object, name, dtype_)));
+  const Array& read(const py::object& object, const char* name) {
+    return add(object, name, Access::kRead);
+  }
+  const Array& write(const py::object& object, const char* name) {
+    return add(object, name, Access::kWrite);
+  }
+  // Those that hold elements of the call's dtype.
+  const Array& read_values(const py::object& object, const char* name) {
+    return check_dtype(read(object, name));
+  }
+  const Array& write_values(const py::object& object, const char* name) {
+    return check_dtype(write(object, name));
+  }
+  OptionalArray read_optional(const py::object& object, const char* name) {
+    if (object.is_none()) return std::nullopt;
+    return read(object, name);
+  }
+  // Throws where the workspace, which is written, has memory of any of them.
+  void require_apart(const Array& workspace) const {
+    for (const auto& borrowed : borrowed_) {
+      if (share_memory(workspace, borrowed->array)) {
+        throw std::invalid_argument("workspace shares memory with " + borrowed->array.name +
+                                    ", but must have its own");
+      }
+    }
+  }
+
+ private:
+  const Array& add(const py::object& object, const char* name, Access access) {
+    borrowed_.push_back(std::make_unique<Borrowed>(borrow(object, name, access, dtype_)));
     return borrowed_.back()->array;
   }
-  // One that holds elements of the call's dtype.
-  const Array& values(const py::object& object, const char* name) {
-    const Array& array = (*this)(object, name);
+  const Array& check_dtype(const Array& array) const {
     if (!dtype_.empty() && array.type_name != dtype_) {
       throw std::invalid_argument(array.name + " has dtype " + array.type_name + ", but dtype is " +
                                   dtype_);
     }
     return array;
   }
-  OptionalArray optional(const py::object& object, const char* name) {
-    if (object.is_none()) return std::nullopt;
-    return (*this)(object, name);
-  }
 
- private:
   std::string dtype_;
   std::vector<std::unique_ptr<Borrowed>> borrowed_;
 };
@@ -132,7 +222,8 @@ struct Options {
 
 // Runs the stage on the arrays' device, or with size_only tells what workspace it needs.
 template <typename Params>
-int64_t run(const Stage<Params>& stage, Params params, const Array& first, const Options& options) {
+int64_t run(const Stage<Params>& stage, Params params, const Arrays& arrays, const Array& first,
+            const Options& options) {
   const Kernel<Params>& kernel = stage.kernel_for(first);
   params.execution.num_threads = options.num_threads.value_or(cpu::default_num_threads());
   params.execution.stream = reinterpret_cast<void*>(options.stream);
@@ -147,7 +238,8 @@ int64_t run(const Stage<Params>& stage, Params params, const Array& first, const
   std::unique_ptr<char[]> own;
   std::optional<Borrowed> given;
   if (!options.workspace.is_none()) {
-    given = borrow(options.workspace, "workspace", "");
+    given = borrow(options.workspace, "workspace", Access::kWrite, "");
+    arrays.require_apart(given->array);
     if (given->array.device != first.device) {
       throw std::invalid_argument("workspace is on " + given->array.device + ", but must be on " +
                                   first.device);
@@ -170,13 +262,13 @@ int64_t estimate_block_scores(const py::object& query, const py::object& key,
                               int64_t head_offset, Scale softmax_scale, const Name& dtype,
                               const Options& options) {
   Arrays arrays(dtype);
-  const Array& first = arrays.values(query, "query");
+  const Array& first = arrays.read_values(query, "query");
   return run(kEstimate,
-             estimate_params(first, arrays.values(key, "key"),
-                             arrays.optional(startend_row_indices, "startend_row_indices"),
-                             arrays(block_scores, "block_scores"), causal, stride, head_offset,
-                             softmax_scale),
-             first, options);
+             estimate_params(first, arrays.read_values(key, "key"),
+                             arrays.read_optional(startend_row_indices, "startend_row_indices"),
+                             arrays.write(block_scores, "block_scores"), causal, stride,
+                             head_offset, softmax_scale),
+             arrays, first, options);
 }
 
 int64_t select_blocks(const py::object& block_scores, const py::object& block_mask,
@@ -185,13 +277,14 @@ int64_t select_blocks(const py::object& block_scores, const py::object& block_ma
                       int64_t seqlen_k, bool keep_sink, bool keep_last, int64_t keep_local,
                       const Options& options) {
   Arrays arrays(std::nullopt);
-  const Array& first = arrays(block_scores, "block_scores");
-  return run(kSelect,
-             select_params(first, arrays.optional(startend_row_indices, "startend_row_indices"),
-                           arrays(block_mask, "block_mask"), threshold,
-                           arrays.optional(head_thresholds, "threshold"), causal, seqlen_q,
-                           seqlen_k, keep_sink, keep_last, keep_local),
-             first, options);
+  const Array& first = arrays.read(block_scores, "block_scores");
+  return run(
+      kSelect,
+      select_params(first, arrays.read_optional(startend_row_indices, "startend_row_indices"),
+                    arrays.write(block_mask, "block_mask"), threshold,
+                    arrays.read_optional(head_thresholds, "threshold"), causal, seqlen_q, seqlen_k,
+                    keep_sink, keep_last, keep_local),
+      arrays, first, options);
 }
 
 int64_t block_sparse_attention(const py::object& query, const py::object& key,
@@ -200,13 +293,14 @@ int64_t block_sparse_attention(const py::object& query, const py::object& key,
                                const py::object& startend_row_indices, bool causal,
                                Scale softmax_scale, const Name& dtype, const Options& options) {
   Arrays arrays(dtype);
-  const Array& first = arrays.values(query, "query");
+  const Array& first = arrays.read_values(query, "query");
   return run(kAttend,
-             attend_params(first, arrays.values(key, "key"), arrays.values(value, "value"),
-                           arrays(block_mask, "block_mask"),
-                           arrays.optional(startend_row_indices, "startend_row_indices"),
-                           arrays.values(out, "out"), arrays(lse, "lse"), causal, softmax_scale),
-             first, options);
+             attend_params(
+                 first, arrays.read_values(key, "key"), arrays.read_values(value, "value"),
+                 arrays.read(block_mask, "block_mask"),
+                 arrays.read_optional(startend_row_indices, "startend_row_indices"),
+                 arrays.write_values(out, "out"), arrays.write(lse, "lse"), causal, softmax_scale),
+             arrays, first, options);
 }
 
 int64_t block_sparse_attention_backward(const py::object& query, const py::object& key,
@@ -218,16 +312,29 @@ int64_t block_sparse_attention_backward(const py::object& query, const py::objec
                                         Scale softmax_scale, const Name& dtype, bool deterministic,
                                         const Options& options) {
   Arrays arrays(dtype);
-  const Array& first = arrays.values(query, "query");
-  return run(kBackward,
-             backward_params(
-                 first, arrays.values(key, "key"), arrays.values(value, "value"),
-                 arrays(block_mask, "block_mask"),
-                 arrays.optional(startend_row_indices, "startend_row_indices"),
-                 arrays.values(out, "out"), arrays(lse, "lse"), arrays.values(grad_out, "grad_out"),
-                 arrays.values(grad_query, "grad_query"), arrays.values(grad_key, "grad_key"),
-                 arrays.values(grad_value, "grad_value"), causal, softmax_scale, deterministic),
-             first, options);
+  const Array& first = arrays.read_values(query, "query");
+  return run(
+      kBackward,
+      backward_params(
+          first, arrays.read_values(key, "key"), arrays.read_values(value, "value"),
+          arrays.read(block_mask, "block_mask"),
+          arrays.read_optional(startend_row_indices, "startend_row_indices"),
+          arrays.read_values(out, "out"), arrays.read(lse, "lse"),
+          arrays.read_values(grad_out, "grad_out"), arrays.write_values(grad_query, "grad_query"),
+          arrays.write_values(grad_key, "grad_key"), arrays.write_values(grad_value, "grad_value"),
+          causal, softmax_scale, deterministic),
+      arrays, first, options);
+}
+
+int64_t startend_rows_from_dense(const py::object& mask, const py::object& start_rows,
+                                 const py::object& verdict, const Name& dtype,
+                                 const Options& options) {
+  Arrays arrays(dtype);
+  const Array& first = arrays.read(mask, "mask");
+  return run(kDenseMask,
+             dense_mask_params(first, arrays.write(start_rows, "start_rows"),
+                               arrays.write(verdict, "verdict")),
+             arrays, first, options);
 }
 
 }  // namespace
@@ -239,6 +346,7 @@ PYBIND11_MODULE(_direct, module) {
   module.def("select_blocks", &select_blocks);
   module.def("block_sparse_attention", &block_sparse_attention);
   module.def("block_sparse_attention_backward", &block_sparse_attention_backward);
+  module.def("startend_rows_from_dense", &startend_rows_from_dense);
   module.def("available_simd", &cpu::available_simd);
   module.def("set_simd", &cpu::set_simd);
   module.def("simd", [] { return std::string(cpu::kernels().name); });

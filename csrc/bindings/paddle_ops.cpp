@@ -13,7 +13,16 @@
 #include "paddle/extension.h"
 #include "paddle/phi/core/enforce.h"
 
+// Paddle's exception and what goes with it are in one of two namespaces, by its version.
+namespace common::enforce {}
+namespace phi::enforce {}
+
 namespace rrattn {
+
+namespace paddle_enforce {
+using namespace common::enforce;
+using namespace phi::enforce;
+}  // namespace paddle_enforce
 
 #if defined(RRATTN_WITH_CUDA)
 void* stream_of(const paddle::Tensor& tensor);  // paddle_stream.cpp
@@ -27,6 +36,14 @@ using Shape = std::vector<int64_t>;
 using OptionalShape = paddle::optional<Shape>;
 using DType = paddle::DataType;
 
+// Throws Paddle's exception. Its message is the caller's alone, unless Paddle was asked for the
+// call stack (FLAGS_call_stack_level).
+[[noreturn]] void raise(const common::ErrorSummary& error, const std::string& message) {
+  paddle_enforce::EnforceNotMet exception(error, __FILE__, __LINE__);
+  if (paddle_enforce::GetCallStackLevel() <= 1) exception.set_error_str(message);
+  throw exception;
+}
+
 // Paddle turns its own exceptions into Python's and ends the process on any other, so every
 // function that it calls goes through Guarded<function>::call.
 template <auto kFunction>
@@ -38,11 +55,14 @@ struct Guarded<kFunction> {
     try {
       return kFunction(arguments...);
     } catch (const std::invalid_argument& error) {
-      PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));
+      raise(common::errors::InvalidArgument("%s", error.what()), error.what());
     } catch (const std::bad_alloc&) {
-      PADDLE_THROW(common::errors::ResourceExhausted("rrattn found no memory"));
+      constexpr const char* kMessage = "rrattn found no memory";
+      raise(common::errors::ResourceExhausted("%s", kMessage), kMessage);
     } catch (const std::runtime_error& error) {
-      PADDLE_THROW(common::errors::External("%s", error.what()));
+      raise(common::errors::External("%s", error.what()), error.what());
+    } catch (const std::logic_error& error) {
+      raise(common::errors::Unimplemented("%s", error.what()), error.what());
     }
   }
 };
@@ -76,10 +96,14 @@ Array describe(const Tensor& tensor, const char* name) {
     case DType::INT32:
       array.type = ElementType::kInt32;
       break;
+    case DType::BOOL:
+      array.type = ElementType::kBool;
+      break;
     default:
       break;
   }
   array.type_name = phi::DataTypeToString(tensor.dtype());
+  array.element_bytes = phi::SizeOf(tensor.dtype());
   array.gpu = gpu_of(tensor);
   array.device = device_name(tensor);
   return array;
@@ -106,6 +130,10 @@ Shape scores_shape(const Shape& query, const Shape& key) {
 Shape mask_shape(const Shape& scores) {
   require_rank("block_scores", scores, 4, "[batch, num_heads, query blocks, key blocks]");
   return {scores[0], scores[1], scores[2], num_words(scores[3])};
+}
+Shape start_rows_shape(const Shape& mask) {
+  require_rank("mask", mask, 4, "[batch, 1 | num_heads, seqlen_q, seqlen_k]");
+  return {mask[0], mask[1], mask[3], 1};
 }
 Shape lse_shape(const Shape& query) { return {query[0], query[2], query[1]}; }
 
@@ -222,7 +250,42 @@ std::vector<Tensor> rr_attention_backward(const Tensor& query, const Tensor& key
                          causal, softmax_scale, deterministic);
 }
 
+std::vector<Tensor> dense_mask(const Tensor& mask) {
+  const Kernel<DenseMaskParams>& kernel = kDenseMask.kernel_for(describe(mask, "mask"));
+  Tensor start_rows = paddle::empty(start_rows_shape(mask.shape()), DType::INT32, mask.place());
+  Tensor verdict = paddle::empty({2}, DType::INT32, mask.place());
+  run(kernel,
+      dense_mask_params(describe(mask, "mask"), describe(start_rows, "start_rows"),
+                        describe(verdict, "verdict")),
+      mask);
+  return {start_rows, verdict};
+}
+
+// Without these Paddle would leave the part through attention out of second-order gradients.
+[[noreturn]] std::vector<Tensor> refuse_second_order() {
+  throw std::logic_error(
+      "rrattn has no second-order gradients: what paddle.grad(..., create_graph=True) gives "
+      "through its attention cannot be differentiated again");
+}
+std::vector<Tensor> attend_double_grad(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                       const OptionalTensor&, const Tensor&, const Tensor&,
+                                       const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                       const OptionalTensor&, bool, float, bool) {
+  refuse_second_order();
+}
+std::vector<Tensor> rr_attention_double_grad(const Tensor&, const Tensor&, const Tensor&,
+                                             const OptionalTensor&, const Tensor&, const Tensor&,
+                                             const Tensor&, const Tensor&, const OptionalTensor&,
+                                             const OptionalTensor&, const OptionalTensor&, float,
+                                             bool, int64_t, int64_t, float, bool, bool, int64_t,
+                                             bool) {
+  refuse_second_order();
+}
+
 using OptionalDType = paddle::optional<DType>;
+
+std::vector<Shape> dense_mask_shape(const Shape& mask) { return {start_rows_shape(mask), {2}}; }
+std::vector<DType> dense_mask_dtype(DType) { return {DType::INT32, DType::INT32}; }
 
 std::vector<Shape> estimate_shape(const Shape& query, const Shape& key, const OptionalShape&) {
   return {scores_shape(query, key)};
@@ -291,6 +354,15 @@ PD_BUILD_GRAD_OP(rrattn_attend)
     .Attrs({"causal: bool", "softmax_scale: float", "deterministic: bool"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend_backward>::call));
 
+PD_BUILD_DOUBLE_GRAD_OP(rrattn_attend)
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
+             "Lse", paddle::Grad("Out"), paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Value")))})
+    .Outputs({paddle::Grad(paddle::Grad("Out"))})
+    .Attrs({"causal: bool", "softmax_scale: float", "deterministic: bool"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend_double_grad>::call));
+
 PD_BUILD_OP(rrattn_rr_attention)
     .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
              paddle::Optional("HeadThresholds")})
@@ -310,3 +382,22 @@ PD_BUILD_GRAD_OP(rrattn_rr_attention)
             "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "keep_local: int64_t",
             "deterministic: bool"})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention_backward>::call));
+
+PD_BUILD_DOUBLE_GRAD_OP(rrattn_rr_attention)
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Out", "Lse",
+             "BlockMask", paddle::Grad("Out"),
+             paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Value")))})
+    .Outputs({paddle::Grad(paddle::Grad("Out"))})
+    .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
+            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "keep_local: int64_t",
+            "deterministic: bool"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention_double_grad>::call));
+
+PD_BUILD_OP(rrattn_dense_mask)
+    .Inputs({"Mask"})
+    .Outputs({"StartRows", "Verdict"})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::dense_mask>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::dense_mask_shape>::call))
+    .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::dense_mask_dtype));

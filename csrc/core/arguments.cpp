@@ -4,6 +4,9 @@
 #include <cmath>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
+
+#include "overlap.h"
 
 namespace rrattn {
 
@@ -14,14 +17,6 @@ template <typename... Parts>
   std::ostringstream message;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
-}
-
-std::string to_string(const std::vector<int64_t>& shape) {
-  std::ostringstream text;
-  text << "[";
-  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
-  text << "]";
-  return text.str();
 }
 
 constexpr int64_t kMaxLength = int64_t{1} << 30;  // row numbers and lane arithmetic are int32
@@ -38,13 +33,8 @@ void require_type(const Array& array, ElementType type, const char* type_name) {
     fail(array.name, " has dtype ", array.type_name, ", but must have ", type_name);
 }
 
-// The strides of an empty tensor mean nothing.
-bool is_empty(const Array& array) {
-  return std::find(array.shape.begin(), array.shape.end(), 0) != array.shape.end();
-}
-
 void require_contiguous(const Array& array) {
-  if (is_empty(array)) return;
+  if (is_empty(array)) return;  // its strides mean nothing
   int64_t expected = 1;
   for (size_t i = array.shape.size(); i-- > 0;) {
     if (array.shape[i] != 1 && array.strides[i] != expected) {
@@ -218,7 +208,46 @@ float* check_lse(const Array& lse, const Visibility& visibility, const Array& fi
   return static_cast<float*>(lse.data);
 }
 
+AttendParams check_attend(const Array& query, const Array& key, const Array& value,
+                          const Array& block_mask, const OptionalArray& startend_row_indices,
+                          const Array& out, const Array& lse, bool causal,
+                          std::optional<double> softmax_scale) {
+  AttendParams params;
+  const QueryKey checked = check_query_key(query, key, startend_row_indices, causal);
+  params.visibility = checked.visibility;
+  params.heads = checked.heads;
+  params.query = rows_of(query);
+  params.key = rows_of(key);
+  params.value = rows_like(value, key, kKeyMeaning);
+  params.block_mask = check_block_mask(block_mask, params.visibility, query);
+  params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
+  params.out = rows_like(out, query, kQueryMeaning);
+  params.lse = check_lse(lse, params.visibility, query);
+  return params;
+}
+
+// The arrays that there are.
+std::vector<const Array*> present(std::vector<const Array*> arrays,
+                                  const std::vector<const OptionalArray*>& optional) {
+  for (const OptionalArray* array : optional) {
+    if (*array) arrays.push_back(&**array);
+  }
+  return arrays;
+}
+
 }  // namespace
+
+std::string to_string(const std::vector<int64_t>& numbers) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < numbers.size(); ++i) text << (i ? ", " : "") << numbers[i];
+  text << "]";
+  return text.str();
+}
+
+bool is_empty(const Array& array) {
+  return std::find(array.shape.begin(), array.shape.end(), 0) != array.shape.end();
+}
 
 void require_rank(const std::string& name, const std::vector<int64_t>& shape, size_t rank,
                   const char* meaning) {
@@ -248,6 +277,7 @@ EstimateParams estimate_params(const Array& query, const Array& key,
   params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
   require_same_device(block_scores, query);
   params.block_scores = check_block_scores(block_scores, params.visibility);
+  require_own_memory({&block_scores}, present({&query, &key}, {&startend_row_indices}));
   return params;
 }
 
@@ -298,6 +328,8 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& start
   params.keep_local = std::min(keep_local, params.visibility.num_n_blocks());
   params.block_mask =
       const_cast<uint32_t*>(check_block_mask(block_mask, params.visibility, block_scores));
+  require_own_memory({&block_mask},
+                     present({&block_scores}, {&startend_row_indices, &head_thresholds}));
   return params;
 }
 
@@ -305,17 +337,11 @@ AttendParams attend_params(const Array& query, const Array& key, const Array& va
                            const Array& block_mask, const OptionalArray& startend_row_indices,
                            const Array& out, const Array& lse, bool causal,
                            std::optional<double> softmax_scale) {
-  AttendParams params;
-  const QueryKey checked = check_query_key(query, key, startend_row_indices, causal);
-  params.visibility = checked.visibility;
-  params.heads = checked.heads;
-  params.query = rows_of(query);
-  params.key = rows_of(key);
-  params.value = rows_like(value, key, kKeyMeaning);
-  params.block_mask = check_block_mask(block_mask, params.visibility, query);
-  params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
-  params.out = rows_like(out, query, kQueryMeaning);
-  params.lse = check_lse(lse, params.visibility, query);
+  const AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, out,
+                                           lse, causal, softmax_scale);
+  // A row of queries is read before its result is written, and by nobody else.
+  require_own_memory({&out, &lse},
+                     present({&query, &key, &value, &block_mask}, {&startend_row_indices}), &query);
   return params;
 }
 
@@ -325,8 +351,8 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
                                const Array& grad_query, const Array& grad_key,
                                const Array& grad_value, bool causal,
                                std::optional<double> softmax_scale, bool deterministic) {
-  const AttendParams forward = attend_params(query, key, value, block_mask, startend_row_indices,
-                                             out, lse, causal, softmax_scale);
+  const AttendParams forward = check_attend(query, key, value, block_mask, startend_row_indices,
+                                            out, lse, causal, softmax_scale);
   BackwardParams params;
   params.visibility = forward.visibility;
   params.heads = forward.heads;
@@ -342,6 +368,56 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
   params.grad_key = rows_like(grad_key, key, kKeyMeaning);
   params.grad_value = rows_like(grad_value, key, kKeyMeaning);
   params.deterministic = deterministic;
+  require_own_memory(
+      {&grad_query, &grad_key, &grad_value},
+      present({&query, &key, &value, &block_mask, &out, &lse, &grad_out}, {&startend_row_indices}));
+  return params;
+}
+
+DenseMaskParams dense_mask_params(const Array& mask, const Array& start_rows,
+                                  const Array& verdict) {
+  DenseMaskParams params;
+  require_rank(mask.name, mask.shape, 4, "[batch, 1 | num_heads, seqlen_q, seqlen_k]");
+  const auto mask_type = [&] {
+    switch (mask.type) {
+      case ElementType::kBool:
+        return MaskType::kBool;
+      case ElementType::kFloat32:
+        return MaskType::kFloat32;
+      case ElementType::kFloat16:
+        return MaskType::kFloat16;
+      case ElementType::kBFloat16:
+        return MaskType::kBFloat16;
+      default:
+        fail(mask.name, " has dtype ", mask.type_name,
+             ", but must have bool, float32, float16 or bfloat16");
+    }
+  };
+  params.type = mask_type();
+  const auto& [batch, num_heads, seqlen_q, seqlen_k] =
+      std::tie(mask.shape[0], mask.shape[1], mask.shape[2], mask.shape[3]);
+  check_lengths(seqlen_q, seqlen_k, true);
+  params.batch = batch;
+  params.num_heads = num_heads;
+  params.seqlen_q = seqlen_q;
+  params.seqlen_k = seqlen_k;
+  params.mask = mask.data;
+  params.batch_stride = mask.strides[0];
+  params.head_stride = mask.strides[1];
+  params.row_stride = mask.strides[2];
+  params.key_stride = mask.strides[3];
+  const auto written = [&](const Array& output, const std::vector<int64_t>& shape,
+                           const char* meaning) {
+    require_type(output, ElementType::kInt32, "int32");
+    require_same_device(output, mask);
+    require_shape(output, shape, meaning);
+    require_contiguous(output);
+    return static_cast<int32_t*>(output.data);
+  };
+  params.start_rows =
+      written(start_rows, {batch, num_heads, seqlen_k, 1}, "[batch, 1 | num_heads, seqlen_k, 1]");
+  params.verdict = written(verdict, {2}, "[faults, value]");
+  require_own_memory({&start_rows, &verdict}, {&mask});
   return params;
 }
 

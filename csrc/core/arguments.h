@@ -12,13 +12,14 @@
 
 namespace rrattn {
 
-enum class ElementType { kFloat32, kFloat16, kBFloat16, kInt32, kOther };
+enum class ElementType { kFloat32, kFloat16, kBFloat16, kInt32, kBool, kOther };
 
 struct Array {
   std::string name;  // as the user knows it, for messages
   void* data = nullptr;
   ElementType type = ElementType::kOther;
   std::string type_name;
+  int64_t element_bytes = 0;
   std::string device;  // "cpu", "cuda:0", ..., for messages and to compare
   int gpu = -1;        // number of the CUDA device that it lies on, -1: none
   std::vector<int64_t> shape;
@@ -26,6 +27,9 @@ struct Array {
 };
 
 using OptionalArray = std::optional<Array>;
+
+std::string to_string(const std::vector<int64_t>& numbers);
+bool is_empty(const Array& array);
 
 // Throws unless the shape has this many dimensions; `meaning` names them.
 void require_rank(const std::string& name, const std::vector<int64_t>& shape, size_t rank,
@@ -55,5 +59,9 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
                                const Array& grad_query, const Array& grad_key,
                                const Array& grad_value, bool causal,
                                std::optional<double> softmax_scale, bool deterministic);
+
+//   mask [B, H, Lq, Lk] bool, float32, float16 or bfloat16   start_rows [B, H, Lk, 1], verdict [2],
+//   int32
+DenseMaskParams dense_mask_params(const Array& mask, const Array& start_rows, const Array& verdict);
 
 }  // namespace rrattn

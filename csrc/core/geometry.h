@@ -47,6 +47,34 @@ RRATTN_HOST_DEVICE inline const int32_t* row_bounds_of(const RowBounds& layout, 
   return layout.data + batch * layout.batch_stride + head * layout.head_stride;
 }
 
+// Whether any of these rows sees the key. `bounds` is as in load_key_bounds; null without
+// FlashMask.
+RRATTN_HOST_DEVICE inline bool seen_by_rows(const Visibility& visibility, const int32_t* bounds,
+                                            int64_t key, int64_t first_row, int64_t last_row) {
+  int64_t row = visibility.causal ? std::max(first_row, key - visibility.shift()) : first_row;
+  if (bounds != nullptr) {
+    const KeyBounds at = load_key_bounds(visibility.row_bounds, visibility.causal, bounds, key);
+    // Past one interval the row may lie in the other, but past both it lies in neither.
+    if (at.lower.contains(row)) row = at.lower.end;
+    if (at.upper.contains(row)) row = at.upper.end;
+    if (at.lower.contains(row)) row = at.lower.end;
+  }
+  return row <= last_row;
+}
+
+// Whether any row of any of the `group` query heads of a key head sees the key. One that none sees
+// may hold anything: padding, or slots of a cache that nothing was written to.
+RRATTN_HOST_DEVICE inline bool seen_by_group(const Visibility& visibility, int64_t group,
+                                             int64_t batch, int64_t key_head, int64_t key) {
+  if (visibility.row_bounds.data == nullptr) return true;
+  const int64_t end = visibility.bounds_head((key_head + 1) * group - 1) + 1;
+  for (int64_t head = visibility.bounds_head(key_head * group); head < end; ++head) {
+    const int32_t* bounds = row_bounds_of(visibility.row_bounds, batch, head);
+    if (seen_by_rows(visibility, bounds, key, 0, visibility.seqlen_q - 1)) return true;
+  }
+  return false;
+}
+
 // The extremes of one of the two intervals over a run of keys.
 struct IntervalExtremes {
   int32_t max_start = kRowMinusInfinity,
@@ -116,6 +144,15 @@ RRATTN_HOST_DEVICE inline BlockKind classify_block(const Visibility& visibility,
   if (block_bounds == nullptr) return BlockKind::kOpen;
   if (block_bounds[n_block].hides(first_row, last_row)) return BlockKind::kHidden;
   return block_bounds[n_block].meets(first_row, last_row) ? BlockKind::kPartial : BlockKind::kOpen;
+}
+
+// Whether a key block that a query block sees may hold keys that none of its rows does.
+RRATTN_HOST_DEVICE inline bool may_hold_unseen_keys(const Visibility& visibility, BlockKind kind,
+                                                    int64_t m_block, int64_t n_block) {
+  if (kind == BlockKind::kPartial) return true;
+  const int64_t end_row = std::min((m_block + 1) * kBlockSize, visibility.seqlen_q);
+  const int64_t end_key = std::min((n_block + 1) * kBlockSize, visibility.seqlen_k);
+  return visibility.causal && end_key > end_row + visibility.shift();
 }
 
 RRATTN_HOST_DEVICE inline bool selected(const uint32_t* mask_row, int64_t n_block) {

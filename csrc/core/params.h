@@ -142,4 +142,18 @@ struct BackwardParams {
   Execution execution;
 };
 
+enum class MaskType { kBool, kFloat32, kFloat16, kBFloat16 };
+
+// A dense attention mask, which may be causal with padding, packed documents or a sliding window:
+// then it is the same as one FlashMask bound a key.
+struct DenseMaskParams {
+  int64_t batch = 0, num_heads = 0, seqlen_q = 0, seqlen_k = 0;
+  MaskType type = MaskType::kBool;
+  const void* mask = nullptr;  // [B, H, Lq, Lk]; see dense_mask.h
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 0;
+  int32_t* start_rows = nullptr;  // [B, H, Lk], written whole: rows from here on do not see the key
+  int32_t* verdict = nullptr;     // [2], written whole: bits of MaskFault, and of a value at fault
+  Execution execution;
+};
+
 }  // namespace rrattn

@@ -134,10 +134,13 @@ inline void attend_item(const AttendParams& params, const RunBounds* block_bound
         read_tile(value, first_key, num_keys, scratch.value_tile);
         tile_read = true;
       }
+      const bool cleared =
+          clear_unseen_keys(mask, kind, m_block, n_block, head_dim, scratch.value_tile);
       for (int64_t c = 0; c < kBlockSize; c += kStrip) {
         attend_strip(params, mask, kind == BlockKind::kPartial, first_query + c, first_key, slot,
                      scratch);
       }
+      if (cleared) tile_read = false;  // the next head may see what this one does not
     }
   }
 

@@ -80,14 +80,15 @@ inline void softmax_gradient_by_column(int64_t rows, const float* lse, const flo
   }
 }
 
-// The same, given lse and delta of each row; P is kept, for dV.
+// The same, given lse and delta of each row; P is kept, for dV. Where it is 0, so is dS: dP may be
+// no number for a hidden key.
 inline void softmax_gradient_by_row(int64_t rows, const float* lse, const float* delta,
                                     float* scores, float* grad) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = r * kStrip; i < (r + 1) * kStrip; i += kLanes) {
       const Vec p = exp2((load(scores + i) - lse[r]) * kLog2E);
       store(scores + i, p);
-      store(grad + i, p * (load(grad + i) - delta[r]));
+      store(grad + i, p == 0 ? Vec{} : p * (load(grad + i) - delta[r]));
     }
   }
 }
@@ -141,6 +142,8 @@ inline void grad_query_item(const BackwardParams& params, const RunBounds* block
               scratch.stream_a);
     read_tile(value, first_key, clip_count(first_key, visibility.seqlen_k, kBlockSize),
               scratch.stream_b);
+    clear_unseen_keys(mask, kind, m_block, n_block, head_dim, scratch.stream_a);
+    clear_unseen_keys(mask, kind, m_block, n_block, head_dim, scratch.stream_b);
     for (int64_t c = 0; c < num_queries; c += kStrip) {
       const int64_t strip_query = first_query + c;
       const int64_t last_query = strip_query + clip_count(c, num_queries, kStrip) - 1;

@@ -65,20 +65,33 @@ struct EstimateScratch {
   }
 };
 
+inline bool is_finite(const float* row, int64_t head_dim) {
+  float zero = 0;
+  for (int64_t d = 0; d < head_dim; ++d) zero += row[d] * 0;  // NaN for what is not finite
+  return zero == 0;
+}
+
+// A NaN or infinity in a key that no query sees counts as zero.
 inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, const Arena& arena) {
   const EstimateShape shape(params);
   const Visibility& visibility = params.visibility;
   const int64_t head_dim = params.heads.head_dim, num_heads_k = params.heads.num_heads_k;
+  const int64_t group = visibility.num_heads / num_heads_k;
   const auto pool_strides = [&](int thread, int64_t begin, int64_t end) {
     float* row = thread_scratch<EstimateScratch>(arena, params, thread).row_buffer;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first_key = i % shape.num_strides * shape.stride;
       const int64_t head = i / shape.num_strides;
-      const HeadView key(params.key, params.heads, head / num_heads_k, head % num_heads_k);
+      const int64_t batch = head / num_heads_k, key_head = head % num_heads_k;
+      const HeadView key(params.key, params.heads, batch, key_head);
       float* sum = pooled.keys + i * head_dim;
-      key.read(first_key, sum);
-      for (int64_t r = 1; r < clip_count(first_key, visibility.seqlen_k, shape.stride); ++r) {
+      memset(sum, 0, head_dim * sizeof(float));
+      for (int64_t r = 0; r < clip_count(first_key, visibility.seqlen_k, shape.stride); ++r) {
         key.read(first_key + r, row);
+        if (visibility.row_bounds.data && !is_finite(row, head_dim) &&
+            !seen_by_group(visibility, group, batch, key_head, first_key + r)) {
+          for (int64_t d = 0; d < head_dim; ++d) row[d] = std::isfinite(row[d]) ? row[d] : 0;
+        }
         for (int64_t d = 0; d < head_dim; ++d) sum[d] += row[d];
       }
     }

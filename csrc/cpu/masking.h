@@ -59,6 +59,26 @@ inline void mask_keys_by_queries(const HeadMask& mask, bool flash_mask, int64_t 
   }
 }
 
+// Makes rows of a tile of keys or values zero whose keys no row of the query block sees: a product
+// with a probability of 0 would bring a NaN or infinity there to all rows. Returns whether there
+// are any.
+inline bool clear_unseen_keys(const HeadMask& mask, BlockKind kind, int64_t m_block,
+                              int64_t n_block, int64_t head_dim, float* tile) {
+  const Visibility& visibility = mask.visibility;
+  if (!may_hold_unseen_keys(visibility, kind, m_block, n_block)) return false;
+  const int64_t first_row = m_block * kBlockSize, first_key = n_block * kBlockSize;
+  const int64_t num_rows = clip_count(first_row, visibility.seqlen_q, kBlockSize);
+  const int64_t num_keys = clip_count(first_key, visibility.seqlen_k, kBlockSize);
+  bool cleared = false;
+  for (int64_t i = 0; i < num_keys; ++i) {
+    if (seen_by_rows(visibility, mask.bounds, first_key + i, first_row, first_row + num_rows - 1))
+      continue;
+    memset(tile + i * head_dim, 0, head_dim * sizeof(float));
+    cleared = true;
+  }
+  return cleared;
+}
+
 // Queries down the rows of `scores`, keys across: -inf where the query does not see the key.
 inline void mask_queries_by_keys(const HeadMask& mask, bool flash_mask, int64_t first_query,
                                  int64_t num_queries, int64_t first_key, float* scores) {

@@ -1,6 +1,7 @@
 // What the three builds of the CPU stages share with each other and the rest.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 

@@ -82,6 +82,7 @@ struct AttendTraits {
     Barrier row_full, row_empty;
     Barrier query_full[kConsumerGroups], query_empty[kConsumerGroups];
     Barrier key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+    Barrier value_uncleared[kStages];  // values that are there, but not yet for the consumers
     AttendRow row;
     AttendTile tile[kStages];  // in the key stage
   };

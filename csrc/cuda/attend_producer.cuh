@@ -1,6 +1,6 @@
 // The producer warps of block-sparse attention. The first takes rows of the block mask and copies
-// the keys that their bits select; two others follow it row by row, with the values and the
-// queries: so none waits for room that is not its own.
+// the keys that their bits select; others follow it row by row, with the values and the queries: so
+// none waits for room that is not its own.
 #pragma once
 
 #include "attend_config.cuh"
@@ -45,6 +45,7 @@ class RowBlocks {
         plain_end_(params.attend.softmax_scale > 0
                        ? first_hidden_key(visibility_, m_block_) / kBlockSize
                        : 0),
+        seen_end_(visibility_.causal ? end_key(visibility_, m_block_) / kBlockSize : INT_MAX),
         walk_(params.attend.block_mask + row.index * visibility_.num_mask_words(),
               end_block(visibility_, m_block_)) {}
 
@@ -61,18 +62,27 @@ class RowBlocks {
   // Whether no score of the block that came last is hidden, and the softmax scale is positive.
   __device__ bool is_plain() const { return n_block_ < plain_end_ && kind_ == BlockKind::kOpen; }
 
+  // Whether the block that came last may hold keys that no row sees.
+  __device__ bool may_hold_unseen_keys() const {
+    return kind_ == BlockKind::kPartial || n_block_ >= seen_end_;
+  }
+
  private:
-  // Of the blocks that hold keys which the last row may see.
+  // Of the keys that the last row may see, when causal.
+  __device__ static int end_key(const Visibility& visibility, int m_block) {
+    const int64_t end_row =
+        min((static_cast<int64_t>(m_block) + 1) * kBlockSize, visibility.seqlen_q);
+    return static_cast<int>(end_row + visibility.shift());
+  }
+  // Of the blocks that hold them.
   __device__ static int end_block(const Visibility& visibility, int m_block) {
     if (!visibility.causal) return static_cast<int>(visibility.num_n_blocks());
-    const int64_t last_row =
-        min((static_cast<int64_t>(m_block) + 1) * kBlockSize, visibility.seqlen_q) - 1;
-    return static_cast<int>((last_row + visibility.shift()) / kBlockSize) + 1;
+    return (end_key(visibility, m_block) + kBlockSize - 1) / kBlockSize;
   }
 
   const Visibility& visibility_;
   const RunBounds* bounds_;
-  const int m_block_, plain_end_;
+  const int m_block_, plain_end_, seen_end_;
   BlockKind kind_ = BlockKind::kOpen;
   BitWalk walk_;
   int n_block_ = -1;
@@ -133,7 +143,15 @@ __device__ void produce_keys(const AttendKernelParams& params,
   }
 }
 
-constexpr int kFollowers = 2;  // warps that call this
+// Warps that follow: with the values, with the queries, and where FlashMask or the diagonal may
+// leave a block with keys that no row sees, one that clears their values.
+__device__ inline bool values_need_clearing(const Visibility& visibility) {
+  return visibility.row_bounds.data != nullptr ||
+         (visibility.causal && visibility.shift() % kBlockSize != 0);
+}
+__device__ inline int num_followers(const Visibility& visibility) {
+  return values_need_clearing(visibility) ? 3 : 2;
+}
 
 // Calls `produce(row)` for every row that the first producer takes, and that sees anything.
 template <typename SharedStorage, typename Produce>
@@ -157,14 +175,59 @@ __device__ void produce_values(const AttendKernelParams& params,
     const int key_head = row.head / group;
     RowBlocks blocks(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
+      Barrier* full = blocks.may_hold_unseen_keys() ? shared.value_uncleared : shared.value_full;
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         shared.value_empty[values.slot].wait(values.parity ^ 1);
         if (threadIdx.x % 32 == 0) {
           copy_tile<Traits>(shared.value[values.slot], params.value,
                             n_block * kBlockSize + t * Traits::kTileN, key_head, row.batch,
-                            shared.value_full[values.slot]);
+                            full[values.slot]);
         }
         values.advance();
+      }
+    }
+  });
+}
+
+// Makes values zero whose keys no row of the query block sees: a product with a probability of 0
+// would bring a NaN or infinity there to all rows.
+template <typename Traits>
+__device__ void clear_values(const AttendKernelParams& params,
+                             typename Traits::SharedStorage& shared) {
+  const Visibility& visibility = params.attend.visibility;
+  if (!values_need_clearing(visibility)) return;
+  RingPosition<Traits::kStages> values;
+  uint32_t parities = 0;  // of value_uncleared, a bit for each
+  follow_rows(shared, [&](const AttendRow& row) {
+    const int32_t* bounds =
+        visibility.row_bounds.data
+            ? row_bounds_of(visibility.row_bounds, row.batch, visibility.bounds_head(row.head))
+            : nullptr;
+    const int64_t first_row = row.m_block * kBlockSize;
+    const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
+    RowBlocks blocks(params, row);
+    for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
+      const bool clears = blocks.may_hold_unseen_keys();
+      for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t, values.advance()) {
+        if (!clears) continue;
+        shared.value_uncleared[values.slot].wait(parities >> values.slot & 1);
+        parities ^= 1u << values.slot;
+        const int64_t first_key = n_block * kBlockSize + t * Traits::kTileN;
+        for (int i = static_cast<int>(threadIdx.x) % 32; i < Traits::kTileN; i += 32) {
+          if (first_key + i >= visibility.seqlen_k ||  // zero as the copy has left it
+              seen_by_rows(visibility, bounds, first_key + i, first_row, last_row)) {
+            continue;
+          }
+          for (int panel = 0; panel < Traits::kPanels; ++panel) {
+            auto* chunks = reinterpret_cast<uint4*>(shared.value[values.slot] +
+                                                    (panel * Traits::kTileN + i) * kPanel);
+            constexpr int kChunks = kPanel * sizeof(typename Traits::Element) / sizeof(uint4);
+            for (int chunk = 0; chunk < kChunks; ++chunk) chunks[chunk] = make_uint4(0, 0, 0, 0);
+          }
+        }
+        fence_async_proxy_shared();  // wgmma reads what these stores wrote
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) shared.value_full[values.slot].arrive();
       }
     }
   });

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     constexpr int kConsumers = kConsumerGroups * kWarpGroup;
     constexpr int kConsumerWarps = kConsumers / 32;  // a lane of each arrives
     shared.row_full.init(1);
-    shared.row_empty.init(kConsumers + kFollowers * 32);
+    shared.row_empty.init(kConsumers + num_followers(params.attend.visibility) * 32);
     for (int group = 0; group < kConsumerGroups; ++group) {
       shared.query_full[group].init(1);
       shared.query_empty[group].init(kWarpGroup);
@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       shared.key_full[stage].init(1);
       shared.key_empty[stage].init(kConsumers);
       shared.value_full[stage].init(1);
+      shared.value_uncleared[stage].init(1);
       shared.value_empty[stage].init(kConsumerWarps);
     }
     cutlass::arch::fence_barrier_init();
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 0) produce_keys<Traits>(params, shared);
     if (warp == 1) produce_values<Traits>(params, shared);
     if (warp == 2) produce_queries<Traits>(params, shared);
+    if (warp == 3) clear_values<Traits>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     AttendConsumer<Traits>(params, shared, warp_group - 1).consume_rows();

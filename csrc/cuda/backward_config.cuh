@@ -104,6 +104,9 @@ struct BackwardTraits {
     // Of [B, Hq, Mq * kQueryTiles], where grad_query is to be added, step by step; < 0: there is no
     // more.
     int sums_tile[kSumsStages];
+    // A bit for each of the item's keys, then for each value: whether it is not finite, but seen by
+    // a query. It is zero in `key` or `value` then.
+    uint32_t not_finite[2 * kBlockSize / 32];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

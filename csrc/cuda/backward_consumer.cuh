@@ -57,7 +57,10 @@ class BackwardConsumer {
       GradKey grad_key, grad_value;
       clear(grad_key);
       clear(grad_value);
-      if (!item.nothing_selected) take_steps(place, grad_key, grad_value);
+      if (!item.nothing_selected) {
+        if (flash_mask()) clear_bad_rows(place);
+        take_steps(place, grad_key, grad_value);
+      }
       shared_.item_empty.arrive();
       const BackwardParams& backward = params_.backward;
       store(place, grad_key, backward.softmax_scale, backward.grad_key, params_.aligned_grad_key);
@@ -68,6 +71,61 @@ class BackwardConsumer {
   }
 
  private:
+  __device__ bool flash_mask() const {
+    return params_.backward.visibility.row_bounds.data != nullptr;
+  }
+
+  // Makes keys and values zero that hold a NaN or infinity, which a product with a probability of 0
+  // would bring to queries that do not see them; those that do are given NaN by `hide`. And those
+  // that no query sees and that are so large that dP may overflow.
+  __device__ void clear_bad_rows(const BackwardPlace& place) const {
+    constexpr bool kIsBFloat16 = std::is_same_v<Element, cutlass::bfloat16_t>;
+    constexpr uint32_t kInfinity = kIsBFloat16 ? 0x7f80 : 0x7c00;
+    constexpr uint32_t kLarge = kIsBFloat16 ? 0x5d80 : kInfinity;      // 2^60
+    constexpr int kChunks = kPanel * sizeof(Element) / sizeof(uint4);  // of a row in a panel
+    static_assert(kBackwardThreads == 2 * kBlockSize);  // a thread has a key or a value
+    Element* tile = thread_ < kBlockSize ? shared_.key : shared_.value;
+    const int row = thread_ % kBlockSize;
+    const auto chunk = [&](int i) {
+      auto* chunks = reinterpret_cast<uint4*>(tile + (i / kChunks * kBlockSize + row) * kPanel);
+      return chunks + (i + row) % kChunks;  // apart in banks
+    };
+    uint32_t largest = 0;  // magnitude, whose bits are in its order
+#pragma unroll 4
+    for (int i = 0; i < Traits::kPanels * kChunks; ++i) {
+      const uint4 four = *chunk(i);
+      for (const uint32_t two : {four.x, four.y, four.z, four.w})
+        largest = max(largest, max(two & 0x7fff, two >> 16 & 0x7fff));
+    }
+    bool not_finite = largest >= kInfinity;
+    if (largest >= kLarge) {
+      const BackwardParams& backward = params_.backward;
+      const int64_t group = backward.visibility.num_heads / backward.heads.num_heads_k;
+      const bool seen = seen_by_group(backward.visibility, group, place.batch, place.key_head,
+                                      place.n_block * kBlockSize + row);
+      if (not_finite || !seen) {
+        for (int i = 0; i < Traits::kPanels * kChunks; ++i) *chunk(i) = make_uint4(0, 0, 0, 0);
+      }
+      not_finite = not_finite && seen;
+    }
+    const uint32_t bits = __ballot_sync(~0u, not_finite);
+    if (thread_ % 32 == 0) shared_.not_finite[thread_ / 32] = bits;
+    fence_async_proxy_shared();  // wgmma reads what these stores wrote
+    cutlass::arch::NamedBarrier::sync(kBackwardThreads, 0);
+  }
+
+  // Whether one of the item's keys or values, or this one or its value, is not finite.
+  __device__ bool any_not_finite() const {
+    uint32_t any = 0;
+#pragma unroll
+    for (const uint32_t bits : shared_.not_finite) any |= bits;
+    return any != 0;
+  }
+  __device__ bool is_not_finite(int key) const {
+    const uint32_t* bits = shared_.not_finite + key / 32;
+    return (bits[0] | bits[kBlockSize / 32]) >> key % 32 & 1;
+  }
+
   __device__ void take_steps(const BackwardPlace& place, GradKey& grad_key, GradKey& grad_value) {
     Scores scores, grad_scores;
     Operand probabilities;
@@ -159,7 +217,7 @@ class BackwardConsumer {
   // S^T = K Q^T - lse / scale of the step at hand.
   __device__ void start_scores(Scores& scores) {
     shared_.query_full[queries_.slot].wait(queries_.parity);
-    masked_ = shared_.step[queries_.slot].masked;
+    masked_ = shared_.step[queries_.slot].masked || (flash_mask() && any_not_finite());
     last_ = shared_.step[queries_.slot].last;
     start_from(shared_.score_start[queries_.slot], scores);
     multiply<GMMA::ScaleOut::One>(typename Traits::ScoreMma{}, shared_.key,
@@ -250,7 +308,7 @@ class BackwardConsumer {
     warpgroup_commit_batch();
   }
 
-  // Makes hidden scores -infinity.
+  // Makes hidden scores -infinity, and others of what is not finite NaN.
   __device__ void hide(const BackwardPlace& place, const Step& step, Scores& scores) const {
     const Visibility& visibility = params_.backward.visibility;
     const RowBounds& layout = visibility.row_bounds;
@@ -261,6 +319,13 @@ class BackwardConsumer {
       const int first_seeing = key >= visibility.seqlen_k ? INT_MAX
                                : visibility.causal ? key - static_cast<int>(visibility.shift())
                                                    : INT_MIN;
+      if (layout.data != nullptr && is_not_finite(key_row() + half * 8)) {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          float& score = scores(accumulator_index(half, i));
+          if (score != hidden_) score = NAN;  // not in rows that are none or see nothing
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         if (first_query + accumulator_column(i) < first_seeing)

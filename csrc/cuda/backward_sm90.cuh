@@ -31,8 +31,8 @@ __device__ inline float scale_to(float bound, float target, int least) {
   return target * exp2f(static_cast<float>(-max(exponent, least)));
 }
 
-// The largest |K| of each column and the largest |V_j|^2; NaN, whose bits are above those of all
-// numbers, where there is one.
+// The largest |K| of each column and the largest |V_j|^2, of what any query sees; NaN, whose bits
+// are above those of all numbers, where there is one.
 template <typename Element>
 __global__ void __launch_bounds__(kPrepareThreads)
     bound_keys_kernel(const __grid_constant__ BackwardKernelParams params, bool aligned) {
@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int64_t key_head = blockIdx.y;  // of all batch entries
   const int64_t head = key_head % backward.heads.num_heads_k;
   const int64_t batch = key_head / backward.heads.num_heads_k;
+  const int64_t group = visibility.num_heads / backward.heads.num_heads_k;
   const int column = static_cast<int>(threadIdx.x) % kRowLanes * 8;
   const int row = static_cast<int>(threadIdx.x) / kRowLanes;
   const auto eight = [&](const Rows& rows, int64_t key) {
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
   uint32_t largest[8] = {}, largest_norm = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows; first < visibility.seqlen_k;
        first += static_cast<int64_t>(gridDim.x) * kPrepareRows) {
-    const bool inside = first + row < visibility.seqlen_k;
+    const bool inside = first + row < visibility.seqlen_k &&
+                        seen_by_group(visibility, group, batch, head, first + row);
     const uint4 none = make_uint4(0, 0, 0, 0);
     const uint4 keys = inside ? eight(backward.key, first + row) : none;
     const uint4 values = inside ? eight(backward.value, first + row) : none;

@@ -1,4 +1,5 @@
 // Averages the keys of each stride, and writes tiles of them as they are to lie in shared memory.
+// A NaN or infinity in a key that no query sees counts as zero.
 #pragma once
 
 #include "block_sums.cuh"
@@ -8,6 +9,13 @@ namespace rrattn::cuda {
 
 constexpr int kPoolThreads = 256;
 constexpr int kPoolStrides = 32;  // strides of a thread block
+
+__device__ inline bool all_finite(const float (&values)[8]) {
+  bool finite = true;
+#pragma unroll
+  for (const float value : values) finite &= isfinite(value);
+  return finite;
+}
 
 // A thread averages 8 columns of one stride, with up to 8 loads in flight.
 template <typename Traits, int kStride>
@@ -24,6 +32,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   const auto* keys = static_cast<const Element*>(params.key.data) +
                      batch * params.key.batch_stride + head * params.key.head_stride;
   const int head_dim = static_cast<int>(params.heads.head_dim);
+  const int64_t group = params.visibility.num_heads / params.heads.num_heads_k;
   for (int i = threadIdx.x; i < kPoolStrides * kChunks; i += kPoolThreads) {
     const int64_t stride = static_cast<int64_t>(blockIdx.x) * kPoolStrides + i / kChunks;
     const int column = i % kChunks * 8;
@@ -43,6 +52,19 @@ __global__ void __launch_bounds__(kPoolThreads)
 #pragma unroll
         for (int e = 0; e < 8; ++e)
           sum[e] += static_cast<float>(reinterpret_cast<const Element*>(&rows[r])[e]);
+      }
+    }
+    if (params.visibility.row_bounds.data != nullptr && !all_finite(sum)) {
+      for (float& value : sum) value = 0;
+#pragma unroll 1
+      for (int64_t key = stride * kStride;
+           key < min((stride + 1) * kStride, params.visibility.seqlen_k); ++key) {
+        const uint4 row = load_eight(keys + key * params.key.row_stride, column, head_dim, aligned);
+        const bool seen = seen_by_group(params.visibility, group, batch, head, key);
+        for (int e = 0; e < 8; ++e) {
+          const auto value = static_cast<float>(reinterpret_cast<const Element*>(&row)[e]);
+          if (seen || isfinite(value)) sum[e] += value;
+        }
       }
     }
     alignas(16) Element mean[8];

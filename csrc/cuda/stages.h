@@ -13,10 +13,12 @@ int64_t estimate_workspace_bytes(const EstimateParams& params);
 int64_t select_workspace_bytes(const SelectParams& params);
 int64_t attend_workspace_bytes(const AttendParams& params);
 int64_t backward_workspace_bytes(const BackwardParams& params);
+int64_t dense_mask_workspace_bytes(const DenseMaskParams& params);
 
 void run_estimate(const EstimateParams& params);
 void run_select(const SelectParams& params);
 void run_attend(const AttendParams& params);
 void run_backward(const BackwardParams& params);
+void run_dense_mask(const DenseMaskParams& params);
 
 }  // namespace rrattn::cuda
