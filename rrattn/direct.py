@@ -207,3 +207,16 @@ def block_sparse_attention_backward(
         deterministic,
         _options(**options),
     )
+
+
+def startend_rows_from_dense(mask, start_rows, verdict, *, dtype=None, **options):
+    """FlashMask bounds of a dense causal mask, with what keeps it from being one.
+
+    Parameters
+    ----------
+    mask : [B, 1 | Hq, Lq, Lk] bool (True: visible), or float32, float16 or bfloat16 (0: visible; -9984 or less: hidden)
+    start_rows : [B, 1 | Hq, Lk, 1] int32, output: one bound for causal=True
+    verdict : [2] int32, output: 0 where the bounds say what the mask does, or 1 for a value that is neither, plus 2 for
+        a mask that is not causal or shows a key again that it has hidden before; and the bits of such a value
+    """
+    return _direct.startend_rows_from_dense(mask, start_rows, verdict, dtype, _options(**options))

@@ -7,8 +7,8 @@ Two kinds of mask meet in this package:
 - **FlashMask row bounds** (`startend_row_indices`, int32 [B, 1|Hkv|Hq, Lk, 1|2|4]) say, per key, which query
   rows must not see it. They mean what `paddle.nn.functional.flashmask_attention` says they mean.
 
-Nothing here is on the path of the attention itself, so the work is done in NumPy on the host: a tensor on another
-device is copied there and the result back.
+Only `startend_rows_from_dense` is on the path of the attention itself. The rest is done in NumPy on the host: a tensor
+on another device is copied there and the result back.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 import paddle
 
 from .config import BLOCK_SIZE
+from .library import call
 
 WORD_BITS = 32
 
-# Masked entries of an additive mask are at most this; zero is visible, and anything between is a bias.
-_HIDDEN_BIAS = -1e4
-# Rows of a dense mask read at a time, so that the temporaries stay small beside the mask itself.
-_ROWS_AT_A_TIME = 64
+# Dense masks that the operator reads; others are cast.
+_READ_AS_THEY_ARE = (paddle.bool, paddle.float32, paddle.float16, paddle.bfloat16)
+_NEITHER_SEEN_NOR_HIDDEN = 1  # of the operator's verdict; see csrc/core/dense_mask.h
 
 
 def _ceil_div(value: int, divisor: int) -> int:
@@ -259,11 +259,13 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
     A dense mask fits when it is causal (query row r is position r + Lk - Lq) and each key, once hidden from a row,
     stays hidden from all later rows: padding, packed documents, a sliding window and their combinations all do.
 
+    The mask is read where it lies; on a GPU the host waits for the answer.
+
     Parameters
     ----------
     mask : Tensor
-        [B, 1|Hq, Lq, Lk]; bool with True for visible, or float and additive, with 0 for visible and -1e4 or
-        less for hidden.
+        [B, 1|Hq, Lq, Lk]; bool with True for visible, or float and additive, with 0 for visible and -9984 or less for
+        hidden (as which bfloat16 knows -1e4).
 
     Returns
     -------
@@ -275,38 +277,26 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
     ValueError
         For any other mask (a bias, a bidirectional one, one with holes), rather than a result that is not its.
     """
-    if mask.ndim != 4:
-        raise ValueError(f"a dense attention mask must be [B, 1|Hq, Lq, Lk], got shape {list(mask.shape)}")
-    seqlen_q, seqlen_k = mask.shape[2:]
-    shift = seqlen_k - seqlen_q
-    if shift < 0:
-        raise ValueError(f"a dense causal mask needs Lq <= Lk, got Lq={seqlen_q}, Lk={seqlen_k}")
+    read = mask if mask.dtype in _READ_AS_THEY_ARE else mask.astype("float32")
+    rows, verdict = call("dense_mask", read)
+    faults, bits = verdict.tolist()
+    if faults & _NEITHER_SEEN_NOR_HIDDEN:
+        raise ValueError(
+            f"the additive attention mask holds {_value_of(bits, read.dtype):g}, which is neither 0 (visible) nor -1e4 "
+            "or less (hidden): a bias, which rrattn does not support"
+        )
+    if faults:
+        raise ValueError(
+            "the attention mask is not causal with padding, packed documents or a sliding window, which is "
+            "all that rrattn takes as a dense mask; give other masks as startend_row_indices"
+        )
+    return rows
 
-    kind = mask.dtype if mask.dtype in (paddle.bool, paddle.float32) else paddle.float32
-    key = np.arange(seqlen_k)
-    count = np.zeros([mask.shape[0], mask.shape[1], seqlen_k], dtype=np.int32)  # rows that see each key
-    above = np.broadcast_to(key < shift, count.shape)  # what the row before sees; the cached keys before row 0
-    for begin in range(0, seqlen_q, _ROWS_AT_A_TIME):
-        entries = mask[:, :, begin : begin + _ROWS_AT_A_TIME].astype(kind).contiguous().numpy()  # [B, 1|Hq, rows, Lk]
-        visible = entries if kind == paddle.bool else entries == 0
-        if kind != paddle.bool and not (visible | (entries <= _HIDDEN_BIAS)).all():
-            raise ValueError(
-                f"the additive attention mask holds a value that is neither 0 (visible) nor {_HIDDEN_BIAS:g} "
-                "or less (hidden): a bias, which rrattn does not support"
-            )
-        # From one row to the next, only the key at the row's own position may become visible.
-        gained = visible.copy()
-        gained[:, :, 1:] &= ~visible[:, :, :-1]
-        gained[:, :, 0] &= ~above
-        row = np.arange(gained.shape[2])
-        gained[:, :, row, begin + row + shift] = False
-        if gained.any():
-            raise ValueError(
-                "the attention mask is not causal with padding, packed documents or a sliding window, which is "
-                "all that rrattn takes as a dense mask; give other masks as startend_row_indices"
-            )
-        count += visible.sum(axis=2, dtype=np.int32)
-        above = visible[:, :, -1]
-    # A key is first seen from its own position, then by `count` rows without a gap; padding by none.
-    start = np.where(count > 0, np.maximum(key - shift, 0) + count, 0).astype(np.int32)
-    return paddle.to_tensor(start[..., None], place=mask.place)
+
+def _value_of(bits: int, dtype) -> float:
+    """A mask's value, of which the operator gave the bits."""
+    if dtype == paddle.float32:
+        return float(np.int32(bits).view(np.float32))
+    if dtype == paddle.float16:
+        return float(np.uint16(bits).view(np.float16))
+    return float(np.uint32(bits << 16).view(np.float32))

@@ -23,8 +23,8 @@ import reference
 from rrattn import direct
 
 LAYOUTS = ("contiguous", "heads_first", "padded", "unaligned")
-STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32}
-POISON = {"f4": np.nan, "f2": np.nan, "u2": 0x7FFF, "i4": 0x7F7F7F7F}  # 0x7fff is a bfloat16 NaN
+STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32, "bool": np.bool_}
+POISON = {"f4": np.nan, "f2": np.nan, "u2": 0x7FFF, "i4": 0x7F7F7F7F, "b1": True}  # 0x7fff is a bfloat16 NaN
 FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
 
 
@@ -158,6 +158,13 @@ class Kernels:
             **options,
         )
         return tuple(self.read(grad, dtype) for grad in grads)
+
+    def dense_mask(self, mask, *, dtype):
+        """(bounds [B, H, Lk, 1], verdict) of a dense mask, bool or float32 values of `dtype`."""
+        rows = self.place((*mask.shape[:2], mask.shape[3], 1), "int32", strided=False)
+        verdict = self.place((2,), "int32", strided=False)
+        direct.startend_rows_from_dense(self.input(mask, dtype), rows[1], verdict[1], **self.typed(dtype))
+        return self.read(rows, "int32"), self.read(verdict, "int32").tolist()
 
     def prefill(
         self, query, key, value, startend=None, *, causal, threshold, dtype="float32", keep_last=True, keep_local=1,

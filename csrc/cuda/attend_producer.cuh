@@ -45,7 +45,9 @@ class RowBlocks {
         plain_end_(params.attend.softmax_scale > 0
                        ? first_hidden_key(visibility_, m_block_) / kBlockSize
                        : 0),
-        seen_end_(visibility_.causal ? end_key(visibility_, m_block_) / kBlockSize : INT_MAX),
+        seen_end_(visibility_.causal && visibility_.shift() % kBlockSize != 0
+                      ? end_key(visibility_, m_block_) / kBlockSize
+                      : INT_MAX),
         walk_(params.attend.block_mask + row.index * visibility_.num_mask_words(),
               end_block(visibility_, m_block_)) {}
 

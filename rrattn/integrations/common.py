@@ -6,9 +6,7 @@ checkpoints stay what they are.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import fields, replace
-from typing import NamedTuple
 
 import paddle
 from paddle.distributed import fleet
@@ -180,32 +178,16 @@ def attend(core, query, key, value, attention_mask, startend_rows, *, causal, so
     return core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale)
 
 
-class _MaskRows(NamedTuple):
-    """The row bounds read from a dense mask, and what it takes to know that mask again.
-
-    A mask is known by its memory and version rather than by object, since recompute hands over a new tensor on the
-    same memory each time. That is safe while the memory is known to be in use: while the tensor first seen lives.
-    """
-
-    identity: tuple
-    tensor: weakref.ref
-    rows: paddle.Tensor
-
-
-_last_mask: _MaskRows | None = None
-
-
 def rows_of_mask(mask, batch_size):
-    """startend_rows_from_dense(mask), worked out once per mask and not per layer; int32 [B, 1|Hq, Lk, 1]."""
-    global _last_mask
+    """startend_rows_from_dense(mask), int32 [B, 1|Hq, Lk, 1].
+
+    Each layer reads the mask anew, which takes little beside its attention: nothing but its values tells whether it is
+    still the mask of the layer before.
+    """
     if not paddle.in_dynamic_mode():
         raise ValueError(
             "rrattn reads a dense attention mask in dynamic mode only; "
             "in a static graph pass attn_mask_startend_row_indices instead"
         )
-    identity = (mask.data_ptr(), mask.inplace_version, mask.dtype, tuple(mask.shape), tuple(mask.strides))
-    last = _last_mask
-    if last is None or last.identity != identity or last.tensor() is None:
-        last = _last_mask = _MaskRows(identity, weakref.ref(mask), startend_rows_from_dense(mask))
-    rows = last.rows
+    rows = startend_rows_from_dense(mask)
     return rows.expand([batch_size, -1, -1, -1]) if rows.shape[0] == 1 < batch_size else rows
