@@ -7,8 +7,9 @@ from dataclasses import replace
 import paddle
 from paddle import nn
 
-from .config import BLOCK_SIZE, RRAttentionConfig
-from .functional import block_sparse_attention, rr_attention, unified
+from . import arguments
+from .config import BLOCK_SIZE, RRAttentionConfig, required_config
+from .functional import block_sparse_attention, checked_tensor, rr_attention, unified
 from .masks import WORD_BITS, block_density
 
 # A layer keeps its last block mask up to this size and only the density of a larger one: at 1M tokens and 32 heads
@@ -64,6 +65,13 @@ class RRAttention(nn.Layer):
         This layer's threshold, one for all heads or one per query head. Default: the config's, which must then be
         for one layer.
 
+    Raises
+    ------
+    TypeError
+        For a config that is none.
+    ValueError
+        For a threshold that is not allowed, or a config for another number of layers.
+
     Attributes
     ----------
     last_selection : BlockSelection or None
@@ -72,8 +80,10 @@ class RRAttention(nn.Layer):
 
     def __init__(self, config: RRAttentionConfig | None = None, *, threshold=None):
         super().__init__()
-        config = RRAttentionConfig() if config is None else config
-        self.config = config if threshold is None else replace(config, threshold=(threshold,))
+        config = RRAttentionConfig() if config is None else required_config(config)
+        if threshold is not None:
+            config = replace(config, threshold=(arguments.thresholds(threshold, depth=1),))
+        self.config = config
         self.dense = self.config.layer_is_dense(0, 1)
         self.threshold = 1.0 if self.dense else self.config.layer_threshold(0, 1)
         self.last_selection = None
@@ -104,8 +114,22 @@ class RRAttention(nn.Layer):
         -------
         Tensor
             [B, Lq, Hq, D], of the query's dtype.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As :func:`rrattn.rr_attention`.
         """
-        scale = softmax_scale if self.config.softmax_scale is None else self.config.softmax_scale
+        for tensor, name in ((query, "query"), (key, "key"), (value, "value")):
+            if len(checked_tensor(tensor, name).shape) != 4:
+                raise ValueError(
+                    f"{name} has {len(tensor.shape)} dimensions, shape {list(tensor.shape)}, but must have 4: "
+                    "[batch, length, heads, head size]"
+                )
+        causal = arguments.flag(causal, "causal")
+        scale = arguments.softmax_scale(softmax_scale)
+        if self.config.softmax_scale is not None:
+            scale = self.config.softmax_scale
         attend = self._attend
         if self._observer is not None and paddle.in_dynamic_mode():
             attend = self._observer

@@ -358,6 +358,7 @@ def test_the_published_names_patch_models(model_type, tokens):
         (rrattn.patch_qwen_attention, {}, ValueError, "patch_qwen_attention.*qwen2, qwen3;.*'llama'"),
         (rrattn.patch_ernie_attention, {}, ValueError, "ernie4_5, ernie4_5_moe;.*'llama'"),
         (rrattn.patch_llama_attention, {"stride": [8, 16]}, ValueError, r"stride is \[8, 16\]"),
+        (rrattn.patch_llama_attention, {"keep_recent": 1}, ValueError, "keep_recent is 1, but must be True or False"),
         (rrattn.patch_llama_attention, {"tau": 0.1}, TypeError, "patch_llama_attention has no argument tau"),
     ],
 )

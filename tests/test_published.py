@@ -86,7 +86,7 @@ def test_one_warning_names_what_means_nothing(states, name):
     assert warning.filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        CALLS[name](states, block_size=128, norm=1, kdb=1)
+        CALLS[name](states, block_size=np.int64(128), norm=1, kdb=1)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -98,6 +98,10 @@ def test_one_warning_names_what_means_nothing(states, name):
         ({"select_mode": "slash"}, ValueError, "select_mode is 'slash', but must be 'inverse'"),
         ({"stride": 7}, ValueError, "stride.*7"),
         ({"threshold": 0.0}, ValueError, "threshold.*0"),
+        ({"norm": True}, ValueError, "norm is True, but must be 1"),
+        ({"block_size": 128.0}, ValueError, "block_size is 128.0, but must be 128"),
+        ({"keep_recent": 1}, ValueError, "keep_recent is 1, but must be True or False"),
+        ({"causal": "False"}, ValueError, "causal is 'False', but must be True or False"),
         ({"treshold": 0.5}, TypeError, "no argument treshold"),
     ],
 )
@@ -107,8 +111,12 @@ def test_bad_arguments_are_named(states, name, arguments, error, message):
 
 
 def test_other_layouts_are_refused(states):
-    with pytest.raises(ValueError, match="dimensions"):
+    with pytest.raises(
+        ValueError, match=r"query_states has 3 dimensions.*must have 4: \[batch, heads, length, head size\]"
+    ):
         rrattn.rrattn_prefill(states[0][0], *states[1:])
+    with pytest.raises(TypeError, match="key_states is a ndarray, but must be a paddle.Tensor"):
+        rrattn.rrattn_estimate(states[0], states[1].numpy())
 
 
 def test_the_migration_page_says_the_same_twice(states):
