@@ -19,6 +19,7 @@ import paddle
 
 from . import arguments
 from .config import RRAttentionConfig
+from .layout import watch_layout
 from .library import call
 
 try:
@@ -133,7 +134,7 @@ def rr_attention(
         arguments.flag(return_block_mask, "return_block_mask"),
     )
     training = arguments.flag(training, "training")
-    with paddle.set_grad_enabled(training and paddle.is_grad_enabled()):
+    with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
         out, *extras = call(
             "rr_attention", query, key, value, rows, per_head, scalar, causal, *sampling, *keep_rules, deterministic
         )
@@ -169,7 +170,7 @@ def estimate_block_scores(
     query, key = _attention_inputs(query, key)
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
-    with paddle.no_grad():
+    with paddle.no_grad(), watch_layout(query, key, rows, causal=causal):
         return call(
             "estimate",
             query,
@@ -281,7 +282,8 @@ def block_sparse_attention(
     scale = _scale(softmax_scale, query)
     deterministic = _deterministic(deterministic)
     asked = (arguments.flag(return_softmax_lse, "return_softmax_lse"),)
-    out, *extras = call("attend", query, key, value, block_mask, rows, causal, scale, deterministic)
+    with watch_layout(query, key, rows, causal=causal):
+        out, *extras = call("attend", query, key, value, block_mask, rows, causal, scale, deterministic)
     return _results(out, extras, asked)
 
 
