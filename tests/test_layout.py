@@ -1,4 +1,4 @@
-"""Tensors of [batch, heads, length, head size], which are the wrong way round: a warning where they run, else a hint."""
+"""Tensors of [batch, heads, length, head size], the wrong way round: a warning where they run, otherwise a hint."""
 
 import warnings
 
