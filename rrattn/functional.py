@@ -7,6 +7,9 @@ float32, float16 and bfloat16 are computed in float32. Head sizes are the multip
 place when their last dimension is contiguous. Where `paddle.amp.auto_cast` is active, query, key and value are cast to
 its dtype first, as for Paddle's own attention.
 
+A program saved by `paddle.jit.save` names the operators and does not hold them: import rrattn before `paddle.jit.load`
+and `paddle.inference.create_predictor`. The former does not check, and without them the first call ends the process.
+
 Bad arguments raise ValueError (TypeError for what is no tensor) with the value and what is allowed, before anything
 runs; what counts as a number or as True and False is said in :mod:`rrattn.arguments`.
 """

@@ -17,6 +17,7 @@ import numpy as np
 import paddle
 
 from .config import BLOCK_SIZE
+from .visibility import BlockVisibility, visible_block_array
 
 WORD_BITS = 32
 
@@ -46,18 +47,6 @@ def _popcount(words: np.ndarray) -> int:
 _BITS_IN_HALF_WORD = np.unpackbits(np.arange(1 << 16, dtype="<u2").view(np.uint8).reshape(-1, 2), axis=1).sum(
     axis=1, dtype=np.uint8
 )
-
-
-def visible_block_array(*, causal: bool, seqlen_q: int, seqlen_k: int) -> np.ndarray:
-    """`visible_blocks` as a NumPy array, bool [Mq, Mk]."""
-    if causal and seqlen_q > seqlen_k:
-        raise ValueError(f"causal attention needs seqlen_q <= seqlen_k, got seqlen_q={seqlen_q}, seqlen_k={seqlen_k}")
-    num_q_blocks, num_k_blocks = _ceil_div(seqlen_q, BLOCK_SIZE), _ceil_div(seqlen_k, BLOCK_SIZE)
-    if not causal:
-        return np.ones([num_q_blocks, num_k_blocks], dtype=bool)
-    last_row = np.minimum((np.arange(num_q_blocks) + 1) * BLOCK_SIZE, seqlen_q) - 1
-    last_visible_key = last_row + seqlen_k - seqlen_q
-    return np.arange(num_k_blocks)[None, :] * BLOCK_SIZE <= last_visible_key[:, None]
 
 
 def visible_blocks(*, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tensor:
@@ -144,18 +133,65 @@ def dense_block_mask(batch_size: int, num_heads: int, *, causal: bool, seqlen_q:
     return paddle.to_tensor(np.tile(row_words, [batch_size, num_heads, 1, 1]))
 
 
-def block_density(block_mask: paddle.Tensor, *, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tensor:
+def block_counts(
+    block_mask: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None = None,
+    *,
+    causal: bool,
+    seqlen_q: int,
+    seqlen_k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks that a block mask selects, visible blocks), int64 [B, Hq] each; arguments as for `block_density`."""
+    if block_mask.dtype != paddle.int32:
+        raise ValueError(f"block_mask must be of dtype int32, got {block_mask.dtype}")
+    num_q_blocks, num_k_blocks = _ceil_div(seqlen_q, BLOCK_SIZE), _ceil_div(seqlen_k, BLOCK_SIZE)
+    expected = [num_q_blocks, _ceil_div(num_k_blocks, WORD_BITS)]
+    if block_mask.ndim != 4 or list(block_mask.shape[2:]) != expected:
+        raise ValueError(
+            f"block_mask must be [B, Hq, {expected[0]}, {expected[1]}] for seqlen_q={seqlen_q}, "
+            f"seqlen_k={seqlen_k}, got {list(block_mask.shape)}"
+        )
+    words = block_mask.numpy()
+    visibility = BlockVisibility(
+        startend_row_indices,
+        causal=causal,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        batch_size=words.shape[0],
+        num_heads=words.shape[1],
+    )
+    num_selected, num_visible = np.zeros([2, *words.shape[:2]], dtype=np.int64)
+    visible = None
+    for batch, head in np.ndindex(*words.shape[:2]):
+        before, visible = visible, visibility.of(batch, head)
+        if visible is not before:
+            visible_words, count = _pack(visible), visible.sum()
+        num_selected[batch, head] = _popcount(words[batch, head] & visible_words)
+        num_visible[batch, head] = count
+    return num_selected, num_visible
+
+
+def block_density(
+    block_mask: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None = None,
+    *,
+    causal: bool,
+    seqlen_q: int,
+    seqlen_k: int,
+) -> paddle.Tensor:
     """The share of the visible blocks that a block mask selects, per head.
 
-    Blocks above the causal diagonal count neither as visible nor, should their bits be set, as selected. Blocks
-    that only FlashMask hides count as visible, so packing and padding lower the density.
+    Blocks that are hidden as a whole, above the causal diagonal or by FlashMask, count neither as visible nor, should
+    their bits be set, as selected. Without startend_row_indices, those that FlashMask hides count as visible.
 
     Parameters
     ----------
     block_mask : Tensor
         int32 [B, Hq, Mq, ceil(Mk / 32)].
+    startend_row_indices : Tensor, optional
+        int32 [B, 1|Hkv|Hq, Lk, 1|2|4], FlashMask row bounds: as in the call that the mask belongs to.
     causal : bool
-        As in the call that the mask belongs to.
+        Likewise.
     seqlen_q, seqlen_k : int
         Lq and Lk, in tokens.
 
@@ -163,22 +199,16 @@ def block_density(block_mask: paddle.Tensor, *, causal: bool, seqlen_q: int, seq
     -------
     Tensor
         float32 [B, Hq], each in [0, 1]; 0 where no block is visible.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
     """
-    visible = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    expected = [visible.shape[0], _ceil_div(visible.shape[1], WORD_BITS)]
-    if block_mask.dtype != paddle.int32:
-        raise ValueError(f"block_mask must be of dtype int32, got {block_mask.dtype}")
-    if block_mask.ndim != 4 or list(block_mask.shape[2:]) != expected:
-        raise ValueError(
-            f"block_mask must be [B, Hq, {expected[0]}, {expected[1]}] for seqlen_q={seqlen_q}, "
-            f"seqlen_k={seqlen_k}, got {list(block_mask.shape)}"
-        )
-    visible_words = _pack(visible)
-    num_visible = max(int(visible.sum()), 1)
-    selected = block_mask.numpy()
-    counts = [[_popcount(head & visible_words) for head in sequence] for sequence in selected]
-    density = np.array(counts, dtype=np.float64).reshape(selected.shape[:2]) / num_visible
-    return paddle.to_tensor(density.astype(np.float32))
+    num_selected, num_visible = block_counts(
+        block_mask, startend_row_indices, causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    )
+    return paddle.to_tensor((num_selected / np.maximum(num_visible, 1)).astype(np.float32))
 
 
 def causal_startend_rows(batch_size: int, seqlen_q: int, seqlen_k: int | None = None) -> paddle.Tensor:

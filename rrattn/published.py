@@ -10,11 +10,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+import paddle
+
 from . import arguments
 from .config import BLOCK_SIZE, PUBLISHED_ESTIMATE, PUBLISHED_PATCH, PUBLISHED_PREFILL
 from .functional import checked_tensor, estimate_block_scores, rr_attention, select_blocks
 from .integrations import enable
-from .masks import block_density, unpack_block_mask
+from .masks import block_counts, unpack_block_mask
 
 _MEANINGLESS = ("use_triton", "chunk_size", "rrattn_version", "layer_idx", "config", "rrattn_config")
 # Arguments of which the release itself computes one value only.
@@ -78,8 +80,10 @@ def rrattn_prefill(
         keep_local=PUBLISHED_PREFILL.keep_local,
         return_block_mask=True,
     )
-    density = block_density(block_mask, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1])
-    return out, 1 - density.mean()
+    num_selected, num_visible = block_counts(
+        block_mask, startend_row_indices, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1]
+    )
+    return out, paddle.to_tensor((num_visible - num_selected).sum() / max(num_visible.sum(), 1), dtype="float32")
 
 
 def rrattn_estimate(

@@ -4,8 +4,10 @@ import numpy as np
 import paddle
 import pytest
 import reference
+from cases import MASKED, Case, make_inputs
 
 import rrattn
+from rrattn.masks import document_startend_rows, padding_startend_rows
 
 WIDTHS = (1, 31, 32, 33, 64, 1027)
 
@@ -71,6 +73,65 @@ def test_density_of_a_selection(rng):
     density = rrattn.block_density(mask, **sizes).numpy()
     np.testing.assert_allclose(density, kept.sum((2, 3)) / (~hidden).sum((2, 3)), rtol=1e-6)
     assert (density > 0).all() and (density < 1).all()
+
+
+PADDED_CASES = [  # of whole key blocks per head, so that rows and blocks see nothing
+    Case(600, 600, True, 4, 2, 32, batch=2, flashmask="document", flashmask_heads="Hq"),
+    Case(1000, 1300, True, 4, 4, 32, batch=2, flashmask="no_row_after", flashmask_heads="Hkv"),
+    Case(1000, 700, False, 4, 2, 32, batch=2, flashmask="full_document", flashmask_heads="Hkv"),
+]
+
+
+@pytest.mark.parametrize("case", MASKED + PADDED_CASES, ids=str)
+def test_density_counts_what_flashmask_lets_a_row_see(case):
+    inputs = make_inputs(case)
+    sizes = {"causal": case.causal, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+    hidden, _ = reference.block_geometry(inputs.startend, **case.geometry)
+    rows = paddle.to_tensor(inputs.startend)
+    visible = (~hidden).sum((2, 3))
+    expected = (inputs.block_mask & ~hidden).sum((2, 3)) / np.maximum(visible, 1)
+    density = rrattn.block_density(paddle.to_tensor(reference.pack(inputs.block_mask)), rows, **sizes)
+    assert density.shape == [case.batch, case.num_heads]
+    np.testing.assert_allclose(density.numpy(), expected, rtol=1e-6)
+    everything = rrattn.block_density(paddle.to_tensor(reference.pack(np.ones_like(hidden))), rows, **sizes)
+    np.testing.assert_array_equal(everything.numpy(), visible > 0)
+
+
+def test_dense_attention_of_packed_documents_has_a_density_of_one():
+    query, (key, value) = paddle.randn([2, 768, 4, 32]), paddle.randn([2, 2, 768, 2, 32])
+    rows = document_startend_rows([[256, 256, 256], [100, 300, 200]])  # and 168 of padding
+    sizes = {"causal": True, "seqlen_q": 768, "seqlen_k": 768}
+    _, mask = rrattn.rr_attention(query, key, value, rows, causal=True, threshold=1.0, return_block_mask=True)
+    assert (rrattn.block_density(mask, rows, **sizes) == 1).all()
+    assert rrattn.block_density(mask, **sizes)[0].tolist() == pytest.approx([9 / 21] * 4)  # as if nothing hid the rest
+
+
+def test_a_sequence_of_padding_has_no_density():
+    rows = padding_startend_rows(paddle.to_tensor([[1] * 300, [0] * 300]))
+    mask = rrattn.dense_block_mask(2, 3, causal=True, seqlen_q=300, seqlen_k=300)
+    density = rrattn.block_density(mask, rows, causal=True, seqlen_q=300, seqlen_k=300)
+    assert density.tolist() == [[1, 1, 1], [0, 0, 0]]
+    nothing = paddle.zeros([1, 2, 3, 0], "int32"), paddle.zeros([1, 1, 0, 2], "int32")
+    assert rrattn.block_density(*nothing, causal=False, seqlen_q=300, seqlen_k=0).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "causal", "error", "message"),
+    [
+        (np.zeros([1, 1, 300, 1], np.int32), True, TypeError, "startend_row_indices is a ndarray"),
+        (paddle.zeros([1, 1, 300, 1]), True, ValueError, "startend_row_indices has dtype .*float32.*int32"),
+        (paddle.zeros([1, 1, 300], "int32"), True, ValueError, r"shape \[1, 1, 300\], but must be \[2, a divisor of 6"),
+        (paddle.zeros([1, 1, 300, 1], "int32"), True, ValueError, r"shape \[1, 1, 300, 1\]"),
+        (paddle.zeros([2, 4, 300, 1], "int32"), True, ValueError, r"\[2, 4, 300, 1\].*a divisor of 6"),
+        (paddle.zeros([2, 1, 299, 1], "int32"), True, ValueError, r"\[2, 1, 299, 1\].*300"),
+        (paddle.zeros([2, 1, 300, 4], "int32"), True, ValueError, "1 or 2.* when causal is True"),
+        (paddle.zeros([2, 1, 300, 1], "int32"), False, ValueError, "2 or 4.* when causal is False"),
+    ],
+)
+def test_row_bounds_that_do_not_fit_the_mask_are_refused(rows, causal, error, message):
+    mask = rrattn.dense_block_mask(2, 6, causal=True, seqlen_q=300, seqlen_k=300)
+    with pytest.raises(error, match=message):
+        rrattn.block_density(mask, rows, causal=causal, seqlen_q=300, seqlen_k=300)
 
 
 def test_bad_masks():

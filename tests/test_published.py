@@ -55,6 +55,23 @@ def test_prefill_and_its_sparse_ratio(states, arguments, threshold, keep):
     assert 0 < float(sparse_ratio) < 1
 
 
+def test_the_sparse_ratio_is_of_what_the_masks_let_see():
+    """Of the visible blocks of all heads and sequences, whose numbers differ; one sequence is nothing but padding."""
+    paddle.seed(0)
+    query, (key, value) = paddle.randn([3, 4, 1000, 32]), paddle.randn([2, 3, 2, 1000, 32])
+    rows = rrattn.masks.document_startend_rows([[500, 400], [0], [1000]])
+    _, of_dense = rrattn.rrattn_prefill(query, key, value, threshold=1.0, startend_row_indices=rows)
+    assert float(of_dense) == 0
+    _, ratio = rrattn.rrattn_prefill(query, key, value, threshold=0.5, startend_row_indices=rows)
+    arrays = [tensor.transpose([0, 2, 1, 3]).numpy().astype(np.float64) for tensor in (query, key)]
+    scores = reference.estimate(*arrays, rows.numpy(), causal=True).astype(np.float32)
+    sizes = {"causal": True, "seqlen_q": 1000, "seqlen_k": 1000}
+    keep = {"keep_sink": False, "keep_last": False, "keep_local": 0}
+    mask = reference.select(scores, 0.5, rows.numpy(), **sizes, **keep)
+    hidden, _ = reference.block_geometry(rows.numpy(), batch=3, num_heads=4, **sizes)
+    assert float(ratio) == pytest.approx(1 - mask.sum() / (~hidden).sum()) and 0 < float(ratio) < 1
+
+
 def test_estimate(states):
     block_scores, block_mask = rrattn.rrattn_estimate(*states[:2], threshold=0.5, stride=8)
     scores, mask, _ = stages(states, 0.5)

@@ -9,6 +9,7 @@ import pytest
 import rrattn
 from rrattn import visualize
 from rrattn.layer import BlockSelection
+from rrattn.masks import document_startend_rows
 
 pytest.importorskip("matplotlib")
 
@@ -41,6 +42,41 @@ def test_every_block_is_a_cell_when_they_fit():
         density = (bits[1, head] & visible).sum() / visible.sum()
         assert axes.get_title() == f"head {head}  ·  {density:.1%}"
         assert axes.get_xlim() == (0, 1024) and axes.get_ylim() == (1024, 0)
+
+
+def packed_rows(num_blocks):
+    """(bounds of two documents of half the blocks, and of the same and of one for another head; visible to each)."""
+    half, whole = num_blocks * 64, num_blocks * 128
+    rows = paddle.concat([document_startend_rows([half, half]), document_startend_rows([whole])], axis=1)
+    visible = np.tril(np.ones([2, num_blocks, num_blocks], dtype=bool))
+    visible[0, num_blocks // 2 :, : num_blocks // 2] = False
+    return rows, visible
+
+
+def test_what_flashmask_hides_is_not_drawn():
+    bits, block_mask = random_mask(8, heads=2)
+    rows, visible = packed_rows(8)
+    selection = BlockSelection(block_mask, rows, **geometry(8))
+    for figure in (
+        visualize.plot_block_mask(block_mask, rows, **geometry(8)),
+        visualize.plot_layers([selection]),
+    ):
+        for axes, kept, seen in zip(panels(figure), bits[0], visible):
+            np.testing.assert_array_equal(cells(axes), np.where(seen, kept, np.nan))
+            assert axes.get_title().endswith(f"  ·  {(kept & seen).sum() / seen.sum():.1%}")
+
+
+def test_scores_of_what_flashmask_hides_are_not_drawn():
+    scores = np.full([1, 2, 8, 8], 0.01, dtype=np.float32)
+    scores[..., 0] = 10.0  # one block a row holds 95% and more, where it can be seen
+    rows, visible = packed_rows(8)
+    figure = visualize.plot_block_scores(paddle.to_tensor(scores), rows, **geometry(8))
+    titles = [axes.get_title() for axes in panels(figure)]
+    # 4 rows of one block, then 1 + 2 + 3 + 4 of the 20 that are seen; 8 of 36
+    assert titles == ["head 0  ·  95% in 70% of blocks", "head 1  ·  95% in 22% of blocks"]
+    for axes, seen in zip(panels(figure), visible):
+        np.testing.assert_array_equal(np.isnan(cells(axes)), ~seen)
+        np.testing.assert_allclose(np.nansum(cells(axes), axis=1), 1)
 
 
 def test_many_blocks_are_averaged():
