@@ -33,6 +33,8 @@ except ImportError:  # Paddle 2.6, where rrattn runs eagerly alone
         return function
 
 
+paddle.jit.ignore_module([arguments])  # to_static would rewrite its plain Python, and stumbles over it
+
 _DEFAULTS = RRAttentionConfig()
 
 

@@ -9,13 +9,33 @@ from __future__ import annotations
 import numpy as np
 import paddle
 
+from . import arguments
 from .config import BLOCK_SIZE
+
+
+def checked_sizes(*, causal, seqlen_q, seqlen_k) -> dict:
+    """The arguments, as plain Python.
+
+    Raises
+    ------
+    ValueError
+        For what are no lengths of attention, with the value and what is allowed.
+    """
+    sizes = {
+        "causal": arguments.flag(causal, "causal"),
+        "seqlen_q": arguments.length(seqlen_q, "seqlen_q"),
+        "seqlen_k": arguments.length(seqlen_k, "seqlen_k"),
+    }
+    if sizes["causal"] and sizes["seqlen_q"] > sizes["seqlen_k"]:
+        raise ValueError(
+            f"causal attention needs seqlen_q <= seqlen_k, got seqlen_q={sizes['seqlen_q']}, "
+            f"seqlen_k={sizes['seqlen_k']}"
+        )
+    return sizes
 
 
 def visible_block_array(*, causal: bool, seqlen_q: int, seqlen_k: int) -> np.ndarray:
     """Which key blocks each query block can see at all, without FlashMask: bool [Mq, Mk]."""
-    if causal and seqlen_q > seqlen_k:
-        raise ValueError(f"causal attention needs seqlen_q <= seqlen_k, got seqlen_q={seqlen_q}, seqlen_k={seqlen_k}")
     num_q_blocks, num_k_blocks = -(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // BLOCK_SIZE)
     if not causal:
         return np.ones([num_q_blocks, num_k_blocks], dtype=bool)

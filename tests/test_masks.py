@@ -7,6 +7,7 @@ import reference
 from cases import MASKED, Case, make_inputs
 
 import rrattn
+from rrattn import masks
 from rrattn.masks import document_startend_rows, padding_startend_rows
 
 WIDTHS = (1, 31, 32, 33, 64, 1027)
@@ -132,6 +133,93 @@ def test_row_bounds_that_do_not_fit_the_mask_are_refused(rows, causal, error, me
     mask = rrattn.dense_block_mask(2, 6, causal=True, seqlen_q=300, seqlen_k=300)
     with pytest.raises(error, match=message):
         rrattn.block_density(mask, rows, causal=causal, seqlen_q=300, seqlen_k=300)
+
+
+def test_arrays_and_lists_are_masks_too(rng):
+    mask = rng.random((2, 3, 4, 5)) < 0.5
+    packed = rrattn.pack_block_mask(mask)
+    assert packed.dtype == paddle.int32 and np.array_equal(packed.numpy(), reference.pack(mask))
+    assert (rrattn.pack_block_mask(mask.tolist()) == packed).all()
+    assert np.array_equal(rrattn.unpack_block_mask(packed.numpy(), np.int64(5)).numpy(), mask)
+    sizes = {"causal": np.bool_(True), "seqlen_q": np.uint16(500), "seqlen_k": np.array(600)}
+    expected = rrattn.block_density(packed, causal=True, seqlen_q=500, seqlen_k=600)
+    assert (rrattn.block_density(packed.numpy(), **sizes) == expected).all()
+    visible = masks.visible_blocks(**sizes)
+    assert (visible == masks.visible_blocks(causal=True, seqlen_q=500, seqlen_k=600)).all()
+    dense = rrattn.dense_block_mask(np.int32(2), np.int8(3), **sizes)
+    assert (rrattn.unpack_block_mask(dense, 5) == visible).all() and dense.shape[:2] == [2, 3]
+
+
+WORDS = np.zeros([1, 2, 3, 1], np.int32)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    (
+        (
+            lambda: rrattn.pack_block_mask(None),
+            "bool_mask is None, but must be a Tensor, a NumPy array or nested lists",
+        ),
+        (lambda: rrattn.pack_block_mask("10"), "bool_mask is '10', but must be a Tensor"),
+        (lambda: rrattn.pack_block_mask(map(bool, [1])), "bool_mask is <map.*, but must be a Tensor"),
+        (lambda: rrattn.pack_block_mask([[True], []]), r"bool_mask is \[\[True\], \[\]\], but must be a Tensor"),
+        (lambda: rrattn.pack_block_mask([1, 0]), "bool_mask must be of dtype bool, got int64"),
+        (lambda: rrattn.pack_block_mask(np.ones(3)), "bool_mask must be of dtype bool, got float64"),
+        (
+            lambda: rrattn.pack_block_mask(paddle.ones([3], "bfloat16")),
+            "bool_mask must be of dtype bool, got .*bfloat16",
+        ),
+        (lambda: rrattn.pack_block_mask(True), "bool_mask must have at least one dimension"),
+        (lambda: rrattn.unpack_block_mask(None, 3), "block_mask is None, but must be a Tensor"),
+        (lambda: rrattn.unpack_block_mask(WORDS.astype(np.int64), 3), "block_mask must be of dtype int32, got int64"),
+        (lambda: rrattn.unpack_block_mask(WORDS, 3.0), "num_k_blocks is 3.0, but must be an integer of at least 0"),
+        (lambda: rrattn.unpack_block_mask(WORDS, True), "num_k_blocks is True, but must be an integer of at least 0"),
+        (lambda: rrattn.unpack_block_mask(WORDS, -1), "num_k_blocks is -1, but must be an integer of at least 0"),
+        (lambda: rrattn.dense_block_mask(1.0, 2, **SIZES), "batch_size is 1.0, but must be an integer of at least 0"),
+        (lambda: rrattn.dense_block_mask(1, "2", **SIZES), "num_heads is '2', but must be an integer of at least 0"),
+    ),
+)
+def test_masks_that_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+SIZES = {"causal": True, "seqlen_q": 300, "seqlen_k": 300}
+
+
+@pytest.mark.parametrize(
+    "helper",
+    (
+        masks.visible_blocks,
+        lambda **sizes: rrattn.dense_block_mask(1, 2, **sizes),
+        lambda **sizes: rrattn.block_density(WORDS, **sizes),
+    ),
+)
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"causal": "False"}, "causal is 'False', but must be True or False"),
+        ({"causal": 1}, "causal is 1, but must be True or False"),
+        ({"seqlen_q": 300.0}, "seqlen_q is 300.0, but must be an integer from 0 to 1073741824"),
+        ({"seqlen_k": None}, "seqlen_k is None, but must be an integer from 0 to 1073741824"),
+        ({"seqlen_k": "300"}, "seqlen_k is '300', but must be an integer from 0 to 1073741824"),
+        ({"seqlen_q": -1}, "seqlen_q is -1, but must be an integer from 0 to 1073741824"),
+        ({"seqlen_q": 301}, "seqlen_q <= seqlen_k, got seqlen_q=301, seqlen_k=300"),
+    ),
+    ids=str,
+)
+def test_sizes_that_are_refused(helper, change, message):
+    with pytest.raises(ValueError, match=message):
+        helper(**{**SIZES, **change})
+
+
+def test_a_traced_mask_is_refused_by_name():
+    def density(words):
+        return rrattn.block_density(words, **SIZES)
+
+    spec = [paddle.static.InputSpec([1, 2, 3, 1], "int32")]
+    with pytest.raises(TypeError, match="block_mask is part of a static graph"):
+        _ = paddle.jit.to_static(density, full_graph=True, input_spec=spec).concrete_program
 
 
 def test_bad_masks():
