@@ -13,10 +13,15 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import paddle
 
+from . import arguments
+from .arrays import array_of
 from .config import BLOCK_SIZE
+from .layer import BlockSelection
 from .masks import unpack_block_array
-from .visibility import BlockVisibility
+from .stats import ModelStats
+from .visibility import BlockVisibility, checked_sizes
 
 CELLS_PER_PANEL = 128  # a side
 MAX_PANELS = 256
@@ -58,7 +63,7 @@ def plot_block_mask(
         Lq and Lk, in tokens.
     batch : int
         Which sequence of the batch.
-    heads : sequence of int, optional
+    heads : sequence or iterator of int, optional
         Which query heads. Default: all.
     title : str, optional
     path : str or path, optional
@@ -74,14 +79,16 @@ def plot_block_mask(
     ------
     ImportError
         When matplotlib is not installed.
-    ValueError
-        For shapes that do not fit, an absent batch index or head, or more than MAX_PANELS panels.
+    ValueError, TypeError
+        For arguments of another kind, shapes that do not fit, an absent batch index or head, or more than MAX_PANELS
+        panels.
     """
-    sizes = {"causal": causal, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    sizes = checked_sizes(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    layer = None if layer is None else arguments.count(layer, "layer")
     selected, visible_to = _selected_of_batch(block_mask, startend_row_indices, batch, sizes)
     panels = [_mask_panel(selected[head], visible_to(head), head, layer) for head in _pick_heads(heads, len(selected))]
     columns = _columns(len(panels))
-    return _draw(panels, columns, _mask_style(), seqlen_q, seqlen_k, causal, title, path)
+    return _draw(panels, columns, _mask_style(), **sizes, title=title, path=path)
 
 
 def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, path=None):
@@ -89,9 +96,9 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
 
     Parameters
     ----------
-    selections : sequence of BlockSelection
+    selections : sequence or iterator of BlockSelection
         One per layer, as `rrattn.layer_selections(model)` returns them, of one forward pass.
-    layers, heads : sequence of int, optional
+    layers, heads : sequence or iterator of int, optional
         Which layers and query heads. Default: all.
     batch, title, path
         As for `plot_block_mask`.
@@ -100,7 +107,9 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
     -------
     matplotlib.figure.Figure
     """
-    layers = range(len(selections)) if layers is None else layers
+    selections = _one_per_layer(selections, "selections", BlockSelection)
+    layers = range(len(selections)) if layers is None else arguments.counts(layers, "layers")
+    heads = None if heads is None else arguments.counts(heads, "heads")  # an iterator is for every layer
     panels, columns = [], 0
     for layer in layers:
         if not 0 <= layer < len(selections):
@@ -149,8 +158,9 @@ def plot_block_scores(
     -------
     matplotlib.figure.Figure
     """
-    sizes = {"causal": causal, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-    scores, visible_to = _of_batch(block_scores.astype("float32").numpy(), startend_row_indices, batch, sizes)
+    sizes = checked_sizes(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    layer = None if layer is None else arguments.count(layer, "layer")
+    scores, visible_to = _of_batch(array_of(block_scores, "block_scores")[0], startend_row_indices, batch, sizes)
     panels = []
     for head in _pick_heads(heads, len(scores)):
         visible = visible_to(head)
@@ -161,7 +171,7 @@ def plot_block_scores(
         needed = (np.cumsum(largest, axis=-1) < 0.95).sum(axis=-1) + 1
         share = np.minimum(needed, visible.sum(axis=-1)).sum() / max(visible.sum(), 1)
         panels.append((f"{_panel_name(head, layer)}  ·  95% in {share:.0%} of blocks", _mean_cells(shares, visible)))
-    return _draw(panels, _columns(len(panels)), _score_style(scores.shape[2]), seqlen_q, seqlen_k, causal, title, path)
+    return _draw(panels, _columns(len(panels)), _score_style(scores.shape[2]), **sizes, title=title, path=path)
 
 
 def plot_densities(densities, *, batch=0, title=None, path=None):
@@ -169,7 +179,7 @@ def plot_densities(densities, *, batch=0, title=None, path=None):
 
     Parameters
     ----------
-    densities : sequence of Tensor
+    densities : sequence or iterator of Tensor
         float32 [B, Hq] per layer, as `rrattn.layer_densities(model)` returns them.
     batch, title, path
         As for `plot_block_mask`.
@@ -182,8 +192,13 @@ def plot_densities(densities, *, batch=0, title=None, path=None):
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    if any(density is None for density in densities) or not len(densities):
+    densities = _one_per_layer(densities, "densities", paddle.Tensor)
+    if any(density is None for density in densities) or not densities:
         raise ValueError("there is a layer that has not run yet, or no layer at all")
+    shapes = sorted({tuple(density.shape) for density in densities})
+    if len(shapes) > 1 or len(shapes[0]) != 2:
+        raise ValueError(f"densities has tensors of the shapes {shapes}, but all must be of one shape [B, Hq]")
+    batch = _checked_batch(batch, densities[0])
     table = np.stack([density.numpy()[batch] for density in densities])  # [layers, Hq]
     num_layers, num_heads = table.shape
     figure = Figure(figsize=(2.2 + 0.42 * num_heads, 1.4 + 0.36 * num_layers), dpi=150, layout="constrained")
@@ -213,6 +228,8 @@ def plot_stats(stats, *, title=None, path=None):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    if not isinstance(stats, ModelStats):
+        raise arguments.refused(stats, "stats", "a ModelStats, from rrattn.collect_stats")
     if not stats.layers or any(layer.density is None for layer in stats.layers):
         raise ValueError("there is a layer that has not run a prefill, or no layer at all")
     density = np.stack([layer.density for layer in stats.layers])  # [layers, Hq]
@@ -316,15 +333,30 @@ def _of_batch(array, startend_row_indices, batch, sizes):
         )
     if 0 in blocks:
         raise ValueError("there are no blocks to draw")
-    if not 0 <= batch < array.shape[0]:
-        raise ValueError(f"there is no sequence {batch} in a batch of {array.shape[0]}")
+    batch = _checked_batch(batch, array)
     visibility = BlockVisibility(startend_row_indices, **sizes, batch_size=array.shape[0], num_heads=array.shape[1])
     return array[batch], partial(visibility.of, batch)
 
 
+def _checked_batch(batch, array):
+    """Which sequence of array [B, ...], an int."""
+    batch = arguments.count(batch, "batch")
+    if batch >= array.shape[0]:
+        raise ValueError(f"there is no sequence {batch} in a batch of {array.shape[0]}")
+    return batch
+
+
+def _one_per_layer(things, name, kind):
+    """A sequence or an iterator of things of this kind, or None, as a list."""
+    found = arguments.entries(things)
+    if found is None or not all(thing is None or isinstance(thing, kind) for thing in found):
+        raise arguments.refused(things if found is None else found, name, f"a sequence of {kind.__name__}, one a layer")
+    return found
+
+
 def _pick_heads(heads, num_heads):
-    heads = list(range(num_heads)) if heads is None else list(heads)
-    absent = [head for head in heads if not 0 <= head < num_heads]
+    heads = range(num_heads) if heads is None else arguments.counts(heads, "heads")
+    absent = [head for head in heads if head >= num_heads]
     if absent or not heads:
         raise ValueError(f"there is no head {absent} to draw among {num_heads} heads" if absent else "no head to draw")
     return heads
