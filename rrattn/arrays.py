@@ -22,7 +22,8 @@ def array_of(value, name):
         raise TypeError(f"{name} is part of a static graph, where it has no values: call this outside of it")
     if isinstance(value, paddle.Tensor):
         # NumPy would have bfloat16 as integers, of its bits.
-        return (value.astype("float32") if value.dtype == paddle.bfloat16 else value).numpy(), value.place
+        host = value.cpu()
+        return (host.astype("float32") if host.dtype == paddle.bfloat16 else host).numpy(), value.place
     try:
         array = np.asarray(value)
     except ValueError:  # lists of several lengths
