@@ -12,10 +12,13 @@ MAX_JOBS=N               compilers at once; default: one per core (each takes up
 RRATTN_CUTLASS=FOLDER    CUTLASS's include folder; default: that of the nvidia-cutlass package
 """
 
+import ctypes
 import importlib.util
 import os
 import shlex
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -51,6 +54,26 @@ CORE_SOURCES = sorted(
 )
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu")) if CUDA_ARCHS else []
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+EXPORTS = "csrc/bindings/exports.map"
+
+# What the libraries must be able to do where they are loaded: raise an error that is formatted in C++.
+RAISE_AN_ERROR = """
+import sys
+sys.path.insert(0, {folder!r})
+from rrattn import direct
+try:
+    direct.set_simd("none")
+except ValueError:
+    print("rrattn._direct raises errors")
+if {with_paddle}:
+    import paddle, rrattn.library
+    rows = paddle.to_tensor([[[[0.0] * 7]]], place=paddle.CPUPlace())
+    try:
+        rrattn.library.call("estimate", rows, rows, None, True, 8, 0, 1.0)
+    except ValueError as error:
+        assert "head_dim is 7," in str(error), error
+        print("rrattn._ops raises errors")
+"""
 
 
 def find_cuda():
@@ -79,6 +102,22 @@ def cuda_includes():
 def cuda_libraries():
     folders = [f"-L{find_cuda() / name}" for name in ("lib64", "lib")]
     return [*folders, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+
+
+def cxx_runtime():
+    """Files of the C++ runtime in this process, which holds Paddle where it is installed.
+
+    Linked by their paths, ahead of what the compiler adds, they keep one that would link its runtime statically from
+    giving each extension a copy of its own: exceptions and streams cannot pass from one copy to another.
+    """
+    for name in ("libstdc++.so.6", "libgcc_s.so.1"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            pass  # then another runtime is the process's
+    with open("/proc/self/maps") as maps:
+        mapped = sorted({line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "/" in line})
+    return [path for path in mapped if os.path.basename(path).startswith(("libstdc++.so", "libgcc_s.so"))]
 
 
 def is_stale(target, sources):
@@ -129,7 +168,8 @@ class BuildExtensions(build_ext):
     """Builds them again when they are configured otherwise, and then records which Paddle the operators are for.
 
     Another Paddle may kill the process that loads them. The record lies beside them and is written once they are there,
-    so that neither a failed build nor one for another place makes it wrong.
+    so that neither a failed build nor one for another place makes it wrong. At the end a fresh process loads what was
+    built and lets it raise errors, which fails where the compiler's C++ runtime is not the process's.
     """
 
     def run(self):
@@ -140,15 +180,37 @@ class BuildExtensions(build_ext):
             extension.depends.append(str(configuration))
         super().run()
         if paddle:
-            write_if_changed(Path("" if self.inplace else self.build_lib, "rrattn/_build_info.py"), PADDLE_RECORD)
+            write_if_changed(Path(self.folder(), "rrattn/_build_info.py"), PADDLE_RECORD)
+        self.check_errors()
+
+    def folder(self):
+        return os.path.abspath("" if self.inplace else self.build_lib)
+
+    def check_errors(self):
+        if not self.inplace:
+            self.run_command("build_py")
+        code = RAISE_AN_ERROR.format(folder=self.folder(), with_paddle=bool(paddle))
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if process.returncode or process.stdout.count("raises errors") != len(self.extensions):
+            raise SystemExit(
+                f"the libraries were built, but do not work: a process that lets them raise an error ended with status "
+                f"{process.returncode}. Compiler: {shlex.join(self.compiler.compiler_so)}\n"
+                f"{process.stdout}{process.stderr}"
+            )
 
 
 def options(*, with_cuda):
     """What both extensions pass to setuptools.Extension."""
     return {
         "define_macros": [("RRATTN_WITH_CUDA", None)] if with_cuda else [],
-        "depends": HEADERS + CORE_SOURCES + CUDA_SOURCES,  # relinks when a library changes
-        "extra_link_args": ["-fopenmp", *(cuda_libraries() if with_cuda else [])],
+        "depends": [*HEADERS, *CORE_SOURCES, *CUDA_SOURCES, EXPORTS],  # relinks when a library changes
+        "extra_link_args": [
+            "-fopenmp",
+            "-pthread",
+            f"-Wl,--version-script={EXPORTS}",
+            *cxx_runtime(),
+            *(cuda_libraries() if with_cuda else []),
+        ],
     }
 
 

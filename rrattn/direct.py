@@ -12,7 +12,8 @@ length, heads and head size; blocks are of 128 tokens; Mq and Mk are the numbers
 All functions take these options and return the bytes of workspace that they need:
 
 num_threads : int, optional
-    Threads on the CPU, at least 1. Default: all OpenMP threads.
+    Threads on the CPU, at most. Default: `default_num_threads()`, as many as OpenMP would take (OMP_NUM_THREADS), the
+    process has processors and its container's CPU quota pays for. Results do not depend on it.
 workspace : array, optional on the CPU
     Scratch memory on the device of the other arrays, of any type.
 stream : int
@@ -32,6 +33,7 @@ _DEFAULTS = RRAttentionConfig()
 _THRESHOLD = "a number in (0, 1] or a float32 array of one per head"
 
 available_simd = _direct.available_simd
+default_num_threads = _direct.default_num_threads
 set_simd = _direct.set_simd
 simd = _direct.simd
 

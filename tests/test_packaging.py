@@ -1,5 +1,6 @@
 """The wheel holds what it should and works by itself, and an operator library for another Paddle is never loaded."""
 
+import os
 import runpy
 import shutil
 import subprocess
@@ -30,14 +31,19 @@ def run_python(code, *, path, timeout=120):
     )
 
 
-def pip(*arguments):
-    process = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, timeout=900)
+def pip(*arguments, **environment):
+    command = [sys.executable, "-m", "pip", *arguments]
+    process = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel of this checkout, built from a copy without anything that was built here before."""
+    """A wheel of this checkout, built from a copy without anything that was built here before.
+
+    And by a compiler that links the C++ runtime statically, as some do whose shared one is missing: see
+    `test_libraries_keep_to_the_runtime_of_the_process`.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     built = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
     for name in ("csrc", "rrattn"):
@@ -45,7 +51,8 @@ def wheel(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder / "source")
     options = "--no-build-isolation", "--no-deps", "--no-index"
-    pip("wheel", *options, "--wheel-dir", str(folder), str(folder / "source"))
+    compiler = f"{os.environ.get('CXX', 'g++')} -static-libstdc++ -static-libgcc"
+    pip("wheel", *options, "--wheel-dir", str(folder), str(folder / "source"), CXX=compiler)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -64,6 +71,38 @@ def test_wheel_works_by_itself(wheel, tmp_path):
     process = run_python(ATTEND, path=tmp_path)
     assert process.returncode == 0, process.stderr
     assert Path(process.stdout.splitlines()[-1]) == tmp_path / "rrattn" / "__init__.py"
+
+
+RAISE = """
+import numpy as np, paddle, rrattn
+from rrattn import direct
+for head_dim in (7, 1234):
+    try:
+        x = paddle.zeros([1, 8, 1, head_dim])
+        rrattn.estimate_block_scores(x, x, causal=True)
+    except ValueError as error:
+        print(error)
+    try:
+        x = np.zeros((1, 8, 1, head_dim), np.float32)
+        direct.estimate_block_scores(x, x, x, causal=True)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_libraries_keep_to_the_runtime_of_the_process(wheel, tmp_path):
+    """Two C++ runtimes in a process mix, and the first error ends it or loses its numbers."""
+    pip("install", "--no-deps", "--no-index", "--target", str(tmp_path), str(wheel))
+    for library in [*tmp_path.glob("rrattn/*.so"), *ROOT.glob("rrattn/*.so")]:
+        symbols = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+        exported = [line.split()[-1] for line in symbols.stdout.splitlines() if line.split()[-2] not in "tdrb"]
+        assert exported == (["PyInit__direct"] if library.name.startswith("_direct") else [])
+        dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+        assert "[libstdc++.so.6]" in dynamic.stdout
+    process = run_python(RAISE, path=tmp_path)
+    assert process.returncode == 0, process.stderr
+    sizes = [line.partition("head_dim is ")[2].partition(",")[0] for line in process.stdout.splitlines() if line]
+    assert sizes == ["7", "7", "1234", "1234"]
 
 
 @pytest.mark.parametrize(

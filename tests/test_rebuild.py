@@ -1,4 +1,7 @@
-"""What is built again when the build is configured otherwise, with compilers that only note what they are asked for."""
+"""What is built again when the build is configured otherwise, with compilers that only note what they are asked for.
+
+What such compilers build cannot be loaded, so another program stands in for the Python that is to load it.
+"""
 
 import os
 import shutil
@@ -19,8 +22,16 @@ done
 BUILD = """
 import paddle, runpy, sys
 paddle.version.commit = {commit!r}
+sys.executable = {loader!r}
 sys.argv = ["setup.py", {command}]
 runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+# As if what was built had raised its errors.
+LOADER = """#!/bin/sh
+echo rrattn._direct raises errors
+echo rrattn._ops raises errors
 """
 
 
@@ -34,10 +45,8 @@ class Checkout:
             shutil.copytree(ROOT / name, self.folder / name, ignore=built)
         for name in ("setup.py", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, self.folder)
-        compiler = folder / "cuda" / "bin" / "nvcc"
-        compiler.parent.mkdir(parents=True)
-        compiler.write_text(COMPILER.format(log=self.log))
-        compiler.chmod(0o755)
+        compiler = write_program(folder / "cuda" / "bin" / "nvcc", COMPILER.format(log=self.log))
+        self.loader = write_program(folder / "loader", LOADER)
         (folder / "cutlass" / "cute").mkdir(parents=True)
         self.environment = {
             **os.environ,
@@ -47,17 +56,20 @@ class Checkout:
             "RRATTN_CUTLASS": str(folder / "cutlass"),
         }
 
-    def build(self, command='"build"', *, commit="one", archs="", environment=()):
-        """The names of the files that this makes."""
-        self.log.write_text("")
-        process = subprocess.run(
-            [sys.executable, "-c", BUILD.format(commit=commit, command=command)],
+    def run(self, command='"build"', *, commit="one", archs="", environment=()):
+        return subprocess.run(
+            [sys.executable, "-c", BUILD.format(commit=commit, command=command, loader=str(self.loader))],
             cwd=self.folder,
             env={**self.environment, "RRATTN_CUDA_ARCHS": archs, **dict(environment)},
             capture_output=True,
             text=True,
             timeout=120,
         )
+
+    def build(self, *arguments, **options):
+        """The names of the files that this makes."""
+        self.log.write_text("")
+        process = self.run(*arguments, **options)
         assert process.returncode == 0, process.stderr
         commands = [line.split() for line in self.log.read_text().splitlines()]
         return {Path(words[words.index("-o") + 1]).name.split(".")[0] for words in commands if "-o" in words}
@@ -65,6 +77,13 @@ class Checkout:
     def record(self, place="build/lib*/rrattn"):
         (path,) = self.folder.glob(f"{place}/_build_info.py")
         return path.read_text()
+
+
+def write_program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture
@@ -101,3 +120,13 @@ def test_gpu_kernels_come_and_go_with_the_architectures(checkout):
     moved = checkout.folder.parent / "other"
     (moved / "cute").mkdir(parents=True)
     assert "estimate_bf16_64" in checkout.build(archs="90a", environment={"RRATTN_CUTLASS": str(moved)})
+
+
+def test_libraries_that_cannot_raise_an_error_fail_the_build(checkout):
+    write_program(checkout.loader, "#!/bin/sh\necho rrattn._direct raises errors\nkill -SEGV $$\n")
+    process = checkout.run()
+    assert process.returncode != 0
+    assert "the libraries were built, but do not work" in process.stderr
+    assert "status -11" in process.stderr and str(checkout.folder.parent / "cuda/bin/nvcc") in process.stderr
+    write_program(checkout.loader, "#!/bin/sh\necho rrattn._direct raises errors\n")  # and _ops does not
+    assert checkout.run().returncode != 0

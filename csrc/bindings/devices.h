@@ -6,6 +6,7 @@
 
 #include "../core/arguments.h"
 #include "../cpu/kernels.h"
+#include "../cpu/parallel.h"
 #if defined(RRATTN_WITH_CUDA)
 #include "../cuda/device_guard.h"
 #include "../cuda/stages.h"

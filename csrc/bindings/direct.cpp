@@ -1,11 +1,11 @@
 // The stages on any arrays that speak DLPack, without Paddle. The caller allocates the outputs;
 // rrattn/direct.py is the face of this module.
-#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <memory>
 
+#include "../cpu/cpu_quota.h"
 #include "devices.h"
 #include "dlpack.h"
 
@@ -134,7 +134,7 @@ struct Options {
 template <typename Params>
 int64_t run(const Stage<Params>& stage, Params params, const Array& first, const Options& options) {
   const Kernel<Params>& kernel = stage.kernel_for(first);
-  params.execution.num_threads = options.num_threads.value_or(omp_get_max_threads());
+  params.execution.num_threads = options.num_threads.value_or(cpu::default_num_threads());
   params.execution.stream = reinterpret_cast<void*>(options.stream);
   if (params.execution.num_threads < 1) {
     throw std::invalid_argument("num_threads is " + std::to_string(params.execution.num_threads) +
@@ -242,6 +242,8 @@ PYBIND11_MODULE(_direct, module) {
   module.def("available_simd", &cpu::available_simd);
   module.def("set_simd", &cpu::set_simd);
   module.def("simd", [] { return std::string(cpu::kernels().name); });
+  module.def("default_num_threads", &cpu::default_num_threads);
+  module.def("_cpu_quota", &cpu::cpu_quota);  // for its test
 }
 
 }  // namespace rrattn

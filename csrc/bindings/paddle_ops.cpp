@@ -6,8 +6,6 @@
 //   rrattn_rr_attention  query, key, value              -> out, lse, block_mask   (the three above)
 //
 // The last two have gradients, both over the forward's own block mask. The selection carries none.
-#include <omp.h>
-
 #include <algorithm>
 
 #include "devices.h"
@@ -120,7 +118,7 @@ void run(const Kernel<Params>& kernel, Params params, const Tensor& first) {
 #if defined(RRATTN_WITH_CUDA)
   if (first.is_gpu()) params.execution.stream = stream_of(first);
 #endif
-  params.execution.num_threads = omp_get_max_threads();
+  params.execution.num_threads = cpu::default_num_threads();
   const int64_t bytes = std::max<int64_t>(kernel.workspace_bytes(params), 1);
   Tensor workspace = paddle::empty({bytes}, DType::UINT8, first.place());
   params.execution.workspace = workspace.data();

@@ -178,11 +178,9 @@ inline void run_attend(const AttendParams& params) {
   const int64_t chunks = ceil_div(group, kHeadsPerItem);
   const int64_t per_m_block = visibility.batch * params.heads.num_heads_k * chunks;
   const int64_t num_items = per_m_block * visibility.num_m_blocks();
-#pragma omp parallel num_threads(num_threads)
-  {
-    AttendScratch scratch = thread_scratch<AttendScratch>(arena, params);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < num_items; ++item) {
+  const auto attend_items = [&](int thread, int64_t begin, int64_t end) {
+    AttendScratch scratch = thread_scratch<AttendScratch>(arena, params, thread);
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t m_block =
           visibility.num_m_blocks() - 1 - item / per_m_block;  // causal: the longest first
       const int64_t chunk = item % chunks, key_head = item / chunks % params.heads.num_heads_k;
@@ -191,7 +189,8 @@ inline void run_attend(const AttendParams& params) {
       const int64_t num_heads = clip_count(first_head, (key_head + 1) * group, kHeadsPerItem);
       attend_item(params, block_bounds, batch, key_head, first_head, num_heads, m_block, scratch);
     }
-  }
+  };
+  parallel_for(num_threads, num_items, 1, attend_items);
 }
 
 }  // namespace rrattn::cpu::RRATTN_SIMD

@@ -50,12 +50,10 @@ inline void compute_softmax_state(const BackwardParams& params, const SoftmaxSta
                                   const Arena& arena) {
   const Visibility& visibility = params.visibility;
   const int64_t head_dim = params.heads.head_dim;
-#pragma omp parallel num_threads(params.execution.num_threads)
-  {
-    const BackwardScratch scratch = thread_scratch<BackwardScratch>(arena, params);
+  const auto compute_rows = [&](int thread, int64_t begin, int64_t end) {
+    const BackwardScratch scratch = thread_scratch<BackwardScratch>(arena, params, thread);
     float *out_row = scratch.stream_a, *grad_row = scratch.stream_b;
-#pragma omp for
-    for (int64_t i = 0; i < visibility.batch * visibility.num_heads * visibility.seqlen_q; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % visibility.seqlen_q,
                     head = i / visibility.seqlen_q % visibility.num_heads;
       const int64_t batch = i / visibility.seqlen_q / visibility.num_heads;
@@ -67,7 +65,10 @@ inline void compute_softmax_state(const BackwardParams& params, const SoftmaxSta
       state.lse[i] = nothing_visible ? -kMinusInfinity : params.lse[i];
       state.delta[i] = nothing_visible ? 0 : delta;
     }
-  }
+  };
+  parallel_for(params.execution.num_threads,
+               visibility.batch * visibility.num_heads * visibility.seqlen_q, grain_for(head_dim),
+               compute_rows);
 }
 
 // scores becomes P and grad becomes dS, given lse and delta of each column.
@@ -287,23 +288,24 @@ inline void run_backward(const BackwardParams& params) {
 
   const int64_t query_heads = visibility.batch * visibility.num_heads;
   const int64_t key_heads = visibility.batch * params.heads.num_heads_k;
-#pragma omp parallel num_threads(num_threads)
-  {
-    const BackwardScratch scratch = thread_scratch<BackwardScratch>(arena, params);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t item = 0; item < query_heads * visibility.num_m_blocks(); ++item) {
-      const int64_t m_block =
-          visibility.num_m_blocks() - 1 - item / query_heads;  // causal: the longest first
-      grad_query_item(params, block_bounds, state, item % query_heads / visibility.num_heads,
-                      item % visibility.num_heads, m_block, scratch);
+  const int64_t query_items = query_heads * visibility.num_m_blocks();
+  const int64_t key_items = key_heads * visibility.num_n_blocks();
+  const auto compute_items = [&](int thread, int64_t begin, int64_t end) {
+    const BackwardScratch scratch = thread_scratch<BackwardScratch>(arena, params, thread);
+    for (int64_t item = begin; item < end; ++item) {
+      if (item < query_items) {
+        const int64_t m_block =
+            visibility.num_m_blocks() - 1 - item / query_heads;  // causal: the longest first
+        grad_query_item(params, block_bounds, state, item % query_heads / visibility.num_heads,
+                        item % visibility.num_heads, m_block, scratch);
+      } else {
+        const int64_t key_item = item - query_items, key_head = key_item % key_heads;
+        grad_key_value_item(params, block_bounds, state, key_head / params.heads.num_heads_k,
+                            key_head % params.heads.num_heads_k, key_item / key_heads, scratch);
+      }
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < key_heads * visibility.num_n_blocks(); ++item) {
-      const int64_t n_block = item / key_heads;
-      grad_key_value_item(params, block_bounds, state, item % key_heads / params.heads.num_heads_k,
-                          item % params.heads.num_heads_k, n_block, scratch);
-    }
-  }
+  };
+  parallel_for(num_threads, query_items + key_items, 1, compute_items);
 }
 
 }  // namespace rrattn::cpu::RRATTN_SIMD

@@ -69,11 +69,9 @@ inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, co
   const EstimateShape shape(params);
   const Visibility& visibility = params.visibility;
   const int64_t head_dim = params.heads.head_dim, num_heads_k = params.heads.num_heads_k;
-#pragma omp parallel num_threads(params.execution.num_threads)
-  {
-    float* row = thread_scratch<EstimateScratch>(arena, params).row_buffer;
-#pragma omp for
-    for (int64_t i = 0; i < visibility.batch * num_heads_k * shape.num_strides; ++i) {
+  const auto pool_strides = [&](int thread, int64_t begin, int64_t end) {
+    float* row = thread_scratch<EstimateScratch>(arena, params, thread).row_buffer;
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t first_key = i % shape.num_strides * shape.stride;
       const int64_t head = i / shape.num_strides;
       const HeadView key(params.key, params.heads, head / num_heads_k, head % num_heads_k);
@@ -84,7 +82,9 @@ inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, co
         for (int64_t d = 0; d < head_dim; ++d) sum[d] += row[d];
       }
     }
-  }
+  };
+  parallel_for(params.execution.num_threads, visibility.batch * num_heads_k * shape.num_strides,
+               grain_for(shape.stride * head_dim), pool_strides);
 }
 
 // The sampled queries of one strip: column c is token first_token + c * stride.
@@ -266,11 +266,9 @@ inline void run_estimate(const EstimateParams& params) {
   const int64_t items_per_head = ceil_div(visibility.num_m_blocks(), shape.m_blocks_per_item);
   memset(params.block_scores, 0,
          num_heads * visibility.num_m_blocks() * visibility.num_n_blocks() * sizeof(float));
-#pragma omp parallel num_threads(params.execution.num_threads)
-  {
-    const EstimateScratch scratch = thread_scratch<EstimateScratch>(arena, params);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < num_heads * items_per_head; ++item) {
+  const auto estimate_items = [&](int thread, int64_t begin, int64_t end) {
+    const EstimateScratch scratch = thread_scratch<EstimateScratch>(arena, params, thread);
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t m_block =
           (items_per_head - 1 - item / num_heads) * shape.m_blocks_per_item;  // the longest first
       const int64_t head = item % num_heads;
@@ -280,7 +278,10 @@ inline void run_estimate(const EstimateParams& params) {
                        m_block * shape.strides_per_block + strip * kStrip, scratch);
       }
     }
-  }
+  };
+  const int64_t products = shape.strips_per_item * kStrip * shape.num_strides;
+  parallel_for(params.execution.num_threads, num_heads * items_per_head,
+               grain_for(products * params.heads.head_dim), estimate_items);
 }
 
 }  // namespace rrattn::cpu::RRATTN_SIMD

@@ -6,14 +6,13 @@
 // A row keeps its visible blocks from the largest score down (the lower index first among equals)
 // while the mass before a block is < tau * row_sum, and whatever the keep rules add. Masses are
 // fixed point, score * 2^32 in int64, so that the choice does not depend on the order of addition.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "../core/geometry.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "run_bounds.h"
 
 namespace rrattn::cpu {
@@ -105,13 +104,11 @@ void run_select(const SelectParams& params) {
   auto* block_bounds = static_cast<RunBounds*>(params.execution.workspace);
   char* all_scratch = reinterpret_cast<char*>(block_bounds + visibility.num_run_bounds(kBlockSize));
   compute_run_bounds(visibility, kBlockSize, params.execution.num_threads, block_bounds);
-#pragma omp parallel num_threads(params.execution.num_threads)
-  {
-    char* own = all_scratch + omp_get_thread_num() * scratch_bytes(num_n_blocks);
+  const auto select_rows = [&](int thread, int64_t begin, int64_t end) {
+    char* own = all_scratch + thread * scratch_bytes(num_n_blocks);
     auto* keys = reinterpret_cast<uint64_t*>(own);
     const SelectScratch scratch{reinterpret_cast<BlockKind*>(keys + num_n_blocks), keys};
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t row = 0; row < visibility.batch * visibility.num_heads * num_m_blocks; ++row) {
+    for (int64_t row = begin; row < end; ++row) {
       const int64_t m_block = row % num_m_blocks, head = row / num_m_blocks % visibility.num_heads;
       const int64_t batch = row / num_m_blocks / visibility.num_heads;
       const RunBounds* bounds = run_bounds_of(visibility, kBlockSize, block_bounds, batch, head);
@@ -125,7 +122,10 @@ void run_select(const SelectParams& params) {
       keep_top(params.block_scores + row * num_n_blocks, tau, num_n_blocks, scratch, mask_row);
       keep_by_rule(params, m_block, scratch, mask_row);
     }
-  }
+  };
+  constexpr int64_t kWorkPerBlock = 512;  // classify and sort, as multiply-adds of the kernels
+  parallel_for(params.execution.num_threads, visibility.batch * visibility.num_heads * num_m_blocks,
+               grain_for(num_n_blocks * kWorkPerBlock), select_rows);
 }
 
 }  // namespace rrattn::cpu

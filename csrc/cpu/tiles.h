@@ -185,10 +185,10 @@ int64_t scratch_bytes(const Params& params) {
   return arena.used();
 }
 
-// The calling thread's scratch, in the part of the workspace that `shared` has left.
+// A thread's scratch, in the part of the workspace that `shared` has left.
 template <typename Scratch, typename Params>
-Scratch thread_scratch(const Arena& shared, const Params& params) {
-  Arena own(shared.rest() + omp_get_thread_num() * scratch_bytes<Scratch>(params));
+Scratch thread_scratch(const Arena& shared, const Params& params, int thread) {
+  Arena own(shared.rest() + thread * scratch_bytes<Scratch>(params));
   return Scratch(own, params);
 }
 
