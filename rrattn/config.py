@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from . import arguments
+
 BLOCK_SIZE = 128
 """Tokens in a block, of queries and of keys: the unit of sparsity."""
-
-STRIDES = (2, 4, 8, 16, 32, 64)
-"""Sample strides that can be used: divisors of the block size that leave at least two samples in a block."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class RRAttentionConfig:
         on that depends on device, model and threshold. Default: 0, off, since in a prefill by chunks each chunk counts
         the keys so far, so that the first ones may attend more than one prefill of the whole would.
 
+    Numbers and flags may be NumPy's, and sequences arrays of NumPy or iterators; they are kept as plain Python.
+
     Raises
     ------
     ValueError
@@ -67,19 +67,19 @@ class RRAttentionConfig:
     min_length: int = 0
 
     def __post_init__(self):
-        if self.stride not in STRIDES:
-            raise ValueError(f"stride is {self.stride}, but must be one of {', '.join(map(str, STRIDES))}")
-        for name in ("keep_local", "head_offset", "min_length"):
-            _check_count(getattr(self, name), name)
-        if not isinstance(self.dense_layers, (list, tuple)) or not all(map(_is_count, self.dense_layers)):
-            raise ValueError(f"dense_layers is {self.dense_layers!r}, but must be a sequence of integers of at least 0")
-        if self.softmax_scale is not None and not math.isfinite(self.softmax_scale):
-            raise ValueError(f"softmax_scale is {self.softmax_scale}, but must be finite")
-        for name in ("keep_sink", "keep_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be True or False")
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        object.__setattr__(self, "threshold", _checked(self.threshold, "threshold", depth=2))
+        checked = {
+            "stride": arguments.sample_stride(self.stride),
+            "threshold": arguments.thresholds(self.threshold, depth=2),
+            "keep_sink": arguments.flag(self.keep_sink, "keep_sink"),
+            "keep_last": arguments.flag(self.keep_last, "keep_last"),
+            "keep_local": arguments.count(self.keep_local, "keep_local"),
+            "head_offset": arguments.head_offset(self.head_offset),
+            "softmax_scale": arguments.softmax_scale(self.softmax_scale),
+            "dense_layers": arguments.counts(self.dense_layers, "dense_layers"),
+            "min_length": arguments.count(self.min_length, "min_length"),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_json(cls, path: str | Path) -> RRAttentionConfig:
@@ -90,23 +90,29 @@ class RRAttentionConfig:
         Raises
         ------
         ValueError
-            When the file holds no JSON object, a name that is no setting, or a value that is not allowed.
+            When the file holds no JSON object, a name that is no setting or stands there twice, or a value that is not
+            allowed.
         """
         try:
-            given = json.loads(Path(path).read_text())
+            given = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_settings_named_once)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         known = [field.name for field in fields(cls)]
         if not isinstance(given, dict):
             raise ValueError(f"{path} holds a {type(given).__name__}, but must hold an object of {', '.join(known)}")
         unknown = [name for name in given if name not in known]
         if unknown:
             raise ValueError(f"{path} sets {', '.join(unknown)}, but the settings are {', '.join(known)}")
-        return cls(**given)
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_json(self, path: str | Path) -> None:
         """Writes all settings into a file that `from_json` reads."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def layer_threshold(self, layer_index: int, num_layers: int) -> float | tuple[float, ...]:
         """The threshold of one layer: a float, or a tuple of one float per query head.
@@ -139,35 +145,30 @@ class RRAttentionConfig:
         return layer_index in self.dense_layers
 
 
-def int64_count(value, name):
-    """An integer of at least 0 for the kernels, whose int64 holds no more: a larger one is cut to that.
+def required_config(config) -> RRAttentionConfig:
+    """The config itself.
 
     Raises
     ------
-    ValueError
-        For anything else, True and False among it.
+    TypeError
+        For anything else, with how to write it as a config.
     """
-    _check_count(value, name)
-    return min(value, 2**63 - 1)
+    if not isinstance(config, RRAttentionConfig):
+        raise TypeError(
+            f"config is {arguments.shown(config)}, but must be an RRAttentionConfig: "
+            "write rrattn.RRAttentionConfig(threshold=0.9), or rrattn.RRAttentionConfig(**settings) where settings are "
+            "a dict"
+        )
+    return config
 
 
-def _check_count(value, name):
-    if not _is_count(value):
-        raise ValueError(f"{name} is {value!r}, but must be an integer of at least 0")
-
-
-def _is_count(value):
-    """Whether this is an integer of at least 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _checked(threshold, name, depth):
-    """A float in (0, 1], or tuples of such to the given depth."""
-    if isinstance(threshold, (list, tuple)) and depth > 0:
-        return tuple(_checked(entry, f"{name}[{i}]", depth - 1) for i, entry in enumerate(threshold))
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
-        raise ValueError(f"{name} is {threshold!r}, but must be in (0, 1]")
-    return float(threshold)
+def _settings_named_once(pairs):
+    """A JSON object as a dict, which would keep the last of two entries of one name."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is set more than once")
+    return dict(pairs)
 
 
 # What the functions of the published release (`rrattn.published`) start from, each as it was there.

@@ -3,7 +3,8 @@
 Every array is anything with ``__dlpack__``: NumPy arrays in host memory; torch, CuPy or Paddle tensors on a GPU too,
 where this build and the stage have it. The caller allocates everything, outputs included, and they are written in
 place; ``query``-like arrays may be strided as long as their last dimension is contiguous. Functions release the GIL and
-raise ValueError with the value and what is allowed, before anything is written.
+raise ValueError (TypeError for what is no array, and for options that they do not have) with the value and what is
+allowed, before anything is written.
 
 NumPy has no bfloat16: pass uint16 arrays that hold the bits, and ``dtype="bfloat16"``. B, L, H, D stand for batch,
 length, heads and head size; blocks are of 128 tokens; Mq and Mk are the numbers of query and key blocks.
@@ -23,21 +24,18 @@ size_only : bool
 
 from __future__ import annotations
 
-from numbers import Real
+import inspect
 
-from . import _direct
-from .config import RRAttentionConfig, int64_count
+from . import _direct, arguments
+from .config import RRAttentionConfig
 
 _DEFAULTS = RRAttentionConfig()
+_THRESHOLD = "a number in (0, 1] or a float32 array of one per head"
 
 available_simd = _direct.available_simd
 default_num_threads = _direct.default_num_threads
 set_simd = _direct.set_simd
 simd = _direct.simd
-
-
-def _options(*, num_threads=None, workspace=None, stream=0, size_only=False):
-    return _direct.Options(num_threads, workspace, stream, size_only)
 
 
 def estimate_block_scores(
@@ -68,12 +66,12 @@ def estimate_block_scores(
         key,
         block_scores,
         startend_row_indices,
-        causal,
-        stride,
-        head_offset,
-        softmax_scale,
-        dtype,
-        _options(**options),
+        arguments.flag(causal, "causal"),
+        arguments.sample_stride(stride),
+        arguments.head_offset(head_offset),
+        arguments.softmax_scale(softmax_scale),
+        _name(dtype),
+        _options(estimate_block_scores, options),
     )
 
 
@@ -100,20 +98,21 @@ def select_blocks(
     threshold : float in (0, 1], or [Hq] or [1] float32
     startend_row_indices, causal, keep_sink, keep_last, keep_local : as in :func:`rrattn.rr_attention`
     """
-    scalar = isinstance(threshold, Real)
+    per_head = hasattr(threshold, "__dlpack__") and getattr(threshold, "shape", None) != ()
+    scalar = 1.0 if per_head else arguments.threshold(threshold, allowed=_THRESHOLD)
     return _direct.select_blocks(
         block_scores,
         block_mask,
         startend_row_indices,
-        float(threshold) if scalar else 1.0,
-        None if scalar else threshold,
-        causal,
-        seqlen_q,
-        seqlen_k,
-        keep_sink,
-        keep_last,
-        int64_count(keep_local, "keep_local"),
-        _options(**options),
+        scalar,
+        threshold if per_head else None,
+        arguments.flag(causal, "causal"),
+        arguments.length(seqlen_q, "seqlen_q"),
+        arguments.length(seqlen_k, "seqlen_k"),
+        arguments.flag(keep_sink, "keep_sink"),
+        arguments.flag(keep_last, "keep_last"),
+        arguments.int64_count(keep_local, "keep_local"),
+        _options(select_blocks, options),
     )
 
 
@@ -150,10 +149,10 @@ def block_sparse_attention(
         out,
         lse,
         startend_row_indices,
-        causal,
-        softmax_scale,
-        dtype,
-        _options(**options),
+        arguments.flag(causal, "causal"),
+        arguments.softmax_scale(softmax_scale),
+        _name(dtype),
+        _options(block_sparse_attention, options),
     )
 
 
@@ -201,11 +200,11 @@ def block_sparse_attention_backward(
         grad_key,
         grad_value,
         startend_row_indices,
-        causal,
-        softmax_scale,
-        dtype,
-        deterministic,
-        _options(**options),
+        arguments.flag(causal, "causal"),
+        arguments.softmax_scale(softmax_scale),
+        _name(dtype),
+        arguments.flag(deterministic, "deterministic"),
+        _options(block_sparse_attention_backward, options),
     )
 
 
@@ -219,4 +218,36 @@ def startend_rows_from_dense(mask, start_rows, verdict, *, dtype=None, **options
     verdict : [2] int32, output: 0 where the bounds say what the mask does, or 1 for a value that is neither, plus 2 for
         a mask that is not causal or shows a key again that it has hidden before; and the bits of such a value
     """
-    return _direct.startend_rows_from_dense(mask, start_rows, verdict, dtype, _options(**options))
+    return _direct.startend_rows_from_dense(
+        mask, start_rows, verdict, _name(dtype), _options(startend_rows_from_dense, options)
+    )
+
+
+def _options(function, given):
+    """What all functions take besides, for the one that was called."""
+    known = {"num_threads": None, "workspace": None, "stream": 0, "size_only": False}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        parameters = inspect.signature(function).parameters.values()
+        own = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        raise TypeError(
+            f"rrattn.direct.{function.__name__} has no argument {', '.join(unknown)}; "
+            f"by name it takes {', '.join([*own, *known])}"
+        )
+    options = {**known, **given}
+    num_threads = options["num_threads"]
+    if num_threads is not None:
+        num_threads = min(arguments.integer(num_threads, "num_threads", low=1), arguments.MAX_INT32)
+    return _direct.Options(
+        num_threads,
+        options["workspace"],
+        arguments.integer(options["stream"], "stream", 0, arguments.MAX_INT64),
+        arguments.flag(options["size_only"], "size_only"),
+    )
+
+
+def _name(dtype):
+    """A dtype by its name, which the library knows."""
+    if dtype is not None and not isinstance(dtype, str):
+        raise TypeError(f"dtype is {dtype!r}, but must be a name: 'float32', 'float16' or 'bfloat16'")
+    return dtype

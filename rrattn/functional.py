@@ -7,18 +7,22 @@ float32, float16 and bfloat16 are computed in float32. Head sizes are the multip
 place when their last dimension is contiguous. Where `paddle.amp.auto_cast` is active, query, key and value are cast to
 its dtype first, as for Paddle's own attention.
 
+A program saved by `paddle.jit.save` names the operators and does not hold them: import rrattn before `paddle.jit.load`
+and `paddle.inference.create_predictor`. The former does not check, and without them the first call ends the process.
+
 Bad arguments raise ValueError (TypeError for what is no tensor) with the value and what is allowed, before anything
-runs.
+runs; what counts as a number or as True and False is said in :mod:`rrattn.arguments`.
 """
 
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import paddle
 
-from .config import RRAttentionConfig, int64_count
+from . import arguments
+from .config import RRAttentionConfig
+from .layout import watch_layout
 from .library import call
 
 try:
@@ -28,6 +32,8 @@ except ImportError:  # Paddle 2.6, where rrattn runs eagerly alone
     def unified(function):
         return function
 
+
+paddle.jit.ignore_module([arguments])  # to_static would rewrite its plain Python, and stumbles over it
 
 _DEFAULTS = RRAttentionConfig()
 
@@ -114,26 +120,30 @@ def rr_attention(
     >>> out = rrattn.rr_attention(query, key, value, causal=True, threshold=0.9)
     """
     query, key, value = _attention_inputs(query, key, value)
+    causal = arguments.flag(causal, "causal")
+    rows = _row_indices(startend_row_indices, key, causal)
     scalar, per_head = _split_threshold(threshold)
-    with paddle.set_grad_enabled(training and paddle.is_grad_enabled()):
-        out, lse, block_mask = call(
-            "rr_attention",
-            query,
-            key,
-            value,
-            _row_indices(startend_row_indices, key, causal),
-            per_head,
-            scalar,
-            bool(causal),
-            _integer(stride, "stride"),
-            _integer(head_offset, "head_offset"),
-            _scale(softmax_scale, query),
-            bool(keep_sink),
-            bool(keep_last),
-            int64_count(keep_local, "keep_local"),
-            _deterministic(deterministic),
+    sampling = (
+        arguments.sample_stride(stride),
+        arguments.head_offset(head_offset),
+        _scale(softmax_scale, query),
+    )
+    keep_rules = (
+        arguments.flag(keep_sink, "keep_sink"),
+        arguments.flag(keep_last, "keep_last"),
+        arguments.int64_count(keep_local, "keep_local"),
+    )
+    deterministic = _deterministic(deterministic)
+    asked = (
+        arguments.flag(return_softmax_lse, "return_softmax_lse"),
+        arguments.flag(return_block_mask, "return_block_mask"),
+    )
+    training = arguments.flag(training, "training")
+    with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
+        out, *extras = call(
+            "rr_attention", query, key, value, rows, per_head, scalar, causal, *sampling, *keep_rules, deterministic
         )
-    return _results(out, lse if return_softmax_lse else None, block_mask if return_block_mask else None)
+    return _results(out, extras, asked)
 
 
 @unified
@@ -163,15 +173,17 @@ def estimate_block_scores(
         With the value and what is allowed.
     """
     query, key = _attention_inputs(query, key)
-    with paddle.no_grad():
+    causal = arguments.flag(causal, "causal")
+    rows = _row_indices(startend_row_indices, key, causal)
+    with paddle.no_grad(), watch_layout(query, key, rows, causal=causal):
         return call(
             "estimate",
             query,
             key,
-            _row_indices(startend_row_indices, key, causal),
-            bool(causal),
-            _integer(stride, "stride"),
-            _integer(head_offset, "head_offset"),
+            rows,
+            causal,
+            arguments.sample_stride(stride),
+            arguments.head_offset(head_offset),
             _scale(softmax_scale, query),
         )
 
@@ -216,20 +228,22 @@ def select_blocks(
     ValueError, TypeError
         With the value and what is allowed.
     """
+    block_scores = checked_tensor(block_scores, "block_scores")
+    causal = arguments.flag(causal, "causal")
     scalar, per_head = _split_threshold(threshold)
     with paddle.no_grad():
         return call(
             "select",
-            _tensor(block_scores, "block_scores"),
+            block_scores,
             _row_indices(startend_row_indices, block_scores, causal),
             per_head,
             scalar,
-            bool(causal),
-            _integer(seqlen_q, "seqlen_q"),
-            _integer(seqlen_k, "seqlen_k"),
-            bool(keep_sink),
-            bool(keep_last),
-            int64_count(keep_local, "keep_local"),
+            causal,
+            arguments.length(seqlen_q, "seqlen_q"),
+            arguments.length(seqlen_k, "seqlen_k"),
+            arguments.flag(keep_sink, "keep_sink"),
+            arguments.flag(keep_last, "keep_last"),
+            arguments.int64_count(keep_local, "keep_local"),
         )
 
 
@@ -267,21 +281,25 @@ def block_sparse_attention(
         With the value and what is allowed.
     """
     query, key, value = _attention_inputs(query, key, value)
-    out, lse = call(
-        "attend",
-        query,
-        key,
-        value,
-        _tensor(block_mask, "block_mask"),
-        _row_indices(startend_row_indices, key, causal),
-        bool(causal),
-        _scale(softmax_scale, query),
-        _deterministic(deterministic),
-    )
-    return _results(out, lse if return_softmax_lse else None)
+    block_mask = checked_tensor(block_mask, "block_mask")
+    causal = arguments.flag(causal, "causal")
+    rows = _row_indices(startend_row_indices, key, causal)
+    scale = _scale(softmax_scale, query)
+    deterministic = _deterministic(deterministic)
+    asked = (arguments.flag(return_softmax_lse, "return_softmax_lse"),)
+    with watch_layout(query, key, rows, causal=causal):
+        out, *extras = call("attend", query, key, value, block_mask, rows, causal, scale, deterministic)
+    return _results(out, extras, asked)
 
 
-def _tensor(tensor, name):
+def checked_tensor(tensor, name):
+    """The tensor itself.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
     if not isinstance(tensor, (paddle.Tensor, paddle.pir.Value)):
         raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a paddle.Tensor")
     return tensor
@@ -291,20 +309,20 @@ def _row_indices(indices, like, causal):
     """FlashMask as it is. Paddle hands an empty tensor to an operator as an absent one: it has to be refused here."""
     if indices is None:
         return None
-    shape = list(_tensor(indices, "startend_row_indices").shape)
+    shape = list(checked_tensor(indices, "startend_row_indices").shape)
     if 0 in shape and 0 not in like.shape:
         raise ValueError(
             f"startend_row_indices has {shape[-1]} bounds, shape {shape}, "
-            f"but must have {'1 or 2' if causal else '2 or 4'} when causal is {bool(causal)}, and no size of 0"
+            f"but must have {'1 or 2' if causal else '2 or 4'} when causal is {causal}, and no size of 0"
         )
     return indices
 
 
 def _attention_inputs(query, key, value=None):
     """The tensors, in the dtype of auto_cast where that is active."""
-    tensors = [_tensor(query, "query"), _tensor(key, "key")]
+    tensors = [checked_tensor(query, "query"), checked_tensor(key, "key")]
     if value is not None:
-        tensors.append(_tensor(value, "value"))
+        tensors.append(checked_tensor(value, "value"))
     dtype = _autocast_dtype()
     return tensors if dtype is None else [tensor.astype(dtype) for tensor in tensors]
 
@@ -320,19 +338,12 @@ def _autocast_dtype():
 def _split_threshold(threshold):
     """(float, None), or (unused float, float32 tensor of one element per head)."""
     if isinstance(threshold, (paddle.Tensor, paddle.pir.Value)):
+        if 0 in threshold.shape:  # an absent one to the operator, see _row_indices
+            raise ValueError(
+                f"threshold has shape {list(threshold.shape)}, but must have one element for each head, or one"
+            )
         return 1.0, threshold
-    if isinstance(threshold, bool) or not isinstance(threshold, Real):
-        raise TypeError(
-            f"threshold is a {type(threshold).__name__}, but must be a float in (0, 1] "
-            "or a float32 Tensor of one per head"
-        )
-    return float(threshold), None
-
-
-def _integer(value, name):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, but must be an integer")
-    return value
+    return arguments.threshold(threshold, allowed="a number in (0, 1] or a float32 Tensor of one per head"), None
 
 
 def _deterministic(deterministic):
@@ -340,19 +351,18 @@ def _deterministic(deterministic):
     if deterministic is None:
         flag = "FLAGS_cudnn_deterministic"
         return paddle.is_compiled_with_cuda() and bool(paddle.get_flags(flag)[flag])
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"deterministic is {deterministic!r}, but must be True, False or None")
-    return deterministic
+    return arguments.flag(deterministic, "deterministic", "True, False or None")
 
 
 def _scale(softmax_scale, query):
-    if softmax_scale is not None:
-        return float(softmax_scale)
+    scale = arguments.softmax_scale(softmax_scale)
+    if scale is not None:
+        return scale
     head_dim = query.shape[-1] if query.shape else 0
     return 1 / math.sqrt(head_dim) if head_dim > 0 else 1.0  # the operator refuses the others
 
 
-def _results(out, *extras):
+def _results(out, extras, asked):
     """out alone, or with the extras that were asked for."""
-    asked = [extra for extra in extras if extra is not None]
-    return (out, *asked) if asked else out
+    extras = [extra for extra, wanted in zip(extras, asked) if wanted]
+    return (out, *extras) if extras else out

@@ -7,12 +7,13 @@ from dataclasses import replace
 import paddle
 from paddle import nn
 
-from .config import BLOCK_SIZE, RRAttentionConfig
-from .functional import block_sparse_attention, rr_attention, unified
+from . import arguments
+from .config import BLOCK_SIZE, RRAttentionConfig, required_config
+from .functional import block_sparse_attention, checked_tensor, rr_attention, unified
 from .masks import WORD_BITS, block_density
 
-# A layer keeps its last block mask up to this size and only the density of a larger one: at 1M tokens and 32 heads
-# a mask takes 268 MB, and a model has many layers.
+# A layer keeps its last block mask, with the row bounds that it was selected under, up to this size, and only the
+# density of larger ones: at 1M tokens and 32 heads a mask takes 268 MB, and a model has many layers.
 MASK_BYTES_KEPT = 64 << 20
 
 
@@ -22,27 +23,49 @@ class BlockSelection:
     Attributes
     ----------
     block_mask : Tensor or None
-        int32 [B, Hq, Mq, ceil(Mk / 32)] (see `rrattn.masks`); None when it was larger than MASK_BYTES_KEPT.
+        int32 [B, Hq, Mq, ceil(Mk / 32)] (see `rrattn.masks`); None when it was larger than MASK_BYTES_KEPT, or it and
+        startend_row_indices were together.
+    startend_row_indices : Tensor or None
+        int32 [B, 1|Hkv|Hq, Lk, 1|2|4], the caller's own; None where there were none, or where block_mask is None.
     causal : bool
     seqlen_q, seqlen_k : int
     """
 
-    def __init__(self, block_mask: paddle.Tensor, *, causal: bool, seqlen_q: int, seqlen_k: int):
+    def __init__(self, block_mask: paddle.Tensor, startend_row_indices=None, *, causal: bool, seqlen_q, seqlen_k):
         self.block_mask = block_mask
+        self._rows = startend_row_indices
+        self._rows_version = None if startend_row_indices is None else startend_row_indices.inplace_version
         self.causal = causal
         self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
         self._density = None
-        if block_mask.size * 4 > MASK_BYTES_KEPT:
+        kept = [block_mask] if startend_row_indices is None else [block_mask, startend_row_indices]
+        if sum(tensor.size * 4 for tensor in kept) > MASK_BYTES_KEPT:
             self._density = self.density
-            self.block_mask = None
+            self.block_mask = self._rows = None
+
+    @property
+    def startend_row_indices(self) -> paddle.Tensor | None:
+        if self._rows is not None and self._rows.inplace_version != self._rows_version:
+            raise RuntimeError(
+                "startend_row_indices were changed in place after the call of attention whose blocks are asked for: "
+                "read its density before, or give the next call a tensor of its own"
+            )
+        return self._rows
 
     @property
     def density(self) -> paddle.Tensor:
-        """float32 [B, Hq]: the share of the visible blocks that were attended. Counted when first read."""
+        """float32 [B, Hq]: the share of the visible blocks that were attended. Counted when first read.
+
+        Raises RuntimeError where startend_row_indices were changed in place before that.
+        """
         if self._density is None:
             self._density = block_density(
-                self.block_mask, causal=self.causal, seqlen_q=self.seqlen_q, seqlen_k=self.seqlen_k
+                self.block_mask,
+                self.startend_row_indices,
+                causal=self.causal,
+                seqlen_q=self.seqlen_q,
+                seqlen_k=self.seqlen_k,
             )
         return self._density
 
@@ -64,6 +87,13 @@ class RRAttention(nn.Layer):
         This layer's threshold, one for all heads or one per query head. Default: the config's, which must then be
         for one layer.
 
+    Raises
+    ------
+    TypeError
+        For a config that is none.
+    ValueError
+        For a threshold that is not allowed, or a config for another number of layers.
+
     Attributes
     ----------
     last_selection : BlockSelection or None
@@ -72,8 +102,10 @@ class RRAttention(nn.Layer):
 
     def __init__(self, config: RRAttentionConfig | None = None, *, threshold=None):
         super().__init__()
-        config = RRAttentionConfig() if config is None else config
-        self.config = config if threshold is None else replace(config, threshold=(threshold,))
+        config = RRAttentionConfig() if config is None else required_config(config)
+        if threshold is not None:
+            config = replace(config, threshold=(arguments.thresholds(threshold, depth=1),))
+        self.config = config
         self.dense = self.config.layer_is_dense(0, 1)
         self.threshold = 1.0 if self.dense else self.config.layer_threshold(0, 1)
         self.last_selection = None
@@ -104,15 +136,29 @@ class RRAttention(nn.Layer):
         -------
         Tensor
             [B, Lq, Hq, D], of the query's dtype.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As :func:`rrattn.rr_attention`.
         """
-        scale = softmax_scale if self.config.softmax_scale is None else self.config.softmax_scale
+        for tensor, name in ((query, "query"), (key, "key"), (value, "value")):
+            if len(checked_tensor(tensor, name).shape) != 4:
+                raise ValueError(
+                    f"{name} has {len(tensor.shape)} dimensions, shape {list(tensor.shape)}, but must have 4: "
+                    "[batch, length, heads, head size]"
+                )
+        causal = arguments.flag(causal, "causal")
+        scale = arguments.softmax_scale(softmax_scale)
+        if self.config.softmax_scale is not None:
+            scale = self.config.softmax_scale
         attend = self._attend
         if self._observer is not None and paddle.in_dynamic_mode():
             attend = self._observer
         out, block_mask = attend(query, key, value, startend_row_indices, causal=causal, softmax_scale=scale)
         if block_mask is not None:
             self.last_selection = BlockSelection(
-                block_mask, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1]
+                block_mask, startend_row_indices, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1]
             )
         return out
 

@@ -7,8 +7,10 @@ Two kinds of mask meet in this package:
 - **FlashMask row bounds** (`startend_row_indices`, int32 [B, 1|Hkv|Hq, Lk, 1|2|4]) say, per key, which query
   rows must not see it. They mean what `paddle.nn.functional.flashmask_attention` says they mean.
 
-Only `startend_rows_from_dense` is on the path of the attention itself. The rest is done in NumPy on the host: a tensor
-on another device is copied there and the result back.
+Only `startend_rows_from_dense` is on the path of the attention itself; the rest is done in NumPy on the host: a tensor
+on another device is copied there and the result back. Where a tensor is asked for, an array of NumPy or nested lists
+of the same dtype do as well; iterators of numbers do where a sequence is. What is not allowed raises ValueError
+(TypeError for what is no array) with the argument, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from __future__ import annotations
 import numpy as np
 import paddle
 
+from . import arguments
+from .arrays import array_of, array_of_dtype
 from .config import BLOCK_SIZE
 from .library import call
+from .visibility import BlockVisibility, checked_sizes, visible_block_array
 
 WORD_BITS = 32
 
@@ -48,18 +53,6 @@ _BITS_IN_HALF_WORD = np.unpackbits(np.arange(1 << 16, dtype="<u2").view(np.uint8
 )
 
 
-def visible_block_array(*, causal: bool, seqlen_q: int, seqlen_k: int) -> np.ndarray:
-    """`visible_blocks` as a NumPy array, bool [Mq, Mk]."""
-    if causal and seqlen_q > seqlen_k:
-        raise ValueError(f"causal attention needs seqlen_q <= seqlen_k, got seqlen_q={seqlen_q}, seqlen_k={seqlen_k}")
-    num_q_blocks, num_k_blocks = _ceil_div(seqlen_q, BLOCK_SIZE), _ceil_div(seqlen_k, BLOCK_SIZE)
-    if not causal:
-        return np.ones([num_q_blocks, num_k_blocks], dtype=bool)
-    last_row = np.minimum((np.arange(num_q_blocks) + 1) * BLOCK_SIZE, seqlen_q) - 1
-    last_visible_key = last_row + seqlen_k - seqlen_q
-    return np.arange(num_k_blocks)[None, :] * BLOCK_SIZE <= last_visible_key[:, None]
-
-
 def visible_blocks(*, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tensor:
     """Which key blocks each query block can see at all, without FlashMask.
 
@@ -75,7 +68,8 @@ def visible_blocks(*, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tens
     Tensor
         bool [Mq, Mk].
     """
-    return paddle.to_tensor(visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k))
+    sizes = checked_sizes(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    return paddle.to_tensor(visible_block_array(**sizes))
 
 
 def pack_block_mask(bool_mask: paddle.Tensor) -> paddle.Tensor:
@@ -91,11 +85,10 @@ def pack_block_mask(bool_mask: paddle.Tensor) -> paddle.Tensor:
     Tensor
         int32 [..., ceil(Mk / 32)]; the unused bits of the last word are 0.
     """
-    if bool_mask.dtype != paddle.bool:
-        raise ValueError(f"bool_mask must be of dtype bool, got {bool_mask.dtype}")
-    if bool_mask.ndim < 1:
+    bits, place = array_of_dtype(bool_mask, "bool_mask", "bool")
+    if bits.ndim < 1:
         raise ValueError("bool_mask must have at least one dimension, got a tensor of none")
-    return paddle.to_tensor(_pack(bool_mask.numpy()), place=bool_mask.place)
+    return paddle.to_tensor(_pack(bits), place=place)
 
 
 def unpack_block_mask(block_mask: paddle.Tensor, num_k_blocks: int) -> paddle.Tensor:
@@ -113,22 +106,21 @@ def unpack_block_mask(block_mask: paddle.Tensor, num_k_blocks: int) -> paddle.Te
     Tensor
         bool [..., Mk].
     """
-    return paddle.to_tensor(unpack_block_array(block_mask, num_k_blocks), place=block_mask.place)
+    bits = unpack_block_array(block_mask, num_k_blocks)
+    return paddle.to_tensor(bits, place=block_mask.place if isinstance(block_mask, paddle.Tensor) else None)
 
 
 def unpack_block_array(block_mask: paddle.Tensor, num_k_blocks: int) -> np.ndarray:
     """`unpack_block_mask` as a NumPy array, bool [..., Mk]."""
-    if block_mask.dtype != paddle.int32:
-        raise ValueError(f"block_mask must be of dtype int32, got {block_mask.dtype}")
-    if num_k_blocks < 0:
-        raise ValueError(f"num_k_blocks must not be negative, got {num_k_blocks}")
-    words = _ceil_div(num_k_blocks, WORD_BITS)
-    if block_mask.ndim < 1 or block_mask.shape[-1] != words:
+    words, _ = array_of_dtype(block_mask, "block_mask", "int32")
+    num_k_blocks = arguments.count(num_k_blocks, "num_k_blocks")
+    num_words = _ceil_div(num_k_blocks, WORD_BITS)
+    if words.ndim < 1 or words.shape[-1] != num_words:
         raise ValueError(
-            f"block_mask must have {words} words in its last dimension for {num_k_blocks} key blocks, "
-            f"got shape {list(block_mask.shape)}"
+            f"block_mask must have {num_words} words in its last dimension for {num_k_blocks} key blocks, "
+            f"got shape {list(words.shape)}"
         )
-    octets = np.ascontiguousarray(block_mask.numpy().astype("<i4", copy=False)).view(np.uint8)
+    octets = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8)
     return np.unpackbits(octets, axis=-1, count=num_k_blocks, bitorder="little").astype(bool)
 
 
@@ -140,22 +132,62 @@ def dense_block_mask(batch_size: int, num_heads: int, *, causal: bool, seqlen_q:
     Tensor
         int32 [batch_size, num_heads, Mq, ceil(Mk / 32)].
     """
-    row_words = _pack(visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k))
+    batch_size, num_heads = arguments.count(batch_size, "batch_size"), arguments.count(num_heads, "num_heads")
+    row_words = _pack(visible_block_array(**checked_sizes(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)))
     return paddle.to_tensor(np.tile(row_words, [batch_size, num_heads, 1, 1]))
 
 
-def block_density(block_mask: paddle.Tensor, *, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tensor:
+def block_counts(
+    block_mask: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None = None,
+    *,
+    causal: bool,
+    seqlen_q: int,
+    seqlen_k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks that a block mask selects, visible blocks), int64 [B, Hq] each; arguments as for `block_density`."""
+    words, _ = array_of_dtype(block_mask, "block_mask", "int32")
+    sizes = checked_sizes(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    num_q_blocks, num_k_blocks = (_ceil_div(sizes[name], BLOCK_SIZE) for name in ("seqlen_q", "seqlen_k"))
+    expected = [num_q_blocks, _ceil_div(num_k_blocks, WORD_BITS)]
+    if words.ndim != 4 or list(words.shape[2:]) != expected:
+        raise ValueError(
+            f"block_mask must be [B, Hq, {expected[0]}, {expected[1]}] for seqlen_q={seqlen_q}, "
+            f"seqlen_k={seqlen_k}, got {list(words.shape)}"
+        )
+    visibility = BlockVisibility(startend_row_indices, **sizes, batch_size=words.shape[0], num_heads=words.shape[1])
+    num_selected, num_visible = np.zeros([2, *words.shape[:2]], dtype=np.int64)
+    visible = None
+    for batch, head in np.ndindex(*words.shape[:2]):
+        before, visible = visible, visibility.of(batch, head)
+        if visible is not before:
+            visible_words, count = _pack(visible), visible.sum()
+        num_selected[batch, head] = _popcount(words[batch, head] & visible_words)
+        num_visible[batch, head] = count
+    return num_selected, num_visible
+
+
+def block_density(
+    block_mask: paddle.Tensor,
+    startend_row_indices: paddle.Tensor | None = None,
+    *,
+    causal: bool,
+    seqlen_q: int,
+    seqlen_k: int,
+) -> paddle.Tensor:
     """The share of the visible blocks that a block mask selects, per head.
 
-    Blocks above the causal diagonal count neither as visible nor, should their bits be set, as selected. Blocks
-    that only FlashMask hides count as visible, so packing and padding lower the density.
+    Blocks that are hidden as a whole, above the causal diagonal or by FlashMask, count neither as visible nor, should
+    their bits be set, as selected. Without startend_row_indices, those that FlashMask hides count as visible.
 
     Parameters
     ----------
     block_mask : Tensor
         int32 [B, Hq, Mq, ceil(Mk / 32)].
+    startend_row_indices : Tensor, optional
+        int32 [B, 1|Hkv|Hq, Lk, 1|2|4], FlashMask row bounds: as in the call that the mask belongs to.
     causal : bool
-        As in the call that the mask belongs to.
+        Likewise.
     seqlen_q, seqlen_k : int
         Lq and Lk, in tokens.
 
@@ -163,22 +195,16 @@ def block_density(block_mask: paddle.Tensor, *, causal: bool, seqlen_q: int, seq
     -------
     Tensor
         float32 [B, Hq], each in [0, 1]; 0 where no block is visible.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
     """
-    visible = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    expected = [visible.shape[0], _ceil_div(visible.shape[1], WORD_BITS)]
-    if block_mask.dtype != paddle.int32:
-        raise ValueError(f"block_mask must be of dtype int32, got {block_mask.dtype}")
-    if block_mask.ndim != 4 or list(block_mask.shape[2:]) != expected:
-        raise ValueError(
-            f"block_mask must be [B, Hq, {expected[0]}, {expected[1]}] for seqlen_q={seqlen_q}, "
-            f"seqlen_k={seqlen_k}, got {list(block_mask.shape)}"
-        )
-    visible_words = _pack(visible)
-    num_visible = max(int(visible.sum()), 1)
-    selected = block_mask.numpy()
-    counts = [[_popcount(head & visible_words) for head in sequence] for sequence in selected]
-    density = np.array(counts, dtype=np.float64).reshape(selected.shape[:2]) / num_visible
-    return paddle.to_tensor(density.astype(np.float32))
+    num_selected, num_visible = block_counts(
+        block_mask, startend_row_indices, causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    )
+    return paddle.to_tensor((num_selected / np.maximum(num_visible, 1)).astype(np.float32))
 
 
 def causal_startend_rows(batch_size: int, seqlen_q: int, seqlen_k: int | None = None) -> paddle.Tensor:
@@ -190,6 +216,10 @@ def causal_startend_rows(batch_size: int, seqlen_q: int, seqlen_k: int | None = 
         int32 [batch_size, 1, Lk, 1], to be used with causal=True.
     """
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    if not any(isinstance(size, paddle.pir.Value) for size in (batch_size, seqlen_q, seqlen_k)):
+        batch_size = arguments.count(batch_size, "batch_size")
+        sizes = checked_sizes(causal=True, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        seqlen_q, seqlen_k = sizes["seqlen_q"], sizes["seqlen_k"]
     return paddle.full([batch_size, 1, seqlen_k, 1], seqlen_q, dtype="int32")
 
 
@@ -200,8 +230,8 @@ def document_startend_rows(lengths, seqlen: int | None = None, *, causal: bool =
 
     Parameters
     ----------
-    lengths : sequence of int, or sequence of sequences of int
-        Tokens of each document, of one packed row or of every row of the batch.
+    lengths : sequence or iterator of int, or of sequences or iterators of int
+        Tokens of each document, of one packed row or of every row of the batch. At least one row or document.
     seqlen : int, optional
         Tokens per row (L). What the documents leave over is padding, seen by nothing. Default: the longest.
     causal : bool
@@ -211,14 +241,22 @@ def document_startend_rows(lengths, seqlen: int | None = None, *, causal: bool =
     -------
     Tensor
         int32 [B, 1, L, 1] when causal, otherwise [B, 1, L, 2].
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed. For no lengths at all, too: an iterator that was read before has none, and
+        every key would be hidden.
     """
-    rows = [list(lengths)] if all(np.ndim(length) == 0 for length in lengths) else [list(row) for row in lengths]
-    if any(length < 0 for row in rows for length in row):
-        raise ValueError(f"document lengths must not be negative, got {rows}")
-    longest = max((sum(row) for row in rows), default=0)
-    seqlen = longest if seqlen is None else seqlen
+    rows = _document_lengths(lengths)
+    longest = max(map(sum, rows))
+    if seqlen is None:
+        seqlen = arguments.length(longest, "the sum of a row's lengths")
+    else:
+        seqlen = arguments.length(seqlen, "seqlen")
     if longest > seqlen:
         raise ValueError(f"the documents of a row hold {longest} tokens, more than seqlen={seqlen}")
+    causal = arguments.flag(causal, "causal")
     bounds = np.zeros([len(rows), 1, seqlen, 1 if causal else 2], dtype=np.int32)
     for batch, row in enumerate(rows):
         ends = np.cumsum(row, dtype=np.int64)
@@ -229,13 +267,34 @@ def document_startend_rows(lengths, seqlen: int | None = None, *, causal: bool =
     return paddle.to_tensor(bounds)
 
 
+def _document_lengths(lengths):
+    """Rows of ints, of what `document_startend_rows` takes: each iterator is read once."""
+
+    def read(value):
+        return array_of(value, "lengths")[0] if isinstance(value, paddle.Tensor) else value
+
+    given = arguments.entries(read(lengths))
+    if given is None:
+        raise arguments.refused(lengths, "lengths", "a sequence of integers, or of sequences of them")
+    rows = [arguments.entries(read(row)) for row in given]
+    names = [f"lengths[{i}]" for i in range(len(rows))]
+    if all(row is None for row in rows):
+        rows, names = [given], ["lengths"]
+    if not given or None in rows:
+        allowed = "integers or sequences of them, at least one and no mixture"
+        raise arguments.refused(given, "lengths", allowed, ValueError)
+    return [[arguments.count(read(x), f"{name}[{i}]") for i, x in enumerate(row)] for row, name in zip(rows, names)]
+
+
 def padding_startend_rows(keep: paddle.Tensor, seqlen_q: int | None = None, *, causal: bool = True) -> paddle.Tensor:
     """FlashMask bounds that hide padded keys from every query, wherever the padding lies.
 
     Parameters
     ----------
     keep : Tensor
-        [B, Lk], bool or a number: nonzero for a token, zero for padding (a tokenizer's attention mask).
+        [B, Lk], bool or whole numbers of at least 0: nonzero for a token, zero for padding (a tokenizer's attention
+        mask). Of an additive mask, with 0 for a token, that is `mask == 0`. In a static graph, where values are not
+        known, bool or an integer type.
     seqlen_q : int, optional
         Lq. Default: Lk.
     causal : bool
@@ -245,11 +304,55 @@ def padding_startend_rows(keep: paddle.Tensor, seqlen_q: int | None = None, *, c
     -------
     Tensor
         int32 [B, 1, Lk, 1] when causal, otherwise [B, 1, Lk, 2].
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed. For floats that are all 0, too: an additive mask of them hides nothing, a
+        tokenizer's everything.
     """
+    causal = arguments.flag(causal, "causal")
+    if isinstance(keep, paddle.pir.Value):
+        return _traced_padding_rows(keep, seqlen_q, causal)
+    tokens, place = _tokens(keep)
+    seqlen_q = tokens.shape[1] if seqlen_q is None else arguments.length(seqlen_q, "seqlen_q")
+    bounds = np.zeros([len(tokens), 1, tokens.shape[1], 1 if causal else 2], dtype=np.int32)
+    bounds[:, 0, :, 0] = np.where(tokens, seqlen_q, 0)
+    return paddle.to_tensor(bounds, place=place)
+
+
+def _tokens(keep):
+    """(bool [B, Lk], True for a token; place) of what `padding_startend_rows` takes."""
+    keep, place = array_of(keep, "keep")
     if keep.ndim != 2:
         raise ValueError(f"keep must be [B, Lk], got shape {list(keep.shape)}")
+    bad = keep[~(np.isfinite(keep) & (keep >= 0) & (keep == np.floor(keep)))] if keep.dtype != bool else ()
+    if len(bad):
+        raise ValueError(
+            f"keep holds {bad[0]:g}, but must hold whole numbers of at least 0, zero for padding: of an additive mask, "
+            "where zero is a token, give mask == 0"
+        )
+    if keep.dtype.kind == "f" and keep.size and not keep.any():
+        raise ValueError(
+            "keep holds floats that are all zero, which hide every key, but nothing in an additive mask: give a bool "
+            "tensor, keep != 0 or, of an additive mask, mask == 0"
+        )
+    return keep != 0, place
+
+
+def _traced_padding_rows(keep, seqlen_q, causal):
+    """`padding_startend_rows` in a static graph, where sizes may be open and values are not known."""
+    if paddle.is_floating_point(keep):
+        raise TypeError(
+            "keep holds floats of a static graph, which do not tell a tokenizer's mask from an additive one: give a "
+            "bool tensor, keep != 0 or, of an additive mask, mask == 0"
+        )
+    if len(keep.shape) != 2:
+        raise ValueError(f"keep must be [B, Lk], got shape {list(keep.shape)}")
     seqlen_q = keep.shape[1] if seqlen_q is None else seqlen_q
-    start = keep.astype("bool").astype("int32").unsqueeze([1, 3]) * seqlen_q  # [B, 1, Lk, 1]
+    if not isinstance(seqlen_q, paddle.pir.Value):
+        seqlen_q = arguments.length(seqlen_q, "seqlen_q")
+    start = (keep.astype("bool").astype("int32") * seqlen_q).astype("int32").unsqueeze([1, 3])  # [B, 1, Lk, 1]
     return start if causal else paddle.concat([start, paddle.zeros_like(start)], axis=-1)
 
 
@@ -277,6 +380,8 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
     ValueError
         For any other mask (a bias, a bidirectional one, one with holes), rather than a result that is not its.
     """
+    if not isinstance(mask, paddle.Tensor):
+        mask = paddle.to_tensor(array_of(mask, "mask")[0])
     read = mask if mask.dtype in _READ_AS_THEY_ARE else mask.astype("float32")
     rows, verdict = call("dense_mask", read)
     faults, bits = verdict.tolist()

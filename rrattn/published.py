@@ -10,10 +10,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+import paddle
+
+from . import arguments
 from .config import BLOCK_SIZE, PUBLISHED_ESTIMATE, PUBLISHED_PATCH, PUBLISHED_PREFILL
-from .functional import estimate_block_scores, rr_attention, select_blocks
+from .functional import checked_tensor, estimate_block_scores, rr_attention, select_blocks
 from .integrations import enable
-from .masks import block_density, unpack_block_mask
+from .masks import block_counts, unpack_block_mask
 
 _MEANINGLESS = ("use_triton", "chunk_size", "rrattn_version", "layer_idx", "config", "rrattn_config")
 # Arguments of which the release itself computes one value only.
@@ -62,11 +65,12 @@ def rrattn_prefill(
         With the value and what is allowed.
     """
     _check_others("rrattn_prefill", others)
-    query, key = _transposed(query_states), _transposed(key_states)
+    query, key = _transposed(query_states, "query_states"), _transposed(key_states, "key_states")
+    causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
     out, block_mask = rr_attention(
         query,
         key,
-        _transposed(value_states),
+        _transposed(value_states, "value_states"),
         startend_row_indices,
         causal=causal,
         stride=stride,
@@ -76,8 +80,10 @@ def rrattn_prefill(
         keep_local=PUBLISHED_PREFILL.keep_local,
         return_block_mask=True,
     )
-    density = block_density(block_mask, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1])
-    return out, 1 - density.mean()
+    num_selected, num_visible = block_counts(
+        block_mask, startend_row_indices, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1]
+    )
+    return out, paddle.to_tensor((num_visible - num_selected).sum() / max(num_visible.sum(), 1), dtype="float32")
 
 
 def rrattn_estimate(
@@ -112,7 +118,8 @@ def rrattn_estimate(
         With the value and what is allowed.
     """
     _check_others("rrattn_estimate", others)
-    query, key = _transposed(query_states), _transposed(key_states)
+    query, key = _transposed(query_states, "query_states"), _transposed(key_states, "key_states")
+    causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
     scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, stride=stride)
     block_mask = select_blocks(
         scores,
@@ -153,9 +160,8 @@ def _patch(name, model_types):
                 f"{model_type!r}"
             )
         _check_others(name, others)
-        config = replace(
-            PUBLISHED_PATCH, threshold=threshold, stride=stride, keep_sink=keep_sink, keep_last=keep_recent
-        )
+        keep_last = arguments.flag(keep_recent, "keep_recent")
+        config = replace(PUBLISHED_PATCH, threshold=threshold, stride=stride, keep_sink=keep_sink, keep_last=keep_last)
         return enable(model, config)
 
     patch.__name__ = patch.__qualname__ = name
@@ -193,9 +199,14 @@ patch_qwen_attention = _patch("patch_qwen_attention", ("qwen2", "qwen3"))
 patch_ernie_attention = _patch("patch_ernie_attention", ("ernie4_5", "ernie4_5_moe"))
 
 
-def _transposed(states):
-    """[B, H, L, D] as [B, L, H, D], a view; anything else as it is, for the checks that follow."""
-    return states.transpose([0, 2, 1, 3]) if getattr(states, "ndim", None) == 4 else states
+def _transposed(states, name):
+    """[B, H, L, D] as [B, L, H, D], a view."""
+    shape = list(checked_tensor(states, name).shape)
+    if len(shape) != 4:
+        raise ValueError(
+            f"{name} has {len(shape)} dimensions, shape {shape}, but must have 4: [batch, heads, length, head size]"
+        )
+    return states.transpose([0, 2, 1, 3])
 
 
 def _check_others(function, others):
@@ -204,8 +215,9 @@ def _check_others(function, others):
     if unknown:
         raise TypeError(f"{function} has no argument {', '.join(unknown)}")
     for name, only in _ONE_VALUE.items():
-        if others.get(name, only) != only:
-            raise ValueError(f"{name} is {others[name]!r}, but must be {only!r}")
+        given = arguments.plain(others.get(name, only))
+        if type(given) is not type(only) or given != only:
+            raise arguments.refused(given, name, repr(only), ValueError)
     meaningless = [name for name in others if name in _MEANINGLESS]
     if meaningless:
         warnings.warn(

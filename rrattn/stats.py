@@ -18,7 +18,8 @@ import paddle
 from .functional import estimate_block_scores
 from .integrations import attention_cores
 from .layer import RRAttention
-from .masks import unpack_block_array, visible_block_array
+from .masks import unpack_block_array
+from .visibility import BlockVisibility
 
 _TABLE = "{:>5}  {:>24}  {:>20}  {:>16}  {:>16}"
 
@@ -157,18 +158,20 @@ class _Observer:
         )
         self.stats.prefills += 1
         self.stats.prefill_seconds += seconds
-        self.stats._add(_sums(scores.numpy(), block_mask, causal, query.shape[1], key.shape[1]))
+        sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        self.stats._add(_sums(scores.numpy(), block_mask, startend_row_indices, sizes))
         return out, block_mask
 
 
-def _sums(scores, block_mask, causal, seqlen_q, seqlen_k):
+def _sums(scores, block_mask, startend_row_indices, sizes):
     """float64 [4, Hq], over the batch: blocks attended and visible, mass in the former and in all; see `LayerStats`."""
-    visible = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    attended = unpack_block_array(block_mask, visible.shape[1]) & visible  # [B, Hq, Mq, Mk]
-    batch_size, num_heads = attended.shape[:2]
+    batch_size, num_heads, _, num_k_blocks = scores.shape
+    visibility = BlockVisibility(startend_row_indices, **sizes, batch_size=batch_size, num_heads=num_heads)
+    selected = unpack_block_array(block_mask, num_k_blocks)  # [B, Hq, Mq, Mk]
     sums = np.zeros([4, num_heads])
     for batch, head in np.ndindex(batch_size, num_heads):  # one at a time, so that the temporaries stay small
-        kept, score = attended[batch, head], scores[batch, head]
+        visible, score = visibility.of(batch, head), scores[batch, head]
+        kept = selected[batch, head] & visible
         mass = score.sum(dtype=np.float64)
         sums[:, head] += kept.sum(), visible.sum(), score.sum(dtype=np.float64, where=kept), mass
     return sums

@@ -1,8 +1,8 @@
 """Pictures of block masks and block scores, one panel per head and layer.
 
 A panel spans the keys from left to right and the queries from top to bottom, in tokens. What no query there may see
-(above the causal diagonal) is grey. Up to CELLS_PER_PANEL blocks a side, one cell is one block; above that a cell is
-a square of blocks and shows their mean, so that a picture of 1,024 blocks is as legible as one of 8.
+(above the causal diagonal, or by FlashMask) is grey. Up to CELLS_PER_PANEL blocks a side, one cell is one block; above
+that a cell is a square of blocks and shows their mean, so that a picture of 1,024 blocks is as legible as one of 8.
 
 Every function returns a `matplotlib.figure.Figure`, and writes it when given a path. They need matplotlib, which is
 imported when they are called, and touch no global state of it.
@@ -10,10 +10,18 @@ imported when they are called, and touch no global state of it.
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
 
+import numpy as np
+import paddle
+
+from . import arguments
+from .arrays import array_of
 from .config import BLOCK_SIZE
-from .masks import unpack_block_array, visible_block_array
+from .layer import BlockSelection
+from .masks import unpack_block_array
+from .stats import ModelStats
+from .visibility import BlockVisibility, checked_sizes
 
 CELLS_PER_PANEL = 128  # a side
 MAX_PANELS = 256
@@ -27,19 +35,35 @@ _GRID_UP_TO_CELLS = 24  # a side; finer grids would cover what they divide
 _LOWEST_SHARE_SHOWN = 0.03  # of what each block would hold if all held the same
 
 
-def plot_block_mask(block_mask, *, causal, seqlen_q, seqlen_k, batch=0, heads=None, title=None, path=None, layer=None):
+def plot_block_mask(
+    block_mask,
+    startend_row_indices=None,
+    *,
+    causal,
+    seqlen_q,
+    seqlen_k,
+    batch=0,
+    heads=None,
+    title=None,
+    path=None,
+    layer=None,
+):
     """Draws which blocks each head attends.
+
+    A panel's title says what part of the visible blocks they are.
 
     Parameters
     ----------
     block_mask : Tensor
         int32 [B, Hq, Mq, ceil(Mk / 32)], as `select_blocks` returns it.
+    startend_row_indices : Tensor, optional
+        int32 [B, 1|Hkv|Hq, Lk, 1|2|4], FlashMask row bounds, as in the call that selected the blocks.
     causal : bool
     seqlen_q, seqlen_k : int
         Lq and Lk, in tokens.
     batch : int
         Which sequence of the batch.
-    heads : sequence of int, optional
+    heads : sequence or iterator of int, optional
         Which query heads. Default: all.
     title : str, optional
     path : str or path, optional
@@ -55,14 +79,16 @@ def plot_block_mask(block_mask, *, causal, seqlen_q, seqlen_k, batch=0, heads=No
     ------
     ImportError
         When matplotlib is not installed.
-    ValueError
-        For shapes that do not fit, an absent batch index or head, or more than MAX_PANELS panels.
+    ValueError, TypeError
+        For arguments of another kind, shapes that do not fit, an absent batch index or head, or more than MAX_PANELS
+        panels.
     """
-    visible = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    selected = _pick_batch(unpack_block_array(block_mask, visible.shape[1]), batch, visible.shape)
-    panels = [_mask_panel(selected, visible, head, layer) for head in _pick_heads(heads, len(selected))]
+    sizes = checked_sizes(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    layer = None if layer is None else arguments.count(layer, "layer")
+    selected, visible_to = _selected_of_batch(block_mask, startend_row_indices, batch, sizes)
+    panels = [_mask_panel(selected[head], visible_to(head), head, layer) for head in _pick_heads(heads, len(selected))]
     columns = _columns(len(panels))
-    return _draw(panels, columns, _mask_style(), seqlen_q, seqlen_k, causal, title, path)
+    return _draw(panels, columns, _mask_style(), **sizes, title=title, path=path)
 
 
 def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, path=None):
@@ -70,9 +96,9 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
 
     Parameters
     ----------
-    selections : sequence of BlockSelection
+    selections : sequence or iterator of BlockSelection
         One per layer, as `rrattn.layer_selections(model)` returns them, of one forward pass.
-    layers, heads : sequence of int, optional
+    layers, heads : sequence or iterator of int, optional
         Which layers and query heads. Default: all.
     batch, title, path
         As for `plot_block_mask`.
@@ -81,7 +107,9 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
     -------
     matplotlib.figure.Figure
     """
-    layers = range(len(selections)) if layers is None else layers
+    selections = _one_per_layer(selections, "selections", BlockSelection)
+    layers = range(len(selections)) if layers is None else arguments.counts(layers, "layers")
+    heads = None if heads is None else arguments.counts(heads, "heads")  # an iterator is for every layer
     panels, columns = [], 0
     for layer in layers:
         if not 0 <= layer < len(selections):
@@ -89,25 +117,31 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
         selection = selections[layer]
         if selection is None or selection.block_mask is None:
             raise ValueError(f"layer {layer} has no block mask: it has not run, or its mask was too large to keep")
-        geometry = {
-            "causal": selection.causal,
-            "seqlen_q": selection.seqlen_q,
-            "seqlen_k": selection.seqlen_k,
-        }
-        visible = visible_block_array(**geometry)
-        selected = _pick_batch(unpack_block_array(selection.block_mask, visible.shape[1]), batch, visible.shape)
+        sizes = {"causal": selection.causal, "seqlen_q": selection.seqlen_q, "seqlen_k": selection.seqlen_k}
+        rows = selection.startend_row_indices
+        selected, visible_to = _selected_of_batch(selection.block_mask, rows, batch, sizes)
         picked = _pick_heads(heads, len(selected))
         columns = max(columns, len(picked))
-        panels += [_mask_panel(selected, visible, head, layer) for head in picked]
+        panels += [_mask_panel(selected[head], visible_to(head), head, layer) for head in picked]
     if not panels:
         raise ValueError("there is no layer to draw: selections is empty")
     if len(layers) == 1:
         columns = _columns(columns)
-    return _draw(panels, columns, _mask_style(), **geometry, title=title, path=path)
+    return _draw(panels, columns, _mask_style(), **sizes, title=title, path=path)
 
 
 def plot_block_scores(
-    block_scores, *, causal, seqlen_q, seqlen_k, batch=0, heads=None, title=None, path=None, layer=None
+    block_scores,
+    startend_row_indices=None,
+    *,
+    causal,
+    seqlen_q,
+    seqlen_k,
+    batch=0,
+    heads=None,
+    title=None,
+    path=None,
+    layer=None,
 ):
     """Draws the estimated share of attention that each block has in its row of blocks, on a logarithmic scale.
 
@@ -117,26 +151,27 @@ def plot_block_scores(
     ----------
     block_scores : Tensor
         float32 [B, Hq, Mq, Mk], as `estimate_block_scores` returns it.
-    causal, seqlen_q, seqlen_k, batch, heads, title, path, layer
+    startend_row_indices, causal, seqlen_q, seqlen_k, batch, heads, title, path, layer
         As for `plot_block_mask`.
 
     Returns
     -------
     matplotlib.figure.Figure
     """
-    visible = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    scores = _pick_batch(block_scores.astype("float32").numpy(), batch, visible.shape).astype(np.float64)
-    scores = np.where(visible, scores, 0.0)
-    row_sums = scores.sum(axis=-1, keepdims=True)
-    shares = scores / np.where(row_sums > 0, row_sums, 1.0)
+    sizes = checked_sizes(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    layer = None if layer is None else arguments.count(layer, "layer")
+    scores, visible_to = _of_batch(array_of(block_scores, "block_scores")[0], startend_row_indices, batch, sizes)
     panels = []
-    for head in _pick_heads(heads, len(shares)):
-        largest = np.sort(shares[head], axis=-1)[:, ::-1]
+    for head in _pick_heads(heads, len(scores)):
+        visible = visible_to(head)
+        shares = np.where(visible, scores[head].astype(np.float64), 0.0)
+        row_sums = shares.sum(axis=-1, keepdims=True)
+        shares /= np.where(row_sums > 0, row_sums, 1.0)
+        largest = np.sort(shares, axis=-1)[:, ::-1]
         needed = (np.cumsum(largest, axis=-1) < 0.95).sum(axis=-1) + 1
-        name = _panel_name(head, layer)
         share = np.minimum(needed, visible.sum(axis=-1)).sum() / max(visible.sum(), 1)
-        panels.append((f"{name}  ·  95% in {share:.0%} of blocks", _mean_cells(shares[head], visible)))
-    return _draw(panels, _columns(len(panels)), _score_style(visible.shape[1]), seqlen_q, seqlen_k, causal, title, path)
+        panels.append((f"{_panel_name(head, layer)}  ·  95% in {share:.0%} of blocks", _mean_cells(shares, visible)))
+    return _draw(panels, _columns(len(panels)), _score_style(scores.shape[2]), **sizes, title=title, path=path)
 
 
 def plot_densities(densities, *, batch=0, title=None, path=None):
@@ -144,7 +179,7 @@ def plot_densities(densities, *, batch=0, title=None, path=None):
 
     Parameters
     ----------
-    densities : sequence of Tensor
+    densities : sequence or iterator of Tensor
         float32 [B, Hq] per layer, as `rrattn.layer_densities(model)` returns them.
     batch, title, path
         As for `plot_block_mask`.
@@ -157,8 +192,13 @@ def plot_densities(densities, *, batch=0, title=None, path=None):
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    if any(density is None for density in densities) or not len(densities):
+    densities = _one_per_layer(densities, "densities", paddle.Tensor)
+    if any(density is None for density in densities) or not densities:
         raise ValueError("there is a layer that has not run yet, or no layer at all")
+    shapes = sorted({tuple(density.shape) for density in densities})
+    if len(shapes) > 1 or len(shapes[0]) != 2:
+        raise ValueError(f"densities has tensors of the shapes {shapes}, but all must be of one shape [B, Hq]")
+    batch = _checked_batch(batch, densities[0])
     table = np.stack([density.numpy()[batch] for density in densities])  # [layers, Hq]
     num_layers, num_heads = table.shape
     figure = Figure(figsize=(2.2 + 0.42 * num_heads, 1.4 + 0.36 * num_layers), dpi=150, layout="constrained")
@@ -188,6 +228,8 @@ def plot_stats(stats, *, title=None, path=None):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    if not isinstance(stats, ModelStats):
+        raise arguments.refused(stats, "stats", "a ModelStats, from rrattn.collect_stats")
     if not stats.layers or any(layer.density is None for layer in stats.layers):
         raise ValueError("there is a layer that has not run a prefill, or no layer at all")
     density = np.stack([layer.density for layer in stats.layers])  # [layers, Hq]
@@ -272,23 +314,49 @@ def _score_style(num_k_blocks):
     )
 
 
-def _pick_batch(array, batch, blocks):
-    """array [B, Hq, Mq, Mk] -> [Hq, Mq, Mk] of one sequence, checked."""
-    if array.ndim != 4 or array.shape[2:] != tuple(blocks):
+def _selected_of_batch(block_mask, startend_row_indices, batch, sizes):
+    """`_of_batch` of a packed block mask, bool [Hq, Mq, Mk]."""
+    selected = unpack_block_array(block_mask, -(-sizes["seqlen_k"] // BLOCK_SIZE))
+    return _of_batch(selected, startend_row_indices, batch, sizes)
+
+
+def _of_batch(array, startend_row_indices, batch, sizes):
+    """(array [Hq, Mq, Mk] of one sequence, function from a head to its visible blocks [Mq, Mk]), checked.
+
+    array is [B, Hq, Mq, Mk]; sizes are causal, seqlen_q and seqlen_k.
+    """
+    blocks = tuple(-(-sizes[name] // BLOCK_SIZE) for name in ("seqlen_q", "seqlen_k"))
+    if array.ndim != 4 or array.shape[2:] != blocks:
         raise ValueError(
             f"expected {blocks[0]} query blocks and {blocks[1]} key blocks for these lengths, "
             f"got shape {list(array.shape)}"
         )
     if 0 in blocks:
         raise ValueError("there are no blocks to draw")
-    if not 0 <= batch < array.shape[0]:
+    batch = _checked_batch(batch, array)
+    visibility = BlockVisibility(startend_row_indices, **sizes, batch_size=array.shape[0], num_heads=array.shape[1])
+    return array[batch], partial(visibility.of, batch)
+
+
+def _checked_batch(batch, array):
+    """Which sequence of array [B, ...], an int."""
+    batch = arguments.count(batch, "batch")
+    if batch >= array.shape[0]:
         raise ValueError(f"there is no sequence {batch} in a batch of {array.shape[0]}")
-    return array[batch]
+    return batch
+
+
+def _one_per_layer(things, name, kind):
+    """A sequence or an iterator of things of this kind, or None, as a list."""
+    found = arguments.entries(things)
+    if found is None or not all(thing is None or isinstance(thing, kind) for thing in found):
+        raise arguments.refused(things if found is None else found, name, f"a sequence of {kind.__name__}, one a layer")
+    return found
 
 
 def _pick_heads(heads, num_heads):
-    heads = list(range(num_heads)) if heads is None else list(heads)
-    absent = [head for head in heads if not 0 <= head < num_heads]
+    heads = range(num_heads) if heads is None else arguments.counts(heads, "heads")
+    absent = [head for head in heads if head >= num_heads]
     if absent or not heads:
         raise ValueError(f"there is no head {absent} to draw among {num_heads} heads" if absent else "no head to draw")
     return heads
@@ -304,8 +372,8 @@ def _panel_name(head, layer):
 
 
 def _mask_panel(selected, visible, head, layer):
-    """(title, cells) of one head; selected [Hq, Mq, Mk], visible [Mq, Mk], both bool."""
-    kept = selected[head] & visible
+    """(title, cells) of one head; selected and visible are bool [Mq, Mk]."""
+    kept = selected & visible
     density = kept.sum() / max(visible.sum(), 1)
     return f"{_panel_name(head, layer)}  ·  {density:.1%}", _mean_cells(kept.astype(np.float64), visible)
 

@@ -109,6 +109,16 @@ BAD_QUERY_KEY = {
         f"softmax_scale {x}": ({"softmax_scale": x}, f"softmax_scale is {x}.*finite")
         for x in (float("nan"), float("inf"))
     },
+    **{
+        f"softmax_scale {x!r}": ({"softmax_scale": x}, rf"softmax_scale is {shown}, .*finite")
+        for x, shown in (
+            ("0.1", "'0.1'"),
+            (True, "True"),
+            ([0.1], r"\[0.1\]"),
+            (1e300, r"1e\+300, which is inf in float32"),
+            (-(10**400), r"-10*\.\.\.0*, which is -inf in float32"),
+        )
+    },
 }
 
 BAD_VALUE = {
@@ -126,19 +136,31 @@ BAD_VALUE = {
 
 BAD_SAMPLING = {
     **{f"stride {s}": ({"stride": s}, f"stride is {s},.*divisor of 128.*2.*64") for s in (-8, 0, 1, 7, 48, 128)},
+    **{
+        f"stride {s!r}": ({"stride": s}, f"stride is {s!r}, .*an integer and a divisor of 128.*2.*64")
+        for s in (8.0, True, "8", None, 2**70)
+    },
+    **{
+        f"head_offset {h!r}": ({"head_offset": h}, f"head_offset is {h!r}, .*integer of at least 0")
+        for h in (1.5, True, "0", None, 2**70)
+    },
     "head_offset": ({"head_offset": -1}, "head_offset is -1,.*at least 0"),
 }
 
 BAD_THRESHOLD = {
     **{
-        f"threshold {tau}": ({"threshold": tau}, rf"threshold is {shown}\b.*\(0, 1\]")
+        f"threshold {tau!r}": ({"threshold": tau}, rf"threshold is {shown}, but must be .*\(0, 1\]")
         for tau, shown in (
-            (0.0, "0"),
+            (0.0, "0.0"),
             (-0.5, "-0.5"),
             (1.5, "1.5"),
             (float("nan"), "nan"),
             (float("inf"), "inf"),
-            (1e-60, "(?:0|1e-60)"),  # float32 rounds it to zero
+            (1e-60, "1e-60, which is 0 in float32"),
+            ("0.5", "'0.5'"),
+            (True, "True"),
+            (None, "None"),
+            ([0.5] * 4, r"\[0.5, 0.5, 0.5, 0.5\]"),
         )
     },
     **{
@@ -152,12 +174,26 @@ BAD_THRESHOLD = {
         {"threshold": np.full(3, 0.5, np.float32)},
         r"threshold has shape \[3\].*\[4\]",
     ),
+    "no thresholds": ({"threshold": np.zeros(0, np.float32)}, r"threshold has shape \[0\], but must have"),
     "threshold dtype": ({"threshold": np.full(4, 0.5)}, "threshold has dtype float64.*must have float32"),
 }
 
+
+def bad_flags(*names):
+    """What is no True or False, though Python would take it for one."""
+    return {
+        f"{name} {value!r}": ({name: value}, f"{name} is {value!r}, but must be True or False")
+        for name in names
+        for value in ("False", 0, 1, None)
+    }
+
+
 BAD_KEEP = {
-    f"keep_local {value!r}": ({"keep_local": value}, rf"keep_local is {value!r}, .*integer of at least 0")
-    for value in (-1, -(2**70), True, 1.5, "1", None)
+    **{
+        f"keep_local {value!r}": ({"keep_local": value}, rf"keep_local is {value!r}, .*integer of at least 0")
+        for value in (-1, -(2**70), True, 1.5, "1", None)
+    },
+    **bad_flags("keep_sink", "keep_last"),
 }
 
 BAD_SCORES = {
@@ -172,6 +208,11 @@ BAD_SCORES = {
     ),
     "lengths": ({"seqlen_q": LK + 1}, "seqlen_q is 301 and seqlen_k is 300.*causal.*at most seqlen_k"),
     "negative length": ({"seqlen_q": -1}, "seqlen_q is -1.*from 0"),
+    **{
+        f"{name} {value!r}": ({name: value}, f"{name} is {value!r}, but must be an integer from 0 to")
+        for name in ("seqlen_q", "seqlen_k")
+        for value in (300.0, True, "300", None, 2**31)
+    },
 }
 
 BAD_MASK = {
@@ -195,17 +236,19 @@ BAD_MASK = {
 }
 
 SHARED_BOUNDS = {name: BAD_QUERY_KEY[name] for name in BAD_QUERY_KEY if "bound" in name}
+BAD_CAUSAL = bad_flags("causal")
 STAGES = {
-    "estimate": {**BAD_QUERY_KEY, **BAD_SAMPLING},
-    "select": {**SHARED_BOUNDS, **BAD_THRESHOLD, **BAD_KEEP, **BAD_SCORES},
-    "attend": {**BAD_QUERY_KEY, **BAD_VALUE, **BAD_MASK},
-    "backward": {**BAD_QUERY_KEY, **BAD_VALUE, **BAD_MASK},
-    "rr_attention": {**BAD_QUERY_KEY, **BAD_VALUE, **BAD_SAMPLING, **BAD_THRESHOLD, **BAD_KEEP},
+    "estimate": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_SAMPLING},
+    "select": {**SHARED_BOUNDS, **BAD_CAUSAL, **BAD_THRESHOLD, **BAD_KEEP, **BAD_SCORES},
+    "attend": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK},
+    "backward": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK},
+    "rr_attention": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_SAMPLING, **BAD_THRESHOLD, **BAD_KEEP},
 }
+KEEP_RULES = {"keep_sink", "keep_last", "keep_local"}
 KEYWORDS = {
     "estimate": {"stride", "head_offset", "softmax_scale"},
-    "select": {"threshold", "seqlen_q", "seqlen_k", "keep_local"},
+    "select": {"threshold", "seqlen_q", "seqlen_k", *KEEP_RULES},
     "attend": {"softmax_scale"},
     "backward": {"softmax_scale"},
-    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold", "keep_local"},
+    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold", *KEEP_RULES},
 }

@@ -44,7 +44,7 @@ def test_every_simd_level(kernels, simd, case, dtype):
 
 
 @pytest.mark.parametrize("stride", STRIDES)
-@pytest.mark.parametrize("head_offset", (1, 7, 133))
+@pytest.mark.parametrize("head_offset", (1, 7, 133, 2**63 - 1))
 def test_head_offset(kernels, stride, head_offset):
     case = Case(129, 300, num_heads=3, stride=stride)
     scores = check(kernels, case, head_offset=head_offset)

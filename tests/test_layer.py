@@ -163,14 +163,48 @@ def test_gradients_flow_in_train_and_eval_but_not_under_no_grad():
     assert layer(*make_inputs()).stop_gradient
 
 
-def test_a_large_mask_is_reduced_to_its_density(monkeypatch):
+def test_density_under_row_bounds():
     query, key, value = make_inputs()
+    rows = masks.document_startend_rows([[300, 400], [100, 500]])
+    sizes = {"causal": True, "seqlen_q": 700, "seqlen_k": 700}
+    layer = rrattn.RRAttention(threshold=0.4)
+    _, mask = rrattn.rr_attention(query, key, value, rows, causal=True, threshold=0.4, return_block_mask=True)
+    layer(query, key, value, rows)
+    assert (layer.last_density == rrattn.block_density(mask, rows, **sizes)).all()
+    assert (layer.last_density > rrattn.block_density(mask, **sizes)).all()
+    assert layer.last_selection.startend_row_indices is rows
+    for dense in (rrattn.RRAttention(threshold=1.0), rrattn.RRAttention(rrattn.RRAttentionConfig(dense_layers=(0,)))):
+        dense(query, key, value, rows)
+        assert (dense.last_density == 1).all()
+
+
+def test_row_bounds_changed_after_the_call_are_not_counted_with():
+    query, key, value = make_inputs()
+    rows = masks.document_startend_rows([[300, 400], [100, 500]])
+    read, unread = rrattn.RRAttention(threshold=1.0), rrattn.RRAttention(threshold=1.0)
+    read(query, key, value, rows)
+    unread(query, key, value, rows)
+    before = read.last_density
+    rows[:] = 700
+    assert (read.last_density == before).all()
+    with pytest.raises(RuntimeError, match="startend_row_indices were changed in place"):
+        unread.last_selection.density.numpy()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_large_mask_is_reduced_to_its_density(monkeypatch, packed):
+    query, key, value = make_inputs()
+    rows = masks.document_startend_rows([[300, 400], [100, 500]]) if packed else None
     layer = rrattn.RRAttention(threshold=0.5)
-    layer(query, key, value)
+    layer(query, key, value, rows)
     kept = layer.last_selection
-    monkeypatch.setattr(layer_module, "MASK_BYTES_KEPT", kept.block_mask.size * 4 - 1)
-    layer(query, key, value)
-    assert layer.last_selection.block_mask is None
+    size = kept.block_mask.size + (rows.size if packed else 0)
+    monkeypatch.setattr(layer_module, "MASK_BYTES_KEPT", size * 4)
+    layer(query, key, value, rows)
+    assert layer.last_selection.block_mask is not None
+    monkeypatch.setattr(layer_module, "MASK_BYTES_KEPT", size * 4 - 1)
+    layer(query, key, value, rows)
+    assert layer.last_selection.block_mask is None and layer.last_selection.startend_row_indices is None
     assert (layer.last_density == kept.density).all()
 
 

@@ -1,5 +1,7 @@
 """Masks of models: padding and packing against the dense twin, and errors for what does not fit."""
 
+from dataclasses import replace
+
 import numpy as np
 import paddle
 import pytest
@@ -48,7 +50,7 @@ def test_padding_equals_the_dense_twin(model_type, tokens, side):
     assert_same(ours[real], dense[real])
     if side == "left":
         assert_differs(ours[real], logits(model, tokens)[real])
-    sparse = logits(rrattn.enable(model, SPARSE), tokens, **inputs)
+    sparse = logits(rrattn.enable(model, replace(SPARSE, threshold=0.2)), tokens, **inputs)
     assert np.isfinite(sparse).all()
     assert float(rrattn.layer_densities(model)[0].min()) < 1
 
@@ -163,6 +165,43 @@ def test_one_mask_serves_the_whole_batch():
     assert (out[:, :70] == 0).all() and not (out[:, 70:] == 0).any()
 
 
+def window_mask(length, window, padding):
+    """bool [2, 1, length, length]: each row sees `window` positions up to its own, but none of padding on the left."""
+    position = paddle.arange(length)
+    distance = position.unsqueeze(-1) - position
+    seen = (distance >= 0) & (distance < window)
+    return paddle.stack([seen & (position >= count) for count in padding]).unsqueeze(1)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.5])
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize(("held", "new"), [(0, 400), (300, 1), (99, 1), (300, 60), (300, 200)])
+def test_columns_of_keys_that_left_the_cache_are_passed_over(held, new, additive, threshold):
+    """A cache of a sliding window of 100 holds 99 keys, whereas masks go on to be of all positions."""
+    total = held + new
+    paddle.seed(0)
+    query, (key, value) = paddle.randn([2, new, NUM_HEADS, 16]), paddle.randn([2, 2, total, 2, 16])
+    mask = window_mask(total, 100, padding=(0, 250))[:, :, held:]
+    mask = paddle.where(mask, 0.0, -1e9) if additive else mask
+    config = rrattn.RRAttentionConfig(threshold=threshold, keep_sink=False)  # whose first block is another of more keys
+    core, begin = rrattn.RRAttention(config), max(held - 99, 0)
+    expected = common.attend(core, query, key, value, mask, None, causal=True)
+    out = common.attend(core, query, key[:, begin:], value[:, begin:], mask, None, causal=True)
+    if threshold == 1 or new == 1:
+        np.testing.assert_allclose(out.numpy(), expected.numpy(), atol=1e-5)
+    cut = common.attend(core, query, key[:, begin:], value[:, begin:], mask[..., begin:], None, causal=True)
+    np.testing.assert_array_equal(out.numpy(), cut.numpy())
+
+
+def test_decoding_with_a_mask_of_one_row():
+    query, (key, value) = paddle.randn([2, 1, NUM_HEADS, 16]), paddle.randn([2, 2, 300, 2, 16])
+    core = rrattn.RRAttention(SPARSE)
+    mask = window_mask(300, 300, padding=(0, 120))[:, :, -1:]
+    out = common.attend(core, query, key, value, mask, None, causal=True)
+    alone = common.attend(core, query[1:], key[1:, 120:], value[1:, 120:], None, None, causal=True)
+    np.testing.assert_allclose(out[1:].numpy(), alone.numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("dimensions", [2, 3, 4])
 def test_row_bounds_of_any_number_of_dimensions(dimensions):
     rows = document_startend_rows([[100, 156], [156, 100]])  # [2, 1, 256, 1]
@@ -194,10 +233,26 @@ def with_a_hole():
         ({"attention_mask": bidirectional()}, "not causal"),
         ({"attention_mask": biased()}, "bias"),
         ({"attention_mask": with_a_hole()}, "not causal"),
-        ({"attention_mask": paddle.zeros([1, 256])}, r"\[1, 256\]"),
         ({"attention_mask": bidirectional(), "startend_rows": document_startend_rows([256])}, "not both"),
     ],
 )
 def test_what_would_be_wrong_in_silence_is_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         call(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (paddle.zeros([1, 256]), r"shape \[1, 256\], but must be \[1 or 2, 1 or 4, 256, 256\]"),
+        (padding_mask(9).tile([3, 1, 1, 1]), r"shape \[3, 1, 256, 256\], but must be \[1 or 2"),
+        (padding_mask(9).tile([1, 2, 1, 1]), r"shape \[1, 2, 256, 256\], but must be \[1 or 2, 1 or 4"),
+        (padding_mask(9)[:, :, -1:], r"shape \[1, 1, 1, 256\], but must be .* 256, 256\]"),
+        (padding_mask(9)[..., 1:], r"shape \[1, 1, 256, 255\], but must be .* 256, 256\]"),
+        (padding_mask(9, 300), r"shape \[1, 1, 300, 300\], but must be .* 256, 256\]"),
+        (padding_mask(9, 300)[:, :, 44:], r"shape \[1, 1, 256, 300\], .* see keys of its first 44 columns"),
+    ],
+)
+def test_a_mask_of_another_shape_is_named(mask, message):
+    with pytest.raises(ValueError, match="attention_mask has " + message):
+        call(attention_mask=mask)

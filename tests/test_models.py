@@ -4,6 +4,7 @@ import copy
 import importlib
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -121,6 +122,20 @@ def test_what_changed_is_logged_once(model, monkeypatch):
 
 
 # Selection, and its view
+
+
+def test_the_readme_prints_densities_before_the_first_call_too(model, tokens, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = re.search(r"^for density in rrattn.layer_densities.*\n    print.*$", readme, re.MULTILINE).group()
+    rrattn.enable(model, SPARSE)
+    exec(lines, {"rrattn": rrattn, "model": model})
+    logits(model, tokens)
+    exec(lines, {"rrattn": rrattn, "model": model})
+    expected = [float(density.mean()) for density in rrattn.layer_densities(model)]
+    assert capsys.readouterr().out.splitlines()[-2 * NUM_LAYERS :] == [
+        *["no prefill yet"] * NUM_LAYERS,
+        *map(str, expected),
+    ]
 
 
 def test_densities_are_of_the_last_prefill(model, tokens):
@@ -355,6 +370,7 @@ def test_the_published_names_patch_models(model_type, tokens):
         (rrattn.patch_qwen_attention, {}, ValueError, "patch_qwen_attention.*qwen2, qwen3;.*'llama'"),
         (rrattn.patch_ernie_attention, {}, ValueError, "ernie4_5, ernie4_5_moe;.*'llama'"),
         (rrattn.patch_llama_attention, {"stride": [8, 16]}, ValueError, r"stride is \[8, 16\]"),
+        (rrattn.patch_llama_attention, {"keep_recent": 1}, ValueError, "keep_recent is 1, but must be True or False"),
         (rrattn.patch_llama_attention, {"tau": 0.1}, TypeError, "patch_llama_attention has no argument tau"),
     ],
 )

@@ -163,6 +163,49 @@ print(scores.sum())
     assert float(process.stdout) == pytest.approx(2 * 200 / 8)
 
 
+def test_what_needs_paddle_says_so_where_it_is_not_installed():
+    process = run_python(
+        """
+sys.modules["paddle"] = None  # as if it were not installed
+import rrattn
+assert rrattn.RRAttentionConfig(threshold=0.5).threshold == 0.5 and rrattn.direct.simd()
+for name in (*rrattn.__all__, "masks", "visualize"):
+    if name not in ("RRAttentionConfig", "BLOCK_SIZE"):
+        try:
+            getattr(rrattn, name)
+        except ImportError as error:
+            assert str(error).startswith(f"rrattn.{name} needs Paddle, which is not installed. Install Paddle"), error
+        else:
+            raise AssertionError(name)
+try:
+    from rrattn import enable
+except ImportError as error:
+    print(error)
+assert not hasattr(rrattn, "rr_atention")
+""",
+        path=ROOT,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("rrattn.enable needs Paddle")
+
+
+def test_modules_are_there_after_the_import_of_the_package():
+    """Without loading what they need before they are asked for."""
+    process = run_python(
+        """
+import rrattn
+assert "rrattn.direct" not in sys.modules and {"direct", "visualize"} <= set(dir(rrattn))
+assert rrattn.direct.simd() in rrattn.direct.available_simd()
+assert rrattn.visualize.plot_block_mask and rrattn.masks.visible_blocks
+assert "matplotlib" not in sys.modules
+print(hasattr(rrattn, "visualise"))
+""",
+        path=ROOT,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "False\n"
+
+
 def test_readme_tables_match_the_figures():
     script = ROOT / "tools" / "bench" / "readme_tables.py"
     assert subprocess.run([sys.executable, script, "--check"]).returncode == 0

@@ -1,5 +1,11 @@
 """The operators in Paddle's machinery: traced, saved, in the inference predictor, recomputed, in mixed precision."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import paddle
 import pytest
 from cases import Case, make_inputs
@@ -119,6 +125,45 @@ def test_inference_predictor(saved):
     predictor = paddle.inference.create_predictor(config)
     for tensors in cases:
         assert_all_identical(predictor.run(tensors), Attention()(*tensors))
+
+
+RUN_SAVED = {
+    "jit.load": "outputs = paddle.jit.load(path)(*tensors)",
+    "inference": """config = paddle.inference.Config(f"{path}.json", f"{path}.pdiparams")
+outputs = paddle.inference.create_predictor(config).run(tensors)""",
+}
+
+
+@pytest.mark.parametrize("loader", RUN_SAVED)
+@pytest.mark.parametrize("imported", (True, False), ids=("rrattn imported", "rrattn not imported"))
+def test_a_saved_program_in_another_process(saved, loader, imported):
+    """It takes an import of rrattn: without it Paddle has no such operators, and its loader does not check."""
+    path, cases = saved
+    tensors = next(cases)
+    np.savez(f"{path}.npz", *(tensor.numpy() for tensor in tensors))
+    program = f"""
+import numpy as np, paddle
+{"import rrattn" if imported else ""}
+path = {path!r}
+tensors = [paddle.to_tensor(array) for array in np.load(path + ".npz").values()]
+{RUN_SAVED[loader]}
+np.savez(path + ".out.npz", *(output.numpy() for output in outputs))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (result.returncode == 0) == imported, result.stderr
+    if imported:
+        outputs = [paddle.to_tensor(array) for array in np.load(f"{path}.out.npz").values()]
+        assert_all_identical(outputs, Attention()(*tensors))
+
+
+def test_a_program_of_another_version(saved):
+    """Saved where the operator did not have keep_local yet."""
+    path, cases = saved
+    program, count = re.subn(r'\{[^{}]*\{[^{}]*\},"N":"keep_local"\},', "", Path(f"{path}.json").read_text())
+    assert count == 1
+    Path(f"{path}.json").write_text(program)
+    with pytest.raises(RuntimeError, match="keep_local"):
+        paddle.jit.load(path)(*next(cases))
 
 
 # In training

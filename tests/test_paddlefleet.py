@@ -260,6 +260,7 @@ def test_layers_that_are_not_supported_are_refused(fleet, settings, message):
         ({"use_rr_flash_attention": True}, "use_rr_flash_attention"),
         ({"kv_compressed": paddle.zeros([1])}, "kv_compressed"),
         ({"attention_mask": paddle.zeros([1, 1, 128, 128])}, "not causal"),
+        ({"attention_mask": paddle.zeros([1, 1, 64, 128])}, r"attention_mask has shape \[1, 1, 64, 128\], but"),
     ],
 )
 def test_calls_that_are_not_supported_are_refused(fleet, arguments, message):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import paddle
 import pytest
 
@@ -13,14 +14,18 @@ pytest.importorskip("paddleformers")
 from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from tiny_models import (  # noqa: E402
     DENSE,
+    MODELS,
     NUM_HEADS,
     NUM_LAYERS,
     SPARSE,
     assert_differs,
     assert_same,
     attention_layers,
+    forward,
+    generate,
     logits,
     make_model,
+    make_tokens,
 )
 
 # The flag
@@ -97,6 +102,51 @@ def test_configs_that_are_not_supported_are_refused(model, tokens, name):
     model.config._attn_implementation = "rrattn"
     with pytest.raises(ValueError, match=f"{name}=2"):
         model(tokens)
+
+
+# Sliding windows, of which the cache holds the last keys and the mask says all. PaddleFormers' own attention takes the
+# first columns of such a mask once the cache is full, so that the dense twin runs without a cache.
+
+WINDOW = 128
+
+
+@pytest.fixture(params=["qwen2", "qwen3"])
+def sliding_model(request):
+    if request.param not in MODELS:
+        pytest.skip("another library's model in this version")
+    # one layer with the window after one without
+    return make_model(request.param, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+
+
+@pytest.mark.parametrize("padding", [0, 40])
+@pytest.mark.parametrize("length", [60, WINDOW - 1, WINDOW, WINDOW + 1, 300])
+def test_generation_with_a_sliding_window_equals_the_dense_twin(sliding_model, length, padding):
+    tokens = make_tokens(length)
+    keep = paddle.ones_like(tokens)
+    keep[1, :padding] = 0
+    dense = generate(sliding_model, tokens, 12, attention_mask=keep, use_cache=False)
+    assert (generate(rrattn.enable(sliding_model, DENSE), tokens, 12, attention_mask=keep) == dense).all()
+
+
+@paddle.no_grad()
+@pytest.mark.parametrize("padding", [0, 40])
+@pytest.mark.parametrize("pieces", [(60, 1, 80, 1, 1), (127, 1, 1), (128, 1, 5), (300, 7, 1, 140, 1)])
+def test_pieces_after_the_cache_of_a_sliding_window_equal_the_dense_twin(sliding_model, pieces, padding):
+    tokens = make_tokens(sum(pieces))
+    keep = paddle.ones_like(tokens)
+    keep[1, :padding] = 0
+    positions = paddle.arange(sum(pieces)).unsqueeze(0).expand([2, -1])
+    dense = logits(sliding_model, tokens, attention_mask=keep, position_ids=positions, use_cache=False)
+    rrattn.enable(sliding_model, DENSE)
+    cache, parts, begin = None, [], 0
+    for count in pieces:
+        inputs = {"attention_mask": keep[:, : begin + count], "begin": begin, "cache": cache, "use_cache": True}
+        out = forward(sliding_model, tokens[:, begin : begin + count], **inputs)
+        cache, begin = out.past_key_values, begin + count
+        parts.append(out.logits.numpy())
+    ours = np.concatenate(parts, axis=1)
+    assert_same(ours[0], dense[0])
+    assert_same(ours[1, padding:], dense[1, padding:])
 
 
 # The attention function

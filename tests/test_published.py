@@ -55,6 +55,23 @@ def test_prefill_and_its_sparse_ratio(states, arguments, threshold, keep):
     assert 0 < float(sparse_ratio) < 1
 
 
+def test_the_sparse_ratio_is_of_what_the_masks_let_see():
+    """Of the visible blocks of all heads and sequences, whose numbers differ; one sequence is nothing but padding."""
+    paddle.seed(0)
+    query, (key, value) = paddle.randn([3, 4, 1000, 32]), paddle.randn([2, 3, 2, 1000, 32])
+    rows = rrattn.masks.document_startend_rows([[500, 400], [0], [1000]])
+    _, of_dense = rrattn.rrattn_prefill(query, key, value, threshold=1.0, startend_row_indices=rows)
+    assert float(of_dense) == 0
+    _, ratio = rrattn.rrattn_prefill(query, key, value, threshold=0.5, startend_row_indices=rows)
+    arrays = [tensor.transpose([0, 2, 1, 3]).numpy().astype(np.float64) for tensor in (query, key)]
+    scores = reference.estimate(*arrays, rows.numpy(), causal=True).astype(np.float32)
+    sizes = {"causal": True, "seqlen_q": 1000, "seqlen_k": 1000}
+    keep = {"keep_sink": False, "keep_last": False, "keep_local": 0}
+    mask = reference.select(scores, 0.5, rows.numpy(), **sizes, **keep)
+    hidden, _ = reference.block_geometry(rows.numpy(), batch=3, num_heads=4, **sizes)
+    assert float(ratio) == pytest.approx(1 - mask.sum() / (~hidden).sum()) and 0 < float(ratio) < 1
+
+
 def test_estimate(states):
     block_scores, block_mask = rrattn.rrattn_estimate(*states[:2], threshold=0.5, stride=8)
     scores, mask, _ = stages(states, 0.5)
@@ -86,7 +103,7 @@ def test_one_warning_names_what_means_nothing(states, name):
     assert warning.filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        CALLS[name](states, block_size=128, norm=1, kdb=1)
+        CALLS[name](states, block_size=np.int64(128), norm=1, kdb=1)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -98,6 +115,10 @@ def test_one_warning_names_what_means_nothing(states, name):
         ({"select_mode": "slash"}, ValueError, "select_mode is 'slash', but must be 'inverse'"),
         ({"stride": 7}, ValueError, "stride.*7"),
         ({"threshold": 0.0}, ValueError, "threshold.*0"),
+        ({"norm": True}, ValueError, "norm is True, but must be 1"),
+        ({"block_size": 128.0}, ValueError, "block_size is 128.0, but must be 128"),
+        ({"keep_recent": 1}, ValueError, "keep_recent is 1, but must be True or False"),
+        ({"causal": "False"}, ValueError, "causal is 'False', but must be True or False"),
         ({"treshold": 0.5}, TypeError, "no argument treshold"),
     ],
 )
@@ -107,8 +128,12 @@ def test_bad_arguments_are_named(states, name, arguments, error, message):
 
 
 def test_other_layouts_are_refused(states):
-    with pytest.raises(ValueError, match="dimensions"):
+    with pytest.raises(
+        ValueError, match=r"query_states has 3 dimensions.*must have 4: \[batch, heads, length, head size\]"
+    ):
         rrattn.rrattn_prefill(states[0][0], *states[1:])
+    with pytest.raises(TypeError, match="key_states is a ndarray, but must be a paddle.Tensor"):
+        rrattn.rrattn_estimate(states[0], states[1].numpy())
 
 
 def test_the_migration_page_says_the_same_twice(states):

@@ -18,10 +18,13 @@ from tiny_models import (
     gradients,
     logits,
     make_model,
+    make_tokens,
+    packing,
 )
 
 import rrattn
 from rrattn.integrations import attention_cores
+from rrattn.masks import document_startend_rows
 
 
 @pytest.fixture
@@ -47,6 +50,24 @@ def test_density_and_kept_mass_of_one_prefill(model, tokens, monkeypatch):
         assert (0.5 <= expected).all() and (expected < 1).all()
         assert layer.prefills == 1 and layer.decodings == 0
         assert 0 < layer.prefill_seconds < 60 and layer.decode_seconds == 0
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.3])
+def test_packed_documents_count_what_they_can_see(threshold):
+    lengths = (640, 700, 300)
+    model = rrattn.enable(make_model(), replace(SPARSE, threshold=threshold))
+    with rrattn.collect_stats(model) as stats:
+        logits(model, make_tokens(sum(lengths), batch=1), **packing(model, lengths, dense=False))
+    rows = document_startend_rows(lengths)
+    sizes = {"causal": True, "seqlen_q": sum(lengths), "seqlen_k": sum(lengths)}
+    hidden, _ = reference.block_geometry(rows.numpy(), batch=1, num_heads=NUM_HEADS, **sizes)
+    densities = rrattn.layer_densities(model)
+    for layer, density, selection in zip(stats.layers, densities, rrattn.layer_selections(model)):
+        mask = reference.unpack(selection.block_mask.numpy(), hidden.shape[3])
+        expected = (mask & ~hidden).sum((0, 2, 3)) / (~hidden).sum((0, 2, 3))
+        np.testing.assert_allclose(layer.density, expected, rtol=1e-12)
+        np.testing.assert_allclose(density.numpy()[0], expected, rtol=1e-6)
+        assert (expected == 1).all() == (threshold == 1)
 
 
 @paddle.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import rrattn
 from rrattn import visualize
 from rrattn.layer import BlockSelection
+from rrattn.masks import document_startend_rows
 
 pytest.importorskip("matplotlib")
 
@@ -41,6 +42,41 @@ def test_every_block_is_a_cell_when_they_fit():
         density = (bits[1, head] & visible).sum() / visible.sum()
         assert axes.get_title() == f"head {head}  ·  {density:.1%}"
         assert axes.get_xlim() == (0, 1024) and axes.get_ylim() == (1024, 0)
+
+
+def packed_rows(num_blocks):
+    """(bounds of two documents of half the blocks, and of the same and of one for another head; visible to each)."""
+    half, whole = num_blocks * 64, num_blocks * 128
+    rows = paddle.concat([document_startend_rows([half, half]), document_startend_rows([whole])], axis=1)
+    visible = np.tril(np.ones([2, num_blocks, num_blocks], dtype=bool))
+    visible[0, num_blocks // 2 :, : num_blocks // 2] = False
+    return rows, visible
+
+
+def test_what_flashmask_hides_is_not_drawn():
+    bits, block_mask = random_mask(8, heads=2)
+    rows, visible = packed_rows(8)
+    selection = BlockSelection(block_mask, rows, **geometry(8))
+    for figure in (
+        visualize.plot_block_mask(block_mask, rows, **geometry(8)),
+        visualize.plot_layers([selection]),
+    ):
+        for axes, kept, seen in zip(panels(figure), bits[0], visible):
+            np.testing.assert_array_equal(cells(axes), np.where(seen, kept, np.nan))
+            assert axes.get_title().endswith(f"  ·  {(kept & seen).sum() / seen.sum():.1%}")
+
+
+def test_scores_of_what_flashmask_hides_are_not_drawn():
+    scores = np.full([1, 2, 8, 8], 0.01, dtype=np.float32)
+    scores[..., 0] = 10.0  # one block a row holds 95% and more, where it can be seen
+    rows, visible = packed_rows(8)
+    figure = visualize.plot_block_scores(paddle.to_tensor(scores), rows, **geometry(8))
+    titles = [axes.get_title() for axes in panels(figure)]
+    # 4 rows of one block, then 1 + 2 + 3 + 4 of the 20 that are seen; 8 of 36
+    assert titles == ["head 0  ·  95% in 70% of blocks", "head 1  ·  95% in 22% of blocks"]
+    for axes, seen in zip(panels(figure), visible):
+        np.testing.assert_array_equal(np.isnan(cells(axes)), ~seen)
+        np.testing.assert_allclose(np.nansum(cells(axes), axis=1), 1)
 
 
 def test_many_blocks_are_averaged():
@@ -115,11 +151,66 @@ def test_densities_are_a_table():
         ({"heads": []}, "no head"),
         ({"batch": 1}, "no sequence 1"),
         ({"seqlen_q": 2000, "seqlen_k": 2000}, "2000|16"),
+        ({"heads": 0}, "heads is 0, but must be a sequence of integers"),
+        ({"heads": [-1]}, r"heads is \[-1\], but must be a sequence of integers of at least 0"),
+        ({"heads": np.array([True, False, True])}, r"heads is \[True, False, True\], but must be a sequence of int"),
+        ({"heads": ["1"]}, r"heads is \['1'\], but must be a sequence of integers"),
+        ({"batch": -1}, "batch is -1, but must be an integer of at least 0"),
+        ({"batch": 0.0}, "batch is 0.0, but must be an integer of at least 0"),
+        ({"layer": "1"}, "layer is '1', but must be an integer of at least 0"),
+        ({"causal": "False"}, "causal is 'False', but must be True or False"),
+        ({"seqlen_q": 1024.0}, "seqlen_q is 1024.0, but must be an integer from 0"),
     ],
 )
 def test_errors_name_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         visualize.plot_block_mask(random_mask(8)[1], **{**geometry(8), **arguments})
+    with pytest.raises(ValueError, match=message):
+        visualize.plot_block_scores(paddle.ones([1, 3, 8, 8]), **{**geometry(8), **arguments})
+
+
+def test_iterators_and_numbers_of_numpy():
+    """An iterator of heads is for the heads of every layer."""
+    figure = visualize.plot_layers(iter(selections(3)), layers=iter([0, 2]), heads=iter([1, 0]), batch=np.int64(0))
+    titles = [axes.get_title().split("  ·  ")[0] for axes in panels(figure)]
+    assert titles == ["layer 0, head 1", "layer 0, head 0", "layer 2, head 1", "layer 2, head 0"]
+    sizes = {"causal": np.bool_(True), "seqlen_q": np.int64(1024), "seqlen_k": np.uint16(1024)}
+    figure = visualize.plot_block_mask(random_mask(8)[1].numpy(), **sizes, heads=np.array([2]), layer=np.int8(4))
+    assert [axes.get_title().split("  ·  ")[0] for axes in panels(figure)] == ["layer 4, head 2"]
+    figure = visualize.plot_densities(selection.density for selection in selections(2))
+    assert cells(panels(figure)[0]).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: visualize.plot_block_mask(None, **geometry(8)), "block_mask is None, but must be a Tensor"),
+        (
+            lambda: visualize.plot_block_scores("scores", **geometry(8)),
+            "block_scores is 'scores', but must be a Tensor",
+        ),
+        (lambda: visualize.plot_layers(None), "selections is None, but must be a sequence of BlockSelection"),
+        (
+            lambda: visualize.plot_layers([random_mask(8)[1]]),
+            "selections is .*, but must be a sequence of BlockSelection",
+        ),
+        (lambda: visualize.plot_layers(selections(2), layers=1), "layers is 1, but must be a sequence of integers"),
+        (lambda: visualize.plot_layers(selections(2), layers=[-1]), r"layers is \[-1\], but must be a sequence of int"),
+        (
+            lambda: visualize.plot_densities(paddle.ones([1, 3])),
+            "densities is a Tensor, but must be a sequence of Tensor",
+        ),
+        (
+            lambda: visualize.plot_densities([paddle.ones([3])]),
+            r"densities .* shapes \[\(3,\)\], .* one shape \[B, Hq\]",
+        ),
+        (lambda: visualize.plot_densities([paddle.ones([1, 3])], batch=1), "no sequence 1 in a batch of 1"),
+        (lambda: visualize.plot_stats(None), "stats is None, but must be a ModelStats"),
+    ],
+)
+def test_what_is_nothing_to_draw(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()
 
 
 def test_nothing_to_draw_is_refused():

@@ -30,7 +30,7 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.92, 0
 def parse_arguments():
     from evaluation.prompts import CONTEXTS
 
-    from rrattn.config import STRIDES
+    from rrattn.arguments import STRIDES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a checkpoint directory of PaddleFormers or PaddleNLP")

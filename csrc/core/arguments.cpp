@@ -273,7 +273,7 @@ EstimateParams estimate_params(const Array& query, const Array& key,
   }
   if (head_offset < 0) fail("head_offset is ", head_offset, ", but must be at least 0");
   params.stride = static_cast<int>(stride);
-  params.head_offset = head_offset;
+  params.head_offset = head_offset % stride;  // all that matters of it, far from overflow
   params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
   require_same_device(block_scores, query);
   params.block_scores = check_block_scores(block_scores, params.visibility);

@@ -15,6 +15,8 @@ import importlib.abc
 import importlib.machinery
 import sys
 
+from ..config import required_config
+
 # Library -> our module for it.
 _INTEGRATIONS = {
     "paddleformers": "rrattn.integrations.paddleformers",
@@ -84,10 +86,14 @@ def enable(model, config=None):
 
     Raises
     ------
+    TypeError
+        For a config that is no RRAttentionConfig.
     ValueError
         For a model of another kind, one in which nothing matches, or a config that does not fit its number of layers
         or heads.
     """
+    if config is not None:
+        required_config(config)
     return _integration_of(model).enable(model, config)
 
 
@@ -124,7 +130,7 @@ def layer_densities(model):
     Returns
     -------
     list of Tensor or None
-        float32 [B, Hq] per layer, in order; None where a layer has not run yet.
+        float32 [B, Hq] per layer, in order; None where a layer has not run yet, or only decoding steps.
     """
     return [None if selection is None else selection.density for selection in layer_selections(model)]
 

@@ -146,7 +146,7 @@ def attend(core, query, key, value, attention_mask, startend_rows, *, causal, so
         [B, Lk, Hkv, D], the cache included.
     attention_mask : Tensor, optional
         [B | 1, 1 | Hq, Lq, Lk], additive or bool. It must be causal; padding, packing and sliding windows are read
-        from it.
+        from it. In front it may have columns of keys that have left a cache, as long as no query sees them.
     startend_rows : Tensor, optional
         int32 [B, Lk], [B, 1|Hkv|Hq, Lk] or [B, 1|Hkv|Hq, Lk, 1|2|4]: packed documents. One bound means causal, four
         mean not.
@@ -163,7 +163,7 @@ def attend(core, query, key, value, attention_mask, startend_rows, *, causal, so
     Raises
     ------
     ValueError
-        For both masks at once, and for a dense mask that FlashMask bounds cannot express.
+        For both masks at once, and for a dense mask of another shape, or that FlashMask bounds cannot express.
     """
     rows = startend_rows
     if rows is not None and attention_mask is not None:
@@ -174,8 +174,36 @@ def attend(core, query, key, value, attention_mask, startend_rows, *, causal, so
         rows = rows.unsqueeze(-1) if rows.ndim == 3 else rows
         causal = {1: True, 4: False}.get(rows.shape[-1], causal)
     elif attention_mask is not None:
-        rows, causal = rows_of_mask(attention_mask, batch_size=query.shape[0]), True
+        rows, causal = _rows_of_keys(attention_mask, query, key), True
     return core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale)
+
+
+def _rows_of_keys(mask, query, key):
+    """The row bounds that a dense mask gives to the keys, int32 [B, 1|Hq, Lk, 1].
+
+    A library makes a mask for all positions so far, also for a layer with a sliding window, whose cache holds the last
+    keys alone. Such a mask has columns in front of those of the keys.
+    """
+    batch_size, seqlen_q, num_heads, _ = query.shape
+    seqlen_k = key.shape[1]
+    shape = list(mask.shape)
+    allowed = (1, batch_size), (1, num_heads), (seqlen_q,)
+    fits = len(shape) == 4 and all(size in sizes for size, sizes in zip(shape, allowed)) and shape[3] >= seqlen_k
+    if paddle.in_dynamic_mode() and not fits:
+        raise ValueError(
+            f"attention_mask has shape {shape}, but must be [1 or {batch_size}, 1 or {num_heads}, {seqlen_q}, "
+            f"{seqlen_k}] for {seqlen_q} queries of {num_heads} heads over {seqlen_k} keys"
+        )
+    rows = rows_of_mask(mask, batch_size)
+    surplus = shape[3] - seqlen_k
+    if surplus == 0:
+        return rows
+    if bool((rows[:, :, :surplus] > 0).any()):
+        raise ValueError(
+            f"attention_mask has shape {shape}, of which the last {seqlen_k} columns are for the {seqlen_k} keys, but "
+            f"lets queries see keys of its first {surplus} columns, which must be hidden"
+        )
+    return rows[:, :, surplus:]
 
 
 def rows_of_mask(mask, batch_size):

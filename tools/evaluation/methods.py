@@ -23,7 +23,8 @@ from __future__ import annotations
 import numpy as np
 
 import rrattn
-from rrattn.config import STRIDES, RRAttentionConfig
+from rrattn.arguments import STRIDES
+from rrattn.config import RRAttentionConfig
 
 from . import baselines
 

@@ -1,0 +1,194 @@
+"""Numbers, flags and sequences that users give: one check for each kind, wherever it is given.
+
+Each function takes what was given and, as most are for more than one argument, its name, and returns it as plain
+Python. NumPy's numbers and flags, and its arrays of no dimension, count as what they hold. True and False are no
+numbers, and numbers no flags; tensors are neither, since to read one waits for its device, and a static graph has
+nothing to read.
+
+What is not allowed raises ValueError with the argument, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import operator
+import reprlib
+from collections.abc import Iterable, Mapping, Set
+from numbers import Real
+
+import numpy as np
+
+STRIDES = (2, 4, 8, 16, 32, 64)
+"""Sample strides that can be used: divisors of the block size that leave at least two samples in a block."""
+
+MAX_LENGTH = 2**30
+"""Tokens that the kernels count up to."""
+
+MAX_INT32 = 2**31 - 1
+MAX_INT64 = 2**63 - 1
+
+
+class ArgumentKindError(TypeError, ValueError):
+    """An argument of a kind of which no value is allowed.
+
+    A TypeError, and a ValueError as well: who reads settings from a file has one error to catch for all bad ones.
+    """
+
+
+def refused(value, name, allowed, kind=ArgumentKindError):
+    """The error for a value that is not allowed."""
+    return kind(f"{name} is {shown(value)}, but must be {allowed}")
+
+
+def shown(value) -> str:
+    """A value as error messages give it: cut to a readable length, an array by its type alone."""
+    value = plain(value)
+    return f"a {type(value).__name__}" if _is_array(value) else reprlib.repr(value)
+
+
+def integer(value, name, low=None, high=None) -> int:
+    """Anything that Python takes as an index, from `low` to `high`."""
+    allowed = "an integer"
+    if low is not None:
+        allowed += f" of at least {low}" if high is None else f" from {low} to {high}"
+    found = _index(value)
+    if found is None:
+        raise refused(value, name, allowed)
+    if (low is not None and found < low) or (high is not None and found > high):
+        raise refused(value, name, allowed, ValueError)
+    return found
+
+
+def count(value, name) -> int:
+    """An integer of at least 0."""
+    return integer(value, name, low=0)
+
+
+def int64_count(value, name) -> int:
+    """The same for the kernels, whose int64 holds no more: a larger one is cut to that."""
+    return min(count(value, name), MAX_INT64)
+
+
+def counts(value, name) -> tuple[int, ...]:
+    """Any number of integers of at least 0."""
+    given = entries(value)
+    found = [_index(entry) for entry in given or ()]
+    if given is None or any(index is None or index < 0 for index in found):
+        raise refused(value if given is None else given, name, "a sequence of integers of at least 0")
+    return tuple(found)
+
+
+def length(value, name) -> int:
+    """A number of tokens."""
+    return integer(value, name, 0, MAX_LENGTH)
+
+
+def head_offset(value) -> int:
+    """The number of a head, which the kernels have as int64."""
+    offset = count(value, "head_offset")
+    if offset > MAX_INT64:
+        raise refused(value, "head_offset", "an integer of at least 0 and below 2^63", ValueError)
+    return offset
+
+
+def sample_stride(value) -> int:
+    """One of STRIDES."""
+    stride = _index(value)
+    if stride not in STRIDES:
+        allowed = f"an integer and a divisor of 128 from 2 to 64: {', '.join(map(str, STRIDES))}"
+        raise refused(value, "stride", allowed, ArgumentKindError if stride is None else ValueError)
+    return stride
+
+
+def flag(value, name, allowed="True or False") -> bool:
+    """True or False."""
+    value = plain(value)
+    if not isinstance(value, bool):
+        raise refused(value, name, allowed)
+    return value
+
+
+def softmax_scale(value) -> float | None:
+    """A number that is finite in float32, in which the kernels compute; None as it is."""
+    if value is None:
+        return None
+    scale = _float(value)
+    if scale is None:
+        raise refused(value, "softmax_scale", "a finite number")
+    if not math.isfinite(_float32(scale)):
+        raise ValueError(f"softmax_scale is {_in_float32(value, scale)}, but must be finite")
+    return scale
+
+
+def threshold(value, name="threshold", allowed="a number in (0, 1]") -> float:
+    """A number in (0, 1], in float32 too."""
+    share = _float(value)
+    if share is None:
+        raise refused(value, name, allowed)
+    if not 0 < share <= 1 or _float32(share) == 0:
+        raise ValueError(f"{name} is {_in_float32(value, share)}, but must be in (0, 1]")
+    return share
+
+
+def thresholds(value, depth, name="threshold") -> float | tuple:
+    """A threshold, or tuples of them up to the given depth."""
+    given = entries(value) if depth > 0 else None
+    if given is None:
+        return threshold(value, name)
+    if not given:
+        raise refused(given, name, "a number in (0, 1] or a sequence of at least one", ValueError)
+    return tuple(thresholds(entry, depth - 1, f"{name}[{i}]") for i, entry in enumerate(given))
+
+
+def entries(value) -> list | None:
+    """What a sequence, an iterator or an array of NumPy holds, in order; None for anything else.
+
+    An iterator can be read but once: whoever asks goes on with this list. Text, sets and mappings are no sequences.
+    """
+    value = plain(value)
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)) or _is_array(value):
+        return None
+    return list(value)
+
+
+def plain(value):
+    """NumPy's scalars and arrays as Python's numbers and lists, anything else as it is."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+
+def _is_array(value):
+    return hasattr(value, "shape") and not isinstance(value, (np.generic, type))
+
+
+def _index(value):
+    """An integer as int; None for anything else."""
+    value = plain(value)
+    if isinstance(value, bool) or _is_array(value):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _float(value):
+    """A real number as float, infinite beyond its range; None for anything else."""
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _float32(number):
+    return ctypes.c_float(number).value
+
+
+def _in_float32(value, number):
+    """The value in an error message, with what float32 makes of it where that is what is wrong."""
+    rounded = _float32(number)
+    lost = (rounded == 0 or math.isinf(rounded)) and rounded != plain(value)
+    return f"{shown(value)}, which is {rounded:g} in float32" if lost else shown(value)

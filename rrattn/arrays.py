@@ -1,0 +1,47 @@
+"""Tensors and arrays that users give to what works on the host: read as NumPy arrays, or refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+
+from . import arguments
+
+
+def array_of(value, name):
+    """(NumPy array, place) of a tensor, an array of NumPy or nested lists, of numbers or flags.
+
+    The place is where to return a result to: None, Paddle's default, for what is no tensor. bfloat16 comes as float32.
+
+    Raises
+    ------
+    TypeError
+        For anything else, and for a tensor of a static graph, which has no values.
+    """
+    if isinstance(value, paddle.pir.Value):
+        raise TypeError(f"{name} is part of a static graph, where it has no values: call this outside of it")
+    if isinstance(value, paddle.Tensor):
+        # NumPy would have bfloat16 as integers, of its bits.
+        host = value.cpu()
+        return (host.astype("float32") if host.dtype == paddle.bfloat16 else host).numpy(), value.place
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        array = None
+    if array is None or array.dtype.kind not in "biuf":
+        raise arguments.refused(value, name, "a Tensor, a NumPy array or nested lists of numbers")
+    return array, None
+
+
+def array_of_dtype(value, name, dtype):
+    """The same, of the dtype of this name.
+
+    Raises
+    ------
+    ValueError
+        For another.
+    """
+    array, place = array_of(value, name)
+    if array.dtype != dtype:
+        raise ValueError(f"{name} must be of dtype {dtype}, got {getattr(value, 'dtype', array.dtype)}")
+    return array, place
