@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from command_line import check_input_file
 from paddleformers.transformers import LlamaForCausalLM
 
 NUM_BYTES = 256
@@ -27,39 +28,40 @@ def use_all_cores():
 
 
 def default_document(num_bytes):
-    """A long text file that an installation brings: NumPy's licences, or Python's language reference."""
+    """A text file that an installation brings, NumPy's licences or Python's language reference; None if too short."""
     licences = [file.locate() for file in metadata.files("numpy") or () if file.name.startswith("LICENSE")]
     reference = util.find_spec("pydoc_data.topics")
     for path in map(Path, [*licences, *([reference.origin] if reference else [])]):
         if path.is_file() and path.stat().st_size >= num_bytes:
             return path
-    raise SystemExit(f"this installation brings no text of {num_bytes:,} bytes: name a file, or use fewer --tokens")
+    return None
 
 
-def read_tokens(path, length=0):
-    """The bytes of a file as tokens, int64 [1, number of bytes].
+def choose_document(parser, path, num_bytes, options):
+    """The file that a program's user names, or where it is None the default document, of at least `num_bytes` bytes.
 
-    Raises
-    ------
-    SystemExit
-        When the file holds fewer than `length`, those of one sequence.
+    Where there is none, the program ends by `parser.error`; `options` say there what takes so many bytes.
     """
+    if path is None:
+        path = default_document(num_bytes)
+        if path is None:
+            parser.error(f"this installation brings no text of the {num_bytes:,} bytes for {options}: name a file")
+        return path
+    check_input_file(parser, "FILE", path)
+    size = path.stat().st_size
+    if size < num_bytes:
+        parser.error(f"FILE {path} holds {size:,} bytes, fewer than the {num_bytes:,} for {options}")
+    return path
+
+
+def read_tokens(path):
+    """The bytes of a file as tokens, int64 [1, number of bytes]."""
     data = Path(path).read_bytes()
-    if len(data) < length:
-        raise SystemExit(f"{path} holds {len(data):,} bytes, fewer than the {length:,} of one sequence")
     return paddle.to_tensor(np.frombuffer(data, dtype=np.uint8).astype(np.int64)[None])
 
 
 def read_document(path, num_tokens):
-    """Tokens of the beginning of a file as the probe reads a document, after a byte 0: int64 [1, num_tokens].
-
-    Raises
-    ------
-    SystemExit
-        When the file holds too few bytes.
-    """
+    """Tokens of the beginning of a file as the probe reads a document, after a byte 0: int64 [1, num_tokens]."""
     data = Path(path).read_bytes()
-    if len(data) < num_tokens - 1:
-        raise SystemExit(f"{path} holds {len(data):,} bytes, fewer than the {num_tokens - 1:,} to read")
     tokens = np.frombuffer(b"\0" + data[: num_tokens - 1], dtype=np.uint8)
     return paddle.to_tensor(tokens.astype(np.int64)[None])

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from byte_llama import NUM_BYTES, default_document, read_tokens, use_all_cores
+from byte_llama import NUM_BYTES, choose_document, read_tokens, use_all_cores
+from command_line import check_at_least, check_checkpoint, check_output_folder
 from paddleformers.transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rrattn
@@ -27,13 +28,12 @@ def parse_arguments():
     parser.add_argument("--tokens", type=int, default=1024, help="bytes per sequence (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.7, help="mass to keep (default: %(default)s)")
     arguments = parser.parse_args()
-    for name, least in (("steps", 1), ("accumulate", 1), ("tokens", 2)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
-    if arguments.file is not None and not arguments.file.is_file():
-        parser.error(f"there is no file {arguments.file}")
-    if arguments.model is not None and not (arguments.model / "config.json").is_file():
-        parser.error(f"there is no checkpoint in {arguments.model}")
+    check_at_least(parser, arguments, steps=1, accumulate=1, tokens=2)
+    arguments.file = choose_document(parser, arguments.file, arguments.tokens + 1, f"--tokens {arguments.tokens}")
+    if arguments.model is not None:
+        check_checkpoint(parser, "--model", arguments.model)
+    if arguments.output is not None:
+        check_output_folder(parser, "--output", arguments.output)
     try:
         config = rrattn.RRAttentionConfig(threshold=arguments.threshold)
     except ValueError as error:
@@ -65,8 +65,7 @@ def main():
     arguments, config = parse_arguments()
     use_all_cores()
     length = arguments.tokens + 1  # inputs, and the same shifted by one
-    path = arguments.file or default_document(length)
-    text = read_tokens(path, length)  # [1, bytes in the file]
+    text = read_tokens(arguments.file)  # [1, bytes in the file]
 
     paddle.seed(0)
     model = rrattn.enable(make_model(arguments.model, arguments.tokens), config)

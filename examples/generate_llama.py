@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import paddle
-from byte_llama import MAX_TOKENS, default_document, load_probe, read_document, use_all_cores
+from byte_llama import MAX_TOKENS, choose_document, load_probe, read_document, use_all_cores
+from command_line import check_at_least
 
 import rrattn
 
@@ -23,13 +24,10 @@ def parse_arguments():
     parser.add_argument("--new", type=int, default=100, help="bytes to generate (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.9, help="mass to keep (default: %(default)s)")
     arguments = parser.parse_args()
-    for name, least in (("tokens", 2), ("new", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    check_at_least(parser, arguments, tokens=2, new=1)
     if arguments.tokens + arguments.new > MAX_TOKENS:
         parser.error(f"--tokens and --new must be at most {MAX_TOKENS} together")
-    if arguments.file is not None and not arguments.file.is_file():
-        parser.error(f"there is no file {arguments.file}")
+    arguments.file = choose_document(parser, arguments.file, arguments.tokens - 1, f"--tokens {arguments.tokens}")
     try:
         config = rrattn.RRAttentionConfig(threshold=arguments.threshold)
     except ValueError as error:
@@ -58,9 +56,8 @@ def generate(model, prompt, count):
 def main():
     arguments, config = parse_arguments()
     use_all_cores()
-    path = arguments.file or default_document(arguments.tokens)
-    prompt = read_document(path, arguments.tokens)
-    print(f"prompt: {arguments.tokens:,} tokens, from the beginning of {path}")
+    prompt = read_document(arguments.file, arguments.tokens)
+    print(f"prompt: {arguments.tokens:,} tokens, from the beginning of {arguments.file}")
 
     model = load_probe()
     model.config._attn_implementation = "rrattn"  # the flag; settings stand in the config as well

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from byte_llama import MAX_TOKENS, default_document, load_probe, read_document, use_all_cores
+from byte_llama import MAX_TOKENS, choose_document, load_probe, read_document, use_all_cores
+from command_line import check_picture
 from tqdm import tqdm
 
 import rrattn
@@ -38,12 +39,8 @@ def parse_arguments():
     arguments = parser.parse_args()
     if not 2 <= arguments.tokens <= MAX_TOKENS:
         parser.error(f"--tokens must be from 2 to {MAX_TOKENS}, got {arguments.tokens}")
-    if arguments.file is not None and not arguments.file.is_file():
-        parser.error(f"there is no file {arguments.file}")
-    if not arguments.output.parent.is_dir():
-        parser.error(f"there is no folder {arguments.output.parent} for --output")
-    if arguments.output.suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--output must end in .png, .pdf or .svg, got {arguments.output}")
+    arguments.file = choose_document(parser, arguments.file, arguments.tokens - 1, f"--tokens {arguments.tokens}")
+    check_picture(parser, "--output", arguments.output)
     try:
         config = rrattn.RRAttentionConfig(threshold=arguments.threshold, stride=arguments.stride)
     except ValueError as error:
@@ -141,12 +138,11 @@ def report(dense, sparse, tokens):
 def main():
     arguments, config = parse_arguments()
     use_all_cores()
-    path = arguments.file or default_document(arguments.tokens)
-    tokens = read_document(path, arguments.tokens)
+    tokens = read_document(arguments.file, arguments.tokens)
     model = load_probe()
     heads = model.config.num_attention_heads
     print(
-        f"document: {arguments.tokens:,} tokens, from the beginning of {path}\n"
+        f"document: {arguments.tokens:,} tokens, from the beginning of {arguments.file}\n"
         f"model:    the probe, a byte-level LLaMA of {len(model.model.layers)} layers and {heads} heads\n"
         f"          (all scores of one layer at once would take {heads * arguments.tokens**2 * 4 / 2**30:,.1f} GB)",
         flush=True,
@@ -158,7 +154,7 @@ def main():
     sparse = prefill(model, tokens, config, "RRAttention")
     report(dense, sparse, tokens)
 
-    title = f"Blocks attended at threshold {config.threshold:g}, {arguments.tokens:,} tokens of {path.name}"
+    title = f"Blocks attended at threshold {config.threshold:g}, {arguments.tokens:,} tokens of {arguments.file.name}"
     visualize.plot_layers(sparse.selections, title=title, path=arguments.output)
     print(f"picture: {arguments.output}")
 

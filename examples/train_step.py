@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from byte_llama import NUM_BYTES, default_document, read_tokens, use_all_cores
+from byte_llama import NUM_BYTES, choose_document, read_tokens, use_all_cores
+from command_line import check_at_least
 from paddleformers.transformers import LlamaConfig, LlamaForCausalLM
 from tqdm import tqdm
 
@@ -27,11 +28,8 @@ def parse_arguments():
     parser.add_argument("--threshold", type=float, default=0.7, help="mass to keep (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=8, help="sample stride (default: %(default)s)")
     arguments = parser.parse_args()
-    for name, least in (("steps", 1), ("tokens", 2), ("batch", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
-    if arguments.file is not None and not arguments.file.is_file():
-        parser.error(f"there is no file {arguments.file}")
+    check_at_least(parser, arguments, steps=1, tokens=2, batch=1)
+    arguments.file = choose_document(parser, arguments.file, arguments.tokens + 1, f"--tokens {arguments.tokens}")
     try:
         config = rrattn.RRAttentionConfig(threshold=arguments.threshold, stride=arguments.stride)
     except ValueError as error:
@@ -62,8 +60,7 @@ def main():
     arguments, config = parse_arguments()
     use_all_cores()
     length = arguments.tokens + 1  # inputs, and the same shifted by one
-    path = arguments.file or default_document(length)
-    text = read_tokens(path, length)  # [1, bytes in the file]
+    text = read_tokens(arguments.file)  # [1, bytes in the file]
 
     paddle.seed(0)
     model = make_model(arguments.tokens)
@@ -72,7 +69,7 @@ def main():
     optimizer = paddle.optimizer.AdamW(
         5e-4, parameters=model.parameters(), grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
     )
-    print(f"text:  {path}, {text.shape[1]:,} bytes")
+    print(f"text:  {arguments.file}, {text.shape[1]:,} bytes")
     print(f"model: byte-level LLaMA, 2 layers, {sum(p.size for p in model.parameters()) / 1e6:.1f} M parameters")
 
     generator = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """tools/evaluate.py and tools/calibrate.py: methods, tasks, results, formats and calibration, on a tiny byte model."""
 
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -18,6 +19,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import calibrate  # noqa: E402
+import evaluate  # noqa: E402
 from evaluation import benchmarks, prompts, records, report, run  # noqa: E402
 from evaluation.methods import Method  # noqa: E402
 from evaluation.model import Model, length_of, log_probabilities  # noqa: E402
@@ -359,6 +361,99 @@ def test_calibration_writes_a_config_that_enable_reads(checkpoint, text, tmp_pat
         Method(f"rrattn:{tmp_path / 'out.json'}:16")
     with pytest.raises(ValueError, match="stride and keep rules are in the file"):
         Method(f"rrattn+near:{tmp_path / 'out.json'}")
+
+
+@pytest.mark.parametrize(
+    ("bound", "held_out", "message"),
+    [
+        ("mean", 0.90, None),
+        ("mean", 0.88, r"it loses 12\.000% of the mass, more than --loss 10\.000%"),
+        ("each", 0.90, r"the worst head loses 18\.000% of the mass"),
+    ],
+)
+def test_a_loss_above_the_bound_on_held_out_text_is_said(
+    checkpoint, text, tmp_path, monkeypatch, capsys, bound, held_out, message
+):
+    (tmp_path / "text").write_bytes(text.tobytes())
+    tau = np.linspace(0.5, 1, len(calibrate.THRESHOLDS))[:, None, None]
+    of_sample = np.broadcast_to(tau, (len(tau), 2, 4)).copy()
+    of_held_out = of_sample + held_out - of_sample[np.argmax(of_sample[:, 0, 0] >= 0.9)]
+    of_held_out[:, 0, 0] -= 0.08  # a head that loses more, and one that loses less
+    of_held_out[:, 0, 1] += 0.08
+    measured = iter([(of_sample, of_sample), (of_held_out, of_sample)])
+    monkeypatch.setattr(calibrate, "measure", lambda *_: next(measured))
+    options = ["--text", str(tmp_path / "text"), "--held-out", str(tmp_path / "text"), "--length", "1024"]
+    arguments = [str(checkpoint), str(tmp_path / "out.json"), *options, "--loss", "0.1", "--bound", bound]
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *arguments])
+    assert calibrate.main() == (0 if message is None else 1)
+    said = capsys.readouterr().err
+    assert re.search(message, said) and "out.json was written all the same" in said if message else not said
+    assert rrattn.RRAttentionConfig.from_json(tmp_path / "out.json").threshold[0][0] == calibrate.THRESHOLDS[16]
+
+
+# What is checked before anything is loaded or computed
+
+CALIBRATE = "calibrate MODEL out.json --text long --held-out long --length 1024"
+RUN = "evaluate run MODEL out.jsonl --text long --lengths 1024 --methods dense --tasks lookup text"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"{CALIBRATE} --text none", "there is no file none for --text"),
+        (f"{CALIBRATE} --text short", "--text short: .* kind text and the length 1,024"),
+        (f"{CALIBRATE} --held-out short", "--held-out short: .* kind text .* no document .* 1,023 bytes"),
+        (
+            f"{CALIBRATE} --held-out short --length 2048 --tasks needle",
+            "--held-out short: .* kind needle .* the text is of 13 bytes",
+        ),
+        (f"{CALIBRATE} --held-out short --tasks copy", "--held-out short: .* kind copy .* the text is of 13 bytes"),
+        (f"{CALIBRATE} --text bad.xz", r"--text bad\.xz: bad\.xz is no \.xz file"),
+        (f"{CALIBRATE} --loss nan", "--loss must be between 0 and 1, got nan"),
+        (f"{CALIBRATE} --samples 0", "--samples must be at least 1, got 0"),
+        (f"{CALIBRATE} --length 511", "--length must be at least 512, got 511"),
+        (CALIBRATE.replace("out.json", "no/out.json"), "there is no folder no for CONFIG"),
+        (CALIBRATE.replace("out.json", "."), r"CONFIG must be a file, but \. is a folder"),
+        (CALIBRATE.replace("MODEL", "no"), "there is no checkpoint in no for MODEL"),
+        (RUN.replace("MODEL", "no"), "there is no checkpoint in no for MODEL"),
+        (RUN.replace("out.jsonl", "no/out.jsonl"), "there is no folder no for RESULTS"),
+        (RUN.replace("out.jsonl", "long"), "long is no file of results: line 1 is not JSON"),
+        (f"{RUN} --text short", "--text short: .* kind text"),
+        (f"{RUN} --lengths 1024 100000", "--text long: .* the length 100,000"),
+        (f"{RUN} --questions 500", "--text long: .* 500 questions takes at least"),
+        (f"{RUN} --lengths 511", "--lengths must be at least 512, got 511"),
+        (f"{RUN} --contexts 0", "--contexts must be at least 1, got 0"),
+        (RUN.replace(" run ", " mass ") + " --methods best:2", r"the density must be in \(0, 1\]"),
+        ("evaluate report none", "there is no file none for RESULTS"),
+        ("evaluate report results --plots long", "--plots must be a folder, but .*long is none"),
+        ("evaluate helmet MODEL out.jsonl --data none --methods dense", "there is no file none for --data"),
+        ("evaluate helmet MODEL out.jsonl --data long --methods dense", "--data long: "),
+        ("evaluate helmet MODEL out.jsonl --data empty.jsonl --methods dense", "--data empty.jsonl holds no samples"),
+        ("evaluate video-mme MODEL out.jsonl --data long --methods dense", "there is no folder long for --data"),
+        ("evaluate video-mme MODEL out.jsonl --data . --methods dense", r"--data \.: .*holds no table"),
+    ],
+)
+def test_everything_is_checked_first(checkpoint, text, tmp_path, monkeypatch, capsys, command, message):
+    """With status 2, naming the option and the file; no weights are read, and no file is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Model, "__init__", lambda *_: pytest.fail("the model was loaded"))
+    for name, content in (
+        ("long", text.tobytes()),
+        ("short", b"a short text\n"),
+        ("bad.xz", b"x"),
+        ("empty.jsonl", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "results").write_text('{"model": 1}\n')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    tool, *arguments = command.replace("MODEL", str(checkpoint)).split()
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        {"calibrate": calibrate, "evaluate": evaluate}[tool].main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{tool}.py: error: " in said and re.search(message, said), said
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_config_files(tmp_path):

@@ -128,6 +128,7 @@ def test_the_probe_completes_what_it_has_seen(example):
         ("finetune_qwen", ["--accumulate", "0"], "--accumulate.*0"),
         ("finetune_qwen", ["--model", "no/such/folder"], "no checkpoint in no/such/folder"),
         ("finetune_qwen", ["--threshold", "2"], r"threshold.*2\.0"),
+        ("finetune_qwen", ["--output", __file__], "--output must be a folder, but .*test_examples.py is none"),
     ],
 )
 def test_bad_options_are_named(example, monkeypatch, capsys, name, arguments, message):
@@ -139,14 +140,19 @@ def test_bad_options_are_named(example, monkeypatch, capsys, name, arguments, me
 
 
 @pytest.mark.parametrize("name", ["prefill_document", "train_step", "generate_llama", "finetune_qwen"])
-def test_a_text_that_is_too_short_is_named(example, monkeypatch, tmp_path, name):
+def test_a_text_that_is_too_short_is_named(example, monkeypatch, capsys, tmp_path, name):
     short = tmp_path / "short"
     short.write_text("a few words")
     monkeypatch.setattr(sys, "argv", [name, str(short), "--tokens", "1000"])
-    with pytest.raises(SystemExit, match="short holds 11 bytes"):
+    with pytest.raises(SystemExit) as stop:
         example(name).main()
+    assert stop.value.code == 2
+    assert re.search(r"FILE .*short holds 11 bytes, fewer than .* for --tokens 1000", capsys.readouterr().err)
 
 
-def test_an_installation_without_such_a_text_is_named(example):
-    with pytest.raises(SystemExit, match="1,000,000,000,000 bytes"):
-        example("byte_llama").default_document(10**12)
+def test_an_installation_without_such_a_text_is_named(example, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_step", "--tokens", "1000000000000"])
+    with pytest.raises(SystemExit) as stop:
+        example("train_step").main()
+    assert stop.value.code == 2
+    assert "no text of the 1,000,000,000,001 bytes for --tokens" in capsys.readouterr().err

@@ -118,11 +118,13 @@ def test_bad_options_are_named(tool, monkeypatch, capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_text_that_is_too_short_is_named(tool, monkeypatch, tmp_path):
+def test_a_text_that_is_too_short_is_named(tool, monkeypatch, capsys, tmp_path):
     (tmp_path / "short").write_text("x" * 600)
     monkeypatch.setattr(sys, "argv", ["training_curves.py", str(tmp_path / "short"), "--steps", "20", "--tokens", "30"])
-    with pytest.raises(SystemExit, match="short holds 600 bytes, fewer than the 601 that 20 steps of 30"):
+    with pytest.raises(SystemExit) as stop:
         tool.main()
+    assert stop.value.code == 2
+    assert "short holds 600 bytes, fewer than the 601 for --steps 20 of --tokens 30" in capsys.readouterr().err
 
 
 def test_the_readme_tells_what_was_recorded():

@@ -19,9 +19,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # for evaluation and probe
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from command_line import (  # noqa: E402
+    check_at_least,
+    check_checkpoint,
+    check_input_file,
+    check_output_file,
+    check_output_folder,
+)
 
 DEFAULT_METHODS = (
     ["dense"]
@@ -57,9 +66,11 @@ def add_common(parser, lengths):
 
 
 def parse_arguments():
+    """The arguments, checked; in place of the files that they name stands what was read from these: `results` are
+    Results (but for a report), `text` is uint8 [bytes], `data` are the samples of a benchmark."""
     from evaluation.methods import Method
-    from evaluation.prompts import CONTEXTS
-    from evaluation.records import BEST
+    from evaluation.prompts import CONTEXTS, make_prompt
+    from evaluation.records import BEST, Results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -96,24 +107,98 @@ def parse_arguments():
         command.add_argument("--samples", type=int, default=100, help="at most so many (default: 100)")
         command.add_argument("--longest", type=int, default=131072, help="tokens of a prompt (default: 131072)")
     arguments = parser.parse_args()
-    for name in ("contexts", "questions", "samples", "longest"):
-        if getattr(arguments, name, 1) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    if min(getattr(arguments, "lengths", [getattr(arguments, "length", 512)])) < 512:
-        parser.error("contexts must be of at least 512 tokens")
-    for path in (getattr(arguments, "text", None), getattr(arguments, "data", None)):
-        if path is not None and not path.exists():
-            parser.error(f"there is no {path}")
+    if arguments.command == "report":
+        check_input_file(parser, "RESULTS", arguments.results)
+        if arguments.plots is not None:
+            check_output_folder(parser, "--plots", arguments.plots)
+        return arguments
+    counts = {"contexts": 1, "questions": 1, "samples": 1, "longest": 1, "length": 512}
+    check_at_least(parser, arguments, **{name: least for name, least in counts.items() if hasattr(arguments, name)})
+    if min(getattr(arguments, "lengths", [512])) < 512:
+        parser.error(f"--lengths must be at least 512, got {min(arguments.lengths)}")
+    check_checkpoint(parser, "MODEL", arguments.model)
+    check_output_file(parser, "RESULTS", arguments.results)
     try:
-        for method in [*getattr(arguments, "methods", []), *getattr(arguments, "mass", [])]:
+        for method in [*arguments.methods, *getattr(arguments, "mass", [])]:
             if arguments.command == "mass" and method.startswith(BEST):
                 if not 0 < float(method[len(BEST) :]) <= 1:
                     raise ValueError(f"method {method!r}: the density must be in (0, 1]")
                 continue
             Method(method)
+        arguments.results = Results(arguments.results)
+        if arguments.command == "many":
+            check_many(arguments)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if arguments.command in ("helmet", "video-mme"):
+        arguments.data = read_benchmark(parser, arguments)
+        return arguments
+    if arguments.command == "many":  # in bytes, and without Paddle
+        make, lengths = make_prompt, [arguments.length]
+    else:
+        make, lengths = prompts_of(parser, arguments.model), arguments.lengths
+    sizes = (arguments.tasks, lengths, arguments.contexts, arguments.questions)
+    arguments.text = read_text_for(parser, "--text", arguments.text, make, *sizes)
     return arguments
+
+
+def check_many(arguments):
+    """Raises ValueError for what `many` cannot do with these methods, this checkpoint or this device, which it sets."""
+    import torch
+    from evaluation.many import chosen
+    from evaluation.torch_model import read_config
+
+    for method in [*arguments.methods, *arguments.mass]:
+        chosen(method)
+    read_config(arguments.model)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        raise ValueError(f"--device is {arguments.device!r}, which torch cannot use: {error}") from error
+
+
+def prompts_of(parser, folder):
+    """Function that makes prompts, as `evaluation.prompts.make_prompt`, in the tokens of a checkpoint."""
+    from evaluation.model import codec_of
+    from evaluation.run import sized_prompt
+
+    try:
+        return partial(sized_prompt, codec_of(folder))
+    except (ValueError, OSError) as error:
+        parser.error(f"MODEL {folder}: {error}")
+
+
+def read_text_for(parser, name, path, make, kinds, lengths, contexts, num_questions):
+    """The text of an option, uint8 [bytes], after a check that it has room for every prompt; see `check_prompts`."""
+    from evaluation.prompts import check_prompts
+
+    check_input_file(parser, name, path)
+    try:
+        text = read_text(path)
+        check_prompts(make, text, kinds, lengths, contexts, num_questions)
+    except (ValueError, OSError) as error:
+        parser.error(f"{name} {path}: {error}")
+    return text
+
+
+def read_benchmark(parser, arguments):
+    """The samples of --data, at most --samples."""
+    from evaluation.benchmarks import read_helmet, read_video_mme
+
+    path = arguments.data
+    if arguments.command == "helmet":
+        check_input_file(parser, "--data", path)
+    elif not path.is_dir():
+        parser.error(f"there is no folder {path} for --data")
+    read = read_helmet if arguments.command == "helmet" else read_video_mme
+    try:
+        samples = read(path)[: arguments.samples]
+    except (ValueError, OSError, KeyError, TypeError) as error:  # the latter two where a record is of another form
+        parser.error(f"--data {path}: {error!r}")
+    if not samples:
+        parser.error(f"--data {path} holds no samples")
+    return samples
 
 
 def read_text(path):
@@ -131,41 +216,34 @@ def main():
 
         print(write_report(arguments.results, arguments.plots))
         return
-    from evaluation.records import Results
-
     if arguments.command == "many":
-        import torch
         from evaluation.many import run_many
 
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            run_many(
-                arguments.model,
-                Results(arguments.results),
-                read_text(arguments.text),
-                arguments.tasks,
-                arguments.methods,
-                arguments.mass,
-                arguments.length,
-                arguments.contexts,
-                arguments.questions,
-                device,
-            )
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
+        run_many(
+            arguments.model,
+            arguments.results,
+            arguments.text,
+            arguments.tasks,
+            arguments.methods,
+            arguments.mass,
+            arguments.length,
+            arguments.contexts,
+            arguments.questions,
+            arguments.device,
+        )
         return
     import paddle
     from evaluation.model import Model
     from evaluation.run import measure_mass, run_tasks
 
     paddle.base.core.set_num_threads(os.cpu_count())  # or Paddle's own products run on one core
-    model, results = Model(arguments.model), Results(arguments.results)
+    model = Model(arguments.model)
     if arguments.command in ("run", "mass"):
         work = run_tasks if arguments.command == "run" else measure_mass
         work(
             model,
-            results,
-            read_text(arguments.text),
+            arguments.results,
+            arguments.text,
             arguments.tasks,
             arguments.methods,
             arguments.lengths,
@@ -173,11 +251,9 @@ def main():
             arguments.questions,
         )
         return
-    from evaluation.benchmarks import read_helmet, read_video_mme, run_benchmark
+    from evaluation.benchmarks import run_benchmark
 
-    read = read_helmet if arguments.command == "helmet" else read_video_mme
-    samples = read(arguments.data)[: arguments.samples]
-    run_benchmark(model, results, arguments.command, samples, arguments.methods, arguments.longest)
+    run_benchmark(model, arguments.results, arguments.command, arguments.data, arguments.methods, arguments.longest)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ import rrattn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
-from byte_llama import NUM_BYTES, default_document, read_tokens  # noqa: E402
+from byte_llama import NUM_BYTES, choose_document, read_tokens  # noqa: E402
+from command_line import check_at_least, check_output_file, check_picture  # noqa: E402
 
 FINAL_STEPS = 20  # the final loss is the mean over these
 TOLERANCE = 0.02  # how far the final losses may be apart, relative to dense
@@ -56,17 +57,11 @@ def parse_arguments():
     parser.add_argument("--json", type=Path, default=ROOT / "tools/bench/results/training_curves.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "examples/training_curves.png")
     arguments = parser.parse_args()
-    for name, least in (("steps", FINAL_STEPS), ("tokens", 2), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
-    if arguments.file is not None and not arguments.file.is_file():
-        parser.error(f"there is no file {arguments.file}")
-    for name, suffixes in (("json", (".json",)), ("picture", (".png", ".pdf", ".svg"))):
-        path = getattr(arguments, name)
-        if not path.parent.is_dir():
-            parser.error(f"there is no folder {path.parent} for --{name}")
-        if path.suffix not in suffixes:
-            parser.error(f"--{name} must end in {' or '.join(suffixes)}, got {path}")
+    check_at_least(parser, arguments, steps=FINAL_STEPS, tokens=2, seed=0)
+    sizes = f"--steps {arguments.steps} of --tokens {arguments.tokens}"
+    arguments.file = choose_document(parser, arguments.file, arguments.steps * arguments.tokens + 1, sizes)
+    check_output_file(parser, "--json", arguments.json, (".json",))
+    check_picture(parser, "--picture", arguments.picture)
     try:
         config = rrattn.RRAttentionConfig(
             threshold=arguments.threshold,
@@ -235,20 +230,13 @@ def describe_run():
 
 def main():
     arguments, config = parse_arguments()
-    needed = arguments.steps * arguments.tokens + 1
-    path = arguments.file or default_document(needed)
-    text = read_tokens(path)  # [1, bytes in the file]
-    if text.shape[1] < needed:
-        raise SystemExit(
-            f"{path} holds {text.shape[1]:,} bytes, fewer than the {needed:,} that {arguments.steps} steps of"
-            f" {arguments.tokens:,} take: name a longer file, or use fewer --steps or --tokens"
-        )
+    text = read_tokens(arguments.file)  # [1, bytes in the file]
     sequences = cut_sequences(text, arguments.steps, arguments.tokens, arguments.seed)
     run = describe_run()  # before the training, during which the checkout may change
 
     model = make_model(arguments.tokens, arguments.seed)
     parameters = sum(p.size for p in model.parameters()) / 1e6
-    print(f"text:  {path}, {text.shape[1]:,} bytes")
+    print(f"text:  {arguments.file}, {text.shape[1]:,} bytes")
     print(f"model: byte-level LLaMA, {NUM_LAYERS} layers, {parameters:.2f} M parameters")
     dense = train(model, sequences, "dense      ")
     model = rrattn.enable(make_model(arguments.tokens, arguments.seed), config)
@@ -258,7 +246,7 @@ def main():
     close = report(dense, sparse, final)
     named = ("steps", "tokens", "threshold", "stride", "keep_last", "keep_local", "seed")
     settings = {name: getattr(arguments, name) for name in named}
-    results = {"run": run, "text": path.name, **settings, "final": final, "dense": dense, "rrattn": sparse}
+    results = {"run": run, "text": arguments.file.name, **settings, "final": final, "dense": dense, "rrattn": sparse}
     arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     title = (
         f"Byte-level LLaMA, {arguments.tokens:,} tokens a step, threshold {config.threshold:g}, stride {config.stride}"

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 THREADS = 2
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -35,6 +36,9 @@ import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 
 from rrattn import BLOCK_SIZE, block_density, direct, rr_attention  # noqa: E402
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from command_line import check_at_least, check_output_file  # noqa: E402
 
 # Row, what it is compared with, the bound on row time / compared time.
 SPEED_TARGETS = [
@@ -360,11 +364,14 @@ def main():
     parser.add_argument("--no-paddle", action="store_true", help="leave Paddle's attention out: 13 GB, a minute a run")
     parser.add_argument("--memory", action="store_true", help=f"measure peak memory at {MEMORY_TOKENS} tokens as well")
     parser.add_argument("--check", action="store_true", help="--memory, and exit with 1 when a target is missed")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE as well")
     parser.add_argument("--stage", choices=MEMORY_STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.check and arguments.no_paddle:
         parser.error("--check compares with Paddle's attention, so it cannot go with --no-paddle")
+    check_at_least(parser, arguments, rounds=1)
+    if arguments.json:
+        check_output_file(parser, "--json", arguments.json)
     if arguments.stage:
         print(peak_bytes(arguments.stage, arguments.tokens))
         return 0
@@ -375,7 +382,7 @@ def main():
     memory = measure_memory(MEMORY_TOKENS) if arguments.memory or arguments.check else {}
     reached = check_targets(table, memory)
     if arguments.json:
-        with open(arguments.json, "w") as file:
+        with arguments.json.open("w") as file:
             json.dump(
                 {
                     "machine": machine,

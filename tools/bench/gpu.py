@@ -46,6 +46,9 @@ from gpu_rivals import DENSE, elapsed_ms
 
 from rrattn import direct
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from command_line import check_output_file  # noqa: E402
+
 SAMPLING_STAGES = ("estimate", "select", "estimate+select")
 STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention")
 THRESHOLD = 0.9
@@ -157,7 +160,7 @@ def merge(before, after):
     return [record for record in before if place(record) not in replaced] + after
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", choices=STAGES, action="append", help="may be given several times; default: all")
     parser.add_argument("--tokens", type=int, nargs="+", help="only these lengths of keys")
@@ -165,6 +168,47 @@ def main():
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the records to FILE, beside its others")
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     arguments = parser.parse_args()
+    arguments.stage = arguments.stage or STAGES
+    lengths, densities = what_is_measured(arguments.stage)
+    for name, known in (("tokens", lengths), ("density", densities)):
+        unknown = [value for value in getattr(arguments, name) or () if value not in known]
+        if unknown:
+            allowed, stages = ", ".join(map(str, sorted(known))) or "none", ", ".join(arguments.stage)
+            parser.error(f"--{name} must be of those that {stages} is measured at ({allowed}), got {unknown}")
+    if arguments.json:
+        check_output_file(parser, "--json", arguments.json)
+        try:
+            stored_records(arguments.json)
+        except ValueError as error:
+            parser.error(f"--json {arguments.json} holds no records to add to: {error}")
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU")
+    return arguments
+
+
+def what_is_measured(stages):
+    """({lengths of keys}, {densities}) that there are of these stages."""
+    lengths, densities = set(), set()
+    if set(stages) & set(SAMPLING_STAGES):
+        lengths |= {seqlen_k for _, seqlen_k, _ in SHAPES}
+    if "attend" in stages:
+        lengths |= {seqlen_k for _, seqlen_k in gpu_attend.ATTEND_SHAPES}
+        densities |= {density for of_shape in gpu_attend.ATTEND_SHAPES.values() for density in of_shape}
+    if "backward" in stages:
+        lengths |= set(gpu_backward.TOKENS)
+        densities |= set(gpu_backward.DENSITIES)
+    if "rr_attention" in stages:
+        lengths |= set(gpu_attend.RR_ATTENTION_TOKENS)
+    return lengths, densities
+
+
+def stored_records(path):
+    """The records of a file; none where it does not exist yet."""
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def main():
+    arguments = parse_arguments()
     torch.manual_seed(0)
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     common = {
@@ -179,15 +223,15 @@ def main():
         "command": shlex.join(["python", *sys.argv]),
     }
     print(f"{common['gpu']}, CUDA {common['cuda']}, {NUM_HEADS} heads over {NUM_HEADS_K}, D {HEAD_DIM}, bf16, causal")
-    stages = arguments.stage or STAGES
+    stages = arguments.stage
     records = []
 
     def report(record, text):
         print(text, flush=True)
         records.append({**record, **common})
         if arguments.json:  # each time, so that a run that is cut short leaves what it measured
-            before = json.loads(arguments.json.read_text()) if arguments.json.is_file() else []
-            arguments.json.write_text(json.dumps(merge(before, records), indent=1) + "\n")
+            merged = merge(stored_records(arguments.json), records)
+            arguments.json.write_text(json.dumps(merged, indent=1) + "\n")
 
     for shape in SHAPES:
         for stage in SAMPLING_STAGES:

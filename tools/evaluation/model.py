@@ -44,14 +44,37 @@ class Tokenizer:
         return self._tokenizer.decode([int(token) for token in tokens]).encode()
 
 
+def codec_of(folder):
+    """The tokens of a checkpoint, whose weights are left alone: its tokenizer's, or bytes.
+
+    Raises
+    ------
+    ValueError
+        Where there is no tokenizer, and more than 512 tokens.
+    """
+    if any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+        return Tokenizer(_transformers().AutoTokenizer.from_pretrained(str(folder)))
+    vocab_size = _transformers().AutoConfig.from_pretrained(str(folder)).vocab_size
+    if vocab_size > 512:
+        raise ValueError(f"{folder} has {vocab_size} tokens, but no tokenizer")
+    return Bytes()
+
+
+def _transformers():
+    """The `transformers` of the library that is installed."""
+    library = next((name for name in LIBRARIES if util.find_spec(name)), None)
+    if library is None:
+        raise SystemExit(f"neither {' nor '.join(LIBRARIES)} is installed")
+    return importlib.import_module(f"{library}.transformers")
+
+
 class Model:
     """A model, its tokens, and the method by which its attention chooses blocks.
 
     Parameters
     ----------
     folder : path
-        A checkpoint directory that AutoModelForCausalLM of the installed library loads. Without tokenizer files the
-        vocabulary must be of at most 512 tokens, and the tokens are bytes.
+        A checkpoint directory that AutoModelForCausalLM of the installed library loads; its tokens as in `codec_of`.
 
     Attributes
     ----------
@@ -62,22 +85,10 @@ class Model:
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise SystemExit(f"{folder} is no checkpoint directory: it has no config.json")
-        library = next((name for name in LIBRARIES if util.find_spec(name)), None)
-        if library is None:
-            raise SystemExit(f"neither {' nor '.join(LIBRARIES)} is installed")
-        transformers = importlib.import_module(f"{library}.transformers")
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32")
+        self.codec = codec_of(folder)
+        self.model = _transformers().AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32")
         self.model.config.fuse_rms_norm = False  # an operator for GPUs
         self.model.eval()
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            self.codec = Tokenizer(transformers.AutoTokenizer.from_pretrained(str(folder)))
-        elif self.model.config.vocab_size <= 512:
-            self.codec = Bytes()
-        else:
-            raise SystemExit(f"{folder} has {self.model.config.vocab_size} tokens, but no tokenizer")
         rrattn.enable(self.model, rrattn.RRAttentionConfig())
         self.cores = attention_cores(self.model)
         for layer, core in enumerate(self.cores):

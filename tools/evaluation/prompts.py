@@ -122,6 +122,20 @@ def make_prompt(kind, text, length, index, num_questions):
     return Prompt(task.context.tobytes(), questions)
 
 
+def check_prompts(make, text, kinds, lengths, contexts, num_questions):
+    """Raises ValueError, with kind and length, where the text or the length has no room for a prompt.
+
+    make(kind, text, length, index, num_questions) is `make_prompt` or another that takes the same.
+    """
+    for kind in kinds:
+        for length in lengths:
+            for index in range(contexts):
+                try:
+                    make(kind, text, length, index, num_questions)
+                except ValueError as error:
+                    raise ValueError(f"no prompt of the kind {kind} and the length {length:,}: {error}") from error
+
+
 def _asked_together(questions, generator):
     """Groups of MULTI random questions as one, with the answers of all but the last."""
     order = generator.permutation(len(questions))

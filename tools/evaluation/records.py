@@ -35,9 +35,25 @@ class Results:
 
 
 def read_results(path):
-    """The rows of a results file; a last line that an interruption cut off is left out, and cut off the file."""
+    """The rows of a results file; a last line that an interruption cut off is left out, and cut off the file.
+
+    Raises
+    ------
+    ValueError
+        Where another line is no JSON object. The file is then as it was.
+    """
     text = path.read_text()
     complete = text[: text.rfind("\n") + 1]
+    if text and not complete:
+        raise ValueError(f"{path} is no file of results: it has no whole line")
+    rows = []
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path} is no file of results: line {number} is not JSON") from error
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path} is no file of results: line {number} is no JSON object")
     if complete != text:
         path.write_text(complete)
-    return [json.loads(line) for line in complete.splitlines()]
+    return rows

@@ -47,17 +47,17 @@ def run_tasks(model, results, text, kinds, methods, lengths, contexts, num_quest
     bar = tqdm(todo, unit="context")
     for kind, row in bar:
         bar.set_description(f"{kind} {row['length']} {row['method']}")
-        prompt = sized_prompt(model, kind, text, row["length"], row["index"], num_questions)
+        prompt = sized_prompt(model.codec, kind, text, row["length"], row["index"], num_questions)
         model.method = Method(row["method"])
         for scored in run_prompt(model, kind, prompt):
             if {**row, **scored} not in results:
                 results.add({**row, **scored})
 
 
-def sized_prompt(model, kind, text, length, index, num_questions):
+def sized_prompt(codec, kind, text, length, index, num_questions):
     """A prompt whose context is of about `length` tokens: exactly so many bytes where bytes are the tokens."""
     prompt = make_prompt(kind, text, length, index, num_questions)
-    tokens = len(model.codec.encode(prompt.context))
+    tokens = len(codec.encode(prompt.context))
     if tokens == len(prompt.context):
         return prompt
     return make_prompt(kind, text, int(length * len(prompt.context) / tokens), index, num_questions)
@@ -121,7 +121,7 @@ def measure_mass(model, results, text, kinds, methods, lengths, contexts, num_qu
         missing = [method for method in methods if {**row, "method": method} not in results]
         if not missing:
             continue
-        prompt = sized_prompt(model, kind, text, length, index, num_questions)
+        prompt = sized_prompt(model.codec, kind, text, length, index, num_questions)
         inputs, masses = capture(model, model.codec.encode(prompt.context))
         for method in tqdm(missing, desc=f"{kind} {length}", unit="method", leave=False):
             results.add({**row, "method": method, **kept_mass(model, inputs, masses, method)})

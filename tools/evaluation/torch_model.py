@@ -20,6 +20,23 @@ from .torch_selection import block_mask, exact_mass, products, visible_blocks
 PLAIN_LLAMA = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
 
 
+def read_config(folder):
+    """The config of a checkpoint that `Model` computes.
+
+    Raises
+    ------
+    ValueError
+        For another.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text())
+    for name, value in PLAIN_LLAMA.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{folder}: {name} is {config[name]!r}, but must be {value!r}")
+    if config["vocab_size"] > 512 or config.get("rope_scaling"):
+        raise ValueError(f"{folder} must be of bytes, without rope_scaling")
+    return config
+
+
 class Model:
     """The weights on a device, and their attention.
 
@@ -38,12 +55,7 @@ class Model:
     """
 
     def __init__(self, folder, device, longest):
-        config = json.loads((Path(folder) / "config.json").read_text())
-        for name, value in PLAIN_LLAMA.items():
-            if config.get(name, value) != value:
-                raise ValueError(f"{folder}: {name} is {config[name]!r}, but must be {value!r}")
-        if config["vocab_size"] > 512 or config.get("rope_scaling"):
-            raise ValueError(f"{folder} must be of bytes, without rope_scaling")
+        config = read_config(folder)
         path = Path(folder) / "model.safetensors"
         self.device, self.digest = device, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         self.weights = {name: weight.float().to(device) for name, weight in load_file(path).items()}

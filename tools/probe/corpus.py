@@ -18,11 +18,16 @@ import argparse
 import hashlib
 import json
 import lzma
+import math
+import sys
 import sysconfig
 from importlib import metadata, util
 from pathlib import Path
 
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from command_line import check_output_folder  # noqa: E402
 
 DOCUMENT_START = b"\0"
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt", ".h", ".hpp", ".cuh")
@@ -142,8 +147,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="draws what is taken and held out (default: %(default)s)")
     parser.add_argument("--megabytes", type=float, default=6, help="most of each package (default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.megabytes <= 0:
-        parser.error(f"--megabytes must be above 0, got {arguments.megabytes}")
+    if not (arguments.megabytes > 0 and math.isfinite(arguments.megabytes)):
+        parser.error(f"--megabytes must be above 0 and finite, got {arguments.megabytes}")
+    check_output_folder(parser, "FOLDER", arguments.folder)
     manifest = write(arguments.folder, arguments.seed, int(arguments.megabytes * 1e6))
     for part in ("train", "heldout"):
         counts = manifest[part]

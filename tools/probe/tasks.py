@@ -66,8 +66,11 @@ class Task:
 
 
 def load_text(path):
-    """A text that corpus.py wrote, uint8 [bytes]."""
-    return np.frombuffer(lzma.decompress(Path(path).read_bytes()), np.uint8)
+    """A text that corpus.py wrote, uint8 [bytes]; ValueError for a file that it did not."""
+    try:
+        return np.frombuffer(lzma.decompress(Path(path).read_bytes()), np.uint8)
+    except lzma.LZMAError as error:
+        raise ValueError(f"{path} is no .xz file: {error}") from error
 
 
 def letters(generator, rows, columns, first="a"):
@@ -104,6 +107,14 @@ def columns(*parts):
 def check_room(length, least, what):
     if length < least:
         raise ValueError(f"the context is of {length} bytes, but {what} takes at least {least}")
+
+
+def stretch(generator, text, length):
+    """A random stretch of `length` bytes of a text."""
+    if len(text) < length:
+        raise ValueError(f"the text is of {len(text):,} bytes, but must be of at least {length:,}")
+    begin = generator.integers(0, len(text) - length + 1)
+    return text[begin : begin + length]
 
 
 def lookup(generator, length, num_questions):
@@ -185,8 +196,7 @@ def needle(generator, text, length, num_questions, num_facts, depths=None):
     facts = columns("The ", attributes[of_fact], " of ", names, " is ", values, ".\n")
     room = length - 1 - facts.size
     check_room(length, 1 + 2 * facts.size, f"{num_facts} facts")
-    begin = generator.integers(0, len(text) - room + 1)
-    hay = text[begin : begin + room]
+    hay = stretch(generator, text, room)
 
     where = generator.random(num_facts)
     if depths is not None:
@@ -218,8 +228,7 @@ def copy(generator, text, length, num_questions, num_bytes):
         context = letters(generator, 1, length - 1)[0]
         context[generator.random(length - 1) < 0.15] = ord(" ")
     else:
-        begin = generator.integers(0, len(text) - length + 2)
-        context = text[begin : begin + length - 1].copy()
+        context = stretch(generator, text, length - 1).copy()
     starts = generator.integers(0, length - num_bytes, num_questions)
     context[-1] = ord("\n")
     passages = context[starts[:, None] + np.arange(num_bytes)]
@@ -236,8 +245,7 @@ def training_sequence(generator, text, length, kind):
     """(tokens, kinds), uint8 [length + 1] each: a sequence of one kind, and how each byte counts as a prediction."""
     total = length + 1
     if kind == TEXT:
-        begin = generator.integers(0, len(text) - length + 1)
-        tokens = np.concatenate([SINK, text[begin : begin + length]])
+        tokens = np.concatenate([SINK, stretch(generator, text, length)])
         return tokens, np.full(total, TEXT, np.uint8)
     share = generator.uniform(0.15, 0.4)  # of the sequence that are questions
     if kind == LOOKUP:

@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,9 @@ import torch
 from model import Probe, Shape, load_checkpoint, save_checkpoint
 from quality import measure, table
 from tasks import KINDS, MIXTURE, load_text, training_batch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from command_line import check_at_least, check_input_file, check_output_folder  # noqa: E402
 
 # From which share of the training on, the length of the sequences.
 STAGES = ((0.0, 512), (0.10, 1024), (0.24, 2048), (0.42, 4096), (0.57, 8192), (0.73, 16384))
@@ -82,6 +86,7 @@ class Batches:
 
 
 def parse_arguments():
+    """The arguments, with `texts`: what to train on and what is held out, uint8 [bytes] each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the model, the log and the checkpoint")
     parser.add_argument("--corpus", type=Path, default=Path("build/probe"), help="(default: %(default)s)")
@@ -101,12 +106,26 @@ def parse_arguments():
         parser.error(f"--longest must be one of {', '.join(map(str, lengths))}, got {arguments.longest}")
     if arguments.tokens < arguments.longest or arguments.tokens % arguments.longest:
         parser.error(f"--tokens must be a multiple of --longest {arguments.longest}, got {arguments.tokens}")
-    for name in ("minutes", "of", "layers", "steps"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
+    for name in ("minutes", "of"):
+        if getattr(arguments, name) is not None and not getattr(arguments, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(arguments, name)}")
-    for part in ("train", "heldout"):
-        if not (arguments.corpus / f"{part}.xz").is_file():
-            parser.error(f"--corpus {arguments.corpus} holds no {part}.xz: make it by tools/probe/corpus.py")
+    check_at_least(parser, arguments, layers=1, steps=1, seed=0, measure_seconds=0)
+    check_output_folder(parser, "OUT", arguments.out)
+    if arguments.resume:
+        check_input_file(parser, "--resume", arguments.resume / "state.json")
+    for name in ("train.xz", "heldout.xz", "manifest.json"):
+        if not (arguments.corpus / name).is_file():
+            parser.error(f"--corpus {arguments.corpus} holds no {name}: make it by tools/probe/corpus.py")
+    try:
+        arguments.texts = [load_text(arguments.corpus / f"{part}.xz") for part in ("train", "heldout")]
+    except ValueError as error:
+        parser.error(f"--corpus {arguments.corpus}: {error}")
+    for part, text in zip(("train", "heldout"), arguments.texts):
+        if len(text) < arguments.longest:
+            parser.error(
+                f"{part}.xz of --corpus {arguments.corpus} holds {len(text):,} bytes, fewer than the "
+                f"{arguments.longest:,} of a sequence (--longest)"
+            )
     return arguments
 
 
@@ -133,10 +152,10 @@ def print_row(row):
 def main():
     began = time.perf_counter()
     arguments = parse_arguments()
-    text, heldout = (load_text(arguments.corpus / f"{part}.xz") for part in ("train", "heldout"))
+    text, heldout = arguments.texts
     state = {"step": 0, "seconds": 0.0, "tokens": 0, "rows": []}
     if arguments.resume:
-        state = json.loads((arguments.resume / "state.json").read_text()) if arguments.resume.is_dir() else state
+        state = json.loads((arguments.resume / "state.json").read_text())
     num_workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     # Before the GPU is touched, since the workers are forks. A resumed run sees other data.
     batches = Batches(text, [arguments.seed, state["step"]], num_workers, arguments.tokens, STAGES[0][1])
