@@ -66,12 +66,11 @@ def test_disable_restores_the_flag(model, implementation):
     assert model.config._attn_implementation == implementation
 
 
-def test_enabling_changes_the_flag_alone(model, tmp_path):
+def test_enabling_changes_the_flag_alone(model):
     settings = model.config.to_dict()
     rrattn.enable(model, SPARSE)
-    assert model.config.to_dict() == settings | {"_attn_implementation": "rrattn"}
-    model.config.save_pretrained(str(tmp_path))
-    assert "rrattn" not in (tmp_path / "config.json").read_text()
+    assert model.config._attn_implementation == model.config["_attn_implementation"] == "rrattn"
+    assert model.config.to_dict() == settings  # of which others are built
 
 
 def test_models_of_other_types_are_refused(model):

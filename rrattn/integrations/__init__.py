@@ -65,7 +65,10 @@ def _integration_of(model):
 def enable(model, config=None):
     """Makes every attention layer of a model run RRAttention: prefill sparse, decoding steps dense.
 
-    What was changed is logged once, by the model library's logger.
+    What was changed is logged once, by the model library's logger. Other models stay as they are, also those built from
+    the same config object: the flag that says that rrattn runs (`_attn_implementation` in PaddleFormers, `use_rrattn`
+    in PaddleNLP) is set in `model.config` for this model alone, where every other setting is still shared. It is not
+    saved with the model, nor copied with the config alone; a copy of the model has it.
 
     Parameters
     ----------
@@ -85,19 +88,19 @@ def enable(model, config=None):
     Raises
     ------
     ValueError
-        For a model of another kind, one in which nothing matches, or a config that does not fit its number of layers
-        or heads.
+        For a model of another kind, one in which nothing matches, a config that does not fit its number of layers or
+        heads, or while `collect_stats` collects.
     """
     return _integration_of(model).enable(model, config)
 
 
 def disable(model):
-    """Undoes `enable`: the model runs the attention it ran before.
+    """Undoes `enable`: the model, or the part that is given, runs the attention it ran before.
 
     Raises
     ------
     ValueError
-        When rrattn was not enabled on the model.
+        When rrattn was not enabled on the model, or while `collect_stats` collects.
     """
     return _integration_of(model).disable(model)
 
@@ -113,7 +116,7 @@ def layer_selections(model):
     Returns
     -------
     list of BlockSelection or None
-        One per layer, in order; None where a layer has not run yet.
+        One per layer, in order; None where a layer has not run yet, or does not run rrattn now.
     """
     return [None if core is None else core.last_selection for core in attention_cores(model)]
 
@@ -124,7 +127,7 @@ def layer_densities(model):
     Returns
     -------
     list of Tensor or None
-        float32 [B, Hq] per layer, in order; None where a layer has not run yet.
+        float32 [B, Hq] per layer, in order; None where a layer has not run yet, or does not run rrattn now.
     """
     return [None if selection is None else selection.density for selection in layer_selections(model)]
 
