@@ -264,7 +264,10 @@ def test_a_layer_that_runs_something_else_has_no_density(model, tokens):
     assert rrattn.layer_densities(model) == rrattn.layer_selections(model) == [None] * NUM_LAYERS
     with pytest.raises(ValueError, match="not enabled"), rrattn.collect_stats(model):
         pass
+    logits(model, tokens)
     setattr(model.config, FLAG, on)
+    assert rrattn.layer_densities(model) == [None] * NUM_LAYERS  # the last prefill was not rrattn's
+    logits(model, tokens)
     assert None not in rrattn.layer_densities(model)
 
 

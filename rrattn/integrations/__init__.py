@@ -4,8 +4,9 @@
 `layer_densities` tell afterwards what each layer attended. The library is found from the model's class. There is
 one file per library, which is loaded only together with that library: importing rrattn imports none of them.
 
-For libraries that look attention functions up by name, importing this module also registers the name "rrattn", at
-once when the library is loaded already and otherwise at the moment it gets loaded.
+For libraries that look attention functions up by name, importing this module also registers the name "rrattn", and
+lets models notice where that name has no effect: at once when the library is loaded already and otherwise at the moment
+it gets loaded.
 """
 
 from __future__ import annotations
@@ -21,33 +22,38 @@ _INTEGRATIONS = {
     "paddlenlp": "rrattn.integrations.paddlenlp",
     "paddlefleet": "rrattn.integrations.paddlefleet",
 }
-# Module of a library that holds its table of attention functions -> our module that adds to it.
-_ATTENTION_TABLES = {"paddleformers.nn.attention.interface": "rrattn.integrations.paddleformers"}
+# Module of a library -> our module and its function that is called with it: the library's table of attention
+# functions, to which "rrattn" is added, and its models, which then notice a flag without effect.
+_HOOKS = {
+    "paddleformers.nn.attention.interface": ("rrattn.integrations.paddleformers", "register"),
+    "paddleformers.transformers.model_utils": ("rrattn.integrations.paddleformers", "watch"),
+}
 
 
-def _register(table_module: str) -> None:
-    importlib.import_module(_ATTENTION_TABLES[table_module]).register(sys.modules[table_module])
+def _hook(library_module: str) -> None:
+    module, function = _HOOKS[library_module]
+    getattr(importlib.import_module(module), function)(sys.modules[library_module])
 
 
-class _RegisterWhenImported(importlib.abc.MetaPathFinder):
-    """Lets a library's attention table load as usual, then registers rrattn in it.
+class _HookWhenImported(importlib.abc.MetaPathFinder):
+    """Lets a library's module load as usual, then hooks rrattn into it.
 
     So the order of the imports does not matter, and a program that never uses the library never pays for it.
     """
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in _ATTENTION_TABLES:
+        if fullname not in _HOOKS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return None
         load = spec.loader.exec_module
 
-        def load_and_register(module):
+        def load_and_hook(module):
             load(module)
-            _register(fullname)
+            _hook(fullname)
 
-        spec.loader.exec_module = load_and_register
+        spec.loader.exec_module = load_and_hook
         return spec
 
 
@@ -132,7 +138,7 @@ def layer_densities(model):
     return [None if selection is None else selection.density for selection in layer_selections(model)]
 
 
-for _table in _ATTENTION_TABLES:
-    if _table in sys.modules:
-        _register(_table)
-sys.meta_path.insert(0, _RegisterWhenImported())
+for _module in _HOOKS:
+    if _module in sys.modules:
+        _hook(_module)
+sys.meta_path.insert(0, _HookWhenImported())

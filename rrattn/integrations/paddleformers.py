@@ -7,12 +7,18 @@ adds "rrattn" to it, so that
 
 runs with the settings of the model's config (or the defaults), as they are at each call, and `enable(model, config)`
 with chosen ones. `enable` sets the flag for that model alone, also where others share its config.
-(ERNIE reads the flag when the model is built: set it in the config before, or use `enable`.)
+
+Some layers heed the flag late or not at all: ERNIE's read it once, when the model is built; Gemma 3's fall back to
+"sdpa"; others look nothing up. What the flag promises would then not run, or run without the causal mask, which
+PaddleFormers leaves away wherever the flag is not "eager". So the table's other functions refuse a layer whose config
+says "rrattn", and so does a model, after its first call, when none of its layers came here.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
+from contextvars import ContextVar
 
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
@@ -30,9 +36,62 @@ _PREVIOUS = "_rrattn_previous"  # that flag before enable, or None; an attention
 _SETTINGS = "_rrattn_settings"  # of a layer that runs by the flag: what its config said when its core was made
 
 
+# The flag
+
+
 def register(interface_module) -> None:
-    """Adds "rrattn" to the table in `paddleformers.nn.attention.interface`."""
-    interface_module.AttentionInterface.register(NAME, rrattn_attention_forward)
+    """Adds "rrattn" to the table in `paddleformers.nn.attention.interface`, and guards what else is in it."""
+    table = interface_module.AttentionInterface
+    table.register(NAME, rrattn_attention_forward)
+    lookup = table.__getitem__
+
+    def guarded_lookup(self, name):
+        function = lookup(self, name)
+        return function if name == NAME else functools.partial(_other_attention, name, function)
+
+    table.__getitem__ = guarded_lookup
+
+
+def _other_attention(_name, _function, module, *args, **kwargs):
+    """Calls another attention function of the table, unless the layer's config says that rrattn runs."""
+    if getattr(getattr(module, "config", None), FLAG, None) == NAME:
+        raise ValueError(
+            f"{FLAG} is {NAME!r}, but {type(module).__name__} runs {_name!r}: it took its own from the config when the "
+            f"model was built, or does not follow the flag. rrattn.enable(model) switches over models of the types "
+            f"{', '.join(SUPPORTED_MODELS)}; others need another {FLAG}"
+        )
+    core = core_of(module)
+    if core is not None:
+        core.last_selection = None  # no longer what the layer attended last
+    return _function(module, *args, **kwargs)
+
+
+_in_a_model = ContextVar("rrattn: in the call of a model", default=False)
+_came_here = weakref.WeakSet()  # models that were seen to run rrattn by their config's flag
+
+
+def watch(model_module) -> None:
+    """Makes calls of models in `paddleformers.transformers.model_utils` notice that the flag had no effect."""
+    call = model_module.PretrainedModel.__call__
+
+    @functools.wraps(call)
+    def watched_call(self, *args, **kwargs):
+        flag = getattr(getattr(self, "config", None), FLAG, None)
+        if flag != NAME or _in_a_model.get() or self in _came_here:
+            return call(self, *args, **kwargs)
+        token = _in_a_model.set(True)  # its parts need no attention of their own
+        try:
+            out = call(self, *args, **kwargs)
+        finally:
+            _in_a_model.reset(token)
+        if all(core_of(layer) is None for layer in self.sublayers()):
+            raise ValueError(
+                f"{FLAG} is {NAME!r}, but no attention layer of {type(self).__name__} looks it up: rrattn did not run"
+            )
+        _came_here.add(self)
+        return out
+
+    model_module.PretrainedModel.__call__ = watched_call
 
 
 def rrattn_attention_forward(
@@ -80,9 +139,15 @@ def rrattn_attention_forward(
     Raises
     ------
     ValueError
-        For dropout, sink, another argument that is set, a mask that rrattn cannot express, or settings in the config
-        that are not allowed.
+        For dropout, sink, another argument that is set, a mask that rrattn cannot express, settings in the config that
+        are not allowed; and where the layer's config does not say that rrattn runs, or another model's says it.
     """
+    flag = getattr(getattr(module, "config", None), FLAG, None)
+    if flag != NAME == getattr(module, _LAYER_FLAG, None):
+        raise ValueError(
+            f"{FLAG} is {flag!r}, but {type(module).__name__} runs {NAME!r}: it does not follow the flag. Leave it to "
+            "rrattn.enable(model) and rrattn.disable(model), or to the config that the model is built from"
+        )
     if dropout:
         raise ValueError(f"rrattn does not support attention dropout; set it to 0.0, got {dropout}")
     if sink is not None:
