@@ -1,13 +1,11 @@
-"""Dense masks as FlashMask bounds, through rrattn.direct and Paddle, against the mask that the bounds mean."""
+"""Dense masks as FlashMask bounds, against the mask that the bounds mean."""
 
 import numpy as np
-import paddle
 import pytest
 import reference
 from harness import LAYOUTS, assert_identical, encode
 
 from rrattn import direct
-from rrattn.masks import startend_rows_from_dense
 
 DTYPES = ("bool", "float32", "float16", "bfloat16")
 SIZES = ((1, 1), (1, 300), (37, 37), (130, 700), (300, 300), (600, 600))
@@ -75,35 +73,6 @@ def test_a_bias_is_found_with_its_value(kernels, dtype, value):
     assert bits == stored.view(np.int32 if dtype == "float32" else np.uint16)
 
 
-@pytest.mark.parametrize("hidden", (-1e4, -65504.0, -1e30, -np.inf, np.finfo(np.float32).min))
-def test_what_hides(hidden, rng):
-    mask = causal_mask(130, 130, rng)
-    expected = startend_rows_from_dense(paddle.to_tensor(mask)).numpy()
-    values = paddle.to_tensor(additive(mask, hidden))
-    for dtype in ("float64", "float32", "bfloat16", *(["float16"] if hidden in (-1e4, -65504.0, -np.inf) else [])):
-        assert_identical(startend_rows_from_dense(values.astype(dtype)).numpy(), expected)
-    assert_identical(startend_rows_from_dense(paddle.to_tensor(np.where(mask, -0.0, hidden))).numpy(), expected)
-
-
-@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16", "float64", "int64"))
-@pytest.mark.parametrize("value", (-1.0, 7.0, -9000.0, np.inf, np.nan))
-def test_an_error_names_the_value(dtype, value):
-    if dtype == "int64" and not np.isfinite(value):
-        pytest.skip("no integer")
-    values = additive(np.tril(np.ones((300, 300), bool))[None, None])
-    values[0, 0, 200, 100] = value
-    shown = {"bfloat16": "-9024", "float16": "-9000"}.get(dtype, "-9000") if value == -9000 else f"{value:g}"
-    with pytest.raises(ValueError, match=rf"mask holds {shown}, which is neither 0 \(visible\) nor -1e4 or less"):
-        startend_rows_from_dense(paddle.to_tensor(values).astype(dtype))
-
-
-def test_a_mask_with_holes_is_an_error():
-    mask = np.tril(np.ones((300, 300), bool))[None, None]
-    mask[0, 0, 200, 100] = False
-    with pytest.raises(ValueError, match="not causal with padding"):
-        startend_rows_from_dense(paddle.to_tensor(mask))
-
-
 def test_bad_arguments():
     mask, rows, verdict = np.ones((1, 2, 3, 3), bool), np.zeros((1, 2, 3, 1), np.int32), np.zeros(2, np.int32)
     for changes, message in (
@@ -118,5 +87,3 @@ def test_bad_arguments():
         arguments = {"mask": mask, "start_rows": rows, "verdict": verdict, **changes}
         with pytest.raises(ValueError, match=message):
             direct.startend_rows_from_dense(**arguments)
-    with pytest.raises(ValueError, match="mask has 2 dimensions"):
-        startend_rows_from_dense(paddle.ones([3, 3]))

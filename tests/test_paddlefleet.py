@@ -1,8 +1,10 @@
 """RRAttention as the core attention of PaddleFleet's layer specs, against the contract in paddlefleet_stand_in.py."""
 
+import copy
 import importlib
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +280,27 @@ def test_dropout_in_training_is_refused(fleet):
         core(x, x, x, None)
     core.eval()
     core(x, x, x, None)
+
+
+def test_models_of_the_same_config_and_parts_are_switched_apart(fleet, model):
+    settings = dict(vars(model.config))
+    other = stand_in.GPTModel(model.config, fleet.RRCoreAttention)
+    other.set_state_dict(model.state_dict())
+    other.eval()
+    sparse = model(hidden_states())
+    dense = rrattn.disable(other)(hidden_states())
+    assert float((sparse - dense).abs().max()) > 1e-2
+    assert (model(hidden_states()) == sparse).all()
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    rrattn.disable(model.layers[0])
+    assert [density is None for density in rrattn.layer_densities(model)] == [True, False]
+    rrattn.disable(model)
+    assert (model(hidden_states()) == dense).all() and rrattn.layer_densities(model) == [None, None]
+    for each in (rrattn.enable(other), *copies):
+        assert (each(hidden_states()) == sparse).all()
+    assert vars(model.config) == settings
+    with rrattn.collect_stats(other), pytest.raises(ValueError, match="statistics of this model are being collected"):
+        rrattn.enable(other, DENSE)
 
 
 def test_models_without_the_layer_are_told_how_to_get_it(fleet):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import paddle
@@ -11,7 +12,10 @@ import rrattn
 
 pytest.importorskip("paddleformers")
 
+from paddleformers import transformers  # noqa: E402
+from paddleformers.nn.attention.eager_attention import eager_attention_forward  # noqa: E402
 from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from paddleformers.utils.log import logger  # noqa: E402
 from tiny_models import (  # noqa: E402
     DENSE,
     MODELS,
@@ -28,6 +32,8 @@ from tiny_models import (  # noqa: E402
     make_tokens,
 )
 
+from rrattn.integrations.common import settings_of  # noqa: E402
+
 # The flag
 
 
@@ -43,6 +49,102 @@ def test_the_flag_alone_runs_the_settings_of_the_config(model, tokens):
     model.config.rrattn_threshold = 0.5
     model.config.rrattn_keep_last = False
     assert (logits(model, tokens) == logits(rrattn.enable(make_model(), SPARSE), tokens)).all()
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    """What rrattn logs of what runs."""
+    messages = []
+    monkeypatch.setattr(logger, "info", lambda message: messages.append(message) if "rrattn" in message else None)
+    return messages
+
+
+def test_what_the_flag_runs_is_logged_once(model, tokens, messages):
+    model.config._attn_implementation = "rrattn"
+    model.config.rrattn_threshold = 0.5
+    expected = "rrattn runs 2 attention layers of a llama model (PaddleFormers): threshold 0.5, stride 8"
+    for _ in range(2):
+        logits(model, tokens)
+        rrattn.layer_densities(model)
+    assert messages == [expected]
+    model.config._attn_implementation = "eager"
+    logits(model, tokens)
+    model.config._attn_implementation = "rrattn"
+    logits(model, tokens)
+    assert messages == [expected]
+    model.config.rrattn_stride = 16
+    logits(model, tokens)
+    assert messages == [expected, expected.replace("stride 8", "stride 16")]
+
+
+def test_the_flag_follows_changed_settings(model, tokens):
+    model.config._attn_implementation = "rrattn"
+    for settings in (
+        {"threshold": 0.9},
+        {"threshold": 0.5},
+        {"keep_last": False},
+        {"stride": 16},
+        {"dense_layers": [1]},
+    ):
+        for name, setting in settings.items():
+            setattr(model.config, f"rrattn_{name}", setting)
+        expected = logits(rrattn.enable(make_model(), settings_of(model.config)), tokens)
+        assert (logits(model, tokens) == expected).all()
+    model.config.rrattn_dense_layers.append(0)
+    logits(model, tokens)
+    assert all((density == 1).all() for density in rrattn.layer_densities(model))
+    model.config.rrattn_treshold = 0.5
+    with pytest.raises(ValueError, match="rrattn_treshold.*rrattn_threshold"):
+        model(tokens)
+    del model.config.rrattn_treshold
+    model.config.rrattn_threshold = 0
+    with pytest.raises(ValueError, match="threshold is 0"):
+        model(tokens)
+
+
+def test_settings_do_not_change_while_statistics_are_collected(model, tokens):
+    model.config._attn_implementation = "rrattn"
+    with rrattn.collect_stats(model):
+        logits(model, tokens)
+        model.config.rrattn_threshold = 0.5
+        with pytest.raises(ValueError, match="statistics of this model are being collected"):
+            model(tokens)
+    logits(model, tokens)
+
+
+def test_a_layer_that_says_not_which_it_is_is_refused():
+    query, (key, value) = paddle.randn([1, 4, 256, 16]), paddle.randn([2, 1, 2, 256, 16])
+    with pytest.raises(ValueError, match="Layer has no config and layer_idx"):
+        ALL_ATTENTION_FUNCTIONS["rrattn"](paddle.nn.Layer(), query, key, value)
+
+
+def test_a_flag_that_a_layer_does_not_follow_is_an_error(tokens):
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"head_dim": 16, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config = transformers.Gemma3TextConfig(**settings, vocab_size=97, pad_token_id=0)
+    config.fuse_rms_norm = False
+    config._attn_implementation = "rrattn"
+    model = transformers.Gemma3ForCausalLM(config)
+    model.eval()
+    with pytest.raises(ValueError, match="is 'rrattn', but Gemma3Attention runs 'sdpa'.*llama, qwen2"):
+        model(tokens)
+    config._attn_implementation = "sdpa"  # its layers took the flag when they were built
+    with pytest.raises(ValueError, match="is 'sdpa', but Gemma3Attention runs 'rrattn'"):
+        model(tokens)
+
+
+def test_a_flag_that_no_layer_looks_up_is_an_error(model, tokens, monkeypatch):
+    dense = logits(model, tokens)
+    modeling = sys.modules[type(model).__module__]
+    theirs = eager_attention_forward  # instead of what stands in the table
+    monkeypatch.setattr(modeling, "ALL_ATTENTION_FUNCTIONS", {"rrattn": theirs, "sdpa": theirs, "eager": theirs})
+    assert (logits(model, tokens) == dense).all()
+    model.config._attn_implementation = "rrattn"
+    for part, inputs in ((model, tokens), (model.model, tokens)):
+        with pytest.raises(ValueError, match=f"no attention layer of {type(part).__name__} looks it up"):
+            part(inputs)
+    monkeypatch.undo()
+    assert (logits(model, tokens) == logits(rrattn.enable(make_model()), tokens)).all()
 
 
 @pytest.mark.parametrize("order", ["rrattn, paddleformers", "paddleformers, rrattn"])
@@ -71,12 +173,11 @@ def test_disable_restores_the_flag(model, implementation):
     assert model.config._attn_implementation == implementation
 
 
-def test_enabling_changes_the_flag_alone(model, tmp_path):
+def test_enabling_changes_the_flag_alone(model):
     settings = model.config.to_dict()
     rrattn.enable(model, SPARSE)
-    assert model.config.to_dict() == settings | {"_attn_implementation": "rrattn"}
-    model.config.save_pretrained(str(tmp_path))
-    assert "rrattn" not in (tmp_path / "config.json").read_text()
+    assert model.config._attn_implementation == model.config["_attn_implementation"] == "rrattn"
+    assert model.config.to_dict() == settings  # of which others are built
 
 
 def test_models_of_other_types_are_refused(model):
@@ -206,13 +307,41 @@ def test_ernie_layers_follow_enable_and_disable(tokens):
     rrattn.disable(model)
     assert {layer.attn_implementation for layer in attention_layers(model)} == {"eager"}
     assert model.config._attn_implementation == "eager" and (logits(model, tokens) == dense).all()
-    model.config._attn_implementation = "rrattn"  # too late for this model, so that it must not look enabled
+
+
+@pytest.mark.parametrize("built_with", ["eager", "sdpa", "my own"])
+def test_a_flag_that_comes_too_late_for_ernie_is_an_error(tokens, built_with, monkeypatch):
+    functions = {**type(ALL_ATTENTION_FUNCTIONS)._global_mapping, "my own": eager_attention_forward}
+    monkeypatch.setattr(type(ALL_ATTENTION_FUNCTIONS), "_global_mapping", functions)
+    model = make_model("ernie4_5", implementation=built_with)
+    model.config._attn_implementation = "rrattn"  # for which PaddleFormers makes no mask
+    with pytest.raises(ValueError, match=f"is 'rrattn', but Ernie4_5Attention runs '{built_with}'.*rrattn.enable"):
+        model(tokens)
     with pytest.raises(ValueError, match="not enabled"), rrattn.collect_stats(model):
         pass
+    assert rrattn.layer_densities(model) == [None] * NUM_LAYERS
+    assert (logits(rrattn.enable(model, SPARSE), tokens) == logits(ernie_by_flag(SPARSE), tokens)).all()
+
+
+def test_a_flag_that_is_taken_from_ernie_is_an_error(tokens):
+    by_flag, enabled = ernie_by_flag(SPARSE), rrattn.enable(make_model("ernie4_5"), SPARSE)
+    for model in (by_flag, enabled):
+        logits(model, tokens)
+        model.config._attn_implementation = "eager"
+        assert rrattn.layer_densities(model) == [None] * NUM_LAYERS
+        with pytest.raises(ValueError, match="is 'eager', but Ernie4_5Attention runs 'rrattn'.*rrattn.disable"):
+            model(tokens)
+    assert (logits(rrattn.disable(enabled), tokens) == logits(make_model("ernie4_5"), tokens)).all()
+
+
+def ernie_by_flag(config):
+    """An ERNIE 4.5 model that is built with the flag and settings."""
+    settings = {f"rrattn_{name}": setting for name, setting in asdict(config).items()}
+    return make_model("ernie4_5", implementation="rrattn", **settings)
 
 
 def test_an_ernie_model_built_with_the_flag(tokens):
-    model = make_model("ernie4_5", implementation="rrattn", rrattn_threshold=0.5, rrattn_keep_last=False)
+    model = ernie_by_flag(SPARSE)
     assert (logits(model, tokens) == logits(rrattn.enable(make_model("ernie4_5"), SPARSE), tokens)).all()
 
 

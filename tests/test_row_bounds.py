@@ -1,9 +1,11 @@
-"""FlashMask bounds for causal attention, packed documents and padding: whatever their arguments come as."""
+"""FlashMask bounds for causal attention, packed documents, padding and dense masks: whatever their arguments come as."""
 
 import numpy as np
 import paddle
 import pytest
 import reference
+from harness import assert_identical
+from test_dense_mask import additive, causal_mask
 
 from rrattn import masks
 
@@ -215,3 +217,43 @@ def test_causal():
 def test_causal_sizes_that_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         masks.causal_startend_rows(*sizes)
+
+
+@pytest.mark.parametrize("hidden", (-1e4, -65504.0, -1e30, -np.inf, np.finfo(np.float32).min))
+def test_what_hides(hidden, rng):
+    mask = causal_mask(130, 130, rng)
+    expected = masks.startend_rows_from_dense(paddle.to_tensor(mask)).numpy()
+    values = paddle.to_tensor(additive(mask, hidden))
+    for dtype in ("float64", "float32", "bfloat16", *(["float16"] if hidden in (-1e4, -65504.0, -np.inf) else [])):
+        assert_identical(masks.startend_rows_from_dense(values.astype(dtype)).numpy(), expected)
+    assert_identical(masks.startend_rows_from_dense(paddle.to_tensor(np.where(mask, -0.0, hidden))).numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16", "float64", "int64"))
+@pytest.mark.parametrize("value", (-1.0, 7.0, -9000.0, np.inf, np.nan))
+def test_an_error_names_the_value(dtype, value):
+    if dtype == "int64" and not np.isfinite(value):
+        pytest.skip("no integer")
+    values = additive(np.tril(np.ones((300, 300), bool))[None, None])
+    values[0, 0, 200, 100] = value
+    shown = {"bfloat16": "-9024", "float16": "-9000"}.get(dtype, "-9000") if value == -9000 else f"{value:g}"
+    with pytest.raises(ValueError, match=rf"mask holds {shown}, which is neither 0 \(visible\) nor -1e4 or less"):
+        masks.startend_rows_from_dense(paddle.to_tensor(values).astype(dtype))
+
+
+def test_a_mask_with_holes_is_an_error():
+    mask = np.tril(np.ones((300, 300), bool))[None, None]
+    mask[0, 0, 200, 100] = False
+    with pytest.raises(ValueError, match="not causal with padding"):
+        masks.startend_rows_from_dense(paddle.to_tensor(mask))
+
+
+def test_a_dense_mask_may_be_an_array_or_lists(rng):
+    mask = causal_mask(5, 7, rng, batch=1, heads=1)
+    expected = masks.startend_rows_from_dense(paddle.to_tensor(mask)).numpy()
+    assert_identical(masks.startend_rows_from_dense(mask).numpy(), expected)
+    assert_identical(masks.startend_rows_from_dense(mask.tolist()).numpy(), expected)
+    with pytest.raises(TypeError, match="mask is 'all', but must be a Tensor"):
+        masks.startend_rows_from_dense("all")
+    with pytest.raises(ValueError, match="mask has 2 dimensions"):
+        masks.startend_rows_from_dense(paddle.ones([3, 3]))

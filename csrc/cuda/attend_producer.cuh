@@ -151,9 +151,6 @@ __device__ inline bool values_need_clearing(const Visibility& visibility) {
   return visibility.row_bounds.data != nullptr ||
          (visibility.causal && visibility.shift() % kBlockSize != 0);
 }
-__device__ inline int num_followers(const Visibility& visibility) {
-  return values_need_clearing(visibility) ? 3 : 2;
-}
 
 // Calls `produce(row)` for every row that the first producer takes, and that sees anything.
 template <typename SharedStorage, typename Produce>
@@ -167,7 +164,8 @@ __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
   }
 }
 
-template <typename Traits>
+// kClears: some values go to `clear_values` first.
+template <typename Traits, bool kClears>
 __device__ void produce_values(const AttendKernelParams& params,
                                typename Traits::SharedStorage& shared) {
   const int group =
@@ -177,7 +175,8 @@ __device__ void produce_values(const AttendKernelParams& params,
     const int key_head = row.head / group;
     RowBlocks blocks(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
-      Barrier* full = blocks.may_hold_unseen_keys() ? shared.value_uncleared : shared.value_full;
+      Barrier* full =
+          kClears && blocks.may_hold_unseen_keys() ? shared.value_uncleared : shared.value_full;
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         shared.value_empty[values.slot].wait(values.parity ^ 1);
         if (threadIdx.x % 32 == 0) {
@@ -197,7 +196,6 @@ template <typename Traits>
 __device__ void clear_values(const AttendKernelParams& params,
                              typename Traits::SharedStorage& shared) {
   const Visibility& visibility = params.attend.visibility;
-  if (!values_need_clearing(visibility)) return;
   RingPosition<Traits::kStages> values;
   uint32_t parities = 0;  // of value_uncleared, a bit for each
   follow_rows(shared, [&](const AttendRow& row) {

@@ -20,11 +20,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int warp_group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpGroup, 0);
+  const bool clears = values_need_clearing(params.attend.visibility);
   if (threadIdx.x == 0) {
     constexpr int kConsumers = kConsumerGroups * kWarpGroup;
     constexpr int kConsumerWarps = kConsumers / 32;  // a lane of each arrives
     shared.row_full.init(1);
-    shared.row_empty.init(kConsumers + num_followers(params.attend.visibility) * 32);
+    shared.row_empty.init(kConsumers + (clears ? 3 : 2) * 32);
     for (int group = 0; group < kConsumerGroups; ++group) {
       shared.query_full[group].init(1);
       shared.query_empty[group].init(kWarpGroup);
@@ -43,9 +44,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) produce_keys<Traits>(params, shared);
-    if (warp == 1) produce_values<Traits>(params, shared);
+    if (warp == 1 && !clears) produce_values<Traits, false>(params, shared);
+    if (warp == 1 && clears) produce_values<Traits, true>(params, shared);
     if (warp == 2) produce_queries<Traits>(params, shared);
-    if (warp == 3) clear_values<Traits>(params, shared);
+    if (warp == 3 && clears) clear_values<Traits>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     AttendConsumer<Traits>(params, shared, warp_group - 1).consume_rows();

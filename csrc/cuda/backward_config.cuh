@@ -107,6 +107,7 @@ struct BackwardTraits {
     // A bit for each of the item's keys, then for each value: whether it is not finite, but seen by
     // a query. It is zero in `key` or `value` then.
     uint32_t not_finite[2 * kBlockSize / 32];
+    bool any_not_finite;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

@@ -112,15 +112,15 @@ class BackwardConsumer {
     if (thread_ % 32 == 0) shared_.not_finite[thread_ / 32] = bits;
     fence_async_proxy_shared();  // wgmma reads what these stores wrote
     cutlass::arch::NamedBarrier::sync(kBackwardThreads, 0);
+    if (thread_ == 0) {
+      uint32_t any = 0;
+      for (const uint32_t of_a_warp : shared_.not_finite) any |= of_a_warp;
+      shared_.any_not_finite = any != 0;
+    }
+    cutlass::arch::NamedBarrier::sync(kBackwardThreads, 0);
   }
 
-  // Whether one of the item's keys or values, or this one or its value, is not finite.
-  __device__ bool any_not_finite() const {
-    uint32_t any = 0;
-#pragma unroll
-    for (const uint32_t bits : shared_.not_finite) any |= bits;
-    return any != 0;
-  }
+  // Whether a key of the item or its value is not finite.
   __device__ bool is_not_finite(int key) const {
     const uint32_t* bits = shared_.not_finite + key / 32;
     return (bits[0] | bits[kBlockSize / 32]) >> key % 32 & 1;
@@ -217,7 +217,7 @@ class BackwardConsumer {
   // S^T = K Q^T - lse / scale of the step at hand.
   __device__ void start_scores(Scores& scores) {
     shared_.query_full[queries_.slot].wait(queries_.parity);
-    masked_ = shared_.step[queries_.slot].masked || (flash_mask() && any_not_finite());
+    masked_ = shared_.step[queries_.slot].masked | shared_.any_not_finite;
     last_ = shared_.step[queries_.slot].last;
     start_from(shared_.score_start[queries_.slot], scores);
     multiply<GMMA::ScaleOut::One>(typename Traits::ScoreMma{}, shared_.key,

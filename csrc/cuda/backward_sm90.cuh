@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int warp_group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpGroup, 0);
   if (threadIdx.x == 0) {
+    shared.any_not_finite = false;
     shared.item_full.init(1);
     shared.item_empty.init(kBackwardThreads);
     for (int stage = 0; stage < Traits::kQueryStages; ++stage) {

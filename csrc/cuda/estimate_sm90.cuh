@@ -160,8 +160,11 @@ void launch_estimate(const EstimateParams& params) {
   const dim3 pool_grid(static_cast<unsigned>(layout.num_tiles * kTileStrides / kPoolStrides),
                        static_cast<unsigned>(params.heads.num_heads_k),
                        static_cast<unsigned>(visibility.batch));
-  pool_keys_kernel<Traits, kStride>
-      <<<pool_grid, kPoolThreads, 0, stream>>>(params, layout, workspace, aligned_rows(params.key));
+  const auto pool_kernel = params.visibility.row_bounds.data
+                               ? pool_keys_kernel<Traits, kStride, true>
+                               : pool_keys_kernel<Traits, kStride, false>;
+  pool_kernel<<<pool_grid, kPoolThreads, 0, stream>>>(params, layout, workspace,
+                                                      aligned_rows(params.key));
   RRATTN_CUDA_CHECK(cudaGetLastError());
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);

@@ -18,7 +18,7 @@ __device__ inline bool all_finite(const float (&values)[8]) {
 }
 
 // A thread averages 8 columns of one stride, with up to 8 loads in flight.
-template <typename Traits, int kStride>
+template <typename Traits, int kStride, bool kFlashMask>
 __global__ void __launch_bounds__(kPoolThreads)
     pool_keys_kernel(EstimateParams params, EstimateLayout layout,
                      EstimateWorkspace<Traits> workspace, bool aligned) {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kPoolThreads)
           sum[e] += static_cast<float>(reinterpret_cast<const Element*>(&rows[r])[e]);
       }
     }
-    if (params.visibility.row_bounds.data != nullptr && !all_finite(sum)) {
+    if (kFlashMask && !all_finite(sum)) {
       for (float& value : sum) value = 0;
 #pragma unroll 1
       for (int64_t key = stride * kStride;

@@ -4,8 +4,9 @@
 `layer_densities` tell afterwards what each layer attended. The library is found from the model's class. There is
 one file per library, which is loaded only together with that library: importing rrattn imports none of them.
 
-For libraries that look attention functions up by name, importing this module also registers the name "rrattn", at
-once when the library is loaded already and otherwise at the moment it gets loaded.
+For libraries that look attention functions up by name, importing this module also registers the name "rrattn", and
+lets models notice where that name has no effect: at once when the library is loaded already and otherwise at the moment
+it gets loaded.
 """
 
 from __future__ import annotations
@@ -23,33 +24,38 @@ _INTEGRATIONS = {
     "paddlenlp": "rrattn.integrations.paddlenlp",
     "paddlefleet": "rrattn.integrations.paddlefleet",
 }
-# Module of a library that holds its table of attention functions -> our module that adds to it.
-_ATTENTION_TABLES = {"paddleformers.nn.attention.interface": "rrattn.integrations.paddleformers"}
+# Module of a library -> our module and its function that is called with it: the library's table of attention
+# functions, to which "rrattn" is added, and its models, which then notice a flag without effect.
+_HOOKS = {
+    "paddleformers.nn.attention.interface": ("rrattn.integrations.paddleformers", "register"),
+    "paddleformers.transformers.model_utils": ("rrattn.integrations.paddleformers", "watch"),
+}
 
 
-def _register(table_module: str) -> None:
-    importlib.import_module(_ATTENTION_TABLES[table_module]).register(sys.modules[table_module])
+def _hook(library_module: str) -> None:
+    module, function = _HOOKS[library_module]
+    getattr(importlib.import_module(module), function)(sys.modules[library_module])
 
 
-class _RegisterWhenImported(importlib.abc.MetaPathFinder):
-    """Lets a library's attention table load as usual, then registers rrattn in it.
+class _HookWhenImported(importlib.abc.MetaPathFinder):
+    """Lets a library's module load as usual, then hooks rrattn into it.
 
     So the order of the imports does not matter, and a program that never uses the library never pays for it.
     """
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in _ATTENTION_TABLES:
+        if fullname not in _HOOKS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return None
         load = spec.loader.exec_module
 
-        def load_and_register(module):
+        def load_and_hook(module):
             load(module)
-            _register(fullname)
+            _hook(fullname)
 
-        spec.loader.exec_module = load_and_register
+        spec.loader.exec_module = load_and_hook
         return spec
 
 
@@ -67,7 +73,10 @@ def _integration_of(model):
 def enable(model, config=None):
     """Makes every attention layer of a model run RRAttention: prefill sparse, decoding steps dense.
 
-    What was changed is logged once, by the model library's logger.
+    What was changed is logged once, by the model library's logger. Other models stay as they are, also those built from
+    the same config object: the flag that says that rrattn runs (`_attn_implementation` in PaddleFormers, `use_rrattn`
+    in PaddleNLP) is set in `model.config` for this model alone, where every other setting is still shared. It is not
+    saved with the model, nor copied with the config alone; a copy of the model has it.
 
     Parameters
     ----------
@@ -89,8 +98,8 @@ def enable(model, config=None):
     TypeError
         For a config that is no RRAttentionConfig.
     ValueError
-        For a model of another kind, one in which nothing matches, or a config that does not fit its number of layers
-        or heads.
+        For a model of another kind, one in which nothing matches, a config that does not fit its number of layers or
+        heads, or while `collect_stats` collects.
     """
     if config is not None:
         required_config(config)
@@ -98,12 +107,12 @@ def enable(model, config=None):
 
 
 def disable(model):
-    """Undoes `enable`: the model runs the attention it ran before.
+    """Undoes `enable`: the model, or the part that is given, runs the attention it ran before.
 
     Raises
     ------
     ValueError
-        When rrattn was not enabled on the model.
+        When rrattn was not enabled on the model, or while `collect_stats` collects.
     """
     return _integration_of(model).disable(model)
 
@@ -119,7 +128,7 @@ def layer_selections(model):
     Returns
     -------
     list of BlockSelection or None
-        One per layer, in order; None where a layer has not run yet.
+        One per layer, in order; None where a layer has not run yet, or does not run rrattn now.
     """
     return [None if core is None else core.last_selection for core in attention_cores(model)]
 
@@ -130,12 +139,13 @@ def layer_densities(model):
     Returns
     -------
     list of Tensor or None
-        float32 [B, Hq] per layer, in order; None where a layer has not run yet, or only decoding steps.
+        float32 [B, Hq] per layer, in order; None where a layer has not run yet, or only decoding steps, or does not run
+        rrattn now.
     """
     return [None if selection is None else selection.density for selection in layer_selections(model)]
 
 
-for _table in _ATTENTION_TABLES:
-    if _table in sys.modules:
-        _register(_table)
-sys.meta_path.insert(0, _RegisterWhenImported())
+for _module in _HOOKS:
+    if _module in sys.modules:
+        _hook(_module)
+sys.meta_path.insert(0, _HookWhenImported())

@@ -17,6 +17,7 @@ from ..masks import startend_rows_from_dense
 
 _CORE = "_rrattn"  # the RRAttention of an attention layer
 _SETTING = "rrattn_"  # settings of rrattn in a model's config: rrattn_threshold, rrattn_stride, ...
+_KNOWN_SETTINGS = [_SETTING + field.name for field in fields(RRAttentionConfig)]
 
 
 # Settings and layers
@@ -30,11 +31,10 @@ def settings_of(model_config) -> RRAttentionConfig:
     ValueError
         For an attribute `rrattn_...` that names no setting, or a value that is not allowed.
     """
-    known = [_SETTING + field.name for field in fields(RRAttentionConfig)]
     given = {name: setting for name, setting in vars(model_config).items() if name.startswith(_SETTING)}
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in given if name not in _KNOWN_SETTINGS]
     if unknown:
-        raise ValueError(f"the model's config has {', '.join(unknown)}, but rrattn knows {', '.join(known)}")
+        raise ValueError(f"the model's config has {', '.join(unknown)}, but rrattn knows {', '.join(_KNOWN_SETTINGS)}")
     return RRAttentionConfig(**{name[len(_SETTING) :]: setting for name, setting in given.items()})
 
 
@@ -115,20 +115,38 @@ def core_of(layer) -> RRAttention | None:
 def set_core(layer, core: RRAttention | None) -> None:
     """Gives an attention layer its RRAttention, or takes it away."""
     if core is None:
-        del layer.__dict__[_CORE]
+        layer.__dict__.pop(_CORE, None)
     else:
         layer.__dict__[_CORE] = core
 
 
-def report(model, library: str, config: RRAttentionConfig, num_layers: int) -> str:
-    """One line that says what `enable` changed."""
+def set_cores(layers, cores) -> None:
+    """Gives each attention layer its RRAttention, or takes it away where that is None.
+
+    Raises
+    ------
+    ValueError
+        While `rrattn.collect_stats` collects of one of them: it would miss what the new one does.
+    """
+    held = [core for core in map(core_of, layers) if core is not None]
+    if any(core._observer is not None for core in held):
+        raise ValueError(
+            "statistics of this model are being collected: enable, disable or change settings of rrattn "
+            "outside of the block of rrattn.collect_stats"
+        )
+    for layer, core in zip(layers, cores):
+        set_core(layer, core)
+
+
+def report(model_name: str, library: str, config: RRAttentionConfig, num_layers: int) -> str:
+    """One line that says what runs from now on."""
     dense = [layer for layer in range(num_layers) if config.layer_is_dense(layer, num_layers)]
     parts = [f"threshold {config.threshold}", f"stride {config.stride}"]
     if dense:
         parts.append(f"dense in layers {', '.join(map(str, dense))}")
     if config.min_length:
         parts.append(f"dense below {config.min_length} keys")
-    return f"rrattn runs {num_layers} attention layers of {type(model).__name__} ({library}): {', '.join(parts)}"
+    return f"rrattn runs {num_layers} attention layers of {model_name} ({library}): {', '.join(parts)}"
 
 
 # Masks

@@ -28,6 +28,7 @@ from .common import (
     refuse_settings_of_a_part,
     report,
     set_core,
+    set_cores,
     settings_of,
 )
 
@@ -225,19 +226,17 @@ def enable(model, config: RRAttentionConfig | None = None):
     num_layers = model_config.num_hidden_layers
     refuse_settings_of_a_part(model, layers, num_layers, config)
     cores = [layer._make_core(config, index, num_layers) for index, layer in enumerate(layers)]
-    for layer, core in zip(layers, cores):
-        set_core(layer, core)
-    logger.info(report(model, "PaddleFleet", config, len(layers)))
+    set_cores(layers, cores)
+    logger.info(report(type(model).__name__, "PaddleFleet", config, len(layers)))
     return model
 
 
 def disable(model):
     """See `rrattn.disable`."""
     layers = _core_attentions(model)
-    if core_of(layers[0]) is None:
+    if all(core_of(layer) is None for layer in layers):
         raise ValueError("rrattn is not enabled on this model")
-    for layer in layers:
-        set_core(layer, None)
+    set_cores(layers, [None] * len(layers))
     return model
 
 

@@ -5,28 +5,93 @@ adds "rrattn" to it, so that
 
     model.config._attn_implementation = "rrattn"
 
-runs with the settings of the model's config (or the defaults), and `enable(model, config)` with chosen ones.
-(ERNIE reads the flag when the model is built: set it in the config before, or use `enable`.)
+runs with the settings of the model's config (or the defaults), as they are at each call, and `enable(model, config)`
+with chosen ones. `enable` sets the flag for that model alone, also where others share its config.
+
+Some layers heed the flag late or not at all: ERNIE's read it once, when the model is built; Gemma 3's fall back to
+"sdpa"; others look nothing up. What the flag promises would then not run, or run without the causal mask, which
+PaddleFormers leaves away wherever the flag is not "eager". So the table's other functions refuse a layer whose config
+says "rrattn", and so does a model, after its first call, when none of its layers came here.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
+from contextvars import ContextVar
+
 from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from .common import attend, core_of, fleet_rank, make_core, refuse_settings, report, set_core, settings_of
+from .common import attend, core_of, fleet_rank, make_core, refuse_settings, report, set_cores, settings_of
+from .own_flag import give_own_flag, is_view, take_own_flag
 
 NAME = "rrattn"
+FLAG = "_attn_implementation"
 SUPPORTED_MODELS = ("llama", "qwen2", "qwen3", "ernie4_5", "ernie4_5_moe")
 
 # Ways of a model's config to run that rrattn has no answer to when they are more than this.
 _UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
-_PREVIOUS = "_rrattn_previous"  # what the flags of the config and of the layer were before enable
-_LAYER_FLAG = "attn_implementation"  # of ERNIE layers, which read the config's flag once, when they are built
+_LAYER_FLAG = "attn_implementation"  # of layers that read the config's flag once, when they are built
+_PREVIOUS = "_rrattn_previous"  # that flag before enable, or None; an attention layer has it while enabled
+_SETTINGS = "_rrattn_settings"  # of a layer that runs by the flag: what its config said when its core was made
+
+
+# The flag
 
 
 def register(interface_module) -> None:
-    """Adds "rrattn" to the table in `paddleformers.nn.attention.interface`."""
-    interface_module.AttentionInterface.register(NAME, rrattn_attention_forward)
+    """Adds "rrattn" to the table in `paddleformers.nn.attention.interface`, and guards what else is in it."""
+    table = interface_module.AttentionInterface
+    table.register(NAME, rrattn_attention_forward)
+    lookup = table.__getitem__
+
+    def guarded_lookup(self, name):
+        function = lookup(self, name)
+        return function if name == NAME else functools.partial(_other_attention, name, function)
+
+    table.__getitem__ = guarded_lookup
+
+
+def _other_attention(_name, _function, module, *args, **kwargs):
+    """Calls another attention function of the table, unless the layer's config says that rrattn runs."""
+    if getattr(getattr(module, "config", None), FLAG, None) == NAME:
+        raise ValueError(
+            f"{FLAG} is {NAME!r}, but {type(module).__name__} runs {_name!r}: it took its own from the config when the "
+            f"model was built, or does not follow the flag. rrattn.enable(model) switches over models of the types "
+            f"{', '.join(SUPPORTED_MODELS)}; others need another {FLAG}"
+        )
+    core = core_of(module)
+    if core is not None:
+        core.last_selection = None  # no longer what the layer attended last
+    return _function(module, *args, **kwargs)
+
+
+_in_a_model = ContextVar("rrattn: in the call of a model", default=False)
+_came_here = weakref.WeakSet()  # models that were seen to run rrattn by their config's flag
+
+
+def watch(model_module) -> None:
+    """Makes calls of models in `paddleformers.transformers.model_utils` notice that the flag had no effect."""
+    call = model_module.PretrainedModel.__call__
+
+    @functools.wraps(call)
+    def watched_call(self, *args, **kwargs):
+        flag = getattr(getattr(self, "config", None), FLAG, None)
+        if flag != NAME or _in_a_model.get() or self in _came_here:
+            return call(self, *args, **kwargs)
+        token = _in_a_model.set(True)  # its parts need no attention of their own
+        try:
+            out = call(self, *args, **kwargs)
+        finally:
+            _in_a_model.reset(token)
+        if all(core_of(layer) is None for layer in self.sublayers()):
+            raise ValueError(
+                f"{FLAG} is {NAME!r}, but no attention layer of {type(self).__name__} looks it up: rrattn did not run"
+            )
+        _came_here.add(self)
+        return out
+
+    model_module.PretrainedModel.__call__ = watched_call
 
 
 def rrattn_attention_forward(
@@ -47,7 +112,8 @@ def rrattn_attention_forward(
     Parameters
     ----------
     module : paddle.nn.Layer
-        The attention layer that calls; its RRAttention is made on the first call if `enable` was not used.
+        The attention layer that calls. Where `enable` was not used, its RRAttention is made on the first call, and anew
+        when the settings in its config have changed.
     query : Tensor
         [B, Hq, Lq, D], the last Lq positions of the keys; position embedding applied.
     key, value : Tensor
@@ -73,8 +139,15 @@ def rrattn_attention_forward(
     Raises
     ------
     ValueError
-        For dropout, sink, another argument that is set, or a mask that rrattn cannot express.
+        For dropout, sink, another argument that is set, a mask that rrattn cannot express, settings in the config that
+        are not allowed; and where the layer's config does not say that rrattn runs, or another model's says it.
     """
+    flag = getattr(getattr(module, "config", None), FLAG, None)
+    if flag != NAME == getattr(module, _LAYER_FLAG, None):
+        raise ValueError(
+            f"{FLAG} is {flag!r}, but {type(module).__name__} runs {NAME!r}: it does not follow the flag. Leave it to "
+            "rrattn.enable(model) and rrattn.disable(model), or to the config that the model is built from"
+        )
     if dropout:
         raise ValueError(f"rrattn does not support attention dropout; set it to 0.0, got {dropout}")
     if sink is not None:
@@ -98,6 +171,7 @@ def rrattn_attention_forward(
 
 def enable(model, config: RRAttentionConfig | None = None):
     """See `rrattn.enable`."""
+    from paddleformers.transformers import PretrainedConfig
     from paddleformers.utils.log import logger
 
     config = settings_of(model.config) if config is None else config
@@ -108,37 +182,37 @@ def enable(model, config: RRAttentionConfig | None = None):
             f"the model_type of this one is {model_type!r}"
         )
     layers = _attention_layers(model)
-    cores = [_make_core(layer, config) for layer in layers]
-    for layer, core in zip(layers, cores):
-        set_core(layer, core)
-        flags = model.config._attn_implementation, getattr(layer, _LAYER_FLAG, None)
-        layer.__dict__.setdefault(_PREVIOUS, flags)
+    enabled = any(map(_is_enabled, layers))
+    set_cores(layers, [_make_core(layer, config) for layer in layers])
+    for layer in layers:
+        vars(layer).pop(_SETTINGS, None)
+        vars(layer).setdefault(_PREVIOUS, getattr(layer, _LAYER_FLAG, None))
         if hasattr(layer, _LAYER_FLAG):
             setattr(layer, _LAYER_FLAG, NAME)
-    model.config._attn_implementation = NAME
-    logger.info(report(model, "PaddleFormers", config, len(layers)))
+    give_own_flag(model, PretrainedConfig, FLAG, NAME, keep=enabled)
+    logger.info(report(type(model).__name__, "PaddleFormers", config, len(layers)))
     return model
 
 
 def disable(model):
     """See `rrattn.disable`."""
-    layers = _attention_layers(model)
-    if not hasattr(layers[0], _PREVIOUS):
+    from paddleformers.transformers import PretrainedConfig
+
+    layers = list(filter(_is_enabled, _attention_layers(model)))
+    if not layers:
         raise ValueError("rrattn is not enabled on this model")
+    set_cores(layers, [None] * len(layers))
     for layer in layers:
-        set_core(layer, None)
-        model.config._attn_implementation, flag = layer.__dict__.pop(_PREVIOUS)
+        flag = vars(layer).pop(_PREVIOUS)
         if hasattr(layer, _LAYER_FLAG):
             setattr(layer, _LAYER_FLAG, flag)
+    take_own_flag(model, PretrainedConfig)
     return model
 
 
 def attention_cores(model) -> list[RRAttention | None]:
-    """The RRAttention of each attention layer in order; None where neither `enable` nor the flag asked for it."""
-    return [
-        _core_of(layer) if getattr(layer, _LAYER_FLAG, model.config._attn_implementation) == NAME else core_of(layer)
-        for layer in _attention_layers(model)
-    ]
+    """The RRAttention of each attention layer in order; None where it does not run, by `enable` or by the flag."""
+    return [_core_of(layer) if _runs(layer) else None for layer in _attention_layers(model)]
 
 
 def _attention_layers(model):
@@ -149,12 +223,48 @@ def _attention_layers(model):
     return sorted(layers, key=lambda layer: layer.layer_idx)
 
 
-def _core_of(module) -> RRAttention:
-    core = core_of(module)
-    if core is None:
-        core = _make_core(module, settings_of(module.config))
-        set_core(module, core)
-    return core
+def _is_enabled(layer) -> bool:
+    return _PREVIOUS in vars(layer)
+
+
+def _runs(layer) -> bool:
+    """Whether the layer's flag, its config's and its own where it has one, says that rrattn runs."""
+    return getattr(layer.config, FLAG) == NAME == getattr(layer, _LAYER_FLAG, NAME)
+
+
+def _core_of(layer) -> RRAttention:
+    """The layer's RRAttention: as `enable` made it, or by what the config says now."""
+    if _is_enabled(layer):
+        return core_of(layer)
+    if not (hasattr(layer, "config") and hasattr(layer, "layer_idx")):
+        raise ValueError(
+            f"{type(layer).__name__} has no config and layer_idx, by which rrattn knows its settings: rrattn does not "
+            f"support this model; use another {FLAG}"
+        )
+    if is_view(layer.config):
+        raise ValueError(
+            f"this {layer.config.model_type} model was built from the config of a model that rrattn is enabled on: "
+            "enable rrattn on it as well, or build it from a copy of that config"
+        )
+    settings = settings_of(layer.config)
+    if settings != vars(layer).get(_SETTINGS):
+        set_cores([layer], [_make_core(layer, settings)])
+        vars(layer)[_SETTINGS] = settings
+        _report_once(layer.config, settings)
+    return core_of(layer)
+
+
+_last_report = None
+
+
+def _report_once(config, settings) -> None:
+    """Logs what the flag runs, for the first layer of a model and not for each."""
+    from paddleformers.utils.log import logger
+
+    global _last_report
+    if _last_report is None or _last_report[0]() is not config or _last_report[1] != settings:
+        logger.info(report(f"a {config.model_type} model", "PaddleFormers", settings, config.num_hidden_layers))
+        _last_report = weakref.ref(config), settings
 
 
 def _make_core(layer, config: RRAttentionConfig) -> RRAttention:

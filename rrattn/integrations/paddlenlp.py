@@ -7,13 +7,13 @@ A LLaMA or Qwen2 attention layer projects, rotates and caches, then calls `scale
 - PaddleNLP 2.8 reads it from the module at every call. There the layer's `forward` runs with a name space in which that
   name means the layer's own function; the module and other models stay as they are.
 
-While a model is enabled, `config.use_rrattn` says at every call whether rrattn runs (True, as `enable` sets it) or the
-attention that the model came with (False).
+While a model is enabled, its `config.use_rrattn` says at every call whether rrattn runs (True, as `enable` sets it) or
+the attention that the model came with (False). The flag is the model's own: others that share its config do not see it,
+and it is not saved.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from types import FunctionType
 
@@ -27,9 +27,10 @@ from .common import (
     refuse_settings,
     refuse_settings_of_a_part,
     report,
-    set_core,
+    set_cores,
     settings_of,
 )
+from .own_flag import give_own_flag, take_own_flag
 
 FLAG = "use_rrattn"
 SUPPORTED_LAYERS = {
@@ -39,7 +40,6 @@ SUPPORTED_LAYERS = {
 
 _FUNCTION = "scaled_dot_product_attention"  # by which name the modules know it
 _PREVIOUS = "_rrattn_previous"  # (attribute of the layer that was replaced, what its __dict__ held or _ABSENT)
-_PREVIOUS_FLAG = "_rrattn_previous_flag"  # what the config's flag was, or _ABSENT
 _ABSENT = "absent"
 
 # Arguments of scaled_dot_product_attention that rrattn has no answer to, unless they are None, False or 0.
@@ -80,7 +80,8 @@ class LayerAttention:
         ValueError
             For attention weights, dropout, ALiBi, resharding, or a mask that rrattn cannot express.
         """
-        if not getattr(self.layer.config, FLAG, True):
+        if not _runs(self.layer):
+            core_of(self.layer).last_selection = None  # no longer what the layer attended last
             return self.original(*args, **kwargs)
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -132,12 +133,16 @@ class _ForwardWithOwnAttention:
     def __call__(self, *args, **kwargs):
         return self._forward(self._layer, *args, **kwargs)
 
-    def __deepcopy__(self, memo):
-        return type(self)(copy.deepcopy(self._layer, memo), copy.deepcopy(self._attention, memo))
+    def __reduce__(self):
+        return type(self), (
+            self._layer,
+            self._attention,
+        )  # the function itself cannot be copied or pickled
 
 
 def enable(model, config: RRAttentionConfig | None = None):
     """See `rrattn.enable`."""
+    from paddlenlp.transformers import PretrainedConfig
     from paddlenlp.utils.log import logger
 
     layers = _attention_layers(model)
@@ -158,32 +163,38 @@ def enable(model, config: RRAttentionConfig | None = None):
         )
         for index in range(len(layers))
     ]
-    for layer, core in zip(layers, cores):
-        if core_of(layer) is None:
-            _swap(layer)
-        set_core(layer, core)
-    setattr(model_config, FLAG, True)
-    logger.info(report(model, "PaddleNLP", config, len(layers)))
+    others = [layer for layer in layers if core_of(layer) is None]
+    hooks = list(map(_hook, others))
+    set_cores(layers, cores)
+    for layer, (name, own) in zip(others, hooks):
+        vars(layer)[_PREVIOUS] = name, vars(layer).get(name, _ABSENT)
+        vars(layer)[name] = own
+    give_own_flag(model, PretrainedConfig, FLAG, True, keep=len(others) < len(layers))
+    logger.info(report(type(model).__name__, "PaddleNLP", config, len(layers)))
     return model
 
 
 def disable(model):
     """See `rrattn.disable`."""
-    layers = _attention_layers(model)
-    if core_of(layers[0]) is None:
+    from paddlenlp.transformers import PretrainedConfig
+
+    layers = [layer for layer in _attention_layers(model) if core_of(layer) is not None]
+    if not layers:
         raise ValueError("rrattn is not enabled on this model")
+    set_cores(layers, [None] * len(layers))
     for layer in layers:
-        name, previous = layer.__dict__.pop(_PREVIOUS)
-        flag = layer.__dict__.pop(_PREVIOUS_FLAG)
-        _restore(layer.__dict__, name, previous)
-        set_core(layer, None)
-    _restore(layers[0].config.__dict__, FLAG, flag)
+        name, previous = vars(layer).pop(_PREVIOUS)
+        if isinstance(previous, str) and previous == _ABSENT:
+            del vars(layer)[name]
+        else:
+            vars(layer)[name] = previous
+    take_own_flag(model, PretrainedConfig)
     return model
 
 
 def attention_cores(model) -> list[RRAttention | None]:
-    """The RRAttention of each attention layer in order; None where rrattn is not enabled."""
-    return [core_of(layer) for layer in _attention_layers(model)]
+    """The RRAttention of each attention layer in order; None where it does not run."""
+    return [core_of(layer) if _runs(layer) else None for layer in _attention_layers(model)]
 
 
 def _attention_layers(model):
@@ -201,23 +212,16 @@ def _attention_layers(model):
     return layers
 
 
-def _swap(layer):
-    """Puts the layer's own attention function where it calls `scaled_dot_product_attention`."""
+def _runs(layer) -> bool:
+    """Whether the layer, if enabled, runs rrattn: the flag of its config."""
+    return getattr(layer.config, FLAG, True)
+
+
+def _hook(layer):
+    """(attribute of the layer, what to set it to), so that its own attention function is called."""
     if hasattr(layer, "attn_func"):
-        name, own = "attn_func", LayerAttention(layer, layer.attn_func)
-    else:
-        forward = type(layer).forward
-        if _FUNCTION not in forward.__code__.co_names:
-            raise ValueError(f"{type(layer).__name__} calls no {_FUNCTION}: rrattn does not know this PaddleNLP")
-        name, own = "forward", _ForwardWithOwnAttention(layer, LayerAttention(layer, forward.__globals__[_FUNCTION]))
-    layer.__dict__[_PREVIOUS] = name, layer.__dict__.get(name, _ABSENT)
-    layer.__dict__[_PREVIOUS_FLAG] = layer.config.__dict__.get(FLAG, _ABSENT)
-    layer.__dict__[name] = own
-
-
-def _restore(attributes, name, previous):
-    """Undoes an assignment to attributes[name], which held `previous`."""
-    if isinstance(previous, str) and previous == _ABSENT:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = previous
+        return "attn_func", LayerAttention(layer, layer.attn_func)
+    forward = type(layer).forward
+    if _FUNCTION not in forward.__code__.co_names:
+        raise ValueError(f"{type(layer).__name__} calls no {_FUNCTION}: rrattn does not know this PaddleNLP")
+    return "forward", _ForwardWithOwnAttention(layer, LayerAttention(layer, forward.__globals__[_FUNCTION]))
