@@ -1,4 +1,4 @@
-"""FlashMask bounds for causal attention, packed documents, padding and dense masks: whatever their arguments come as."""
+"""FlashMask bounds of causal attention, packed documents, padding and dense masks: whatever their arguments come as."""
 
 import numpy as np
 import paddle
