@@ -103,6 +103,8 @@ def sample_stride(value) -> int:
 
 def flag(value, name, allowed="True or False") -> bool:
     """True or False."""
+    if value is True or value is False:
+        return value
     value = plain(value)
     if not isinstance(value, bool):
         raise refused(value, name, allowed)
@@ -163,6 +165,8 @@ def _is_array(value):
 
 def _index(value):
     """An integer as int; None for anything else."""
+    if type(value) is int:
+        return value
     value = plain(value)
     if isinstance(value, bool) or _is_array(value):
         return None
@@ -174,6 +178,8 @@ def _index(value):
 
 def _float(value):
     """A real number as float, infinite beyond its range; None for anything else."""
+    if type(value) is float:
+        return value
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None

@@ -34,8 +34,14 @@ _THRESHOLD = "a number in (0, 1] or a float32 array of one per head"
 
 available_simd = _direct.available_simd
 default_num_threads = _direct.default_num_threads
-set_simd = _direct.set_simd
 simd = _direct.simd
+
+
+def set_simd(name):
+    """Lets the CPU stages run with an instruction set of :func:`available_simd`, by its name."""
+    if not isinstance(name, str):
+        raise TypeError(f"simd is {name!r}, but must be a name, one of {', '.join(available_simd())}")
+    _direct.set_simd(name)
 
 
 def estimate_block_scores(

@@ -10,6 +10,11 @@ its dtype first, as for Paddle's own attention.
 A program saved by `paddle.jit.save` names the operators and does not hold them: import rrattn before `paddle.jit.load`
 and `paddle.inference.create_predictor`. The former does not check, and without them the first call ends the process.
 
+Keys that a query may not see are nowhere in its result, whatever lies there: padding, or slots of a cache that nothing
+was written to. A NaN or infinity shows in every query that sees it, as in dense attention, and in those that share a
+block of 128 queries by 128 keys with one that does; not in other blocks. Sums are of float32: they become infinite
+beyond its largest number.
+
 Bad arguments raise ValueError (TypeError for what is no tensor) with the value and what is allowed, before anything
 runs; what counts as a number or as True and False is said in :mod:`rrattn.arguments`.
 """
@@ -207,7 +212,8 @@ def select_blocks(
     `threshold` times the row's; masses are added in fixed point, so that every device selects the same. Also kept: the
     blocks that hold the row's own positions (when causal), blocks that FlashMask masks in part, and what `keep_sink`,
     `keep_last` and `keep_local` ask for. A row with a score that is NaN, negative or 2^18 and up keeps every visible
-    block.
+    block, so that a NaN or infinity in a query or key shows in the attention; one in a key that no query sees counts
+    as zero in :func:`estimate_block_scores` already.
 
     Parameters
     ----------

@@ -26,39 +26,27 @@ class BlockSelection:
         int32 [B, Hq, Mq, ceil(Mk / 32)] (see `rrattn.masks`); None when it was larger than MASK_BYTES_KEPT, or it and
         startend_row_indices were together.
     startend_row_indices : Tensor or None
-        int32 [B, 1|Hkv|Hq, Lk, 1|2|4], the caller's own; None where there were none, or where block_mask is None.
+        int32 [B, 1|Hkv|Hq, Lk, 1|2|4], as they were; None where there were none, or where block_mask is None.
     causal : bool
     seqlen_q, seqlen_k : int
     """
 
     def __init__(self, block_mask: paddle.Tensor, startend_row_indices=None, *, causal: bool, seqlen_q, seqlen_k):
-        self.block_mask = block_mask
-        self._rows = startend_row_indices
-        self._rows_version = None if startend_row_indices is None else startend_row_indices.inplace_version
         self.causal = causal
         self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
         self._density = None
+        self.block_mask, self.startend_row_indices = block_mask, startend_row_indices
         kept = [block_mask] if startend_row_indices is None else [block_mask, startend_row_indices]
         if sum(tensor.size * 4 for tensor in kept) > MASK_BYTES_KEPT:
             self._density = self.density
-            self.block_mask = self._rows = None
-
-    @property
-    def startend_row_indices(self) -> paddle.Tensor | None:
-        if self._rows is not None and self._rows.inplace_version != self._rows_version:
-            raise RuntimeError(
-                "startend_row_indices were changed in place after the call of attention whose blocks are asked for: "
-                "read its density before, or give the next call a tensor of its own"
-            )
-        return self._rows
+            self.block_mask = self.startend_row_indices = None
+        elif startend_row_indices is not None:
+            self.startend_row_indices = startend_row_indices.detach().clone()  # whose owner may change it
 
     @property
     def density(self) -> paddle.Tensor:
-        """float32 [B, Hq]: the share of the visible blocks that were attended. Counted when first read.
-
-        Raises RuntimeError where startend_row_indices were changed in place before that.
-        """
+        """float32 [B, Hq]: the share of the visible blocks that were attended. Counted when first read."""
         if self._density is None:
             self._density = block_density(
                 self.block_mask,

@@ -120,6 +120,9 @@ def rrattn_estimate(
     _check_others("rrattn_estimate", others)
     query, key = _transposed(query_states, "query_states"), _transposed(key_states, "key_states")
     causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
+    keep_sink = arguments.flag(keep_sink, "keep_sink")
+    if not isinstance(threshold, paddle.Tensor):
+        threshold = arguments.threshold(threshold)
     scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, stride=stride)
     block_mask = select_blocks(
         scores,

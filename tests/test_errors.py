@@ -1,12 +1,15 @@
 """Bad input, through rrattn.direct and Paddle: a Python exception that names the value and what is allowed,
 and outputs left as they were."""
 
+import tempfile
+
 import harness
 import numpy as np
 import paddle
 import pytest
 import reference
 from bad_arguments import HKV, HQ, KEYWORDS, LK, LQ, MK, MQ, STAGES, B, D, good, zeros
+from harness import assert_identical
 
 import rrattn
 from rrattn import direct
@@ -187,9 +190,137 @@ def test_direct_outputs_of_the_wrong_shape_dtype_or_layout(stage, index, name, w
 def test_direct_objects_that_are_no_arrays():
     for stage, name in (("estimate", "key"), ("attend", "value"), ("select", "block_scores")):
         outputs = outputs_of(stage)
-        with pytest.raises(TypeError, match=f"{name} is a .*list.*__dlpack__"):
+        with pytest.raises(TypeError, match=f"{name} is a list, but must be an array with __dlpack__"):
             call_direct(stage, outputs, {name: [1.0, 2.0]})
         assert_untouched(outputs)
+
+
+@pytest.mark.parametrize(
+    "stage, index, name",
+    (
+        ("estimate", 0, "block_scores"),
+        ("select", 0, "block_mask"),
+        ("attend", 0, "out"),
+        ("attend", 1, "lse"),
+        ("backward", 0, "grad_query"),
+        ("backward", 1, "grad_key"),
+        ("backward", 2, "grad_value"),
+    ),
+)
+def test_direct_outputs_that_are_read_only_or_whose_elements_share_memory(stage, index, name):
+    right = outputs_of(stage)[index]
+    read_only = right.copy()
+    read_only.flags.writeable = False
+    shared = np.lib.stride_tricks.as_strided(right.copy(), right.shape, (0, *right.strides[1:]))
+    for output, message in ((read_only, f"{name} is read-only"), (shared, f"{name} has strides .*(share|contiguous)")):
+        outputs = outputs_of(stage)
+        outputs[index] = output
+        with pytest.raises(ValueError, match=message):
+            call_direct(stage, outputs, {})
+        assert_untouched(outputs)
+
+
+def test_direct_outputs_over_each_other_or_over_inputs():
+    """And the same memory without a common element is allowed, as is out in the place of query."""
+    x = good()
+    buffer = np.zeros((B, LQ + 1, HQ, D), np.float32)
+    buffer[:, :LQ] = x["query"]
+    first, second = buffer[:, :LQ], buffer[:, 1:]
+    lse = zeros(B, HQ, LQ)
+
+    def attend(out, lse=lse, **changes):
+        call_direct("attend", [out, lse], changes)
+
+    with pytest.raises(ValueError, match="out shares memory with query, but must have its own"):
+        attend(second, query=first)
+    with pytest.raises(ValueError, match="out shares memory with query"):
+        attend(first[:, ::-1], query=first)
+    with pytest.raises(ValueError, match="lse shares memory with out"):
+        attend(first, first.reshape(-1)[: lse.size].reshape(lse.shape))
+    with pytest.raises(ValueError, match="block_mask"):
+        attend(
+            first, block_mask=buffer.view(np.int32).reshape(-1)[: x["block_mask"].size].reshape(x["block_mask"].shape)
+        )
+    expected = zeros(B, LQ, HQ, D)
+    attend(expected)
+    attend(first, query=first)
+    assert_identical(first.copy(), expected)
+
+    side_by_side = np.zeros((B, LK, 2 * HKV, D), np.float32)  # [B, L, K and V, H, D] and the like
+    grads = outputs_of("backward")
+    call_direct("backward", grads, {})
+    call_direct("backward", [grads[0], side_by_side[:, :, :HKV], side_by_side[:, :, HKV:]], {})
+    assert_identical(side_by_side, np.concatenate(grads[1:], axis=2))
+    with pytest.raises(ValueError, match="grad_value shares memory with grad_key"):
+        call_direct("backward", [grads[0], grads[1], grads[1]], {})
+    with pytest.raises(ValueError, match="grad_value shares memory with grad_key"):
+        call_direct("backward", [grads[0], side_by_side[:, :, :HKV], side_by_side[:, :, HKV - 1 : -1]], {})
+    with pytest.raises(ValueError, match="grad_query shares memory with query"):
+        call_direct("backward", [first, *grads[1:]], {"query": first})
+    with pytest.raises(ValueError, match="workspace shares memory with query"):
+        q = np.zeros((B, LQ + 500, HQ, 64), np.float32)
+        direct.block_sparse_attention(
+            q[:, :LQ, :, :D], x["key"], x["value"], x["block_mask"], expected, lse, causal=True, workspace=q
+        )
+
+
+def test_direct_takes_what_speaks_dlpack_and_arrays_that_are_read_only():
+    x = good()
+    expected = outputs_of("attend")
+    call_direct("attend", expected, {})
+    for convert in (paddle.to_tensor, read_only_copy, mapped):
+        outputs = outputs_of("attend")
+        call_direct("attend", outputs, {name: convert(x[name]) for name in ("query", "key", "value", "block_mask")})
+        assert_identical(tuple(outputs), tuple(expected))
+    one_head = np.ascontiguousarray(x["key"][:, :, :1])
+    call_direct("attend", expected, {"key": np.repeat(one_head, HKV, axis=2)})
+    outputs = outputs_of("attend")
+    call_direct("attend", outputs, {"key": np.broadcast_to(one_head, x["key"].shape)})
+    assert_identical(tuple(outputs), tuple(expected))
+
+
+def read_only_copy(array):
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+
+def mapped(array):
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/array.npy", array)
+        return np.load(f"{folder}/array.npy", mmap_mode="r")
+
+
+class Unexportable:
+    """As a torch tensor that requires a gradient."""
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **options):
+        raise BufferError("cannot export, use detach()")
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    (
+        (Unexportable(), "key cannot be had in place: BufferError: cannot export, use detach"),
+        (zeros(B, LK, HKV, D).astype(bool), "key has dtype bool, but must have float32"),
+        (zeros(B, LK, HKV, D).astype(np.complex64), "key has dtype <c8, but must have float32"),
+        (zeros(B, LK, HKV, D).astype(">f4"), "key has dtype >f4, but must have float32"),
+        (zeros(B, LK, HKV, 4 * D + 1).view(np.uint8)[..., 1 : 4 * D + 1].view(np.float32), "key has a stride of"),
+    ),
+    ids=("unexportable", "bool", "complex", "big-endian", "unaligned stride"),
+)
+def test_direct_arrays_that_cannot_be_read(key, message):
+    outputs = outputs_of("attend")
+    with pytest.raises(ValueError, match=message):
+        call_direct("attend", outputs, {"key": key})
+    assert_untouched(outputs)
+
+
+def test_messages_name_no_source_file():
+    with pytest.raises(ValueError) as error:
+        call_paddle("attend", {"key": zeros(B, LK, HKV, D + 8)})
+    assert str(error.value) == f"key has head_dim {D + 8}, but must have that of query, {D}"
 
 
 def test_paddle_objects_that_are_no_tensors():
@@ -242,6 +373,8 @@ def test_simd_levels():
     before = direct.simd()
     with pytest.raises(ValueError, match="mmx.*baseline"):
         direct.set_simd("mmx")
+    with pytest.raises(TypeError, match="simd is 3,.*baseline"):
+        direct.set_simd(3)
     assert direct.simd() == before
 
 

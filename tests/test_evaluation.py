@@ -353,8 +353,8 @@ def test_calibration_writes_a_config_that_enable_reads(checkpoint, text, tmp_pat
     assert "bound on mean: 10.00%" in ran.stdout
     config = rrattn.RRAttentionConfig.from_json(tmp_path / "out.json")
     assert np.shape(config.threshold) == (2, 4) and config.stride == 8
+    rrattn.enable(paddleformers.LlamaForCausalLM.from_pretrained(str(checkpoint), dtype="float32"), config)
     model = Model(checkpoint)
-    rrattn.enable(model.model, config)
     model.method = Method(f"rrattn:{tmp_path / 'out.json'}")
     model.prefill(np.arange(1000) % 250)
     with pytest.raises(ValueError, match="stride and keep rules are in the file"):

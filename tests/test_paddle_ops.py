@@ -172,6 +172,23 @@ def test_strided_inputs(layout):
     )
 
 
+@pytest.mark.parametrize("stage", ("rr_attention", "block_sparse_attention"))
+def test_second_order_gradients_are_refused(stage):
+    """Without an error the part through attention would be missing: gradients of a penalty on gradients, say."""
+    query, key = paddle.randn([1, 200, 2, 8]), paddle.randn([1, 200, 1, 8])
+    query.stop_gradient = False
+
+    def attend():
+        if stage == "rr_attention":
+            return rrattn.rr_attention(query, key, key, causal=True)
+        return rrattn.block_sparse_attention(query, key, key, paddle.full([1, 2, 2, 1], -1, "int32"), causal=True)
+
+    (gradient,) = paddle.grad(attend().sum(), [query], create_graph=True)
+    np.testing.assert_array_equal(gradient.numpy(), paddle.grad(attend().sum(), [query])[0].numpy())
+    with pytest.raises(NotImplementedError, match="no second-order gradients.*create_graph=True"):
+        (gradient * gradient).sum().backward()
+
+
 def test_gradients_accumulate_over_two_uses():
     inputs = make_inputs(CASE)
     query, key, value = to_tensors(inputs, requires_grad=True)

@@ -72,7 +72,8 @@ void finish(Borrowed& borrowed, const int64_t* strides) {
   borrowed.bytes = contiguous * array.element_bytes;
 }
 
-// Of an array in host memory by NumPy's own protocol, which unlike its DLPack has read-only ones.
+// Of an array in host memory by NumPy's own protocol, which unlike its DLPack has read-only ones;
+// and takes longer.
 Borrowed borrow_by_interface(const py::object& object, const char* name, Access access) {
   const py::dict interface = object.attr("__array_interface__");
   const auto [data, read_only] = interface["data"].cast<std::pair<uintptr_t, bool>>();
@@ -135,7 +136,7 @@ Borrowed borrow(const py::object& object, const char* name, Access access,
                 const std::string& halves) {
   if (!py::hasattr(object, "__dlpack__")) {
     throw py::type_error(std::string(name) + " is a " +
-                         py::str(py::type::of(object)).cast<std::string>() +
+                         py::type::of(object).attr("__name__").cast<std::string>() +
                          ", but must be an array with __dlpack__");
   }
   Borrowed borrowed;
@@ -143,9 +144,12 @@ Borrowed borrow(const py::object& object, const char* name, Access access,
     // Paddle gives the type of its device as an enumeration that is no int.
     const py::int_ device_type(py::tuple(object.attr("__dlpack_device__")())[0]);
     const bool on_cpu = device_type.cast<int>() == 1;
-    borrowed = on_cpu && py::hasattr(object, "__array_interface__")
-                   ? borrow_by_interface(object, name, access)
-                   : borrow_by_dlpack(object, on_cpu);
+    try {
+      borrowed = borrow_by_dlpack(object, on_cpu);
+    } catch (const py::error_already_set&) {
+      if (!on_cpu || !py::hasattr(object, "__array_interface__")) throw;
+      borrowed = borrow_by_interface(object, name, access);
+    }
   } catch (const py::error_already_set& error) {
     throw std::invalid_argument(std::string(name) + " cannot be had in place: " + error.what());
   }

@@ -27,6 +27,16 @@ void add_terms(const Array& array, int64_t sign, std::vector<Term>& terms) {
   }
 }
 
+// The first and the last byte of an array.
+std::pair<intptr_t, intptr_t> extent(const Array& array) {
+  intptr_t first = reinterpret_cast<intptr_t>(array.data), last = first + array.element_bytes - 1;
+  for (size_t i = 0; i < array.shape.size(); ++i) {
+    const int64_t reach = array.strides[i] * array.element_bytes * (array.shape[i] - 1);
+    (reach < 0 ? first : last) += reach;
+  }
+  return {first, last};
+}
+
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
 // Looks for multiples of the terms that bring `distance` between `low` and `high`, the terms of
@@ -87,6 +97,9 @@ bool same_memory(const Array& a, const Array& b) {
 
 bool share_memory(const Array& a, const Array& b) {
   if (is_empty(a) || is_empty(b) || a.device != b.device) return false;
+  const auto [a_first, a_last] = extent(a);
+  const auto [b_first, b_last] = extent(b);
+  if (a_last < b_first || b_last < a_first) return false;  // as most are
   std::vector<Term> terms;
   add_terms(a, 1, terms);
   add_terms(b, -1, terms);

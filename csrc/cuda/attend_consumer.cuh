@@ -28,7 +28,8 @@ namespace rrattn::cuda {
 // Of a thread's probabilities of one row: below float16's largest, and far above 1.
 constexpr float kOutgrown = 0x1p12f;
 
-template <typename Traits>
+// kUnseenKeys: whether some blocks may hold keys that no row sees.
+template <typename Traits, bool kUnseenKeys>
 class AttendConsumer {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
@@ -277,10 +278,11 @@ class AttendConsumer {
     uint32_t hidden[2];  // bit i: of score i
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int end =
-          visibility.causal
-              ? min(row_token(row, half) + static_cast<int>(visibility.shift()) + 1, end_key)
-              : end_key;
+      const int token = row_token(row, half);
+      int end = visibility.causal ? min(token + static_cast<int>(visibility.shift()) + 1, end_key)
+                                  : end_key;
+      // No row: what a key holds that no row sees must not show in its warp.
+      if (kUnseenKeys && token >= static_cast<int>(visibility.seqlen_q)) end = 0;
       const int keys = max(end - first, 0);
       const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
       hidden[half] = visible < 32 ? ~0u << visible : 0;

@@ -145,13 +145,6 @@ __device__ void produce_keys(const AttendKernelParams& params,
   }
 }
 
-// Warps that follow: with the values, with the queries, and where FlashMask or the diagonal may
-// leave a block with keys that no row sees, one that clears their values.
-__device__ inline bool values_need_clearing(const Visibility& visibility) {
-  return visibility.row_bounds.data != nullptr ||
-         (visibility.causal && visibility.shift() % kBlockSize != 0);
-}
-
 // Calls `produce(row)` for every row that the first producer takes, and that sees anything.
 template <typename SharedStorage, typename Produce>
 __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
@@ -164,8 +157,8 @@ __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
   }
 }
 
-// kClears: some values go to `clear_values` first.
-template <typename Traits, bool kClears>
+// kUnseenKeys: values of blocks that may hold such keys go to `clear_values` first.
+template <typename Traits, bool kUnseenKeys>
 __device__ void produce_values(const AttendKernelParams& params,
                                typename Traits::SharedStorage& shared) {
   const int group =
@@ -176,7 +169,7 @@ __device__ void produce_values(const AttendKernelParams& params,
     RowBlocks blocks(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
       Barrier* full =
-          kClears && blocks.may_hold_unseen_keys() ? shared.value_uncleared : shared.value_full;
+          kUnseenKeys && blocks.may_hold_unseen_keys() ? shared.value_uncleared : shared.value_full;
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         shared.value_empty[values.slot].wait(values.parity ^ 1);
         if (threadIdx.x % 32 == 0) {

@@ -14,18 +14,18 @@
 
 namespace rrattn::cuda {
 
-template <typename Traits>
+// kUnseenKeys: whether some blocks may hold keys that no row sees, whose values are then made zero.
+template <typename Traits, bool kUnseenKeys>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attend_kernel(const __grid_constant__ AttendKernelParams params) {
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int warp_group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpGroup, 0);
-  const bool clears = values_need_clearing(params.attend.visibility);
   if (threadIdx.x == 0) {
     constexpr int kConsumers = kConsumerGroups * kWarpGroup;
     constexpr int kConsumerWarps = kConsumers / 32;  // a lane of each arrives
     shared.row_full.init(1);
-    shared.row_empty.init(kConsumers + (clears ? 3 : 2) * 32);
+    shared.row_empty.init(kConsumers + (kUnseenKeys ? 3 : 2) * 32);
     for (int group = 0; group < kConsumerGroups; ++group) {
       shared.query_full[group].init(1);
       shared.query_empty[group].init(kWarpGroup);
@@ -44,13 +44,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) produce_keys<Traits>(params, shared);
-    if (warp == 1 && !clears) produce_values<Traits, false>(params, shared);
-    if (warp == 1 && clears) produce_values<Traits, true>(params, shared);
+    if (warp == 1) produce_values<Traits, kUnseenKeys>(params, shared);
     if (warp == 2) produce_queries<Traits>(params, shared);
-    if (warp == 3 && clears) clear_values<Traits>(params, shared);
+    if (kUnseenKeys && warp == 3) clear_values<Traits>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    AttendConsumer<Traits>(params, shared, warp_group - 1).consume_rows();
+    AttendConsumer<Traits, kUnseenKeys>(params, shared, warp_group - 1).consume_rows();
   }
 }
 
@@ -87,7 +86,8 @@ void launch_attend(const AttendParams& attend) {
   params.aligned_out = aligned_rows(attend.out);
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
-  const auto kernel = attend_kernel<Traits>;
+  const auto kernel = may_leave_unseen_keys(visibility) ? attend_kernel<Traits, true>
+                                                        : attend_kernel<Traits, false>;
   RRATTN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   kernel<<<std::min(params.num_rows, multiprocessors), Traits::kThreads, kSharedBytes, stream>>>(

@@ -58,7 +58,7 @@ class BackwardConsumer {
       clear(grad_key);
       clear(grad_value);
       if (!item.nothing_selected) {
-        if (flash_mask()) clear_bad_rows(place);
+        if (may_leave_unseen_keys(params_.backward.visibility)) clear_bad_rows(place);
         take_steps(place, grad_key, grad_value);
       }
       shared_.item_empty.arrive();
@@ -71,10 +71,6 @@ class BackwardConsumer {
   }
 
  private:
-  __device__ bool flash_mask() const {
-    return params_.backward.visibility.row_bounds.data != nullptr;
-  }
-
   // Makes keys and values zero that hold a NaN or infinity, which a product with a probability of 0
   // would bring to queries that do not see them; those that do are given NaN by `hide`. And those
   // that no query sees and that are so large that dP may overflow.
@@ -319,7 +315,7 @@ class BackwardConsumer {
       const int first_seeing = key >= visibility.seqlen_k ? INT_MAX
                                : visibility.causal ? key - static_cast<int>(visibility.shift())
                                                    : INT_MIN;
-      if (layout.data != nullptr && is_not_finite(key_row() + half * 8)) {
+      if (shared_.any_not_finite && is_not_finite(key_row() + half * 8)) {
 #pragma unroll
         for (int i = 0; i < kScores; ++i) {
           float& score = scores(accumulator_index(half, i));

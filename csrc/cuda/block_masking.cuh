@@ -21,4 +21,10 @@ __device__ inline bool has_hidden_scores(const Visibility& visibility, BlockKind
          (n_block + 1) * kBlockSize > first_hidden_key(visibility, m_block);
 }
 
+// Whether FlashMask or the diagonal may leave a block that some row sees with keys that none does.
+__host__ __device__ inline bool may_leave_unseen_keys(const Visibility& visibility) {
+  return visibility.row_bounds.data != nullptr ||
+         (visibility.causal && visibility.shift() % kBlockSize != 0);
+}
+
 }  // namespace rrattn::cuda
