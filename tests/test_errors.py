@@ -236,7 +236,7 @@ def test_direct_outputs_over_each_other_or_over_inputs():
     with pytest.raises(ValueError, match="out shares memory with query"):
         attend(first[:, ::-1], query=first)
     with pytest.raises(ValueError, match="lse shares memory with out"):
-        attend(first, first.reshape(-1)[: lse.size].reshape(lse.shape))
+        attend(first, first[0].reshape(-1)[: lse.size].reshape(lse.shape))
     with pytest.raises(ValueError, match="block_mask"):
         attend(
             first, block_mask=buffer.view(np.int32).reshape(-1)[: x["block_mask"].size].reshape(x["block_mask"].shape)
@@ -304,11 +304,18 @@ class Unexportable:
     (
         (Unexportable(), "key cannot be had in place: BufferError: cannot export, use detach"),
         (zeros(B, LK, HKV, D).astype(bool), "key has dtype bool, but must have float32"),
-        (zeros(B, LK, HKV, D).astype(np.complex64), "key has dtype <c8, but must have float32"),
+        (zeros(B, LK, HKV, D).astype(np.complex64), "key has dtype complex64, but must have float32"),
         (zeros(B, LK, HKV, D).astype(">f4"), "key has dtype >f4, but must have float32"),
-        (zeros(B, LK, HKV, 4 * D + 1).view(np.uint8)[..., 1 : 4 * D + 1].view(np.float32), "key has a stride of"),
+        (
+            zeros(B, LK, HKV, 4 * D + 1, dtype=np.uint8)[..., : 4 * D].view(np.float32),
+            r"key has a stride of \d+ bytes, but must have multiples of 4",
+        ),
+        (
+            zeros(B, LK, HKV, 4 * D + 4, dtype=np.uint8)[..., 1 : 4 * D + 1].view(np.float32),
+            "key lies at an address that is no multiple of its elements' 4 bytes",
+        ),
     ),
-    ids=("unexportable", "bool", "complex", "big-endian", "unaligned stride"),
+    ids=("unexportable", "bool", "complex", "big-endian", "stride", "address"),
 )
 def test_direct_arrays_that_cannot_be_read(key, message):
     outputs = outputs_of("attend")

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 
 #include "../core/overlap.h"
@@ -155,6 +156,11 @@ Borrowed borrow(const py::object& object, const char* name, Access access,
   }
   Array& array = borrowed.array;
   array.name = name;
+  if (reinterpret_cast<intptr_t>(array.data) % std::max<int64_t>(array.element_bytes, 1) != 0) {
+    throw std::invalid_argument(array.name +
+                                " lies at an address that is no multiple of its elements' " +
+                                std::to_string(array.element_bytes) + " bytes");
+  }
   if (!halves.empty() && array.type_name == "uint16") array.type_name = halves;
   array.type = element_type(array.type_name);
   return borrowed;
