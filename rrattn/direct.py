@@ -2,9 +2,10 @@
 
 Every array is anything with ``__dlpack__``: NumPy arrays in host memory; torch, CuPy or Paddle tensors on a GPU too,
 where this build and the stage have it. The caller allocates everything, outputs included, and they are written in
-place; ``query``-like arrays may be strided as long as their last dimension is contiguous. Functions release the GIL and
-raise ValueError (TypeError for what is no array, and for options that they do not have) with the value and what is
-allowed, before anything is written.
+place; ``query``-like arrays may be strided as long as their last dimension is contiguous. Inputs may be read-only;
+outputs share memory with no other array, but ``out`` may be ``query``. Functions release the GIL and raise ValueError
+(TypeError for what is no array, and for options that they do not have) with the value and what is allowed, before
+anything is written.
 
 NumPy has no bfloat16: pass uint16 arrays that hold the bits, and ``dtype="bfloat16"``. B, L, H, D stand for batch,
 length, heads and head size; blocks are of 128 tokens; Mq and Mk are the numbers of query and key blocks.
