@@ -18,7 +18,7 @@ void raise_to(std::atomic<int32_t>& largest, int32_t value) {
   }
 }
 
-// kKeysPerItem keys of a head, from first_key on, down all rows.
+// Reads up to kKeysPerItem keys of a head, from first_key on, down all rows.
 template <typename Mask>
 void read_keys(const DenseMaskParams& params, int64_t head, int64_t first_key,
                std::atomic<int32_t>& all_faults, std::atomic<int32_t>& fault_value) {
@@ -27,12 +27,12 @@ void read_keys(const DenseMaskParams& params, int64_t head, int64_t first_key,
                      head / params.num_heads * params.batch_stride +
                      head % params.num_heads * params.head_stride + first_key * params.key_stride;
   const int64_t first_own_row = first_key - (params.seqlen_k - params.seqlen_q);
-  int32_t seen_before[kKeysPerItem];  // by the row before; before row 0 cached keys are
+  int32_t seen_before[kKeysPerItem];  // by the row before; before row 0: cached keys
   int32_t count[kKeysPerItem] = {};   // of rows that see the key
   for (int64_t i = 0; i < num_keys; ++i) seen_before[i] = first_own_row + i < 0;
   for (int64_t row = 0; row < params.seqlen_q; ++row) {
     const auto* at = mask + row * params.row_stride;
-    const int64_t own = row - first_own_row;  // this key may be seen for the first time
+    const int64_t own = row - first_own_row;  // this row may be the key's first
     if (0 <= own && own < num_keys) seen_before[own] = 1;
     int32_t neither = 0, gained = 0;
     const auto read_row = [&](int64_t key_stride) {
