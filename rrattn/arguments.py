@@ -1,9 +1,9 @@
 """Numbers, flags and sequences that users give: one check for each kind, wherever it is given.
 
-Each function takes what was given and, as most are for more than one argument, its name, and returns it as plain
-Python. NumPy's numbers and flags, and its arrays of no dimension, count as what they hold. True and False are no
-numbers, and numbers no flags; tensors are neither, since to read one waits for its device, and a static graph has
-nothing to read.
+Each function takes a value and, where it serves several arguments, the name of the argument, and returns the value as
+plain Python. NumPy's scalars and its arrays of no dimension count as the numbers or flags that they hold. True and
+False are not numbers, and numbers are not flags. Tensors are neither: to read one waits for its device, and in a static
+graph there is nothing to read.
 
 What is not allowed raises ValueError with the argument, the value and what is allowed.
 """
@@ -23,16 +23,17 @@ STRIDES = (2, 4, 8, 16, 32, 64)
 """Sample strides that can be used: divisors of the block size that leave at least two samples in a block."""
 
 MAX_LENGTH = 2**30
-"""Tokens that the kernels count up to."""
+"""The largest number of tokens that the kernels take."""
 
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 
 
 class ArgumentKindError(TypeError, ValueError):
-    """An argument of a kind of which no value is allowed.
+    """An argument of a kind that is never allowed.
 
-    A TypeError, and a ValueError as well: who reads settings from a file has one error to catch for all bad ones.
+    It is a TypeError and a ValueError as well, so that whoever reads settings from a file can catch one error for all
+    bad ones.
     """
 
 
@@ -42,7 +43,7 @@ def refused(value, name, allowed, kind=ArgumentKindError):
 
 
 def shown(value) -> str:
-    """A value as error messages give it: cut to a readable length, an array by its type alone."""
+    """A value as error messages show it: cut to a readable length, an array by its type alone."""
     value = plain(value)
     return f"a {type(value).__name__}" if _is_array(value) else reprlib.repr(value)
 
@@ -66,7 +67,7 @@ def count(value, name) -> int:
 
 
 def int64_count(value, name) -> int:
-    """The same for the kernels, whose int64 holds no more: a larger one is cut to that."""
+    """The same for the kernels, which take int64: a larger integer becomes the largest of these."""
     return min(count(value, name), MAX_INT64)
 
 
@@ -85,7 +86,7 @@ def length(value, name) -> int:
 
 
 def head_offset(value) -> int:
-    """The number of a head, which the kernels have as int64."""
+    """The number of a head, below 2^63 since the kernels take int64."""
     offset = count(value, "head_offset")
     if offset > MAX_INT64:
         raise refused(value, "head_offset", "an integer of at least 0 and below 2^63", ValueError)
@@ -112,7 +113,7 @@ def flag(value, name, allowed="True or False") -> bool:
 
 
 def softmax_scale(value) -> float | None:
-    """A number that is finite in float32, in which the kernels compute; None as it is."""
+    """A number that is finite in float32, in which the kernels compute; None stays None."""
     if value is None:
         return None
     scale = _float(value)
@@ -144,9 +145,9 @@ def thresholds(value, depth, name="threshold") -> float | tuple:
 
 
 def entries(value) -> list | None:
-    """What a sequence, an iterator or an array of NumPy holds, in order; None for anything else.
+    """The entries of a sequence, an iterator or a NumPy array, in order; None for anything else.
 
-    An iterator can be read but once: whoever asks goes on with this list. Text, sets and mappings are no sequences.
+    An iterator can be read only once, so callers go on with this list. Text, sets and mappings are not sequences.
     """
     value = plain(value)
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)) or _is_array(value):
@@ -194,7 +195,7 @@ def _float32(number):
 
 
 def _in_float32(value, number):
-    """The value in an error message, with what float32 makes of it where that is what is wrong."""
+    """The value for an error message, with its value in float32 where that is what is wrong."""
     rounded = _float32(number)
     lost = (rounded == 0 or math.isinf(rounded)) and rounded != plain(value)
     return f"{shown(value)}, which is {rounded:g} in float32" if lost else shown(value)

@@ -1,4 +1,4 @@
-"""Tensors and arrays that users give to what works on the host: read as NumPy arrays, or refused by name."""
+"""Tensors and arrays that users give to functions on the host: read as NumPy arrays, or refused by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from . import arguments
 
 
 def array_of(value, name):
-    """(NumPy array, place) of a tensor, an array of NumPy or nested lists, of numbers or flags.
+    """(NumPy array, place) of a tensor, a NumPy array or nested lists, of numbers or flags.
 
-    The place is where to return a result to: None, Paddle's default, for what is no tensor. bfloat16 comes as float32.
+    The place is where a result belongs: None, which is Paddle's default, unless a tensor was given. bfloat16 becomes
+    float32.
 
     Raises
     ------
@@ -21,7 +22,7 @@ def array_of(value, name):
     if isinstance(value, paddle.pir.Value):
         raise TypeError(f"{name} is part of a static graph, where it has no values: call this outside of it")
     if isinstance(value, paddle.Tensor):
-        # NumPy would have bfloat16 as integers, of its bits.
+        # NumPy would get bfloat16 as integers that hold its bits.
         host = value.cpu()
         return (host.astype("float32") if host.dtype == paddle.bfloat16 else host).numpy(), value.place
     try:
@@ -34,12 +35,12 @@ def array_of(value, name):
 
 
 def array_of_dtype(value, name, dtype):
-    """The same, of the dtype of this name.
+    """The same, when it has the dtype of this name.
 
     Raises
     ------
     ValueError
-        For another.
+        When it has another.
     """
     array, place = array_of(value, name)
     if array.dtype != dtype:

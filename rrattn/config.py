@@ -1,4 +1,4 @@
-"""Settings of RRAttention: the sole home of their defaults."""
+"""Settings of RRAttention, and the only place where their defaults stand."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class RRAttentionConfig:
     keep_sink : bool
         Always keep the first visible key block of a row (the attention sink).
     keep_last : bool
-        Keep every visible block of the last query block row, where a prompt's question is and its answer begins: one
-        row of a call. In a prefill by chunks it is a row of each chunk, in a pack of sequences that of the last one; to
-        select what one prefill does, chunks but the last need False.
+        Keep every visible block of the last query block row of a call, where a prompt's question is and its answer
+        begins. In a prefill by chunks each chunk has such a row: to select what one prefill does, all chunks but the
+        last need False. In a pack of sequences it is the row of the last one.
     keep_local : int
         When causal, always keep this many visible key blocks directly before those of the row's own positions, which
         are kept anyway; 0: none. Tokens at the start of a block look back over its edge, but are too few to count much
@@ -44,9 +44,9 @@ class RRAttentionConfig:
     dense_layers : sequence of int
         Layers, counted from 0, that attend every block they see. Default: none.
     min_length : int
-        With fewer keys than this, in tokens, every layer attends every block it sees: selecting pays from some length
-        on that depends on device, model and threshold. Default: 0, off, since in a prefill by chunks each chunk counts
-        the keys so far, so that the first ones may attend more than one prefill of the whole would.
+        With fewer keys than this, in tokens, every layer attends every block it sees. From which length on it pays to
+        select depends on device, model and threshold. Default: 0, off, since in a prefill by chunks each chunk counts
+        only the keys so far: the first chunks might attend more than one prefill of the whole would.
 
     Numbers and flags may be NumPy's, and sequences arrays of NumPy or iterators; they are kept as plain Python.
 
@@ -163,7 +163,7 @@ def required_config(config) -> RRAttentionConfig:
 
 
 def _settings_named_once(pairs):
-    """A JSON object as a dict, which would keep the last of two entries of one name."""
+    """A JSON object as a dict. Refuses a name that stands there twice, of which a dict would keep the last."""
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -171,7 +171,7 @@ def _settings_named_once(pairs):
     return dict(pairs)
 
 
-# What the functions of the published release (`rrattn.published`) start from, each as it was there.
+# The defaults of the functions of the published release (`rrattn.published`), as they were there.
 PUBLISHED_PREFILL = RRAttentionConfig(threshold=0.8, keep_sink=False, keep_last=False, keep_local=0)
 PUBLISHED_ESTIMATE = RRAttentionConfig(threshold=0.9, keep_sink=False, keep_last=False, keep_local=0)
 PUBLISHED_PATCH = RRAttentionConfig(threshold=0.9, keep_last=True, keep_local=0)

@@ -1,10 +1,10 @@
 """The stages on plain arrays, without Paddle: for kernel work, tests and benchmarks beside other array libraries.
 
-Every array is anything with ``__dlpack__``: NumPy arrays in host memory; torch, CuPy or Paddle tensors on a GPU too,
-where this build and the stage have it. The caller allocates everything, outputs included, and they are written in
-place; ``query``-like arrays may be strided as long as their last dimension is contiguous. Inputs may be read-only;
-outputs share memory with no other array, but ``out`` may be ``query``. Functions release the GIL and raise ValueError
-(TypeError for what is no array, and for options that they do not have) with the value and what is allowed, before
+An array is anything with ``__dlpack__``: NumPy arrays in host memory; torch, CuPy or Paddle tensors, on a GPU too
+where this build has the stage for it. The caller allocates everything. Outputs are written in place; arrays of
+[B, L, H, D] may be strided as long as their last dimension is contiguous. Inputs may be read-only. An output may share
+memory with no other array, except that ``out`` may be ``query``. Functions release the GIL. They raise ValueError
+(TypeError for what is not an array, and for options that they do not have) with the value and what is allowed, before
 anything is written.
 
 NumPy has no bfloat16: pass uint16 arrays that hold the bits, and ``dtype="bfloat16"``. B, L, H, D stand for batch,
@@ -13,8 +13,9 @@ length, heads and head size; blocks are of 128 tokens; Mq and Mk are the numbers
 All functions take these options and return the bytes of workspace that they need:
 
 num_threads : int, optional
-    Threads on the CPU, at most. Default: `default_num_threads()`, as many as OpenMP would take (OMP_NUM_THREADS), the
-    process has processors and its container's CPU quota pays for. Results do not depend on it.
+    The most threads to use on the CPU. Default: `default_num_threads()`, as many as OpenMP would take
+    (OMP_NUM_THREADS), but no more than the process has processors or its container's CPU quota pays for. Results do
+    not depend on it.
 workspace : array, optional on the CPU
     Scratch memory on the device of the other arrays, of any type.
 stream : int
@@ -39,7 +40,7 @@ simd = _direct.simd
 
 
 def set_simd(name):
-    """Lets the CPU stages run with an instruction set of :func:`available_simd`, by its name."""
+    """Makes the CPU stages use the instruction set of this name, one of :func:`available_simd`."""
     if not isinstance(name, str):
         raise TypeError(f"simd is {name!r}, but must be a name, one of {', '.join(available_simd())}")
     _direct.set_simd(name)
@@ -216,14 +217,15 @@ def block_sparse_attention_backward(
 
 
 def startend_rows_from_dense(mask, start_rows, verdict, *, dtype=None, **options):
-    """FlashMask bounds of a dense causal mask, with what keeps it from being one.
+    """FlashMask bounds of a dense causal mask, and a verdict that says whether they are exact.
 
     Parameters
     ----------
     mask : [B, 1 | Hq, Lq, Lk] bool (True: visible), or float32, float16 or bfloat16 (0: visible; -9984 or less: hidden)
     start_rows : [B, 1 | Hq, Lk, 1] int32, output: one bound for causal=True
-    verdict : [2] int32, output: 0 where the bounds say what the mask does, or 1 for a value that is neither, plus 2 for
-        a mask that is not causal or shows a key again that it has hidden before; and the bits of such a value
+    verdict : [2] int32, output: first 0 where the bounds say what the mask does, or 1 for a value that is neither
+        visible nor hidden, plus 2 for a mask that is not causal or shows a key again after hiding it; then the bits of
+        such a value
     """
     return _direct.startend_rows_from_dense(
         mask, start_rows, verdict, _name(dtype), _options(startend_rows_from_dense, options)
@@ -231,7 +233,7 @@ def startend_rows_from_dense(mask, start_rows, verdict, *, dtype=None, **options
 
 
 def _options(function, given):
-    """What all functions take besides, for the one that was called."""
+    """The options that all functions take, for the one that was called."""
     known = {"num_threads": None, "workspace": None, "stream": 0, "size_only": False}
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -254,7 +256,7 @@ def _options(function, given):
 
 
 def _name(dtype):
-    """A dtype by its name, which the library knows."""
+    """The name of a dtype, which the library checks; None stays None."""
     if dtype is not None and not isinstance(dtype, str):
         raise TypeError(f"dtype is {dtype!r}, but must be a name: 'float32', 'float16' or 'bfloat16'")
     return dtype

@@ -8,11 +8,12 @@ place when their last dimension is contiguous. Where `paddle.amp.auto_cast` is a
 its dtype first, as for Paddle's own attention.
 
 A program saved by `paddle.jit.save` names the operators and does not hold them: import rrattn before `paddle.jit.load`
-and `paddle.inference.create_predictor`. The former does not check, and without them the first call ends the process.
+and `paddle.inference.create_predictor`. `jit.load` does not check, and without the operators the first call ends the
+process.
 
-Keys that a query may not see are nowhere in its result, whatever lies there: padding, or slots of a cache that nothing
-was written to. A NaN or infinity shows in every query that sees it, as in dense attention, and in those that share a
-block of 128 queries by 128 keys with one that does; not in other blocks. Sums are of float32: they become infinite
+Keys that a query may not see never change its result, whatever they hold: padding, or slots of a cache that nothing
+was written to. A NaN or infinity shows in every query that sees it, as in dense attention, and in queries that share a
+block of 128 queries by 128 keys with one that does, but not in other blocks. Sums are in float32: they become infinite
 beyond its largest number.
 
 Bad arguments raise ValueError (TypeError for what is no tensor) with the value and what is allowed, before anything
@@ -32,13 +33,13 @@ from .library import call
 
 try:
     from paddle.jit.marker import unified
-except ImportError:  # Paddle 2.6, where rrattn runs eagerly alone
+except ImportError:  # Paddle 2.6, where rrattn runs only eagerly
 
     def unified(function):
         return function
 
 
-paddle.jit.ignore_module([arguments])  # to_static would rewrite its plain Python, and stumbles over it
+paddle.jit.ignore_module([arguments])  # to_static would rewrite its plain Python, and fails on it
 
 _DEFAULTS = RRAttentionConfig()
 
@@ -312,7 +313,7 @@ def checked_tensor(tensor, name):
 
 
 def _row_indices(indices, like, causal):
-    """FlashMask as it is. Paddle hands an empty tensor to an operator as an absent one: it has to be refused here."""
+    """FlashMask as it is. An empty tensor is refused here: Paddle would hand it to the operator as an absent one."""
     if indices is None:
         return None
     shape = list(checked_tensor(indices, "startend_row_indices").shape)
@@ -344,7 +345,7 @@ def _autocast_dtype():
 def _split_threshold(threshold):
     """(float, None), or (unused float, float32 tensor of one element per head)."""
     if isinstance(threshold, (paddle.Tensor, paddle.pir.Value)):
-        if 0 in threshold.shape:  # an absent one to the operator, see _row_indices
+        if 0 in threshold.shape:  # the operator would see an absent one, see _row_indices
             raise ValueError(
                 f"threshold has shape {list(threshold.shape)}, but must have one element for each head, or one"
             )

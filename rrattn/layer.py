@@ -62,10 +62,11 @@ class RRAttention(nn.Layer):
     """Block-sparse attention that selects its blocks by round-robin sampling (arXiv 2602.05853).
 
     The layer has no parameters. A single query over a longer key is a decoding step: it attends densely, which
-    costs less than to select. So does a call with fewer keys than the config's min_length, and every call where its
-    dense_layers name layer 0, which is this one. Gradients follow Paddle's usual rules, in train() and eval() alike:
-    they flow where an input requires them, and nothing is kept for backward where none does or under
-    `paddle.no_grad`. A static graph traced for any batch or length always selects, every block if the layer is dense.
+    costs less than to select. So does a call with fewer keys than the config's min_length, and every call if the
+    config's dense_layers name layer 0, which is this one. Gradients follow Paddle's usual rules, in train() and eval()
+    alike: they flow where an input requires them, and nothing is kept for backward where none does or under
+    `paddle.no_grad`. A static graph that is traced for any batch or length always selects; if the layer is dense, it
+    selects every block.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ class RRAttention(nn.Layer):
     Raises
     ------
     TypeError
-        For a config that is none.
+        For a config that is not an RRAttentionConfig.
     ValueError
         For a threshold that is not allowed, or a config for another number of layers.
 
@@ -150,7 +151,7 @@ class RRAttention(nn.Layer):
             )
         return out
 
-    @unified  # as it is: to_static would make tensors of open sizes, here they are -1
+    @unified  # to_static would make tensors of open sizes, which are -1 here
     def _attend(self, query, key, value, startend_row_indices, *, causal, softmax_scale):
         """(out, block mask); no block mask from decoding steps and while tracing."""
         config = self.config

@@ -1,7 +1,7 @@
-"""The commonest slip: tensors of [batch, heads, length, head size] for [batch, length, heads, head size].
+"""The most common mistake: tensors of [batch, heads, length, head size] instead of [batch, length, heads, head size].
 
-Their sizes tell, where heads outnumber tokens. With as many key heads as query heads such a call runs, and attends
-heads for tokens: that gets a warning. Otherwise it ends in an error about lengths or heads: that gets a hint.
+Where heads outnumber tokens, the sizes tell. With as many key heads as query heads such a call runs, and takes heads
+for tokens: it gets a warning. Otherwise it ends in an error about lengths or heads: the error gets a hint.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import warnings
 
-# What runs gets a warning only with more heads than models have in a layer (128 in the largest LLaMA), several times as
-# many as keys: a short prompt has fewer tokens than heads too.
+# A call that runs gets a warning only if it has more heads than layers of models have (128 in the largest LLaMA), and
+# several times as many heads as keys: a short prompt also has fewer tokens than heads.
 _MANY_HEADS = 128
 _HEADS_PER_KEY = 4
 

@@ -8,9 +8,9 @@ Two kinds of mask meet in this package:
   rows must not see it. They mean what `paddle.nn.functional.flashmask_attention` says they mean.
 
 Only `startend_rows_from_dense` is on the path of the attention itself; the rest is done in NumPy on the host: a tensor
-on another device is copied there and the result back. Where a tensor is asked for, an array of NumPy or nested lists
-of the same dtype do as well; iterators of numbers do where a sequence is. What is not allowed raises ValueError
-(TypeError for what is no array) with the argument, the value and what is allowed.
+on another device is copied there and the result back. A NumPy array or nested lists of the same dtype will do where a
+tensor is asked for, and an iterator of numbers where a sequence is. What is not allowed raises ValueError (TypeError
+for what is not an array) with the argument, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .visibility import BlockVisibility, checked_sizes, visible_block_array
 
 WORD_BITS = 32
 
-# Dense masks that the operator reads; others are cast.
+# Dense masks of these dtypes the operator reads; others are cast.
 _READ_AS_THEY_ARE = (paddle.bool, paddle.float32, paddle.float16, paddle.bfloat16)
 _NEITHER_SEEN_NOR_HIDDEN = 1  # of the operator's verdict; see csrc/core/dense_mask.h
 
@@ -245,8 +245,8 @@ def document_startend_rows(lengths, seqlen: int | None = None, *, causal: bool =
     Raises
     ------
     ValueError, TypeError
-        With the value and what is allowed. For no lengths at all, too: an iterator that was read before has none, and
-        every key would be hidden.
+        With the value and what is allowed. Also for no lengths at all, of which every key would be hidden: an iterator
+        that was read before has none.
     """
     rows = _document_lengths(lengths)
     longest = max(map(sum, rows))
@@ -308,8 +308,8 @@ def padding_startend_rows(keep: paddle.Tensor, seqlen_q: int | None = None, *, c
     Raises
     ------
     ValueError, TypeError
-        With the value and what is allowed. For floats that are all 0, too: an additive mask of them hides nothing, a
-        tokenizer's everything.
+        With the value and what is allowed. Also for floats that are all 0: they hide nothing in an additive mask, and
+        everything in a tokenizer's.
     """
     causal = arguments.flag(causal, "causal")
     if isinstance(keep, paddle.pir.Value):
@@ -368,7 +368,7 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
     ----------
     mask : Tensor
         [B, 1|Hq, Lq, Lk]; bool with True for visible, or float and additive, with 0 for visible and -9984 or less for
-        hidden (as which bfloat16 knows -1e4).
+        hidden (to which bfloat16 rounds -1e4).
 
     Returns
     -------
@@ -378,7 +378,7 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
     Raises
     ------
     ValueError
-        For any other mask (a bias, a bidirectional one, one with holes), rather than a result that is not its.
+        For any other mask (a bias, a bidirectional one, one with holes), rather than a wrong result.
     """
     if not isinstance(mask, paddle.Tensor):
         mask = paddle.to_tensor(array_of(mask, "mask")[0])
@@ -399,7 +399,7 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
 
 
 def _value_of(bits: int, dtype) -> float:
-    """A mask's value, of which the operator gave the bits."""
+    """A value of a mask, from the bits that the operator gave."""
     if dtype == paddle.float32:
         return float(np.int32(bits).view(np.float32))
     if dtype == paddle.float16:

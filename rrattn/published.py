@@ -19,7 +19,7 @@ from .integrations import enable
 from .masks import block_counts, unpack_block_mask
 
 _MEANINGLESS = ("use_triton", "chunk_size", "rrattn_version", "layer_idx", "config", "rrattn_config")
-# Arguments of which the release itself computes one value only.
+# Arguments for which the release itself supports one value only.
 _ONE_VALUE = {"block_size": BLOCK_SIZE, "norm": 1, "kdb": 1, "softmax": True, "select_mode": "inverse"}
 
 

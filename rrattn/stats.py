@@ -102,7 +102,7 @@ def collect_stats(model):
     """Collects what the attention layers of a model do inside a `with` block.
 
     Kept mass takes an estimate of its own after every prefill call, whose scores go to the host: float32 [B, Hq, Mq,
-    Mk], which is 134 MB for 32 heads at 128K tokens. Outside of the block nothing is collected, and nothing costs.
+    Mk], which is 134 MB for 32 heads at 128K tokens. Outside of the block nothing is collected, at no cost.
 
     Parameters
     ----------

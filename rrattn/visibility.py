@@ -19,7 +19,7 @@ def checked_sizes(*, causal, seqlen_q, seqlen_k) -> dict:
     Raises
     ------
     ValueError
-        For what are no lengths of attention, with the value and what is allowed.
+        For lengths that attention cannot have, with the value and what is allowed.
     """
     sizes = {
         "causal": arguments.flag(causal, "causal"),
@@ -103,7 +103,7 @@ class BlockVisibility:
 
 
 def _check_row_bounds(rows, causal, seqlen_k, batch_size, num_heads):
-    """Raises TypeError or ValueError for what are no FlashMask row bounds of these sizes."""
+    """Raises TypeError or ValueError for anything but FlashMask row bounds of these sizes."""
     if not isinstance(rows, paddle.Tensor):
         raise TypeError(f"startend_row_indices is a {type(rows).__name__}, but must be a paddle.Tensor")
     if rows.dtype != paddle.int32:

@@ -109,7 +109,7 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
     """
     selections = _one_per_layer(selections, "selections", BlockSelection)
     layers = range(len(selections)) if layers is None else arguments.counts(layers, "layers")
-    heads = None if heads is None else arguments.counts(heads, "heads")  # an iterator is for every layer
+    heads = None if heads is None else arguments.counts(heads, "heads")  # read once, for every layer
     panels, columns = [], 0
     for layer in layers:
         if not 0 <= layer < len(selections):
@@ -339,7 +339,7 @@ def _of_batch(array, startend_row_indices, batch, sizes):
 
 
 def _checked_batch(batch, array):
-    """Which sequence of array [B, ...], an int."""
+    """The number of a sequence in the batch of array [B, ...]."""
     batch = arguments.count(batch, "batch")
     if batch >= array.shape[0]:
         raise ValueError(f"there is no sequence {batch} in a batch of {array.shape[0]}")

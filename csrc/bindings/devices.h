@@ -1,5 +1,5 @@
-// Each stage on the devices that it has a kernel for in this build, and the choice among them: by
-// the device of a call's first array. The same for both bindings.
+// The kernels of each stage in this build, and the choice among them by the device of a call's
+// first array. Both bindings use it.
 #pragma once
 
 #include <stdexcept>

@@ -1,5 +1,5 @@
-// The stages on any arrays that speak DLPack, without Paddle. The caller allocates the outputs;
-// rrattn/direct.py is the face of this module.
+// The stages on any arrays that speak DLPack, without Paddle. The caller allocates the outputs.
+// Users call this module through rrattn/direct.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -62,7 +62,7 @@ struct Borrowed {
 
 enum class Access { kRead, kWrite };
 
-// Sizes are there, and strides in elements or none: contiguous.
+// Completes an array that has its shape. `strides` are in elements; null: contiguous.
 void finish(Borrowed& borrowed, const int64_t* strides) {
   Array& array = borrowed.array;
   array.strides.resize(array.shape.size());
@@ -73,8 +73,8 @@ void finish(Borrowed& borrowed, const int64_t* strides) {
   borrowed.bytes = contiguous * array.element_bytes;
 }
 
-// Of an array in host memory by NumPy's own protocol, which unlike its DLPack has read-only ones;
-// and takes longer.
+// Borrows an array in host memory by NumPy's own protocol. It takes longer than DLPack, but also
+// gives read-only arrays, which NumPy's DLPack does not.
 Borrowed borrow_by_interface(const py::object& object, const char* name, Access access) {
   const py::dict interface = object.attr("__array_interface__");
   const auto [data, read_only] = interface["data"].cast<std::pair<uintptr_t, bool>>();
@@ -113,8 +113,8 @@ Borrowed borrow_by_interface(const py::object& object, const char* name, Access 
 
 Borrowed borrow_by_dlpack(const py::object& object, bool on_cpu) {
   using py::literals::operator""_a;
-  // On a GPU, -1 asks the exporter not to wait for any stream: the caller's stream is in the
-  // caller's hands.
+  // On a GPU, -1 asks the exporter not to wait for any stream: the order of work on streams is up
+  // to the caller.
   py::capsule capsule =
       on_cpu ? object.attr("__dlpack__")() : object.attr("__dlpack__")("stream"_a = -1);
   const auto* managed = static_cast<const DLManagedTensor*>(capsule.get_pointer());
@@ -131,8 +131,8 @@ Borrowed borrow_by_dlpack(const py::object& object, bool on_cpu) {
   return borrowed;
 }
 
-// `halves` is what 16-bit integers stand for, where the array library has no such type; empty:
-// nothing.
+// `halves` names the 16-bit float type that uint16 stands for, for array libraries without that
+// type. Empty: uint16 stands for itself.
 Borrowed borrow(const py::object& object, const char* name, Access access,
                 const std::string& halves) {
   if (!py::hasattr(object, "__dlpack__")) {
@@ -142,7 +142,7 @@ Borrowed borrow(const py::object& object, const char* name, Access access,
   }
   Borrowed borrowed;
   try {
-    // Paddle gives the type of its device as an enumeration that is no int.
+    // Paddle gives the device type as an enumeration that is not an int.
     const py::int_ device_type(py::tuple(object.attr("__dlpack_device__")())[0]);
     const bool on_cpu = device_type.cast<int>() == 1;
     try {
@@ -181,7 +181,7 @@ class Arrays {
   const Array& write(const py::object& object, const char* name) {
     return add(object, name, Access::kWrite);
   }
-  // Those that hold elements of the call's dtype.
+  // The same for arrays whose elements have the call's dtype.
   const Array& read_values(const py::object& object, const char* name) {
     return check_dtype(read(object, name));
   }
@@ -192,7 +192,7 @@ class Arrays {
     if (object.is_none()) return std::nullopt;
     return read(object, name);
   }
-  // Throws where the workspace, which is written, has memory of any of them.
+  // Throws if the workspace, which is written, shares memory with any of them.
   void require_apart(const Array& workspace) const {
     for (const auto& borrowed : borrowed_) {
       if (share_memory(workspace, borrowed->array)) {
@@ -230,7 +230,8 @@ struct Options {
   bool size_only;
 };
 
-// Runs the stage on the arrays' device, or with size_only tells what workspace it needs.
+// Runs the stage on the device of its arrays, unless size_only, and returns the bytes of workspace
+// that it needs.
 template <typename Params>
 int64_t run(const Stage<Params>& stage, Params params, const Arrays& arrays, const Array& first,
             const Options& options) {

@@ -5,7 +5,7 @@
 //   rrattn_attend        query, key, value, block_mask  -> out, lse
 //   rrattn_rr_attention  query, key, value              -> out, lse, block_mask   (the three above)
 //
-// The last two have gradients, both over the forward's own block mask. The selection carries none.
+// The last two have gradients, over the block mask of the forward pass; the selection carries none.
 #include <algorithm>
 
 #include "devices.h"
@@ -13,7 +13,7 @@
 #include "paddle/extension.h"
 #include "paddle/phi/core/enforce.h"
 
-// Paddle's exception and what goes with it are in one of two namespaces, by its version.
+// Paddle's exception and its helpers are in one of these namespaces, depending on its version.
 namespace common::enforce {}
 namespace phi::enforce {}
 
@@ -36,8 +36,8 @@ using Shape = std::vector<int64_t>;
 using OptionalShape = paddle::optional<Shape>;
 using DType = paddle::DataType;
 
-// Throws Paddle's exception. Its message is the caller's alone, unless Paddle was asked for the
-// call stack (FLAGS_call_stack_level).
+// Throws Paddle's exception, with this message alone unless Paddle was asked for the call stack
+// (FLAGS_call_stack_level).
 [[noreturn]] void raise(const common::ErrorSummary& error, const std::string& message) {
   paddle_enforce::EnforceNotMet exception(error, __FILE__, __LINE__);
   if (paddle_enforce::GetCallStackLevel() <= 1) exception.set_error_str(message);
@@ -69,7 +69,7 @@ struct Guarded<kFunction> {
 
 int gpu_of(const Tensor& tensor) { return tensor.is_gpu() ? tensor.place().GetDeviceId() : -1; }
 
-// As paddle.set_device knows it.
+// The name of its device, as paddle.set_device takes it.
 std::string device_name(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   if (tensor.is_gpu()) return "gpu:" + std::to_string(gpu_of(tensor));
@@ -114,7 +114,7 @@ OptionalArray describe(const OptionalTensor& tensor, const char* name) {
   return describe(*tensor, name);
 }
 
-// Sizes that are not known yet (-1, while a program is being built) stay so.
+// A size that is not known yet (-1, while a program is being built) stays -1.
 int64_t num_blocks(int64_t length) { return length < 0 ? -1 : ceil_div(length, kBlockSize); }
 int64_t num_words(int64_t blocks) { return blocks < 0 ? -1 : ceil_div(blocks, kMaskWordBits); }
 
@@ -137,9 +137,9 @@ Shape start_rows_shape(const Shape& mask) {
 }
 Shape lse_shape(const Shape& query) { return {query[0], query[2], query[1]}; }
 
-// Runs a kernel where its first tensor lies, with a workspace from Paddle's allocator. On a GPU
-// both are of Paddle's stream: what runs there next may have the workspace's memory, and nothing
-// waits.
+// Runs a kernel on the device of its first tensor, with a workspace from Paddle's allocator. On a
+// GPU both belong to Paddle's stream: whatever runs there next may reuse the workspace's memory,
+// and nothing has to wait.
 template <typename Params>
 void run(const Kernel<Params>& kernel, Params params, const Tensor& first) {
   const DeviceGuard guard(gpu_of(first));
@@ -227,7 +227,7 @@ std::vector<Tensor> rr_attention(const Tensor& query, const Tensor& key, const T
                                  bool causal, int64_t stride, int64_t head_offset,
                                  float softmax_scale, bool keep_sink, bool keep_last,
                                  int64_t keep_local, bool deterministic) {
-  kAttend.kernel_for(describe(query, "query"));  // before the other stages run in vain
+  kAttend.kernel_for(describe(query, "query"));  // throws before the other stages run in vain
   const Tensor block_scores =
       estimate(query, key, startend_row_indices, causal, stride, head_offset, softmax_scale)[0];
   const Tensor block_mask =
@@ -261,7 +261,8 @@ std::vector<Tensor> dense_mask(const Tensor& mask) {
   return {start_rows, verdict};
 }
 
-// Without these Paddle would leave the part through attention out of second-order gradients.
+// Without these Paddle would leave out attention's part of second-order gradients, without an
+// error.
 [[noreturn]] std::vector<Tensor> refuse_second_order() {
   throw std::logic_error(
       "rrattn has no second-order gradients: what paddle.grad(..., create_graph=True) gives "

@@ -1,6 +1,6 @@
-// Tensor::stream is declared under PADDLE_WITH_CUDA alone. There most of Paddle's headers ask for
-// those of cuDNN and cuBLAS, which nothing here needs; this one asks for the CUDA runtime's. Hence
-// a file of its own.
+// Paddle declares Tensor::stream only under PADDLE_WITH_CUDA. With that macro most of its headers
+// include those of cuDNN and cuBLAS, which nothing here needs; this one includes the CUDA runtime's
+// alone. Hence a file of its own.
 #define PADDLE_WITH_CUDA
 #include "paddle/phi/api/include/tensor.h"
 

@@ -66,7 +66,7 @@ DataType data_type(const Array& array) {
   }
 }
 
-// A [B, L, H, D] tensor in place.
+// A [B, L, H, D] tensor where it lies, without a copy.
 Rows rows_of(const Array& array) {
   if (!is_empty(array) && array.shape[3] != 1 && array.strides[3] != 1) {
     fail(array.name, " has strides ", to_string(array.strides),
@@ -75,7 +75,8 @@ Rows rows_of(const Array& array) {
   return {array.data, array.strides[0], array.strides[1], array.strides[2]};
 }
 
-// A tensor that must look like the query (or the key) in everything but strides.
+// A tensor that must have the shape, dtype and device of the query (or the key). Its strides may
+// differ.
 Rows rows_like(const Array& array, const Array& model, const char* meaning) {
   require_shape(array, model.shape, meaning);
   require_type(array, model.type, model.type_name.c_str());
@@ -226,7 +227,7 @@ AttendParams check_attend(const Array& query, const Array& key, const Array& val
   return params;
 }
 
-// The arrays that there are.
+// All of `arrays`, and those of `optional` that were given.
 std::vector<const Array*> present(std::vector<const Array*> arrays,
                                   const std::vector<const OptionalArray*>& optional) {
   for (const OptionalArray* array : optional) {
@@ -273,7 +274,7 @@ EstimateParams estimate_params(const Array& query, const Array& key,
   }
   if (head_offset < 0) fail("head_offset is ", head_offset, ", but must be at least 0");
   params.stride = static_cast<int>(stride);
-  params.head_offset = head_offset % stride;  // all that matters of it, far from overflow
+  params.head_offset = head_offset % stride;  // only the phase counts; sums with it stay small
   params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
   require_same_device(block_scores, query);
   params.block_scores = check_block_scores(block_scores, params.visibility);
@@ -292,7 +293,7 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& start
   params.visibility = {block_scores.shape[0], seqlen_q, seqlen_k,
                        block_scores.shape[1], causal,   {}};
   params.block_scores = check_block_scores(block_scores, params.visibility);
-  // The number of key heads is not known here: any number that divides the query heads may be it.
+  // The number of key heads is not known here: it may be any divisor of the number of query heads.
   const int64_t index_heads = startend_row_indices && startend_row_indices->shape.size() == 4
                                   ? startend_row_indices->shape[1]
                                   : 1;
@@ -314,7 +315,7 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& start
     params.head_thresholds = static_cast<const float*>(head_thresholds->data);
     params.head_threshold_stride = head_thresholds->shape[0] == 1 ? 0 : 1;
     const int64_t count = head_thresholds->shape[0];
-    // Device memory is not read here; a threshold there outside (0, 1] keeps every visible block.
+    // Device memory is not read here. A threshold outside (0, 1] in it keeps every visible block.
     for (int64_t h = 0; block_scores.device == "cpu" && h < count; ++h) {
       check_threshold(params.head_thresholds[h], "threshold[" + std::to_string(h) + "]");
     }
@@ -339,7 +340,8 @@ AttendParams attend_params(const Array& query, const Array& key, const Array& va
                            std::optional<double> softmax_scale) {
   const AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, out,
                                            lse, causal, softmax_scale);
-  // A row of queries is read before its result is written, and by nobody else.
+  // `out` may be the query: a row of queries is read before its result is written, and whatever
+  // writes the result is the only reader of that row.
   require_own_memory({&out, &lse},
                      present({&query, &key, &value, &block_mask}, {&startend_row_indices}), &query);
   return params;

@@ -1,7 +1,6 @@
 // The one place where arguments are checked. A binding describes each tensor as an Array and gets
 // back the filled parameter struct, or std::invalid_argument with a message that names the value
-// and what is allowed. Nothing is read from a tensor here but thresholds in host memory, and
-// nothing is written.
+// and what is allowed. The only elements read here are thresholds in host memory; none is written.
 #pragma once
 
 #include <optional>
@@ -21,7 +20,7 @@ struct Array {
   std::string type_name;
   int64_t element_bytes = 0;
   std::string device;  // "cpu", "cuda:0", ..., for messages and to compare
-  int gpu = -1;        // number of the CUDA device that it lies on, -1: none
+  int gpu = -1;        // number of the CUDA device that holds it; -1: none
   std::vector<int64_t> shape;
   std::vector<int64_t> strides;  // in elements
 };
@@ -35,9 +34,12 @@ bool is_empty(const Array& array);
 void require_rank(const std::string& name, const std::vector<int64_t>& shape, size_t rank,
                   const char* meaning);
 
-// Outputs are part of the arguments: their shapes are what the functions below demand.
-//   block_scores [B, Hq, Mq, Mk]   block_mask [B, Hq, Mq, ceil(Mk / 32)]   lse [B, Hq, Lq], all
-//   contiguous
+// The caller allocates the outputs, and the functions below check their shapes as those of inputs.
+// These must be contiguous:
+//
+//   block_scores  [B, Hq, Mq, Mk]
+//   block_mask    [B, Hq, Mq, ceil(Mk / 32)]
+//   lse           [B, Hq, Lq]
 EstimateParams estimate_params(const Array& query, const Array& key,
                                const OptionalArray& startend_row_indices, const Array& block_scores,
                                bool causal, int64_t stride, int64_t head_offset,
@@ -60,8 +62,9 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
                                const Array& grad_value, bool causal,
                                std::optional<double> softmax_scale, bool deterministic);
 
-//   mask [B, H, Lq, Lk] bool, float32, float16 or bfloat16   start_rows [B, H, Lk, 1], verdict [2],
-//   int32
+//   mask        [B, H, Lq, Lk] bool, float32, float16 or bfloat16
+//   start_rows  [B, H, Lk, 1] int32, contiguous
+//   verdict     [2] int32, contiguous
 DenseMaskParams dense_mask_params(const Array& mask, const Array& start_rows, const Array& verdict);
 
 }  // namespace rrattn

@@ -1,8 +1,9 @@
 // What the values of a dense mask mean, and which masks are FlashMask bounds.
 //
-// Query row r is position r + Lk - Lq of the keys. A key may be seen first by the row of its own
-// position (a cached one before all rows: by row 0), and once hidden from a row has to stay hidden
-// from all later ones. Then the number of rows that see it says which do.
+// Query row r stands at position r + Lk - Lq of the keys. A mask fits when each key is seen by a
+// run of rows, or by none: the run begins at the row of the key's own position (at row 0 for a
+// cached key, which lies before all rows), and once the key is hidden from a row, it stays hidden
+// from all later ones. Then the number of rows that see a key says which rows they are.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +15,14 @@
 namespace rrattn {
 
 // Bits of a verdict.
-constexpr int32_t kNeitherSeenNorHidden = 1;  // a value is a bias: verdict[1] has its bits
-constexpr int32_t kNotCausal = 2;             // or has holes: see above
+constexpr int32_t kNeitherSeenNorHidden = 1;  // a value is a bias; verdict[1] has its bits
+constexpr int32_t kNotCausal = 2;             // or a key is seen again after it was hidden
 
-constexpr int32_t kNoValue =
-    std::numeric_limits<int32_t>::min();  // verdict[1] without such a value
+// verdict[1] where no value is a bias.
+constexpr int32_t kNoValue = std::numeric_limits<int32_t>::min();
 
-// Additive masks show what is 0 and hide what is at most -9984, as which bfloat16 knows -1e4.
+// An additive mask shows a key with 0 and hides it with -9984 or less: bfloat16 rounds -1e4 to
+// that.
 struct BoolMask {
   using Storage = uint8_t;
   RRATTN_HOST_DEVICE static bool shows(uint8_t value) { return value != 0; }
@@ -31,7 +33,8 @@ struct Float32Mask {
   RRATTN_HOST_DEVICE static bool shows(float value) { return value == 0; }
   RRATTN_HOST_DEVICE static bool hides(float value) { return value <= -9984.f; }
 };
-template <uint16_t kLimit, uint16_t kInfinity>  // magnitudes, whose bits are in their order
+// kLimit and kInfinity are bits of magnitudes, which sort like the magnitudes.
+template <uint16_t kLimit, uint16_t kInfinity>
 struct HalfMask {
   using Storage = uint16_t;
   RRATTN_HOST_DEVICE static bool shows(uint16_t value) { return (value & 0x7fff) == 0; }
@@ -57,7 +60,7 @@ void with_mask_type(MaskType type, const Use& use) {
   }
 }
 
-// A value as verdict[1] has it.
+// The bits of a value, as verdict[1] holds them.
 RRATTN_HOST_DEVICE inline int32_t bits_of(float value) {
   int32_t bits;
   memcpy(&bits, &value, sizeof(bits));
@@ -66,7 +69,8 @@ RRATTN_HOST_DEVICE inline int32_t bits_of(float value) {
 RRATTN_HOST_DEVICE inline int32_t bits_of(uint16_t value) { return value; }
 RRATTN_HOST_DEVICE inline int32_t bits_of(uint8_t value) { return value; }
 
-// `own_row` is that of the key's position, negative for a cached key.
+// The row from which on a key is hidden. `own_row` is the row of the key's own position, negative
+// for a cached key.
 RRATTN_HOST_DEVICE inline int32_t start_row(int64_t own_row, int32_t rows_that_see) {
   if (rows_that_see == 0) return 0;
   return static_cast<int32_t>(own_row > 0 ? own_row : 0) + rows_that_see;

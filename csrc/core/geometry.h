@@ -1,11 +1,15 @@
 // Block geometry: which key blocks a query block can see, under the causal diagonal and FlashMask.
 //
-// FlashMask gives each key two half-open row intervals, [lower_start, lower_end) and [upper_start,
-// upper_end); a row inside either does not see the key. Over a run of keys (a block, or a sample
-// stride) only the extremes count:
-//   hidden   the whole run is unseen: above the diagonal, or every row lies in one interval of
-//   every key partial  not hidden, but some row may lie in an interval of some key ("touched" in
-//   the docs) open     FlashMask masks nothing here (the diagonal still may)
+// FlashMask gives each key two half-open row intervals, [lower_start, lower_end) and
+// [upper_start, upper_end); a row inside either does not see the key. Over a run of keys (a block,
+// or a sample stride) only the extremes of these bounds count. To the rows of a query block a key
+// block is
+//
+//   hidden   when no row sees any of its keys: the block lies above the diagonal, or all rows lie
+//            in the lower interval of every key, or all in the upper one;
+//   partial  when it is not hidden, but some row may lie in an interval of some key ("touched" in
+//            the docs);
+//   open     when FlashMask masks nothing in it. The diagonal still may.
 #pragma once
 
 #include <algorithm>
@@ -54,7 +58,7 @@ RRATTN_HOST_DEVICE inline bool seen_by_rows(const Visibility& visibility, const 
   int64_t row = visibility.causal ? std::max(first_row, key - visibility.shift()) : first_row;
   if (bounds != nullptr) {
     const KeyBounds at = load_key_bounds(visibility.row_bounds, visibility.causal, bounds, key);
-    // Past one interval the row may lie in the other, but past both it lies in neither.
+    // Past the end of one interval the row may lie in the other; past both ends it lies in neither.
     if (at.lower.contains(row)) row = at.lower.end;
     if (at.upper.contains(row)) row = at.upper.end;
     if (at.lower.contains(row)) row = at.lower.end;
@@ -62,8 +66,8 @@ RRATTN_HOST_DEVICE inline bool seen_by_rows(const Visibility& visibility, const 
   return row <= last_row;
 }
 
-// Whether any row of any of the `group` query heads of a key head sees the key. One that none sees
-// may hold anything: padding, or slots of a cache that nothing was written to.
+// Whether any row of any of the `group` query heads of a key head sees the key. A key that no row
+// sees may hold anything: padding, or slots of a cache that nothing was written to.
 RRATTN_HOST_DEVICE inline bool seen_by_group(const Visibility& visibility, int64_t group,
                                              int64_t batch, int64_t key_head, int64_t key) {
   if (visibility.row_bounds.data == nullptr) return true;
@@ -75,12 +79,11 @@ RRATTN_HOST_DEVICE inline bool seen_by_group(const Visibility& visibility, int64
   return false;
 }
 
-// The extremes of one of the two intervals over a run of keys.
+// The extremes of one of the two intervals over a run of keys. Rows in [max_start, min_end) are
+// masked for every key; rows outside [min_start, max_end) are masked for none.
 struct IntervalExtremes {
-  int32_t max_start = kRowMinusInfinity,
-          min_end = kRowInfinity;  // rows here are masked for every key
-  int32_t min_start = kRowInfinity,
-          max_end = kRowMinusInfinity;  // rows outside are masked for no key
+  int32_t max_start = kRowMinusInfinity, min_end = kRowInfinity;
+  int32_t min_start = kRowInfinity, max_end = kRowMinusInfinity;
 
   RRATTN_HOST_DEVICE void add(const Interval& interval) {
     max_start = std::max(max_start, interval.start);
@@ -119,7 +122,7 @@ RRATTN_HOST_DEVICE inline RunBounds run_bounds(const RowBounds& layout, bool cau
   return run;
 }
 
-// The part of `bounds`, [B, bounds heads, runs], that holds for one query head; null without
+// The part of `bounds`, [B, bounds heads, runs], that applies to one query head; null without
 // FlashMask.
 RRATTN_HOST_DEVICE inline const RunBounds* run_bounds_of(const Visibility& visibility,
                                                          int64_t run_length,
@@ -133,7 +136,8 @@ RRATTN_HOST_DEVICE inline const RunBounds* run_bounds_of(const Visibility& visib
 
 enum class BlockKind { kHidden, kPartial, kOpen };
 
-// `block_bounds` holds the key blocks of one batch entry and head; null without FlashMask.
+// `block_bounds` has the bounds of each key block for one batch entry and head; null without
+// FlashMask.
 RRATTN_HOST_DEVICE inline BlockKind classify_block(const Visibility& visibility,
                                                    const RunBounds* block_bounds, int64_t m_block,
                                                    int64_t n_block) {
@@ -146,7 +150,7 @@ RRATTN_HOST_DEVICE inline BlockKind classify_block(const Visibility& visibility,
   return block_bounds[n_block].meets(first_row, last_row) ? BlockKind::kPartial : BlockKind::kOpen;
 }
 
-// Whether a key block that a query block sees may hold keys that none of its rows does.
+// Whether a key block that a query block sees may hold keys that no row of the query block sees.
 RRATTN_HOST_DEVICE inline bool may_hold_unseen_keys(const Visibility& visibility, BlockKind kind,
                                                     int64_t m_block, int64_t n_block) {
   if (kind == BlockKind::kPartial) return true;

@@ -8,13 +8,13 @@ namespace rrattn {
 
 namespace {
 
-// A distance in bytes times a whole number from `low` to `high`.
+// A distance of `bytes`, times any whole number from `low` to `high`.
 struct Term {
   int64_t bytes, low, high;
 };
 
-// The array's bytes start at sums of one multiple of each term, counted from `data`; its strides
-// may be negative. `sign` -1 counts backwards.
+// Adds the terms of an array: its elements lie at sums of one multiple of each term, in bytes from
+// `data`. Its strides may be negative. With `sign` -1 the distances are negated.
 void add_terms(const Array& array, int64_t sign, std::vector<Term>& terms) {
   for (size_t i = 0; i < array.shape.size(); ++i) {
     int64_t bytes = array.strides[i] * array.element_bytes, steps = sign * (array.shape[i] - 1);
@@ -39,8 +39,8 @@ std::pair<intptr_t, intptr_t> extent(const Array& array) {
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
-// Looks for multiples of the terms that bring `distance` between `low` and `high`, the terms of
-// most bytes first. With strides that nest, few multiples of a term can.
+// Looks for multiples of the terms that bring `distance` into [low, high], beginning with the terms
+// of most bytes. Where strides nest, few multiples of a term can still do so.
 class Search {
  public:
   Search(std::vector<Term> terms, int64_t low, int64_t high)
@@ -69,12 +69,12 @@ class Search {
 
  private:
   std::vector<Term> terms_;
-  std::vector<std::pair<int64_t, int64_t>> rest_;  // what the terms from here on come to
+  std::vector<std::pair<int64_t, int64_t>> rest_;  // range of the sums of the terms from each on
   int64_t low_, high_;
   int steps_left_ = 10000;
 };
 
-// Whether each stride is longer than all that the shorter ones reach.
+// Whether each stride steps over everything that the shorter ones reach.
 bool elements_are_apart(const Array& array) {
   std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
   for (size_t i = 0; i < array.shape.size(); ++i) {
@@ -99,7 +99,7 @@ bool share_memory(const Array& a, const Array& b) {
   if (is_empty(a) || is_empty(b) || a.device != b.device) return false;
   const auto [a_first, a_last] = extent(a);
   const auto [b_first, b_last] = extent(b);
-  if (a_last < b_first || b_last < a_first) return false;  // as most are
+  if (a_last < b_first || b_last < a_first) return false;  // the usual case
   std::vector<Term> terms;
   add_terms(a, 1, terms);
   add_terms(b, -1, terms);

@@ -5,12 +5,12 @@
 
 namespace rrattn {
 
-// Whether some byte belongs to both; exact for all arrays but those whose strides make the question
-// hard, for which the answer is yes.
+// Whether any byte belongs to both. The answer is exact, except where the strides make it too
+// costly to find: then it is yes.
 bool share_memory(const Array& a, const Array& b);
 
-// Throws where an output has elements that share memory, or shares it with another output or an
-// input. `in_place` may have exactly the memory of the first output.
+// Throws if elements of an output share memory with each other, or an output with another output or
+// an input. The input `in_place` may have exactly the memory of the first output.
 void require_own_memory(const std::vector<const Array*>& outputs,
                         const std::vector<const Array*>& inputs, const Array* in_place = nullptr);
 

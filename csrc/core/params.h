@@ -1,4 +1,4 @@
-// What every stage works on, whatever the device: plain structs of pointers, sizes and strides.
+// The parameters of every stage, on any device: plain structs of pointers, sizes and strides.
 //
 // Strides are counted in elements. A stage is `run_<stage>(const <Stage>Params&)`, in namespace
 // `cpu` or `cuda`; it allocates nothing, so the caller hands it a workspace of
@@ -15,11 +15,12 @@
 
 namespace rrattn {
 
-constexpr int kBlockSize = 128;    // tokens a block, of queries and of keys: the unit of sparsity
-constexpr int kMaskWordBits = 32;  // key blocks a word of the packed block mask
+constexpr int kBlockSize = 128;    // tokens of a block of queries or of keys: the unit of sparsity
+constexpr int kMaskWordBits = 32;  // key blocks in a word of the packed block mask
 
-// A block score outside [0, kScoreEnd) (the sums of 8,192 blocks stay far inside int64) or NaN did
-// not come from a softmax: the selection keeps every visible block of such a row.
+// Block scores that come from a softmax lie in [0, kScoreEnd), where the fixed-point sums of 8,192
+// blocks stay far inside int64. The selection keeps every visible block of a row in which a score
+// is outside or NaN.
 constexpr float kScoreEnd = 0x1p18f;
 
 enum class DataType { kFloat32, kFloat16, kBFloat16 };
@@ -38,7 +39,7 @@ struct Rows {
   int64_t head_stride = 0;
 };
 
-// FlashMask: row intervals that are masked for a key, [B, num_heads, Lk, num_bounds] int32.
+// FlashMask: the row intervals that are masked for each key, [B, num_heads, Lk, num_bounds] int32.
 struct RowBounds {
   const int32_t* data = nullptr;  // null: no FlashMask
   int num_bounds = 0;             // 1 or 2 when causal, 2 or 4 when not
@@ -49,7 +50,7 @@ struct RowBounds {
   int64_t bound_stride = 0;
 };
 
-// What all stages share: who attends to whom.
+// Which queries see which keys. All stages have it.
 struct Visibility {
   int64_t batch = 0;
   int64_t seqlen_q = 0;
@@ -64,11 +65,11 @@ struct Visibility {
   RRATTN_HOST_DEVICE int64_t num_mask_words() const {
     return ceil_div(num_n_blocks(), kMaskWordBits);
   }
-  // Runs of run_length keys that have FlashMask bounds of their own, [B, bounds heads, runs].
+  // How many runs of run_length keys have FlashMask bounds, [B, bounds heads, runs]: 0 without it.
   RRATTN_HOST_DEVICE int64_t num_run_bounds(int64_t run_length) const {
     return row_bounds.data ? batch * row_bounds.num_heads * ceil_div(seqlen_k, run_length) : 0;
   }
-  // The FlashMask head that holds for query head h (heads of a group lie side by side).
+  // The FlashMask head that applies to query head h (heads of a group lie side by side).
   RRATTN_HOST_DEVICE int64_t bounds_head(int64_t h) const {
     return h * row_bounds.num_heads / num_heads;
   }
@@ -101,8 +102,8 @@ struct EstimateParams {
 struct SelectParams {
   Visibility visibility;
   const float* block_scores = nullptr;     // [B, Hq, Mq, Mk]
-  float threshold = 0;                     // tau of every head, unless
-  const float* head_thresholds = nullptr;  // [Hq], or one for all, or null
+  float threshold = 0;                     // tau of every head, without head_thresholds
+  const float* head_thresholds = nullptr;  // [Hq], or one for all heads, or null
   int64_t head_threshold_stride = 0;       // 1 or 0
   bool keep_sink = true;
   bool keep_last = false;
@@ -144,15 +145,15 @@ struct BackwardParams {
 
 enum class MaskType { kBool, kFloat32, kFloat16, kBFloat16 };
 
-// A dense attention mask, which may be causal with padding, packed documents or a sliding window:
-// then it is the same as one FlashMask bound a key.
+// A dense attention mask. If it is causal with padding, packed documents or a sliding window, it is
+// the same as one FlashMask bound per key.
 struct DenseMaskParams {
   int64_t batch = 0, num_heads = 0, seqlen_q = 0, seqlen_k = 0;
   MaskType type = MaskType::kBool;
   const void* mask = nullptr;  // [B, H, Lq, Lk]; see dense_mask.h
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 0;
   int32_t* start_rows = nullptr;  // [B, H, Lk], written whole: rows from here on do not see the key
-  int32_t* verdict = nullptr;     // [2], written whole: bits of MaskFault, and of a value at fault
+  int32_t* verdict = nullptr;  // [2], written whole: the faults, and the bits of a value at fault
   Execution execution;
 };
 

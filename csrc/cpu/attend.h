@@ -1,12 +1,11 @@
 // Block-sparse flash attention on the CPU.
 //
-//   query [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]  ->  out [B,
-//   Lq, Hq, D], lse [B, Hq, Lq]
+//   query [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
+//     ->  out [B, Lq, Hq, D], lse [B, Hq, Lq]
 //
 // A thread takes one query block of up to kHeadsPerItem heads that share a key head, and walks the
-// key blocks that any of them selected: it reads K and V once for all of these heads. Queries are
-// the lanes (tiles.h), so the online softmax is plain vector arithmetic. Scores are kept in units
-// of log2, which turns exp into exp2.
+// key blocks that any of them selected. So it reads K and V once for all of these heads. Queries
+// are the lanes (tiles.h), which makes the online softmax plain vector arithmetic.
 #pragma once
 
 #include "masking.h"
@@ -35,8 +34,8 @@ struct AttendScratch {
         row_buffer(arena.take<float>(head_dim)) {}
 };
 
-// scores[num_keys][kStrip] becomes the probabilities relative to the new row_max, row_sum follows,
-// and rescale[kStrip] is what the output so far is to be multiplied with.
+// Turns scores[num_keys][kStrip] into probabilities relative to the new row_max, and updates
+// row_sum. The output so far is then to be multiplied by rescale[kStrip].
 inline void softmax_step(int64_t num_keys, float* scores, float* row_max, float* row_sum,
                          float* rescale) {
   for (int v = 0; v < kTileVecs; ++v) {
@@ -44,8 +43,8 @@ inline void softmax_step(int64_t num_keys, float* scores, float* row_max, float*
     const Vec old_max = load(row_max + v * kLanes);
     Vec new_max = old_max;
     for (int64_t i = 0; i < num_keys; ++i) new_max = max(new_max, load(column + i * kStrip));
-    const Vec base =
-        new_max == kMinusInfinity ? Vec{} : new_max;  // nothing seen yet: keep -inf - base at -inf
+    // Where nothing is seen yet, a base of 0 keeps -inf - base at -inf.
+    const Vec base = new_max == kMinusInfinity ? Vec{} : new_max;
     Vec sum{};
     for (int64_t i = 0; i < num_keys; ++i) {
       const Vec p = exp2((load(column + i * kStrip) - base) * kLog2E);
@@ -140,7 +139,7 @@ inline void attend_item(const AttendParams& params, const RunBounds* block_bound
         attend_strip(params, mask, kind == BlockKind::kPartial, first_query + c, first_key, slot,
                      scratch);
       }
-      if (cleared) tile_read = false;  // the next head may see what this one does not
+      if (cleared) tile_read = false;  // the next head may see keys that this one does not
     }
   }
 
@@ -184,8 +183,8 @@ inline void run_attend(const AttendParams& params) {
   const auto attend_items = [&](int thread, int64_t begin, int64_t end) {
     AttendScratch scratch = thread_scratch<AttendScratch>(arena, params, thread);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t m_block =
-          visibility.num_m_blocks() - 1 - item / per_m_block;  // causal: the longest first
+      // From the last query block to the first: under the diagonal the longest come first.
+      const int64_t m_block = visibility.num_m_blocks() - 1 - item / per_m_block;
       const int64_t chunk = item % chunks, key_head = item / chunks % params.heads.num_heads_k;
       const int64_t batch = item % per_m_block / chunks / params.heads.num_heads_k;
       const int64_t first_head = key_head * group + chunk * kHeadsPerItem;

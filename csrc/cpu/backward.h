@@ -3,19 +3,19 @@
 //   P = exp(S - lse),  dP = dO V^T,  delta = rowsum(dO * O),  dS = P * (dP - delta)
 //   dV = P^T dO,  dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
 //
-// Two walks over the selected tiles, each owning what it writes: query blocks (lanes are queries,
-// keys stream past) give dQ, key blocks (lanes are keys, queries stream past) give dK and dV summed
-// over the heads of the group. S and dP are computed twice, 7 products instead of 5; in exchange
-// nothing is shared between threads, so the result does not depend on their number, and no L x L or
-// per-thread L x D buffer is needed.
+// There are two walks over the selected tiles, and each owns what it writes. The walk of a query
+// block (lanes are queries, keys stream past) gives dQ. The walk of a key block (lanes are keys,
+// queries stream past) gives dK and dV, summed over the heads of the group. So S and dP are
+// computed twice: 7 products instead of 5. In exchange threads share nothing, so the result does
+// not depend on their number, and no L x L or per-thread L x D buffer is needed.
 #pragma once
 
 #include "masking.h"
 
 namespace rrattn::cpu::RRATTN_SIMD {
 
-// Buffers of either walk: the still side's strips, the sums of the walk, and the streaming side's
-// tiles.
+// Buffers of either walk: strips of the side that stays, the sums of the walk, and tiles of the
+// side that streams past.
 struct BackwardScratch {
   float *still_a, *still_b;    // [kStrips][D][kStrip]: Q and dO, or K and V
   float *sum_a, *sum_b;        // [kStrips][D][kStrip]: dQ and none, or dK and dV
@@ -37,8 +37,8 @@ struct BackwardScratch {
         row_buffer(arena.take<float>(head_dim)) {}
 };
 
-// What the softmax left behind for each query, [B, Hq, Lq]: lse (+inf where nothing
-// was visible, which makes every probability 0), and delta.
+// What the forward softmax left for each query, [B, Hq, Lq]: lse (+inf where nothing was visible,
+// which makes every probability 0), and delta.
 struct SoftmaxState {
   float *lse, *delta;
   SoftmaxState(Arena& arena, const Visibility& visibility)
@@ -71,7 +71,7 @@ inline void compute_softmax_state(const BackwardParams& params, const SoftmaxSta
                compute_rows);
 }
 
-// scores becomes P and grad becomes dS, given lse and delta of each column.
+// Turns grad, which holds dP, into dS, given lse and delta of each column.
 inline void softmax_gradient_by_column(int64_t rows, const float* lse, const float* delta,
                                        float* scores, float* grad) {
   for (int64_t i = 0; i < rows * kStrip; i += kLanes) {
@@ -80,8 +80,8 @@ inline void softmax_gradient_by_column(int64_t rows, const float* lse, const flo
   }
 }
 
-// The same, given lse and delta of each row; P is kept, for dV. Where it is 0, so is dS: dP may be
-// no number for a hidden key.
+// The same, given lse and delta of each row. It also turns scores into P, for dV. Where P is 0, dS
+// is made 0 as well: for a hidden key dP may be NaN.
 inline void softmax_gradient_by_row(int64_t rows, const float* lse, const float* delta,
                                     float* scores, float* grad) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -97,7 +97,7 @@ inline void fill(float* to, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-// dQ of one query block of one head.
+// Computes dQ of one query block of one head.
 inline void grad_query_item(const BackwardParams& params, const RunBounds* block_bounds,
                             const SoftmaxState& state, int64_t batch, int64_t head, int64_t m_block,
                             const BackwardScratch& scratch) {
@@ -174,7 +174,7 @@ inline void grad_query_item(const BackwardParams& params, const RunBounds* block
   }
 }
 
-// What one query block of one head adds to dK and dV of one key block.
+// Adds the share of one query block of one head to dK and dV of one key block.
 inline void grad_key_value_tile(const BackwardParams& params, const HeadMask& mask, bool flash_mask,
                                 const SoftmaxState& state, int64_t batch, int64_t head,
                                 int64_t m_block, int64_t n_block, const BackwardScratch& scratch) {
@@ -223,7 +223,7 @@ inline void grad_key_value_tile(const BackwardParams& params, const HeadMask& ma
   }
 }
 
-// dK and dV of one key block of one key head, over all query heads of its group.
+// Computes dK and dV of one key block of one key head, over all query heads of its group.
 inline void grad_key_value_item(const BackwardParams& params, const RunBounds* block_bounds,
                                 const SoftmaxState& state, int64_t batch, int64_t key_head,
                                 int64_t n_block, const BackwardScratch& scratch) {
@@ -297,8 +297,8 @@ inline void run_backward(const BackwardParams& params) {
     const BackwardScratch scratch = thread_scratch<BackwardScratch>(arena, params, thread);
     for (int64_t item = begin; item < end; ++item) {
       if (item < query_items) {
-        const int64_t m_block =
-            visibility.num_m_blocks() - 1 - item / query_heads;  // causal: the longest first
+        // From the last query block to the first: under the diagonal the longest come first.
+        const int64_t m_block = visibility.num_m_blocks() - 1 - item / query_heads;
         grad_query_item(params, block_bounds, state, item % query_heads / visibility.num_heads,
                         item % visibility.num_heads, m_block, scratch);
       } else {

@@ -13,8 +13,8 @@ int processors(double quota, double period) {
   return quota > 0 && period > 0 ? static_cast<int>(std::ceil(quota / period)) : INT_MAX;
 }
 
-// Version 2 keeps both numbers in one file ("max 100000" without a quota), version 1 in one each
-// (-1 without a quota).
+// Control groups of version 2 have quota and period in one file ("max 100000" without a quota),
+// those of version 1 in a file each (-1 without a quota).
 int quota_of_group(const std::string& folder) {
   double quota = 0, period = 0;
   if (std::ifstream(folder + "/cpu.max") >> quota >> period) return processors(quota, period);
@@ -37,8 +37,9 @@ int cpu_quota(const std::string& groups, const std::string& mount) {
     const bool version_2 = controllers == ",,";
     if (!version_2 && controllers.find(",cpu,") == std::string::npos) continue;
     const std::string root = version_2 ? mount : mount + "/cpu";
-    // A group's quota holds for the groups below it. Inside a container its own group may be the
-    // root, whatever its path is said to be.
+    // A group's quota binds the groups below it too, so all groups on the path count. Inside a
+    // container the process's own group may be mounted as the root, whatever its path is said to
+    // be.
     for (std::string path = line.substr(second + 1);;) {
       quota = std::min(quota, quota_of_group(root + path));
       if (path.empty()) break;

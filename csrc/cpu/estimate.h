@@ -2,11 +2,11 @@
 //
 //   query [B, Lq, Hq, D], key [B, Lk, Hkv, D]  ->  block_scores [B, Hq, Mq, Mk]
 //
-// Keys are summed over each stride once. Then a thread takes a strip of sampled queries (the lanes,
-// tiles.h) and walks the strides in tiles of 128, once. The sum of each key block is kept relative
-// to the softmax's base of that time, a base for each tile, and at the end all sums are brought to
-// the final base. The matrix of stride scores is never stored; what is, is one row of block sums
-// for each lane.
+// Keys are summed over each stride, once. Then a thread takes a strip of sampled queries (the
+// lanes, tiles.h) and walks the strides, once, in tiles of 128. It keeps the sum of each key block
+// relative to the base that the softmax had at that tile, and the base of each tile; at the end it
+// brings all sums to the final base. The matrix of stride scores is never stored, only a row of
+// block sums for each lane.
 #pragma once
 
 #include "masking.h"
@@ -51,7 +51,7 @@ struct PooledKeys {
 struct EstimateScratch {
   float* query_strip;  // [D][kStrip]
   float* scores;       // [kStridesPerTile][kStrip]
-  float* block_sums;   // [num_tiles * blocks_per_tile][kStrip], each relative to its tile's
+  float* block_sums;   // [num_tiles * blocks_per_tile][kStrip], relative to 2^base of their tile
   float* tile_base;    // [num_tiles][kStrip]
   float* row_buffer;   // [D]
 
@@ -71,7 +71,7 @@ inline bool is_finite(const float* row, int64_t head_dim) {
   return zero == 0;
 }
 
-// A NaN or infinity in a key that no query sees counts as zero.
+// Sums the keys of each stride. A NaN or infinity in a key that no query sees counts as zero.
 inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, const Arena& arena) {
   const EstimateShape shape(params);
   const Visibility& visibility = params.visibility;
@@ -100,13 +100,13 @@ inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, co
                grain_for(shape.stride * head_dim), pool_strides);
 }
 
-// The sampled queries of one strip: column c is token first_token + c * stride.
+// The sampled queries of one strip: column c is token first_token + c * stride. Under the diagonal
+// it sees the strides up to last_stride_seen; -1 in columns past the sequence.
 struct SampledQueries {
   int64_t first_token, last_token;  // last_token < first_token: none
   int64_t count;
   alignas(64) int32_t token[kStrip];
-  alignas(64) int32_t
-      last_stride_seen[kStrip];  // under the causal diagonal; -1 for columns past the sequence
+  alignas(64) int32_t last_stride_seen[kStrip];
 
   SampledQueries(const EstimateParams& params, const EstimateShape& shape, int64_t head,
                  int64_t first_sample) {
@@ -128,7 +128,7 @@ struct SampledQueries {
   }
 };
 
-// -inf where the sampled query does not see the stride.
+// Makes scores -inf where the sampled query does not see the stride.
 inline void mask_strides(const SampledQueries& queries, const RunBounds* bounds,
                          int64_t first_stride, int64_t end_stride, int64_t rows, float* scores) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -155,13 +155,14 @@ inline bool hides_all(const RunBounds* bounds, int64_t first_stride, int64_t end
   return true;
 }
 
-// The base of a row that has seen no stride: far below every score, yet far above what a hidden one
-// counts as.
+// The base of a row that has seen no stride: far below every score, yet far above -1e30, which
+// exp2_from takes a hidden score for.
 constexpr float kNothingSeen = -1e29f;
 
-// The block sums of one tile of scores, relative to 2^base. The base follows the row's maximum in
-// whole steps, so that sums differ by exact powers of two however the strides fall into tiles:
-// sequences packed into one row select what they would select apart.
+// Computes the block sums of one tile of scores, relative to 2^base. The base is the maximum so
+// far, rounded to a whole number, so that another division of the strides into tiles changes the
+// sums by exact powers of two only: sequences packed into one row select what they would select
+// apart.
 inline void sum_blocks(int64_t num_blocks, int64_t strides_per_block, const float* scores,
                        float* row_base, float* row_sum, float* block_sums, float* tile_base) {
   for (int v = 0; v < kTileVecs; ++v) {
@@ -282,8 +283,8 @@ inline void run_estimate(const EstimateParams& params) {
   const auto estimate_items = [&](int thread, int64_t begin, int64_t end) {
     const EstimateScratch scratch = thread_scratch<EstimateScratch>(arena, params, thread);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t m_block =
-          (items_per_head - 1 - item / num_heads) * shape.m_blocks_per_item;  // the longest first
+      // From the last query blocks to the first: under the diagonal the longest come first.
+      const int64_t m_block = (items_per_head - 1 - item / num_heads) * shape.m_blocks_per_item;
       const int64_t head = item % num_heads;
       for (int64_t strip = 0; strip < shape.strips_per_item; ++strip) {
         estimate_strip(params, shape, pooled, head / visibility.num_heads,

@@ -1,5 +1,5 @@
-// The stages on the CPU. Three builds of the same source, one for each instruction set; the best
-// that the machine runs is chosen when first needed.
+// The stages on the CPU. The same source is built three times, for one instruction set each; the
+// best one that the machine runs is chosen when it is first needed.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ extern const Kernels kAvx512Kernels;
 // The kernels in use.
 const Kernels& kernels();
 
-// Names that this machine can run, best first, and the choice of one (std::invalid_argument for any
-// other).
+// The names of the instruction sets that this machine can run, best first; and the choice of one of
+// them (std::invalid_argument for any other name).
 std::vector<std::string> available_simd();
 void set_simd(const std::string& name);
 

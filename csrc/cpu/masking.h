@@ -1,4 +1,4 @@
-// Token-level masking of a strip of scores, and what decides where it is needed.
+// Masking of a strip of scores, token by token, and what tells where that is needed.
 #pragma once
 
 #include "tiles.h"
@@ -36,7 +36,8 @@ RRATTN_INLINE void hide(float* scores, VecInt hidden) {
   store(scores, hidden ? splat(kMinusInfinity) : load(scores));
 }
 
-// Keys down the rows of `scores`, queries across: -inf where the query does not see the key.
+// Makes scores -inf where the query does not see the key. Rows of `scores` are keys, columns
+// queries.
 inline void mask_keys_by_queries(const HeadMask& mask, bool flash_mask, int64_t first_key,
                                  int64_t num_keys, int64_t first_query, float* scores) {
   const Visibility& visibility = mask.visibility;
@@ -59,9 +60,9 @@ inline void mask_keys_by_queries(const HeadMask& mask, bool flash_mask, int64_t 
   }
 }
 
-// Makes rows of a tile of keys or values zero whose keys no row of the query block sees: a product
-// with a probability of 0 would bring a NaN or infinity there to all rows. Returns whether there
-// are any.
+// Zeroes those rows of a tile of keys or values whose key no row of the query block sees: a NaN or
+// infinity there, even times a probability of 0, would make all rows NaN. Returns whether there are
+// any.
 inline bool clear_unseen_keys(const HeadMask& mask, BlockKind kind, int64_t m_block,
                               int64_t n_block, int64_t head_dim, float* tile) {
   const Visibility& visibility = mask.visibility;
@@ -79,7 +80,8 @@ inline bool clear_unseen_keys(const HeadMask& mask, BlockKind kind, int64_t m_bl
   return cleared;
 }
 
-// Queries down the rows of `scores`, keys across: -inf where the query does not see the key.
+// Makes scores -inf where the query does not see the key. Rows of `scores` are queries, columns
+// keys.
 inline void mask_queries_by_keys(const HeadMask& mask, bool flash_mask, int64_t first_query,
                                  int64_t num_queries, int64_t first_key, float* scores) {
   const Visibility& visibility = mask.visibility;

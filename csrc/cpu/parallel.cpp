@@ -33,7 +33,8 @@ struct Job {
   }
 };
 
-// Looks for this long, some 10 us, before it sleeps: a stage's parts follow each other closely.
+// Polls the condition for some 10 us. A thread does so before it sleeps, since the parts of a stage
+// follow each other closely.
 template <typename Condition>
 void spin_until(const Condition& condition) {
   for (int i = 0; i < 256 && !condition(); ++i) {
@@ -61,7 +62,7 @@ class Pool {
     for (int i = 0; i < places_; ++i) job_offered_.notify_one();
     job.work(0);
     std::unique_lock<std::mutex> lock(mutex_);
-    job_ = nullptr;  // whoever comes now comes too late
+    job_ = nullptr;  // a worker that comes now comes too late
     offered_.store(false, std::memory_order_relaxed);
     if (active_ == 0) return;
     lock.unlock();
@@ -79,7 +80,7 @@ class Pool {
     try {
       for (; num_workers_ < wanted; ++num_workers_) std::thread(&Pool::serve, this).detach();
     } catch (const std::system_error&) {
-      // The system gives no more threads: those that there are do.
+      // The system gives no more threads: the ones there are will do.
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
@@ -102,16 +103,16 @@ class Pool {
 
   std::mutex in_use_;  // one job at a time
   int num_workers_ = 0;
-  std::mutex mutex_;  // of what follows
+  std::mutex mutex_;  // guards what follows
   std::condition_variable job_offered_, job_done_;
   Job* job_ = nullptr;
-  int places_ = 0, joined_ = 0;       // workers that the job has room for, and that have come
+  int places_ = 0, joined_ = 0;       // workers that the job takes, and that have come
   std::atomic<int> active_{0};        // workers at work
-  std::atomic<bool> offered_{false};  // job_ has places left, for those who look without the mutex
+  std::atomic<bool> offered_{false};  // job_ has places left; read without the mutex
 };
 
-// Never destroyed: its threads wait for work until the process ends. A forked child has none of
-// them, and makes a pool of its own.
+// Never destroyed: its threads wait for work until the process ends. A forked child does not have
+// these threads, so it makes a pool of its own.
 Pool* pool = [] {
   pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
   return new Pool;

@@ -1,27 +1,27 @@
 // Threads of the CPU stages: a pool of this library's own, and how many of them to use.
 //
-// Not OpenMP's pool, which a forked child inherits without its threads and then waits for, and
-// whose threads spin for work until, on a busy machine, the work itself has to wait for a
-// processor.
+// It is not OpenMP's pool. A forked child inherits that one without its threads, and then waits for
+// them. And its threads spin while they wait for work: on a busy machine the work itself then has
+// to wait for a processor.
 #pragma once
 
 #include <cstdint>
 
 namespace rrattn::cpu {
 
-// Threads of a call that names no number: as many as OpenMP would take (OMP_NUM_THREADS,
-// omp_set_num_threads), but no more than there are processors for this process, and no more than
-// the CPU quota of its container pays for.
+// Threads of a call that gives no number: as many as OpenMP would take (OMP_NUM_THREADS,
+// omp_set_num_threads), but no more than this process has processors, and no more than the CPU
+// quota of its container pays for.
 int default_num_threads();
 
 using ParallelBody = void (*)(void* context, int thread, int64_t begin, int64_t end);
 void run_parallel(int num_threads, int64_t num_items, int64_t grain, ParallelBody body,
                   void* context);
 
-// Calls body(thread, begin, end) for parts of [0, num_items) that are taken in turn, `grain` items
-// at a time, by at most num_threads threads, of numbers below that; returns when all is done. Fewer
-// threads where there are fewer parts, and only the caller's where another call has the pool. Only
-// started work is waited for, never a thread that found no processor to run on.
+// Calls body(thread, begin, end) for parts of [0, num_items), of `grain` items each, and returns
+// when all are done. At most num_threads threads, numbered from 0, take the parts in turn: fewer
+// where there are fewer parts, and the caller's alone while another call has the pool. The caller
+// waits only for work that was started, never for a thread that found no processor to run on.
 template <typename Body>
 void parallel_for(int num_threads, int64_t num_items, int64_t grain, Body body) {
   run_parallel(
@@ -32,7 +32,7 @@ void parallel_for(int num_threads, int64_t num_items, int64_t grain, Body body) 
       &body);
 }
 
-// Items of this much work each, in multiply-adds, that are worth a thread's turn: some 20 us.
+// How many items, of so many multiply-adds each, are worth a thread's turn: some 20 us of work.
 inline int64_t grain_for(int64_t work_per_item) {
   constexpr int64_t kWorkPerTurn = int64_t{1} << 20;
   return work_per_item < kWorkPerTurn ? kWorkPerTurn / (work_per_item + 1) + 1 : 1;

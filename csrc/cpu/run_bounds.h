@@ -1,5 +1,5 @@
-// The FlashMask extremes of every run of keys: blocks for select and attend, sample strides for the
-// estimate.
+// The FlashMask extremes of every run of keys: of blocks for selection, attention and gradients, of
+// sample strides for the estimate.
 #pragma once
 
 #include "../core/geometry.h"

@@ -1,11 +1,11 @@
 // Top-tau selection on the CPU.
 //
-//   block_scores [B, Hq, Mq, Mk] float32  ->  block_mask [B, Hq, Mq, ceil(Mk / 32)], bit j % 32 of
-//   word j / 32
+//   block_scores [B, Hq, Mq, Mk] float32  ->  block_mask [B, Hq, Mq, ceil(Mk / 32)]
 //
-// A row keeps its visible blocks from the largest score down (the lower index first among equals)
-// while the mass before a block is < tau * row_sum, and whatever the keep rules add. Masses are
-// fixed point, score * 2^32 in int64, so that the choice does not depend on the order of addition.
+// Bit j % 32 of word j / 32 stands for key block j. A row keeps its visible blocks from the largest
+// score down (the lower index first among equals) while the mass before a block is < tau * row_sum,
+// and whatever the keep rules add. Masses are in fixed point, score * 2^32 in int64, so that the
+// choice does not depend on the order of addition.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -71,13 +71,13 @@ void keep_top(const float* scores, float tau, int64_t num_n_blocks, const Select
   }
 }
 
-// Adds what is kept whatever it scores. Hidden blocks never are.
+// Adds the blocks that are kept whatever they score. Hidden blocks never are.
 void keep_by_rule(const SelectParams& params, int64_t m_block, const SelectScratch& scratch,
                   uint32_t* mask_row) {
   const Visibility& visibility = params.visibility;
   const int64_t first_row = m_block * kBlockSize;
   const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-  // The blocks that hold the row's own positions, and keep_local before them: none when not causal.
+  // The blocks that hold the row's own positions and keep_local before them; none when not causal.
   const int64_t first_local = (first_row + visibility.shift()) / kBlockSize - params.keep_local;
   const int64_t last_own = visibility.causal ? (last_row + visibility.shift()) / kBlockSize : -1;
   const bool keep_row = params.keep_last && m_block == visibility.num_m_blocks() - 1;

@@ -1,10 +1,11 @@
-// Vectors of float and the two inner loops that all CPU stages share, for whatever instruction set
-// the including file (simd_avx512.cpp, simd_avx2.cpp, simd_baseline.cpp) has switched on. GCC's
-// vector extensions carry the arithmetic, so the same lines become AVX-512, AVX2, SSE or NEON.
+// Vectors of floats, and the two inner loops that all CPU stages share (exp2 and multiply), for
+// whatever instruction set the including file (simd_avx512.cpp, simd_avx2.cpp, simd_baseline.cpp)
+// has switched on. The arithmetic uses GCC's vector extensions, so the same lines become AVX-512,
+// AVX2, SSE or NEON.
 //
-// Everything here and in the files that include it is in a namespace of the instruction set's name
-// and uses no template of the standard library: a weak symbol shared between the three would let
-// the linker run AVX-512 code on any machine.
+// Everything here and in the files that include it is in a namespace named for the instruction set,
+// and uses no template of the standard library. Otherwise the three builds could share a weak
+// symbol, of which the linker might take the AVX-512 version for every machine.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,7 @@ namespace rrattn::cpu::RRATTN_SIMD {
 constexpr int kLanes = RRATTN_SIMD_LANES;
 constexpr int kTileRows = RRATTN_SIMD_TILE_ROWS;  // rows of a register tile
 constexpr int kTileVecs = 2;                      // vectors of a register tile
-constexpr int kStrip =
-    kTileVecs * kLanes;  // columns of a register tile: the unit in which stages walk
+constexpr int kStrip = kTileVecs * kLanes;        // columns of a register tile; stages step by it
 
 typedef float Vec __attribute__((vector_size(4 * RRATTN_SIMD_LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * RRATTN_SIMD_LANES)));
@@ -41,12 +41,12 @@ RRATTN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
+// 1.5 * 2^23: adding it to a float rounds to a whole number, which is left in the low bits.
+constexpr float kRounder = 12582912.f;
+
 // 2^(n + f) for whole n and |f| <= 1/2, to about 1 ulp and exactly 2^n at f = 0; 0 for n <= -127
 // (no denormals), infinity for n >= 128. 2^f is the minimax polynomial of degree 6 with its
 // constant held at 1 (relative error 2e-9 before rounding).
-constexpr float kRounder =
-    12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number, left in the low bits
-
 RRATTN_INLINE Vec exp2_parts(Vec n, Vec f) {
   n = n < -127.f ? splat(-127.f) : n;
   n = n > 128.f ? splat(128.f) : n;
@@ -74,8 +74,8 @@ RRATTN_INLINE Vec round_to_whole(Vec x) {
   return (x < 4194304.f) & (x > -4194304.f) ? (x + kRounder) - kRounder : x;
 }
 
-// 2^(x - base) for a whole base, NaN for NaN. Another base changes the result by a power of two and
-// nothing else, which 2^(x - base) with a rounded difference would not do.
+// 2^(x - base) for a whole base, NaN for NaN. Another base changes the result by exactly a power of
+// two; that would not hold if the difference x - base were rounded.
 RRATTN_INLINE Vec exp2_from(Vec x, Vec base) {
   x = x < -1e30f ? splat(-1e30f) : x;  // -infinity has no fraction
   const Vec n = round_to_whole(x);
@@ -84,10 +84,15 @@ RRATTN_INLINE Vec exp2_from(Vec x, Vec base) {
 
 enum class Into { kFresh, kSum, kScaledSum };
 
-// c[rows x kStrip] = a[rows x depth] b[depth x kStrip]   (kFresh), plus c (kSum), plus c *
-// column_scale (kScaledSum). Element (r, k) of a is a[r * a_row + k * a_depth]; b and c hold rows
-// of kStrip floats side by side. rows is a multiple of kTileRows. The product is summed apart from
-// c, which keeps rounding errors of long sums down.
+// A product of a[rows x depth] and b[depth x kStrip], into c[rows x kStrip]:
+//
+//   kFresh      c = a b
+//   kSum        c = a b + c
+//   kScaledSum  c = a b + c * column_scale
+//
+// Element (r, k) of a is a[r * a_row + k * a_depth]; rows of b and c are kStrip floats, one row
+// after the other. `rows` is a multiple of kTileRows. The product is summed apart from c, which
+// keeps rounding errors of long sums down.
 template <Into kInto>
 RRATTN_INLINE void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_row,
                             int64_t a_depth, const float* b, float* c,

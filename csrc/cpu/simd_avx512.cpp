@@ -4,8 +4,8 @@
 #define RRATTN_SIMD_LANES 16
 #define RRATTN_SIMD_TILE_ROWS 8
 
-// Everything that other files compile too comes before the switch, so that no shared inline
-// function uses it.
+// Headers that other files compile too come before the switch to this instruction set, so that no
+// inline function that they share uses it.
 #include "simd_includes.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")

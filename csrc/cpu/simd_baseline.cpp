@@ -4,8 +4,6 @@
 #define RRATTN_SIMD_LANES 4
 #define RRATTN_SIMD_TILE_ROWS 4
 
-// Everything that other files compile too comes before the switch, so that no shared inline
-// function uses it.
 #include "simd_includes.h"
 #include "simd_kernels.h"
 

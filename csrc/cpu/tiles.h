@@ -1,9 +1,9 @@
 // Moving tiles between tensors and the float32 buffers that the stages work on.
 //
-// A stage keeps one side of a score tile still and lets the other stream past. The still side is
-// packed into strips, [head_dim][kStrip], its rows as columns, so that a row is a vector lane and a
+// A stage keeps one side of a score tile and lets the other stream past. The side that stays is
+// packed into strips, [head_dim][kStrip], with its rows as columns: a row is a vector lane, so a
 // softmax over the streaming side needs no operation across lanes. The streaming side is copied as
-// it lies, [row][head_dim].
+// it is, [row][head_dim].
 #pragma once
 
 #include "../core/geometry.h"
@@ -22,7 +22,8 @@ RRATTN_INLINE float bfloat16_to_float(uint16_t x) {
 }
 
 RRATTN_INLINE float float16_to_float(uint16_t x) {
-  // Exponent and mantissa move to float32's places; the product mends the bias, denormals included.
+  // Exponent and mantissa move to float32's places; the product corrects the bias, also of
+  // denormals.
   uint32_t bits = static_cast<uint32_t>(x & 0x7fff) << 13;
   float magnitude;
   memcpy(&magnitude, &bits, sizeof(magnitude));
@@ -47,10 +48,10 @@ RRATTN_INLINE uint16_t float_to_float16(float f) {
   const uint32_t sign = (bits >> 16) & 0x8000;
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);  // NaN
-  if (bits >= 0x477ff000)
-    return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and up round to infinity
-  if (bits < 0x38800000) {  // below 2^-14: adding 1/2 leaves the denormal mantissa in the low bits,
-                            // rounded
+  // 65520 and up round to infinity.
+  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  // Below 2^-14: adding 1/2 leaves the denormal mantissa, rounded, in the low bits.
+  if (bits < 0x38800000) {
     float magnitude;
     memcpy(&magnitude, &bits, sizeof(magnitude));
     magnitude += 0.5f;
@@ -116,7 +117,7 @@ struct HeadView {
   }
 };
 
-// tile[kBlockSize][head_dim] = rows [first_row, first_row + num_rows), zeros below.
+// tile[kBlockSize][head_dim] = rows [first_row, first_row + num_rows), then zeros.
 inline void read_tile(const HeadView& head, int64_t first_row, int64_t num_rows, float* tile) {
   for (int64_t r = 0; r < num_rows; ++r) head.read(first_row + r, tile + r * head.head_dim);
   memset(tile + num_rows * head.head_dim, 0,
@@ -134,7 +135,7 @@ inline void read_strip(const HeadView& head, int64_t first_row, int64_t row_step
   }
 }
 
-// Rows first_row + c of the tensor = column c of strip, times column_scale[c].
+// Row first_row + c of the tensor = column c of strip, times column_scale[c].
 inline void write_strip(const HeadView& head, int64_t first_row, int64_t num_columns,
                         const float* strip, const float* column_scale, float* row_buffer) {
   for (int64_t c = 0; c < num_columns; ++c) {
@@ -144,7 +145,7 @@ inline void write_strip(const HeadView& head, int64_t first_row, int64_t num_col
   }
 }
 
-// How many of the `limit` rows or columns at `first` lie before `end`, not below 0.
+// How many of the `limit` rows or columns from `first` on lie before `end`: at least 0.
 RRATTN_INLINE int64_t clip_count(int64_t first, int64_t end, int64_t limit) {
   const int64_t count = end - first;
   return count < 0 ? 0 : count < limit ? count : limit;
@@ -159,7 +160,7 @@ RRATTN_INLINE VecInt lane_indices(int32_t first) {
   return lanes;
 }
 
-// A bump allocator over the workspace; every piece starts on a 64-byte line. Over nothing it only
+// A bump allocator over the workspace; every piece starts on a 64-byte line. Without a base it only
 // counts, which is how the size of a workspace is found.
 class Arena {
  public:
@@ -185,7 +186,7 @@ int64_t scratch_bytes(const Params& params) {
   return arena.used();
 }
 
-// A thread's scratch, in the part of the workspace that `shared` has left.
+// A thread's scratch, in the part of the workspace that `shared` has left over.
 template <typename Scratch, typename Params>
 Scratch thread_scratch(const Arena& shared, const Params& params, int thread) {
   Arena own(shared.rest() + thread * scratch_bytes<Scratch>(params));

@@ -14,12 +14,12 @@ namespace rrattn::cuda {
 
 using namespace cute;
 
-constexpr int kConsumerGroups = 2;  // of 64 rows each: a query block
+constexpr int kConsumerGroups = 2;  // of 64 rows each, together a query block
 constexpr int kGroupRows = kBlockSize / kConsumerGroups;
 
 // The unit of work: one row of the block mask.
 struct AttendRow {
-  int index;  // of [B, Hq, Mq]; < 0: there is none left
+  int index;  // of [B, Hq, Mq]; < 0: no row is left
   int m_block, head, batch;
   bool nothing_selected;
 };
@@ -32,21 +32,17 @@ struct AttendTile {
 };
 
 // Shared memory (227 KB): the query block, and kStages tiles of kTileN keys and as many of values.
-//
-// Of this one's speed on an H200 (32 heads over 8, D 128, causal, 32,768 and 131,072 tokens): tiles
-// of 64 keys, 6 stages, 0.91 and 0.92 (50% of the blocks); two query blocks in place of a stage of
-// values 0.92 to 0.96; clusters of two heads that bring half of every tile to both (multicast),
-// which needs heads that select the same blocks, 0.62 and 0.63 (all blocks).
+// Smaller tiles, a second query block and multicast to clusters are slower: see docs/tuning.md.
 template <typename Element_, int kHeadDim_>
 struct AttendTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;  // 64: the output takes 128 registers
+  static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;  // at 256 out takes 128 registers
   static constexpr int kTilesPerBlock = kBlockSize / kTileN;
   static constexpr int kStages = kHeadDim == 64 ? 4 : kHeadDim == 128 ? 3 : 2;
   static constexpr int kThreads = (kConsumerGroups + 1) * kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again. The
-  // consumers need no more; producers with 24 spill, and a slow one costs 1% to 15%.
+  // consumers need no more than 232. Producers with 24 spill, and a slow one costs 1% to 15%.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
 
@@ -57,15 +53,15 @@ struct AttendTraits {
       GMMA::rs_op_selector<Element, Element, float,
                            Shape<Int<kGroupRows>, Int<kHeadDim>, Int<kTileN>>, GMMA::Major::K,
                            GMMA::Major::MN>()));
-  // All three lie in panels of 64 columns, as the copies bring them; a value tile is multiplied
-  // from the other side.
+  // All three lie in panels of 64 columns, as the copies bring them; the layout of a value tile is
+  // the transposed view.
   using QueryLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
                                              Shape<Int<kGroupRows>, Int<kHeadDim>>{}));
   using KeyLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
                                            Shape<Int<kTileN>, Int<kHeadDim>>{}));
   using ValueLayout = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
                                              Shape<Int<kHeadDim>, Int<kTileN>>{}, Step<_2, _1>{}));
-  // The same scores by the products of a single warp, and where an element lies in the tiles.
+  // For the same scores by products of a single warp: the instruction, and where elements lie.
   using WarpScoreMma =
       std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
                          SM80_16x8x16_F32BF16BF16F32_TN, SM80_16x8x16_F32F16F16F32_TN>;
@@ -82,7 +78,7 @@ struct AttendTraits {
     Barrier row_full, row_empty;
     Barrier query_full[kConsumerGroups], query_empty[kConsumerGroups];
     Barrier key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
-    Barrier value_uncleared[kStages];  // values that are there, but not yet for the consumers
+    Barrier value_uncleared[kStages];  // values that are there, but still to be cleared
     AttendRow row;
     AttendTile tile[kStages];  // in the key stage
   };
@@ -92,7 +88,7 @@ struct AttendTraits {
 struct AttendWorkspace {
   RunBounds* block_bounds;  // [B, bounds heads, Mk]
   int* next_row;
-  void *query, *key, *value;  // copies of what no tensor map can describe; otherwise empty
+  void *query, *key, *value;  // copies of what no tensor map can describe; else empty
 
   AttendWorkspace(Arena& arena, const AttendParams& params) {
     block_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));

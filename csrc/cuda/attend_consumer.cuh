@@ -1,22 +1,16 @@
 // A consumer warp group of block-sparse attention: 64 rows of a query block, against the tiles that
 // the producer brings.
 //
-// While the softmax of one tile is computed, the tensor cores multiply the last tile's
-// probabilities with the values; and the two groups take turns at the tensor cores, so that the
-// one's softmax falls into the other's products.
+// While the softmax of one tile is computed, the tensor cores multiply the previous tile's
+// probabilities by its values. The two groups also take turns at the tensor cores, so that the
+// softmax of one group overlaps the products of the other.
 //
 // Probabilities are relative to a base of their row: its largest score in the first tile in which
-// it sees anything. Later tiles need no maximum and nothing rescaled, because floats have room for
-// larger ones. A tile in which they outgrow that room is computed once more, on larger bases.
+// it sees anything. Later tiles need no maximum and no rescaling, because floats have room for
+// larger probabilities. A tile in which they outgrow that room is computed again, on larger bases.
 //
-// Measured on an H200 (32 heads over 8, D 128, causal, 50% of the blocks of 32,768 / 131,072
-// tokens, TFLOP/s), this 680 / 650. Beside it in the same run: the maximum of every tile as the
-// base, and all that was summed up rescaled, 631 / 615; no turns 629 / 643, turns that end after
-// the first product 523 / 574; 2 stages 661 / 646. Exponentials before the wait for the second
-// product: none 645 / 646, an eighth 648 / 656, half 632 / 629. Of forerunners with a maximum a
-// tile: rescaling only when it rises by more than 2^8 613 / 611 (beside them 607 / 612), queries
-// kept in registers 609 / 603 and rows in the order of their lengths 611 / 604 (612 / 614), keys
-// and values brought to L2 two blocks ahead 594 / 585 (619 / 621).
+// That is faster than a maximum for each tile, and so are the turns faster than none: figures of
+// these and other variants are in docs/tuning.md.
 #pragma once
 
 #include "attend_producer.cuh"
@@ -25,7 +19,8 @@
 
 namespace rrattn::cuda {
 
-// Of a thread's probabilities of one row: below float16's largest, and far above 1.
+// The largest sum of a thread's probabilities of one row in a tile that still counts as fitting:
+// below float16's largest number, and far above 1.
 constexpr float kOutgrown = 0x1p12f;
 
 // kUnseenKeys: whether some blocks may hold keys that no row sees.
@@ -38,8 +33,8 @@ class AttendConsumer {
   using Out = decltype(partition_fragment_C(typename Traits::OutMma{},
                                             Shape<Int<kGroupRows>, Int<Traits::kHeadDim>>{}));
   static constexpr int kRowScores = Traits::kTileN / 4;  // of a row, in one thread
-  static constexpr int kEarlyScores = kRowScores / 4;    // whose exponentials come first
-  static constexpr int kChains = 4;                      // of additions, to hide the latency of one
+  static constexpr int kEarlyScores = kRowScores / 4;    // exponentiated before the wait for P V
+  static constexpr int kChains = 4;  // of additions, side by side to hide their latency
   using ChainSums = float[2][kChains];
   static constexpr int kRowOuts = Traits::kHeadDim / 4;
   // The first operand of the second product lies in registers, in the order of the scores.
@@ -50,7 +45,7 @@ class AttendConsumer {
  public:
   __device__ AttendConsumer(const AttendKernelParams& params, SharedStorage& shared, int group)
       : params_(params), shared_(shared), group_(group) {
-    // With a scale that is not positive the largest product is not the largest score: then the
+    // With a scale that is not positive the largest product is not the largest score, so there the
     // products are scaled first.
     const float scale = params.attend.softmax_scale;
     product_scale_ = scale > 0 ? 1 : scale;
@@ -123,7 +118,7 @@ class AttendConsumer {
     release_value();
   }
 
-  // scores = Q K^T of the stage at hand.
+  // scores = Q K^T of the current stage.
   __device__ void multiply_keys(Scores& scores) {
     typename Traits::ScoreMma mma;
     auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
@@ -142,7 +137,7 @@ class AttendConsumer {
     warpgroup_commit_batch();
   }
 
-  // out += P V of the stage at hand.
+  // out += P V of the current stage.
   __device__ void multiply_values(Probabilities& probabilities, Out& out) {
     typename Traits::OutMma mma;
     auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
@@ -169,7 +164,8 @@ class AttendConsumer {
     values_.advance();
   }
 
-  // Scales and hides scores, and gives rows that have seen nothing before the largest for a base.
+  // Scales and hides scores, and gives rows that have seen nothing before their largest score as a
+  // base.
   __device__ void start_bases(const AttendRow& row, const AttendTile& tile, Scores& scores) {
     if (!tile.plain) adjust(row, tile, scores);
     if (!unseen_) return;
@@ -181,13 +177,13 @@ class AttendConsumer {
     unseen_ = __any_sync(~0u, row_base_[0] == -INFINITY || row_base_[1] == -INFINITY);
   }
 
-  // Whether a score of the warp is so far above its row's base that the probability may not fit its
-  // type; or is not a number. Rare.
+  // Whether a score of the warp is so far above its row's base that its probability may not fit the
+  // type, or is NaN. Rare.
   __device__ static bool outgrown(const ChainSums& sums) {
     return __any_sync(~0u, !(row_total(sums[0]) <= kOutgrown && row_total(sums[1]) <= kOutgrown));
   }
 
-  // Does the warp's part of the tile once more, with the largest score so far as a row's base.
+  // Computes the warp's part of the tile again, with the largest score so far as each row's base.
   __device__ void raise_bases(const AttendRow& row, const AttendTile& tile, Scores& scores,
                               ChainSums& sums, Out& out) {
     multiply_keys_again(scores);
@@ -216,7 +212,7 @@ class AttendConsumer {
     return quad_max(largest);
   }
 
-  // The scores of one warp: products of the whole group need all four.
+  // The scores of one warp, by its own products: those of the group (wgmma) need all four warps.
   __device__ void multiply_keys_again(Scores& scores) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int first = static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + lane / 4;
@@ -275,13 +271,13 @@ class AttendConsumer {
     const RowBounds& layout = visibility.row_bounds;
     const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
     const int end_key = static_cast<int>(visibility.seqlen_k);
-    uint32_t hidden[2];  // bit i: of score i
+    uint32_t hidden[2];  // bit i: score i is hidden
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = row_token(row, half);
       int end = visibility.causal ? min(token + static_cast<int>(visibility.shift()) + 1, end_key)
                                   : end_key;
-      // No row: what a key holds that no row sees must not show in its warp.
+      // Rows past the end see nothing: what an unseen key holds must not show in their warp.
       if (kUnseenKeys && token >= static_cast<int>(visibility.seqlen_q)) end = 0;
       const int keys = max(end - first, 0);
       const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
@@ -355,8 +351,8 @@ class AttendConsumer {
   float product_scale_, score_scale_;  // the latter in units of log2
   RingPosition<1> queries_;
   RingPosition<Traits::kStages> keys_, values_;
-  float row_base_[2];  // which the sums are relative to
-  bool unseen_;        // a row of the warp has not seen a score
+  float row_base_[2];  // that the sums are relative to
+  bool unseen_;        // some row of the warp has not seen a score
   float row_sum_[2];   // the thread's share
 };
 

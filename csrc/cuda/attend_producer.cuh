@@ -1,6 +1,6 @@
 // The producer warps of block-sparse attention. The first takes rows of the block mask and copies
-// the keys that their bits select; others follow it row by row, with the values and the queries: so
-// none waits for room that is not its own.
+// the keys that their bits select. The others follow it row by row and copy the values and the
+// queries. So each waits only for room for what it copies itself.
 #pragma once
 
 #include "attend_config.cuh"
@@ -18,12 +18,12 @@ struct AttendKernelParams {
   const RunBounds* block_bounds;
   int* next_row;
   int num_rows;
-  int section_heads;  // whose rows are worked off together
+  int section_heads;  // heads whose rows are processed together
   bool aligned_out;
 };
 
-// The row of a turn; what it selects is yet to be seen. Query blocks come from the last, under the
-// diagonal the longest, to the first.
+// The row of a turn; whether it selects anything is not known yet. Query blocks go from the last,
+// under the diagonal the longest, to the first.
 __device__ inline AttendRow row_of_turn(const AttendKernelParams& params, int turn) {
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
   const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
@@ -51,7 +51,7 @@ class RowBlocks {
         walk_(params.attend.block_mask + row.index * visibility_.num_mask_words(),
               end_block(visibility_, m_block_)) {}
 
-  // < 0: there is none left.
+  // The next block; < 0: none is left.
   __device__ int next() {
     do {
       n_block_ = walk_.next();
@@ -61,22 +61,22 @@ class RowBlocks {
     return n_block_;
   }
 
-  // Whether no score of the block that came last is hidden, and the softmax scale is positive.
+  // Whether the last block returned has no hidden score, and the softmax scale is positive.
   __device__ bool is_plain() const { return n_block_ < plain_end_ && kind_ == BlockKind::kOpen; }
 
-  // Whether the block that came last may hold keys that no row sees.
+  // Whether the last block returned may hold keys that no row sees.
   __device__ bool may_hold_unseen_keys() const {
     return kind_ == BlockKind::kPartial || n_block_ >= seen_end_;
   }
 
  private:
-  // Of the keys that the last row may see, when causal.
+  // The end of the keys that the last row may see, when causal.
   __device__ static int end_key(const Visibility& visibility, int m_block) {
     const int64_t end_row =
         min((static_cast<int64_t>(m_block) + 1) * kBlockSize, visibility.seqlen_q);
     return static_cast<int>(end_row + visibility.shift());
   }
-  // Of the blocks that hold them.
+  // The end of the blocks that hold such keys, causal or not.
   __device__ static int end_block(const Visibility& visibility, int m_block) {
     if (!visibility.causal) return static_cast<int>(visibility.num_n_blocks());
     return (end_key(visibility, m_block) + kBlockSize - 1) / kBlockSize;
@@ -109,7 +109,7 @@ __device__ void produce_keys(const AttendKernelParams& params,
   RingPosition<Traits::kStages> keys;
   for (;;) {
     const int turn = take_turn(params.next_row);
-    shared.row_empty.wait(rows.parity ^ 1);  // until all others have read the last one
+    shared.row_empty.wait(rows.parity ^ 1);  // until all have read the last row
     rows.advance();
     if (turn >= params.num_rows) {
       if (leader) {
@@ -145,7 +145,7 @@ __device__ void produce_keys(const AttendKernelParams& params,
   }
 }
 
-// Calls `produce(row)` for every row that the first producer takes, and that sees anything.
+// Calls `produce(row)` for every row that the first producer takes, unless it selects nothing.
 template <typename SharedStorage, typename Produce>
 __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
   for (RingPosition<1> rows;; rows.advance()) {
@@ -183,14 +183,14 @@ __device__ void produce_values(const AttendKernelParams& params,
   });
 }
 
-// Makes values zero whose keys no row of the query block sees: a product with a probability of 0
-// would bring a NaN or infinity there to all rows.
+// Zeroes values whose keys no row of the query block sees: a NaN or infinity there, even times a
+// probability of 0, would make all rows NaN.
 template <typename Traits>
 __device__ void clear_values(const AttendKernelParams& params,
                              typename Traits::SharedStorage& shared) {
   const Visibility& visibility = params.attend.visibility;
   RingPosition<Traits::kStages> values;
-  uint32_t parities = 0;  // of value_uncleared, a bit for each
+  uint32_t parities = 0;  // of value_uncleared, a bit for each slot
   follow_rows(shared, [&](const AttendRow& row) {
     const int32_t* bounds =
         visibility.row_bounds.data
@@ -207,7 +207,7 @@ __device__ void clear_values(const AttendKernelParams& params,
         parities ^= 1u << values.slot;
         const int64_t first_key = n_block * kBlockSize + t * Traits::kTileN;
         for (int i = static_cast<int>(threadIdx.x) % 32; i < Traits::kTileN; i += 32) {
-          if (first_key + i >= visibility.seqlen_k ||  // zero as the copy has left it
+          if (first_key + i >= visibility.seqlen_k ||  // zero already, from the copy
               seen_by_rows(visibility, bounds, first_key + i, first_row, last_row)) {
             continue;
           }
@@ -238,7 +238,7 @@ __device__ void produce_queries(const AttendKernelParams& params,
       if (leader) prefetch_rows<Traits::kPanels>(params.query, first_query(g), row.head, row.batch);
     }
     for (int g = 0; g < kConsumerGroups; ++g) {
-      shared.query_empty[g].wait(queries.parity ^ 1);  // until the group is done with the last ones
+      shared.query_empty[g].wait(queries.parity ^ 1);  // until the group is done with its last ones
       if (!leader) continue;
       shared.query_full[g].arrive_and_expect(kBytes);
       copy_rows<Traits::kPanels>(shared.query[g], params.query, kGroupRows, first_query(g),

@@ -4,9 +4,9 @@
 //     ->  out [B, Lq, Hq, D], lse [B, Hq, Lq]
 //
 // The kernel is persistent. A thread block takes one row of the block mask at a time: 128 queries
-// of a head, 64 to each of two consumer warp groups. Producer warps walk the row's bits and copy
-// the queries and the selected tiles of keys and values to shared memory (TMA); only they know of
-// the mask, and tell the consumers which tiles have hidden scores.
+// of a head, 64 for each of two consumer warp groups. Producer warps walk the row's bits and copy
+// the queries and the selected tiles of keys and values to shared memory (TMA). Only the producers
+// read the mask; they tell the consumers which tiles have hidden scores.
 #pragma once
 
 #include "attend_consumer.cuh"
@@ -14,7 +14,7 @@
 
 namespace rrattn::cuda {
 
-// kUnseenKeys: whether some blocks may hold keys that no row sees, whose values are then made zero.
+// kUnseenKeys: whether some blocks may hold keys that no row sees. Their values are then zeroed.
 template <typename Traits, bool kUnseenKeys>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attend_kernel(const __grid_constant__ AttendKernelParams params) {
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-// Keys and values of a section: well below the H200's 50 MB of L2. With all heads in one section,
-// 50% of 131,072 tokens (32 heads over 8, D 128, causal) run at 492 TFLOP/s in place of 619.
+// Bytes of the keys and values of a section: well below the H200's 50 MB of L2. All heads in one
+// section are slower at long lengths: see docs/tuning.md.
 constexpr int64_t kSectionBytes = 32 << 20;
 
 template <typename Traits>

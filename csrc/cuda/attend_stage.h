@@ -1,5 +1,5 @@
-// Block-sparse attention of one element type and padded head size; attend_<type>_<head size>.cu
-// instantiate it.
+// Block-sparse attention for one element type and padded head size, instantiated in
+// attend_<type>_<head size>.cu.
 #pragma once
 
 #include "../core/params.h"

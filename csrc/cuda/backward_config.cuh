@@ -16,20 +16,21 @@ namespace rrattn::cuda {
 using namespace cute;
 
 constexpr int kBackwardGroups = 2;                              // consumer warp groups
-constexpr int kBackwardThreads = kBackwardGroups * kWarpGroup;  // of these
+constexpr int kBackwardThreads = kBackwardGroups * kWarpGroup;  // consumer threads
 constexpr int kQueryTile = 64;                                  // queries of a step
-constexpr int kQueryTiles = kBlockSize / kQueryTile;            // of a query block
+constexpr int kQueryTiles = kBlockSize / kQueryTile;            // tiles of a query block
 
-// A group of 64 keys each: S^T = K Q^T and dP^T = V dO^T lie in registers with the keys as rows, so
-// that dV += P^T dO and dK += dS^T Q take P^T and dS^T from there. What is subtracted from them,
-// lse / scale and delta, they start from: so it takes neither registers nor time of its own. dQ =
-// dS K takes dS of both groups from shared memory, and each group computes half of its columns.
+// Each consumer group has 64 keys. S^T = K Q^T and dP^T = V dO^T lie in registers with the keys as
+// rows, so that dV += P^T dO and dK += dS^T Q take P^T and dS^T from there. lse / scale and delta,
+// which are to be subtracted, are what the accumulators of S^T and dP^T start from, negated: so the
+// subtraction takes neither registers nor time. dQ = dS K takes dS of both groups from shared
+// memory, and each group computes half of its columns.
 template <typename Element_, bool kDeterministic_>
 struct BackwardTraits {
   using Element = Element_;
   static constexpr bool kDeterministic = kDeterministic_;
   static constexpr int kHeadDim = 128;
-  static constexpr int kQueryStages = 3;  // one of the last step, whose dQ is not yet sent
+  static constexpr int kQueryStages = 3;  // one is the last step's, whose dQ is not sent yet
   static constexpr int kGradOutStages = 2;
   static constexpr int kGradScoreStages = 3;
   static constexpr int kSumsStages = kQueryStages + 1;  // the writer may be one step behind
@@ -81,7 +82,7 @@ struct BackwardTraits {
     alignas(1024) Element query[kQueryStages][kQueryTile * kHeadDim];
     alignas(1024) Element grad_out[kGradOutStages][kQueryTile * kHeadDim];
     alignas(1024) Element grad_scores[kGradScoreStages][kQueryTile * kBlockSize];  // dS
-    alignas(128) uint32_t grad_query[kQueryTile * kHeadDim];  // as wgmma deals it out
+    alignas(128) uint32_t grad_query[kQueryTile * kHeadDim];  // in accumulator order
     alignas(128) float score_start[kQueryStages][kQueryTile];
     alignas(128) float grad_score_start[kGradOutStages][kQueryTile];
     alignas(128) float query_scale[kQueryStages][kQueryTile];  // if deterministic
@@ -92,20 +93,20 @@ struct BackwardTraits {
     Barrier grad_scores_full[kGradScoreStages];
     Barrier sums_full, sums_empty;  // between the consumers and the writer
     struct Item {
-      int turn;  // < 0: there is none left
+      int turn;  // < 0: no item is left
       bool nothing_selected;
     } item;
     struct Step {
       int first_query;
-      int head;     // of queries
+      int head;     // query head
       bool masked;  // some of its scores may be hidden
       bool last;    // of the item
     } step[kQueryStages];
-    // Of [B, Hq, Mq * kQueryTiles], where grad_query is to be added, step by step; < 0: there is no
-    // more.
+    // For each step the tile of [B, Hq, Mq * kQueryTiles] to which its dQ is to be added; < 0: no
+    // step is left.
     int sums_tile[kSumsStages];
-    // A bit for each of the item's keys, then for each value: whether it is not finite, but seen by
-    // a query. It is zero in `key` or `value` then.
+    // A bit for each key of the item, then for each value: whether it is not finite and some query
+    // sees it. It is zero in `key` or `value` then.
     uint32_t not_finite[2 * kBlockSize / 32];
     bool any_not_finite;
   };
@@ -113,21 +114,23 @@ struct BackwardTraits {
 };
 
 // grad_query holds the sums of dS K. In float32 they depend on the order in which the key blocks
-// come to add, so in deterministic mode they are whole numbers of 32 bits, in units of
-// 1 / (query_scale * key_scale): powers of 2 such that no sum of a row and a column reaches 2^30.
-// For
+// are added. In deterministic mode they are therefore whole numbers of 32 bits, in units of
+// 1 / (query_scale * key_scale): powers of 2 such that no sum, of any row and column, reaches 2^30.
+// The scales come from the bound
+//
 //   |sum_j dS[i, j] K[j, c]| <= sum_j P[i, j] (|dO_i| |V_j| + |delta_i|) |K[j, c]|,
-// where the probabilities add up to 1; twice that is allowed for, so that the resolution is 2^-29
+//
+// where the probabilities add up to 1. Twice the bound is allowed for, so the resolution is 2^-29
 // of the bound.
 struct BackwardWorkspace {
   RunBounds* block_bounds;    // [B, bounds heads, Mk]
   uint32_t* transposed_mask;  // [B, Hq, Mk, ceil(Mq / 32)]
-  float* score_start;         // [B, Hq, Mq, kBlockSize]: -lse / scale; P = 0 where nothing is seen
+  float* score_start;         // [B, Hq, Mq, kBlockSize]: -lse / scale, or P = 0 if nothing is seen
   float* grad_score_start;    // the same: -delta
   float* query_scale;         // the same, if deterministic
-  uint32_t* grad_query;  // [B, Hq, Mq, tiles of a block, kQueryTile * 128], as wgmma deals it out
+  uint32_t* grad_query;  // [B, Hq, Mq, tiles of a block, kQueryTile * 128], in accumulator order
   int* next_item;
-  // If deterministic, the largest over all keys, as the bits of a float32 that is not negative.
+  // If deterministic: the largest over all keys, as the bits of a float32 that is not negative.
   uint32_t* key_column;                  // |K|: [B, Hkv, 128]
   uint32_t* value_norm;                  // |V_j|^2: [B, Hkv]
   float* key_scale;                      // [B, Hkv, 128]
@@ -159,7 +162,7 @@ struct BackwardWorkspace {
   }
 };
 
-// The softmax scale, or next to nothing in its place: lse / scale must be a number.
+// The softmax scale, or 2^-100 where it is closer to 0: lse / scale must be a number.
 __device__ inline float usable_scale(float scale) {
   return fabsf(scale) >= 0x1p-100f ? scale : 0x1p-100f;
 }
@@ -170,11 +173,11 @@ struct BackwardKernelParams {
   CUtensorMap query, key, value, grad_out;
   BackwardWorkspace workspace;
   int num_items;
-  int section_heads;  // key heads whose key blocks are worked off together
+  int section_heads;  // key heads whose key blocks are processed together
   bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
 };
 
-// Key blocks come from the first, under the diagonal the longest, to the last.
+// The place of a turn. Key blocks go from the first, under the diagonal the longest, to the last.
 struct BackwardPlace {
   int n_block, key_head, batch;
 

@@ -3,17 +3,11 @@
 //   S^T = K Q^T - lse / scale,  P = exp(scale S),  dP^T = V dO^T - delta,  dS = P dP
 //   dV += P^T dO,  dK += dS^T Q,  dQ = dS K
 //
-// Every thread arrives at the barriers: racecheck understands no others.
+// Every thread arrives at the barriers, since racecheck understands no others.
 //
-// Measured on an H200 (32 heads over 8, D 128, causal, 50% of the blocks of 32,768 tokens,
-// TFLOP/s), each beside this or a forerunner in the same run. This: 532 to 555; with lse and delta
-// subtracted afterwards, fences before the products that do not need them, and both modes in one
-// kernel 499 to 517. Of forerunners: with dQ of the same step, so that each group waits for the
-// other, 511; dQ added from registers, past shared memory, 485 (517), with lse and delta in the
-// order of the accumulators 478, and with the softmax of the next step beside its second product
-// 471; dK before dQ 526 (553 the other way); the blocks of 2 or 8 key heads side by side 515 or 436
-// (526), query blocks in another order for each key block 527, and one query head at a time, whose
-// dK and dV the next one takes over, 523 (532), though DRAM moves 30% less.
+// dQ comes a step late, so that neither group waits for the other, and goes to the sums through
+// shared memory, which is faster than from registers. Figures of these and other variants are in
+// docs/tuning.md.
 #pragma once
 
 #include "backward_producer.cuh"
@@ -33,11 +27,11 @@ class BackwardConsumer {
                                                 Shape<Int<kBlockSize>, Int<Traits::kHeadDim>>{}));
   using GradQuery = decltype(partition_fragment_C(typename Traits::GradQueryMma{},
                                                   Shape<Int<kQueryTile>, Int<Traits::kHeadDim>>{}));
-  // The first operand of a product, in registers in the order of the scores.
+  // The first operand of a product lies in registers, in the order of the scores.
   using Operand =
       decltype(typename Traits::GradKeyMma{}.get_thread_slice(0).partition_fragment_A(make_tensor(
           static_cast<Element*>(nullptr), make_layout(Shape<Int<kBlockSize>, Int<kQueryTile>>{}))));
-  static constexpr int kScores = kQueryTile / 4;  // of one of the thread's two keys
+  static constexpr int kScores = kQueryTile / 4;  // of a thread, for one of its two keys
 
  public:
   __device__ BackwardConsumer(const BackwardKernelParams& params, SharedStorage& shared, int group)
@@ -67,26 +61,26 @@ class BackwardConsumer {
       store(place, grad_value, 1, backward.grad_value, params_.aligned_grad_value);
     }
     shared_.sums_empty.wait(sums_.parity ^ 1);
-    shared_.sums_full.arrive();  // the writer finds that there is no more
+    shared_.sums_full.arrive();  // the writer finds that no step is left
   }
 
  private:
-  // Makes keys and values zero that hold a NaN or infinity, which a product with a probability of 0
-  // would bring to queries that do not see them; those that do are given NaN by `hide`. And those
-  // that no query sees and that are so large that dP may overflow.
+  // Zeroes keys and values that hold a NaN or infinity: even times a probability of 0 it would make
+  // queries NaN that do not see it. Queries that do see it are given NaN by `hide`. Also zeroes
+  // keys and values that no query sees and that are so large that dP may overflow.
   __device__ void clear_bad_rows(const BackwardPlace& place) const {
     constexpr bool kIsBFloat16 = std::is_same_v<Element, cutlass::bfloat16_t>;
     constexpr uint32_t kInfinity = kIsBFloat16 ? 0x7f80 : 0x7c00;
     constexpr uint32_t kLarge = kIsBFloat16 ? 0x5d80 : kInfinity;      // 2^60
     constexpr int kChunks = kPanel * sizeof(Element) / sizeof(uint4);  // of a row in a panel
-    static_assert(kBackwardThreads == 2 * kBlockSize);  // a thread has a key or a value
+    static_assert(kBackwardThreads == 2 * kBlockSize);  // each thread has a key or a value
     Element* tile = thread_ < kBlockSize ? shared_.key : shared_.value;
     const int row = thread_ % kBlockSize;
     const auto chunk = [&](int i) {
       auto* chunks = reinterpret_cast<uint4*>(tile + (i / kChunks * kBlockSize + row) * kPanel);
-      return chunks + (i + row) % kChunks;  // apart in banks
+      return chunks + (i + row) % kChunks;  // threads on different banks
     };
-    uint32_t largest = 0;  // magnitude, whose bits are in its order
+    uint32_t largest = 0;  // magnitude: its bits sort like it
 #pragma unroll 4
     for (int i = 0; i < Traits::kPanels * kChunks; ++i) {
       const uint4 four = *chunk(i);
@@ -143,8 +137,9 @@ class BackwardConsumer {
     send_grad_query();
   }
 
-  // From P and dP of one step, which have been computed, to those of the next, unless this is the
-  // last. dQ is that of the step before, so that no group waits for what the other has just begun.
+  // Takes a step, whose P and dP have been computed, and computes those of the next, unless this is
+  // the last. The dQ computed here is that of the step before, so that neither group waits for what
+  // the other has just begun.
   template <bool kLast>
   __device__ void take_step(const BackwardPlace& place, bool first, Scores& scores,
                             Operand& probabilities, Scores& grad_scores, GradKey& grad_key,
@@ -157,8 +152,9 @@ class BackwardConsumer {
     for (int i = 0; i < size(scores); ++i) {
       operand(i) = static_cast<Element>(scores(i) * grad_scores(i));
     }
-    // The other group has read the slot: sums before the last were sent when both had computed
-    // dQ of the step that used it, and the writer had them when this one sent the last.
+    // The other group has read what the slot held, dS of three steps ago. For both groups send dQ
+    // of a step after they have computed it, and before this group wrote its last dQ (of two steps
+    // ago or later) it waited until the writer had taken that of three steps ago from both.
     store_transposed(operand, shared_.grad_scores[queries_.slot]);
     GradQuery grad_query;
     start_grad_query(first, grad_query);
@@ -183,8 +179,9 @@ class BackwardConsumer {
     }
   }
 
-  // dQ = dS K of the earliest step that it is not yet computed of. On the first step of an item
-  // there is none: what is computed then is not used, which costs less than a branch around wgmma.
+  // Starts dQ = dS K of the earliest step that has none yet. In the first step of an item there is
+  // no such step (`none`): what is computed then is not used, which costs less than a branch around
+  // wgmma.
   __device__ void start_grad_query(bool none, GradQuery& grad_query) {
     if (!none) shared_.grad_scores_full[unsent_.slot].wait(unsent_.parity);
     multiply(typename Traits::GradQueryMma{}, shared_.grad_scores[unsent_.slot],
@@ -192,8 +189,8 @@ class BackwardConsumer {
              grad_query);
   }
 
-  // dS^T as the first operand of dQ: a key's queries side by side. A lane gives the place of 8
-  // queries; the swizzle flips the bits of the address that count such chunks.
+  // Stores dS^T as the first operand of dQ, the queries of a key side by side. A lane gives the
+  // place of 8 queries; the swizzle flips the bits of the address that count such chunks.
   __device__ void store_transposed(const Operand& operand, Element* to) const {
     static_assert(kQueryTile == kPanel);
     const int lane = thread_ % 32;
@@ -210,7 +207,7 @@ class BackwardConsumer {
     }
   }
 
-  // S^T = K Q^T - lse / scale of the step at hand.
+  // Starts S^T = K Q^T - lse / scale of the current step.
   __device__ void start_scores(Scores& scores) {
     shared_.query_full[queries_.slot].wait(queries_.parity);
     masked_ = shared_.step[queries_.slot].masked | shared_.any_not_finite;
@@ -221,7 +218,7 @@ class BackwardConsumer {
                                   typename Traits::QueryLayout{}, scores);
   }
 
-  // dP^T = V dO^T - delta of the step at hand.
+  // Starts dP^T = V dO^T - delta of the current step.
   __device__ void start_grad_scores(Scores& grad_scores) {
     shared_.grad_out_full[grads_.slot].wait(grads_.parity);
     start_from(shared_.grad_score_start[grads_.slot], grad_scores);
@@ -230,7 +227,7 @@ class BackwardConsumer {
                                   typename Traits::QueryLayout{}, grad_scores);
   }
 
-  // The same number for all keys of a query.
+  // Sets the scores of each query to its number, the same for all keys.
   __device__ static void start_from(const float* of_query, Scores& scores) {
     const auto first = static_cast<uint32_t>(__cvta_generic_to_shared(of_query + column(0)));
 #pragma unroll
@@ -248,7 +245,7 @@ class BackwardConsumer {
     }
   }
 
-  // Makes scores probabilities.
+  // Turns scores into probabilities.
   __device__ void softmax(const BackwardPlace& place, Scores& scores, Operand& probabilities) {
     warpgroup_fence_operand(scores);
     if (masked_) hide(place, shared_.step[queries_.slot], scores);
@@ -259,10 +256,10 @@ class BackwardConsumer {
       probabilities(i) = static_cast<Element>(scores(i));
       all ^= __float_as_uint(scores(i));
     }
-    compute_here(__uint_as_float(all));  // beside dP; below 2, as all of them are
+    compute_here(__uint_as_float(all));  // while dP is computed; below 2, as each of them is
   }
 
-  // The query in the tile of score i of one of the thread's keys.
+  // The query, within the tile, of score i of either of the thread's keys.
   __device__ static int column(int i) {
     return static_cast<int>(threadIdx.x) % 4 * 2 + accumulator_column(i);
   }
@@ -273,7 +270,7 @@ class BackwardConsumer {
   __device__ void multiply(Mma mma, Element* a, ALayout, Element* b, BLayout,
                            Result& result) const {
     int group = group_;
-    asm volatile("" : "+r"(group));  // or descriptors are computed ahead of the loop, and spilled
+    asm volatile("" : "+r"(group));  // else descriptors are computed ahead of the loop, and spilled
     auto thread_mma = mma.get_thread_slice(group * kWarpGroup);
     auto a_fragment = thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(a), ALayout{}));
     auto b_fragment = thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(b), BLayout{}));
@@ -304,7 +301,8 @@ class BackwardConsumer {
     warpgroup_commit_batch();
   }
 
-  // Makes hidden scores -infinity, and others of what is not finite NaN.
+  // Gives hidden scores a probability of 0, and makes visible ones NaN where the key or its value
+  // is not finite.
   __device__ void hide(const BackwardPlace& place, const Step& step, Scores& scores) const {
     const Visibility& visibility = params_.backward.visibility;
     const RowBounds& layout = visibility.row_bounds;
@@ -319,7 +317,7 @@ class BackwardConsumer {
 #pragma unroll
         for (int i = 0; i < kScores; ++i) {
           float& score = scores(accumulator_index(half, i));
-          if (score != hidden_) score = NAN;  // not in rows that are none or see nothing
+          if (score != hidden_) score = NAN;  // not for queries past the end or that see nothing
         }
       }
 #pragma unroll
@@ -339,7 +337,7 @@ class BackwardConsumer {
     }
   }
 
-  // Writes dQ of the earliest step to where the writer takes it from.
+  // Writes dQ of the earliest step not sent yet to where the writer takes it from.
   __device__ void write_grad_query(GradQuery& grad_query) {
     warpgroup_fence_operand(grad_query);
     if constexpr (Traits::kDeterministic) {
@@ -360,7 +358,7 @@ class BackwardConsumer {
     }
   }
 
-  // Hands it over, and frees the slot of its queries.
+  // Hands it to the writer, and frees the slot of its queries.
   __device__ void send_grad_query() {
     fence_async_proxy_shared();  // a bulk copy reads what write_grad_query's stores wrote
     shared_.sums_full.arrive();
@@ -382,7 +380,8 @@ class BackwardConsumer {
     }
   }
 
-  // The thread's first key in the block, and its first row in the group; the others are 8 on.
+  // The thread's first key in the block, and its first row in the group; its second is 8 further
+  // on.
   __device__ int key_row() const { return thread_ / 32 * 16 + thread_ % 32 / 4; }
   __device__ int group_row() const { return thread_ % kWarpGroup / 32 * 16 + thread_ % 32 / 4; }
 
@@ -395,7 +394,7 @@ class BackwardConsumer {
   RingPosition<Traits::kQueryStages> queries_, unsent_;
   RingPosition<Traits::kGradOutStages> grads_;
   RingPosition<1> sums_;
-  bool masked_, last_;  // of the step at hand
+  bool masked_, last_;  // of the current step
 };
 
 }  // namespace rrattn::cuda

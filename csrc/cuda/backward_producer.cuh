@@ -1,5 +1,5 @@
-// The producer warp of the gradients: takes key blocks, walks the query blocks of all heads of the
-// group that selected them, and copies these.
+// The producer warp of the gradients: it takes key blocks, walks the query blocks that selected
+// them, of all heads of the group, and copies both.
 #pragma once
 
 #include "backward_config.cuh"
@@ -25,7 +25,7 @@ __device__ void produce_steps(const BackwardKernelParams& params,
 
   for (;;) {
     const int turn = take_turn(workspace.next_item);
-    shared.item_empty.wait(items.parity ^ 1);  // until the consumers are done with the last one
+    shared.item_empty.wait(items.parity ^ 1);  // until the consumers are done with the last item
     items.advance();
     if (turn >= params.num_items) {
       if (leader) {

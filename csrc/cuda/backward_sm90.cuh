@@ -3,11 +3,15 @@
 //   query, grad_out [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
 //     ->  grad_query [B, Lq, Hq, D], grad_key, grad_value [B, Lk, Hkv, D]
 //
-// Three steps. prepare: what S and dP start from, -lse / scale and -delta = -rowsum(dO * O), sums
-// of dQ that are 0, their units if deterministic, and the block mask transposed. backward_kernel,
-// persistent: a thread block takes a key block of a key head, walks the query blocks of the group's
-// heads that selected it, keeps dK and dV in registers, and adds its share of dQ to sums in the
-// workspace. finish: these sums, scaled, as grad_query.
+// There are three steps:
+//
+//   prepare          Computes what S and dP start from, -lse / scale and -delta = -rowsum(dO * O);
+//                    sets the sums of dQ to 0; if deterministic, finds their units; transposes the
+//                    block mask.
+//   backward_kernel  Persistent. A thread block takes a key block of a key head, walks the query
+//                    blocks of the group's heads that selected it, keeps dK and dV in registers,
+//                    and adds its share of dQ to the sums in the workspace.
+//   finish           Writes these sums, scaled, as grad_query.
 #pragma once
 
 #include "backward_consumer.cuh"
@@ -17,13 +21,13 @@
 namespace rrattn::cuda {
 
 constexpr int kPrepareThreads = 256;
-constexpr int kRowLanes = 16;  // of a row: 8 columns each
+constexpr int kRowLanes = 16;  // threads of a row, with 8 columns each
 constexpr int kPrepareRows = kPrepareThreads / kRowLanes;
 constexpr int kKeyChunks = 64;  // thread blocks that share the keys of a head
 
-// The power of 2 that brings what is at most `bound` to at most `target`, itself a power of 2. NaN
-// for a bound of 2^60 or more, or NaN: then all sums in this unit come out as NaN. Bounds below
-// 2^least count as that, so that products of scales stay in the range of float32.
+// The power of 2 that scales numbers of at most `bound` to at most `target`, which is a power of 2
+// too. NaN for a bound that is NaN or at least 2^60: then all sums in this unit come out as NaN.
+// Bounds below 2^least count as 2^least, so that products of scales stay in the range of float32.
 __device__ inline float scale_to(float bound, float target, int least) {
   if (!(bound < 0x1p60f)) return NAN;
   int exponent;
@@ -31,8 +35,8 @@ __device__ inline float scale_to(float bound, float target, int least) {
   return target * exp2f(static_cast<float>(-max(exponent, least)));
 }
 
-// The largest |K| of each column and the largest |V_j|^2, of what any query sees; NaN, whose bits
-// are above those of all numbers, where there is one.
+// Finds the largest |K| of each column and the largest |V_j|^2 among the keys that any query sees.
+// A NaN counts as the largest: its bits are above those of all numbers.
 template <typename Element>
 __global__ void __launch_bounds__(kPrepareThreads)
     bound_keys_kernel(const __grid_constant__ BackwardKernelParams params, bool aligned) {
@@ -85,9 +89,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
   if (threadIdx.x == 128) atomicMax(params.workspace.value_norm + key_head, block_largest_norm);
 }
 
-// What S, dP and the sums of dQ start from, for every row, rows past the end included, and in
-// deterministic mode the scales. The heads of a token, side by side in memory, are read at about
-// the same time.
+// Writes what S, dP and the sums of dQ start from, for every row, rows past the end included; in
+// deterministic mode the scales too. The heads of a token, which lie side by side in memory, are
+// read at about the same time.
 template <typename Element>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_rows_kernel(const __grid_constant__ BackwardKernelParams params, bool aligned) {
@@ -136,7 +140,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
       (sees_nothing ? -INFINITY : -lse) / usable_scale(backward.softmax_scale);
   workspace.grad_score_start[row] = sees_nothing ? 0 : -delta;
   if (backward.deterministic) {
-    // Twice, for what rounding adds. NaN also where lse is no number: then P has none either.
+    // Doubled, for what rounding adds. NaN also where lse is not a number: P is not one either
+    // then.
     const float value_norm = __uint_as_float(workspace.value_norm[key_head]);
     const float bound = 2 * (sqrtf(norm) * sqrtf(value_norm) + fabsf(delta));
     workspace.query_scale[row] = scale_to(lse < INFINITY ? bound : NAN, 1 << 30, -60);
@@ -254,9 +259,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
 }
 
-// Queries, dO and sums of dQ of a section. Against one key head after the other, the gradients are
-// 6% to 10% faster at 8,192 tokens, and 35% at 4,096, since the thread blocks are done at about the
-// same time (H200, 32 heads over 8, D 128, causal); with 128 MB they are 3% slower at 16,384.
+// Bytes of the queries, dO and sums of dQ of a section. At short lengths that is several key heads,
+// so that the thread blocks are done at about the same time: see docs/tuning.md.
 constexpr int64_t kBackwardSectionBytes = 64 << 20;
 
 template <typename Traits>

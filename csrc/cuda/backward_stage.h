@@ -1,4 +1,4 @@
-// The gradients of block-sparse attention of one element type; backward_<type>.cu instantiate it.
+// The gradients of block-sparse attention for one element type, instantiated in backward_<type>.cu.
 #pragma once
 
 #include "../core/params.h"

@@ -1,7 +1,7 @@
 // How warp groups work together: barriers in shared memory (mbarrier), and rings of them.
 //
-// Unlike CUTLASS's these also keep the compiler from moving ordinary loads and stores across: an
-// arrive releases all that its thread wrote before, a wait acquires it.
+// Unlike CUTLASS's, these also keep the compiler from moving ordinary loads and stores across them:
+// an arrive releases all that its thread wrote before, and a wait acquires it.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,13 @@ class Barrier {
   __device__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
   }
-  // Arrives, and has the phase wait for that many bytes of bulk copies too.
+  // Arrives, and makes the phase wait for this many bytes of bulk copies too.
   __device__ void arrive_and_expect(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
                  "r"(bytes)
                  : "memory");
   }
-  // Until the phase of this parity is over.
+  // Waits until the phase of this parity is over.
   __device__ void wait(uint32_t parity) {
     uint32_t done;
     do {
@@ -49,7 +49,7 @@ class Barrier {
   uint64_t state_;
 };
 
-// Shows what this thread wrote, to shared or global memory, to wgmma and bulk copies that are
+// Makes what this thread wrote to shared or global memory visible to wgmma and bulk copies that are
 // started after a barrier. Waits until the writes have reached global memory, about a microsecond.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // The same for writes to shared memory alone, which is quick.

@@ -14,7 +14,7 @@ class BitWalk {
     load();
   }
 
-  // < 0: there is none left.
+  // The next bit; < 0: none is left.
   __device__ int next() {
     while (bits_ == 0) {
       if (filled_words_ == 0) {

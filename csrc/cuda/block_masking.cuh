@@ -1,11 +1,12 @@
-// Which blocks need a look at every score.
+// In which blocks every score has to be checked.
 #pragma once
 
 #include "../core/geometry.h"
 
 namespace rrattn::cuda {
 
-// Of the keys that the first row of a query block does not see, or that are none, the first.
+// The first key that the first row of a query block does not see; the end of the keys if it sees
+// all.
 __device__ inline int first_hidden_key(const Visibility& visibility, int m_block) {
   const int64_t end = visibility.causal
                           ? min(static_cast<int64_t>(m_block) * kBlockSize + visibility.shift() + 1,
@@ -21,7 +22,8 @@ __device__ inline bool has_hidden_scores(const Visibility& visibility, BlockKind
          (n_block + 1) * kBlockSize > first_hidden_key(visibility, m_block);
 }
 
-// Whether FlashMask or the diagonal may leave a block that some row sees with keys that none does.
+// Whether, under FlashMask or the diagonal, a block that some row sees may hold keys that none
+// sees.
 __host__ __device__ inline bool may_leave_unseen_keys(const Visibility& visibility) {
   return visibility.row_bounds.data != nullptr ||
          (visibility.causal && visibility.shift() % kBlockSize != 0);

@@ -1,8 +1,8 @@
-// How a tile's strides lie in the tensor cores' accumulators, and the sums over key blocks.
+// How the strides of a tile lie in the tensor cores' accumulators, and the sums over key blocks.
 //
 // A thread of a wgmma holds, of rows g and g + 8 (g = lane / 4), the columns 8 c + 2 t + {0, 1}
-// (t = lane % 4, c < 16). The pooled keys are put in the order that makes these the 32 strides from
-// 32 t on, so that whole key blocks fall to one thread and their sums need no exchange.
+// (t = lane % 4, c < 16). The pooled keys are put in such an order that these are the 32 strides
+// from 32 t on. So whole key blocks fall to one thread, and their sums need no exchange.
 #pragma once
 
 #include "estimate_config.cuh"
@@ -23,7 +23,7 @@ struct BlockSums {
   static constexpr int kBlocks = kTileStrides / kBlockStrides;  // of a tile
   static constexpr int kOwnStrides =
       kBlockStrides < kThreadStrides ? kBlockStrides : kThreadStrides;
-  static constexpr int kOwn = kThreadStrides / kOwnStrides;  // blocks in which a thread has strides
+  static constexpr int kOwn = kThreadStrides / kOwnStrides;  // blocks of which a thread has strides
 
   // Where a thread writes in sums[kTileQueries][kBlocks] of a tile; `row` is g's.
   __device__ static int offset(int row) {

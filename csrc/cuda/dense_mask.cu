@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 128;        // a key each
 constexpr int kRowsPerThread = 256;  // of the mask, read by a thread block
 
-// Adds the rows that see each key to start_rows, which are 0 before.
+// Adds the number of rows that see each key to start_rows, which start at 0.
 template <typename Mask>
 __global__ void __launch_bounds__(kThreads) count_rows_kernel(DenseMaskParams params) {
   const int64_t key = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -16,7 +16,7 @@ using namespace cute;
 constexpr int kTileStrides = 128;  // pooled keys of a tile
 constexpr int kTileQueries = 64;   // sampled queries of a consumer warp group: the m of wgmma
 
-constexpr int kItemSlots = 2;  // items under way: one at the consumers, one before or after
+constexpr int kItemSlots = 2;  // items under way: one at the consumers, one before or after them
 
 // The 64 sampled queries of one consumer in one item.
 struct RowTile {
@@ -29,19 +29,16 @@ struct RowTile {
 // The unit of work: up to kConsumers row tiles that share a key head.
 template <int kConsumers>
 struct EstimateItem {
-  int index;      // < 0: there is none left
+  int index;      // < 0: no item is left
   int num_tiles;  // of strides that any of the rows sees under the diagonal
   int batch;
-  int key_head;  // of all batch entries
+  int key_head;  // over all batch entries
   RowTile rows[kConsumers];
 };
 
 // The tile sizes by head size. Shared memory (227 KB): kConsumers query tiles, kStages key tiles
-// and kChunkStages chunks of sums on their way back.
-//
-// kConsumers on an H200, 128K tokens, 32 heads over 8, D 128, stride 8, causal: 2 warp groups 3.16
-// ms, 3 2.54 ms, 4 2.39 ms (what is short is warps to hide latency with); 3 with two products under
-// way in each, 2.46 ms; 4 that take turns at the tensor cores 1.948 ms (without 1.951 in that run).
+// and kChunkStages chunks of sums on their way back. Four consumers beat fewer, since what is short
+// is warps to hide latency with: see docs/tuning.md.
 template <typename Element_, int kHeadDim_>
 struct EstimateTraits {
   using Element = Element_;
@@ -52,7 +49,8 @@ struct EstimateTraits {
   static constexpr int kChunkBytes = 16384;
   static constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
   // A thread block starts with 65,536 / kThreads registers a thread, rounded down to a multiple of
-  // 8; the warp groups share these out again. Asking for more than the block has waits forever.
+  // 8; the warp groups share these out again. A group that asks for more than are left waits
+  // forever.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kServiceRegisters = 56;
   static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : 216;
@@ -84,23 +82,23 @@ struct EstimateTraits {
     Barrier chunk_full[kConsumers + 1][kChunkStages];
     int tile[kStages];  // in that stage; < 0: none, the pass is over
     EstimateItem<kConsumers> item[kItemSlots];
-    bool outgrown[kItemSlots];       // by a row sum
-    volatile int64_t sums_position;  // up to which sums have been read back
+    bool outgrown[kItemSlots];       // a row sum has reached kOutgrown
+    volatile int64_t sums_position;  // up to here sums have been read back
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
   static_assert(kStages * kKeyTileBytes >= kConsumers * kChunkStages * kChunkBytes);
 };
 
-// Counts of strides, rows and items: below 2^30, so that index arithmetic on the GPU stays in 32
-// bits.
+// Counts of strides, rows and items. They are below 2^30, so that index arithmetic on the GPU stays
+// in 32 bits.
 struct EstimateLayout {
   int num_strides;    // of the keys
   int num_tiles;      // of kTileStrides strides
   int num_row_tiles;  // of kTileQueries sampled queries, of one head
   int group;          // query heads of a key head
-  int key_heads;      // of all batch entries
+  int key_heads;      // over all batch entries
   int num_items;
-  float score_scale;  // of scores in units of log2
+  float score_scale;  // brings products to scores in units of log2
 
   EstimateLayout(const EstimateParams& params, int consumers)
       : num_strides(static_cast<int>(ceil_div(params.visibility.seqlen_k, params.stride))),
@@ -117,10 +115,10 @@ template <typename Traits>
 struct EstimateWorkspace {
   typename Traits::Element* pooled_keys;  // [B, Hkv, num_tiles] images of KeyLayout
   float* block_sums;  // [multiprocessors, kConsumers, num_tiles, kTileQueries, blocks of a tile]
-  int64_t consumer_sums;     // of them, of one consumer
+  int64_t consumer_sums;     // elements of these for one consumer
   RunBounds* stride_bounds;  // [B, bounds heads, num_strides]
   RunBounds* tile_bounds;    // [B, bounds heads, num_tiles]
-  int* next_item;            // [2], of the first launch and of that for outgrown items
+  int* next_item;            // [2]: of the first launch, of the one for outgrown items
   int* num_outgrown;
   int* outgrown_items;  // [num_items]
 

@@ -9,9 +9,9 @@ namespace rrattn::cuda {
 
 constexpr float kOutgrown = 0x1p100f;  // a row sum from here on asks for the exact maximum
 
-// The sums of one thread block's items follow one another in the same memory: a tile's may be
-// written once those of the same tile of the item before have been read back. Positions count
-// items, and tiles below bit 32.
+// All items of a thread block put their sums into the same memory: those of a tile may be written
+// once those of the same tile of the item before have been read back. A position counts items from
+// bit 32 on, and tiles below it.
 constexpr int64_t kItemPosition = int64_t{1} << 32;
 
 template <typename Traits, int kStride>
@@ -71,7 +71,7 @@ class EstimateConsumer {
     row_sum_[1] = quad_sum(row_sum_[1]);
   }
 
-  // Hands the item over.
+  // Hands the item to the finisher.
   __device__ void end_item() {
     if (threadIdx.x % 4 == 0) {
 #pragma unroll
@@ -87,8 +87,8 @@ class EstimateConsumer {
   }
 
  private:
-  // The scores of the next stage, and its tile. They are computed even where it holds no tile: what
-  // it holds is known only when the product is well under way.
+  // Computes the scores of the next stage, and returns its tile. It computes them even if the stage
+  // holds no tile: that is known only when the product is well under way.
   __device__ int multiply(Scores& scores) {
     typename Traits::Mma mma;
     auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
@@ -115,7 +115,8 @@ class EstimateConsumer {
     return tile;
   }
 
-  // Sums of exponentials over key blocks, to memory; or only the maximum.
+  // Writes the sums of exponentials over key blocks to memory; with `maximum`, only finds the
+  // maximum.
   __device__ void process_tile(Scores& scores, int tile, bool maximum) {
     // Stride i of the thread's 32, of row row() + 8 half.
     const auto at = [&](int half, int i) -> float& { return scores(accumulator_index(half, i)); };
@@ -157,7 +158,8 @@ class EstimateConsumer {
     Sums::store(sums, block_sums_ + static_cast<int64_t>(tile) * (kTileQueries * Sums::kBlocks));
   }
 
-  // The largest score of each row so far, or only where there is none yet.
+  // Makes the largest score so far the reference of each row, or unless `always` only of rows that
+  // have none yet.
   template <typename At>
   __device__ void raise_reference(const At& at, bool always) {
 #pragma unroll
@@ -175,14 +177,14 @@ class EstimateConsumer {
 
   __device__ const RowTile& rows() const { return shared_.item[slot_].rows[consumer_]; }
 
-  // The thread's first row in the row tile; the other is 8 rows on.
+  // The thread's first row in the row tile; its second is 8 rows further on.
   __device__ static int row() { return threadIdx.x % kWarpGroup / 32 * 16 + threadIdx.x % 32 / 4; }
 
   __device__ int row_token(int half) const {
     return rows().first_token + (row() + half * 8) * kStride;
   }
 
-  // Strides that a row may see under the diagonal and the sequence end.
+  // How many strides a row may see under the diagonal and before the end of the sequence.
   __device__ int row_limit(int half) const {
     const int token = row_token(half);
     return rows().active && token < params_.visibility.seqlen_q
@@ -220,9 +222,10 @@ class EstimateConsumer {
   const int consumer_;
   RingPosition<Traits::kStages> keys_;
   int slot_;           // of the item
-  int warp_limit_;     // strides that all rows of the warp may see
-  float* block_sums_;  // where the thread writes of the first tile
-  // What must have been read back before the item's first tile may be written, and what has been.
+  int warp_limit_;     // how many strides all rows of the warp may see
+  float* block_sums_;  // where the thread writes the sums of the first tile
+  // The position up to which sums must have been read back before those of the item's first tile
+  // may be written, and the one up to which they have been.
   int64_t position_ = 1 - kItemPosition, read_position_ = 0;
   float reference_[2], row_sum_[2];
 };

@@ -1,5 +1,6 @@
 // From sums of exponentials to block scores. Three warps of the estimate do this while the
-// consumers are at the next item; the last item of a thread block the consumers finish themselves.
+// consumers are at the next item. The last item of a thread block is finished by the consumers
+// themselves.
 #pragma once
 
 #include "estimate_consumer.cuh"
@@ -8,7 +9,7 @@ namespace rrattn::cuda {
 
 constexpr int kFinisherThreads = kWarpGroup - 32;  // the producer has the first warp of the group
 
-// A team of kThreads threads, with a ring of chunks in shared memory of its own.
+// A team of kThreads threads, with its own ring of chunks in shared memory.
 template <typename Traits, int kStride, int kThreads>
 class EstimateFinisher {
   using Sums = BlockSums<kStride>;
@@ -30,13 +31,13 @@ class EstimateFinisher {
         shared_(shared),
         thread_(thread),
         team_(team),
-        // The consumers use the key tiles' memory, once all are done with these.
+        // Consumers use the memory of the key tiles, once all of them are done with these.
         chunks_(team == Traits::kConsumers
                     ? shared.chunk
                     : reinterpret_cast<Chunk*>(shared.key) + team * Traits::kChunkStages) {}
 
   // Divides by the row sums, adds up the rows of each query block, and writes whole rows of
-  // block_scores, for the item's consumers from `first` to before `end`.
+  // block_scores, for the item's consumers [first, end).
   //
   // The sums come back in chunks of whole tiles, by bulk copies that run kChunkStages ahead.
   __device__ void finish(int slot, int first, int end) {
@@ -77,14 +78,14 @@ class EstimateFinisher {
     }
   }
 
-  // All sums of the item, used or not.
+  // Frees all sums of the item, used or not.
   __device__ void free_item_sums() {
     position_ += kItemPosition;
     free_sums(position_);
   }
 
  private:
-  // Lets the consumers write over the sums before this position.
+  // Lets the consumers overwrite the sums before this position.
   __device__ void free_sums(int64_t position) {
     if (thread_ == 0) shared_.sums_position = position;
   }
@@ -97,7 +98,7 @@ class EstimateFinisher {
                visibility.num_n_blocks();
   }
 
-  // `sums`: of the tiles from first_tile on.
+  // Writes the scores of a chunk. `sums` are those of the tiles from first_tile on.
   __device__ void write_chunk(const Item& item, const RowTile& rows, int first_tile,
                               const float* sums, const float* row_factor) const {
     constexpr int kVector = Sums::kBlocks < 4 ? Sums::kBlocks : 4;  // key blocks of a thread
@@ -116,7 +117,7 @@ class EstimateFinisher {
       if (!hides<kStride>(item, params_, workspace_, tile)) {
 #pragma unroll 8
         for (int step = 0; step < kRows; ++step) {
-          const int r = (step + i) % kRows;  // neighbours on different banks
+          const int r = (step + i) % kRows;  // neighbouring threads on different banks
           const Vector of_row = *reinterpret_cast<const Vector*>(column + r * Sums::kBlocks);
           const float factor = row_factor[m * kRows + r];
 #pragma unroll
@@ -133,7 +134,7 @@ class EstimateFinisher {
     }
   }
 
-  // Zeros past the last tile.
+  // Writes zeros past the last tile.
   __device__ void clear_rest(const Item& item, const RowTile& rows) const {
     const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
     for (int m = 0; m < kTileQueries / kRows; ++m) {
@@ -151,7 +152,7 @@ class EstimateFinisher {
   const EstimateWorkspace<Traits>& workspace_;
   SharedStorage& shared_;
   const int thread_;
-  const int team_;  // a consumer, or kConsumers: the three warps
+  const int team_;  // number of a consumer; kConsumers: the three warps
   Chunk* chunks_;
   RingPosition<Traits::kChunkStages> loading_, reading_;
   int64_t position_ = 0;

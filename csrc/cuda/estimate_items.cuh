@@ -5,7 +5,7 @@
 
 namespace rrattn::cuda {
 
-// The last stride that a token sees, plus 1.
+// How many strides a token sees under the diagonal.
 template <int kStride>
 __device__ inline int visible_strides(const Visibility& visibility, const EstimateLayout& layout,
                                       int token) {
@@ -13,8 +13,9 @@ __device__ inline int visible_strides(const Visibility& visibility, const Estima
   return min((token + static_cast<int>(visibility.shift())) / kStride + 1, layout.num_strides);
 }
 
-// Items count the key heads first, then from the last row tiles, the longest, to the first. Row
-// tiles of a key head are in the order of their rows, then of their heads.
+// Fills an item by its number. Numbers count key heads first, then row tiles from the last, the
+// longest, to the first. The row tiles of a key head are ordered by their rows, then by their
+// heads.
 template <int kStride, int kConsumers>
 __device__ inline void fill_item(EstimateItem<kConsumers>& item, const EstimateParams& params,
                                  const EstimateLayout& layout, int index) {

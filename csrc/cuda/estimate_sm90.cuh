@@ -2,14 +2,14 @@
 //
 //   query [B, Lq, Hq, D], key [B, Lk, Hkv, D]  ->  block_scores [B, Hq, Mq, Mk] float32
 //
-// pool_keys_kernel averages the keys of each stride and writes them in the very order in which the
+// pool_keys_kernel averages the keys of each stride and writes them in the order in which the
 // tensor cores want them in shared memory, so that a tile of 128 strides is one contiguous bulk
 // copy.
 //
 // estimate_kernel is persistent. A work item is up to kConsumers row tiles of 64 sampled queries
-// that share a key head, one for each consumer warp group. Beside the consumers, one warp group
-// keeps them fed: its first thread hands out the items and streams the tiles of pooled keys past
-// all consumers, its other three warps gather the queries of the next item and finish the last one.
+// that share a key head, one for each consumer warp group. One more warp group serves them: its
+// first thread hands out the items and streams the tiles of pooled keys past all consumers, and its
+// other three warps finish the last item. The consumers gather their queries themselves.
 //
 // A consumer computes S = Q K^T of a tile (wgmma), takes 2^(S - reference) and sums it over the
 // strides of each key block. The reference of a row is its maximum over the first tile in which it
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int num_items = outgrown ? *workspace.num_outgrown : layout.num_items;
-  const int passes = outgrown ? 2 : 1;  // for the maximum first
+  const int passes = outgrown ? 2 : 1;  // of two the first is for the maximum
   if (static_cast<int>(blockIdx.x) >= num_items) return;
   const int warp_group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpGroup, 0);
 

@@ -1,5 +1,5 @@
-// The estimate of one element type and padded head size; estimate_<type>_<head size>.cu instantiate
-// it.
+// The estimate for one element type and padded head size, instantiated in
+// estimate_<type>_<head size>.cu.
 #pragma once
 
 #include "../core/params.h"

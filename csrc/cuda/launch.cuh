@@ -21,7 +21,7 @@
 
 namespace rrattn::cuda {
 
-// Multiprocessors of the current device, which must be a Hopper GPU: the only one these kernels are
+// Multiprocessors of the current device. It must be a Hopper GPU, the only one these kernels are
 // built for.
 inline int num_multiprocessors() {
   int device = 0, major = 0, minor = 0, count = 0;
@@ -37,7 +37,7 @@ inline int num_multiprocessors() {
   return count;
 }
 
-// Hands out pieces of the workspace, 1,024-byte aligned; over nothing it only counts.
+// Hands out pieces of the workspace, aligned to 1,024 bytes. Without a base it only counts.
 class Arena {
  public:
   explicit Arena(void* base = nullptr)

@@ -1,5 +1,5 @@
-// Averages the keys of each stride, and writes tiles of them as they are to lie in shared memory.
-// A NaN or infinity in a key that no query sees counts as zero.
+// Averages the keys of each stride, and writes tiles of the averages as shared memory is to hold
+// them. A NaN or infinity in a key that no query sees counts as zero.
 #pragma once
 
 #include "block_sums.cuh"

@@ -4,7 +4,7 @@ namespace rrattn::cuda {
 
 namespace {
 
-// bounds[B, bounds heads, ceil(Lk / run_length)], a warp to a run.
+// Fills bounds[B, bounds heads, ceil(Lk / run_length)]. Each run has a warp.
 __global__ void run_bounds_kernel(Visibility visibility, int64_t run_length, RunBounds* bounds) {
   const RowBounds& layout = visibility.row_bounds;
   const int64_t num_runs = ceil_div(visibility.seqlen_k, run_length);

@@ -3,18 +3,18 @@
 //   block_scores [B, Hq, Mq, Mk] float32  ->  block_mask [B, Hq, Mq, ceil(Mk / 32)]
 //
 // Same rules and same bits as csrc/cpu/select.cpp. A group of 1 to 8 warps takes a row and holds
-// its scores in registers; word w of the mask is the business of one warp, lane i of block 32 w +
-// i. Instead of sorting, it looks for the cut, the smallest score v with
+// its scores in registers. Each word w of the mask belongs to one warp, and block 32 w + i to lane
+// i of that warp. Instead of sorting, the group looks for the cut, the smallest score v with
 //
 //   mass of all scores above v < tau * row_sum
 //
-// All scores above v are kept, and of those equal to v as many, from the lowest index on, as fit
-// the same inequality. Masses are integers, so the order of addition is free.
+// All scores above v are kept. Of those equal to v, as many are kept, from the lowest index on, as
+// fit the same inequality. Masses are integers, so they may be added in any order.
 //
 // The search bisects on the bits of the score (non-negative floats order like their bits). A step
-// adds up scores, not masses, which would double the registers: the sum says on which side of the
-// middle the cut is, or else is so close to the target that masses are added up after all. The few
-// scores left after some steps are compared each with each.
+// adds up scores, since masses would double the registers. The sum tells on which side of the
+// middle the cut is; where it is too close to the target to tell, masses are added up after all.
+// The few scores that are left after some steps are compared each with each.
 #include "run_bounds.cuh"
 #include "stages.h"
 
@@ -23,8 +23,8 @@ namespace rrattn::cuda {
 namespace {
 
 constexpr int kWordsPerWarp = 32;  // at most: 8 warps hold 8,192 blocks, 1M tokens
-constexpr int kMoreSteps = 4;      // of the search, where too many scores are left to be gathered
-constexpr int kTogether = 4;       // words of a lane, between two looks at whether there are more
+constexpr int kMoreSteps = 4;      // of the search, while too many scores are left to gather
+constexpr int kTogether = 4;       // words of a lane between two checks for more
 constexpr uint32_t kNothing = 0x7fffffff;  // above the bits of every score
 
 constexpr int floor_log2(int n) { return n <= 1 ? 0 : 1 + floor_log2(n / 2); }
@@ -34,7 +34,7 @@ struct SelectKernelParams {
   const RunBounds* block_bounds;
 };
 
-// That of csrc/cpu/select.cpp, from the bits of score * 2^32, which is exact in float.
+// The mass as in csrc/cpu/select.cpp, from the bits of score * 2^32, which is exact in float.
 __device__ inline long long mass_of(uint32_t bits) { return __float2ll_rn(__uint_as_float(bits)); }
 
 // The sum over a warp of values in [0, 2^55]: three sums of 27 bits each, which the hardware adds
@@ -47,11 +47,11 @@ __device__ inline long long warp_sum(long long value) {
   return low + (static_cast<long long>(middle) << 27) + (static_cast<long long>(high) << 54);
 }
 
-// Reductions over the warps of a row, each a barrier too.
+// Reductions over the warps of a row. Each is a barrier too.
 template <int kWarps>
 class RowGroup {
  public:
-  // Two sets, used in turn, so that one barrier a reduction is enough.
+  // Two sets, used in turn, so that one barrier per reduction is enough.
   using Shared = long long[2][kWarps];
 
   __device__ explicit RowGroup(Shared& shared) : of_warps_(shared) {}
@@ -88,7 +88,7 @@ class RowGroup {
   int turn_ = 0;
 };
 
-// All scores above `bits` are kept, and of the `ties` equal to it the first.
+// All scores above `bits` are kept, and some of the `ties` equal to it, from the lowest index on.
 struct Cut {
   uint32_t bits;
   int ties;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
   const int last_own = static_cast<int>((last_row + visibility.shift()) / kBlockSize);
   const int end_block = visibility.causal ? last_own + 1 : num_n_blocks;
 
-  // Words of this warp with anything visible: under the diagonal, half of all on average.
+  // Words of this warp in which anything is visible: under the diagonal half of all, on average.
   const int used_words = max(0, ((end_block + 31) / 32 - warp + kWarps - 1) / kWarps);
   const auto each_word = [&](const auto& visit) {
 #pragma unroll
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
     const int offset = kWarps * 32 * i;
     loaded[i] = offset < end_offset ? scores[threadIdx.x + offset] : 0;
   }
-  const int own_word = warp + kWarps * lane;  // this lane's alone, where it is about whole words
+  const int own_word = warp + kWarps * lane;  // this lane's, in what is done by whole words
   uint32_t visible_bits = 0, partial_bits = 0;
   if constexpr (kFlashMask) {
     const RunBounds* bounds = run_bounds_of(visibility, kBlockSize, params.block_bounds,
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
     lowest = max(lowest, 0u - score_bits[i]);
   });
   highest = group.max(highest);
-  // The bits of negative scores and NaN are greater too.
+  // The bits of negative scores and of NaN are greater as well.
   const bool keep_all = !(tau > 0 && tau < 1) || highest >= __float_as_uint(kScoreEnd * 0x1p32f);
 
   Cut cut{keep_all ? 0 : kNothing, 0, 0};
@@ -196,14 +196,15 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
       });
       return group.sum(mass);
     };
-    // Sums of scores as shares of the row's, in units of 2^-31. They are off by at most 2^-18 (32
-    // roundings of a lane's sum, and some more) and half a unit of mass for each score; doubled.
+    // Sums of scores become shares of the row's sum, in units of 2^-31. They are off by at most
+    // 2^-18 (32 roundings of a lane's sum, and some more) and half a unit of mass for each score.
+    // `error` is twice that.
     const float to_share = 0x1p31f / static_cast<float>(row_sum);
     const float error = 0x1p-17f + 0x1p13f / static_cast<float>(row_sum);
     const uint32_t surely_fits = __float2uint_rd((tau - error) * 0x1p31f);  // 0 if negative
     const uint32_t may_fit = __float2uint_ru((tau + error) * 0x1p31f);      // at most 2^32 - 1
     uint32_t low = 0u - group.max(lowest), high = highest;  // the cut is in [low, high]
-    long long mass_beyond;                                  // of the scores above
+    long long mass_beyond;                                  // of the scores above high
     for (int steps = kSteps;; steps = kMoreSteps) {
       for (; steps > 0 && low < high; --steps) {
         const uint32_t middle = low + (high - low) / 2;
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
       cut = {high, num_candidates, mass_beyond};
     }
 
-    // Where not all ties are kept, the others no longer count as such.
+    // Where not all ties are kept, the scores of the others become 0.
     const long long mass_at_cut = mass_of(cut.bits);
     if (!fits(cut.mass_above + (cut.ties - 1) * mass_at_cut)) {
       each_word([&](int i) {
@@ -281,7 +282,7 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
     first_visible = ~group.max(~first);
   }
   if (lane >= kWords || own_word >= num_words) return;
-  if (visibility.causal) {  // the blocks that hold the row's own positions, keep_local before them
+  if (visibility.causal) {  // the blocks of the row's own positions, and keep_local before them
     const int64_t first_own = (first_row + visibility.shift()) / kBlockSize;
     kept_bits |= ~bits_before(static_cast<int>(first_own - select.keep_local), own_word);
   }

@@ -1,12 +1,13 @@
-// Small pieces of a softmax over rows that the four lanes of a quad share, as wgmma deals them out.
+// Pieces of a softmax over rows that the four lanes of a quad share, as in accumulators of wgmma.
 #pragma once
 
 namespace rrattn::cuda {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 
-// Element i of one of the two rows of accumulators that a thread holds, the second 8 rows on: its
-// place among the thread's accumulators, and its column from the thread's first.
+// A thread has accumulators of two rows; the second (`half` 1) is 8 rows further on. For element i
+// of one of them: its place among the thread's accumulators, and its column from the thread's
+// first.
 __device__ constexpr int accumulator_index(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
 __device__ constexpr int accumulator_column(int i) { return i / 2 * 8 + i % 2; }
 
@@ -16,8 +17,8 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
-// Has x computed here: ptxas would put it, and all that it needs, behind the next wgmma wait. It
-// cannot know that the pause is not taken, and would not hurt.
+// Makes the compiler compute x here: ptxas would move it, and all that it needs, behind the next
+// wgmma wait. It cannot know that the pause is never taken; if it were, it would do no harm.
 __device__ inline void compute_here(float x) {
   asm volatile(
       "{\n.reg .pred huge;\nsetp.gt.f32 huge, %0, 0f7F000000;\n@huge nanosleep.u32 0;\n}" ::"f"(x)

@@ -1,6 +1,6 @@
-// The stages on the GPU (sm_90a). Everything runs on execution.stream, in order; nothing is
-// allocated and the host is not waited for, so that any sequence of stages can be captured in a
-// CUDA graph.
+// The stages on the GPU (sm_90a). Everything runs on execution.stream, in order. Nothing is
+// allocated and the host waits for nothing, so any sequence of stages can be captured in a CUDA
+// graph.
 #pragma once
 
 #include <cstdint>

@@ -5,7 +5,7 @@
 
 namespace rrattn::cuda {
 
-// Before: word c of lane t of a quad is part t of chunk c. After: part c of chunk t.
+// Before, word c of lane t of a quad is part t of chunk c; afterwards it is part c of chunk t.
 __device__ inline void transpose_quad(uint32_t (&words)[4]) {
   const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
   const uint32_t near0 = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1);
@@ -20,8 +20,9 @@ __device__ inline void transpose_quad(uint32_t (&words)[4]) {
   words[3] = upper ? high1 : far1;
 }
 
-// Stores `scale` times one of the thread's two rows of accumulators, row() + 8 half of the warp
-// group, to head_dim elements from `row` on. A quad holds a row, and stores 16 bytes a lane.
+// Stores `scale` times one of the thread's two rows of accumulators, the second of which (`half` 1)
+// is 8 rows further on, to head_dim elements from `row` on. A quad holds a row; each of its lanes
+// stores 16 bytes at a time.
 template <typename Element, typename Accumulators>
 __device__ inline void store_row(const Accumulators& accumulators, int half, float scale,
                                  Element* row, bool valid, int head_dim, bool aligned) {

@@ -8,7 +8,7 @@
 
 namespace rrattn::cuda {
 
-// Copies the box at (column, row, head, batch); the barrier counts its bytes.
+// Copies the box at (column, row, head, batch), whose bytes the barrier counts.
 __device__ inline void copy_box(void* to, const CUtensorMap& map, int column, int row, int head,
                                 int batch, Barrier& barrier) {
   asm volatile(
@@ -29,7 +29,7 @@ __device__ inline void copy_rows(Element* to, const CUtensorMap& map, int rows, 
   }
 }
 
-// Brings the same to the L2 cache.
+// Brings the same rows to the L2 cache.
 template <int kPanels>
 __device__ inline void prefetch_rows(const CUtensorMap& map, int first_row, int head, int batch) {
   for (int panel = 0; panel < kPanels; ++panel) {

@@ -68,8 +68,9 @@ CUtensorMap map_rows(const Rows& rows, const TensorShape& shape, void* packed, i
   const Rows mapped = can_map(rows, shape) ? rows : pack_rows(rows, shape, packed, stream);
   const auto type = shape.dtype == DataType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const auto bytes = [](int64_t size, int64_t stride) {  // the stride of a single row counts for
-    return static_cast<cuuint64_t>(size <= 1 ? 16 : stride * 2);  // nothing, but must be valid
+  // The stride of a dimension of size 1 counts for nothing, but must be valid.
+  const auto bytes = [](int64_t size, int64_t stride) {
+    return static_cast<cuuint64_t>(size <= 1 ? 16 : stride * 2);
   };
   const cuuint64_t sizes[] = {
       static_cast<cuuint64_t>(shape.head_dim), static_cast<cuuint64_t>(shape.seqlen),

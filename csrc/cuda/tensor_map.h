@@ -22,13 +22,13 @@ inline TensorShape key_shape_of(const Visibility& visibility, const Heads& heads
   return {visibility.batch, visibility.seqlen_k, heads.num_heads_k, heads.head_dim, heads.dtype};
 }
 
-// 0 where the bulk copies can read the rows where they are; else the size of a copy that they can
-// read: rows that do not start on 16 bytes, or broadcast ones.
+// 0 where the bulk copies can read the rows in place. Otherwise, for rows that do not start on 16
+// bytes or are broadcast, the size of a packed copy that they can read.
 int64_t elements_to_pack(const Rows& rows, const TensorShape& shape);
 
-// Boxes of `box_rows` rows by kPanel columns of one head, swizzled as wgmma reads them. What lies
-// outside the tensor reads as zero. Coordinates: column, row, head, batch. `packed`: room for
-// elements_to_pack, filled on the stream.
+// A map of boxes of `box_rows` rows by kPanel columns of one head, swizzled as wgmma reads them.
+// What lies outside the tensor reads as zero. Coordinates are column, row, head, batch. `packed`
+// has room for elements_to_pack elements, and is filled on the stream.
 CUtensorMap map_rows(const Rows& rows, const TensorShape& shape, void* packed, int box_rows,
                      cudaStream_t stream);
 

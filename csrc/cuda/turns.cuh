@@ -1,4 +1,5 @@
-// How the thread blocks of a persistent kernel share out its work: turn by turn.
+// How the thread blocks of a persistent kernel share its work: each takes the next turn when it is
+// free.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +15,13 @@ __device__ inline int take_turn(int* next_turn) {
 }
 
 struct TurnPlace {
-  int head;   // of all batch entries
+  int head;   // over all batch entries
   int block;  // of the head, in the order of the work
 };
 
-// The order of the work: section by section of heads, so that what they read stays in the L2 cache;
-// in a section, block by block, heads side by side, so that where blocks get shorter, the longest
-// come first.
+// The order of the work. It goes section by section, each of some heads, so that what these read
+// stays in the L2 cache. In a section it goes block by block, the heads of each one after the
+// other: where blocks get shorter along the order, the longest of all heads come first.
 __device__ inline TurnPlace place_of_turn(int turn, int num_heads, int num_blocks,
                                           int section_heads) {
   const int section = turn / (section_heads * num_blocks);
@@ -30,7 +31,7 @@ __device__ inline TurnPlace place_of_turn(int turn, int num_heads, int num_block
   return {first_head + turn % heads, turn / heads};
 }
 
-// As many as have at most `section_bytes`, but 1 at least.
+// As many heads as have at most `section_bytes` together, but at least 1.
 inline int heads_in_section(int64_t section_bytes, int64_t head_bytes, int64_t num_heads) {
   return static_cast<int>(std::clamp<int64_t>(section_bytes / std::max<int64_t>(1, head_bytes), 1,
                                               std::max<int64_t>(1, num_heads)));

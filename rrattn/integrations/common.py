@@ -39,7 +39,7 @@ def settings_of(model_config) -> RRAttentionConfig:
 
 
 def refuse_settings(model_config, unsupported, library) -> None:
-    """Raises ValueError for a setting of a model's config that is more than `unsupported` gives for its name."""
+    """Raises ValueError for a field of a model's config whose value is above the one in `unsupported`."""
     for name, off in unsupported.items():
         setting = getattr(model_config, name, off)
         if setting > off:  # degrees are -1 where they were never set
@@ -47,7 +47,7 @@ def refuse_settings(model_config, unsupported, library) -> None:
 
 
 def refuse_settings_of_a_part(model, layers, num_layers, config: RRAttentionConfig) -> None:
-    """Raises ValueError for settings per layer where this process has but some of the model's attention layers."""
+    """Raises ValueError for settings per layer where this process has only some of the model's attention layers."""
     if len(layers) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
         raise ValueError(
             f"{type(model).__name__} has {len(layers)} of its {num_layers} attention layers here, so rrattn cannot "
@@ -82,7 +82,7 @@ def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, 
                 f"which has {num_heads} query heads"
             )
         threshold = threshold[first_head : first_head + heads_here]
-    dense_layers = (0,) if config.layer_is_dense(layer_index, num_layers) else ()  # of a model of this layer alone
+    dense_layers = (0,) if config.layer_is_dense(layer_index, num_layers) else ()  # for a model of this layer alone
     config = replace(config, head_offset=config.head_offset + first_head, dense_layers=dense_layers)
     return RRAttention(config, threshold=threshold)
 
@@ -100,7 +100,7 @@ def fleet_rank(ranks) -> int:
     """
     if ranks <= 1:
         return 0
-    group = getattr(fleet.fleet, "_hcg", None)  # its getter has no answer for none
+    group = getattr(fleet.fleet, "_hcg", None)  # its getter fails where there is none
     if group is None or group.get_model_parallel_world_size() != ranks:
         found = "was not initialized" if group is None else f"has {group.get_model_parallel_world_size()}"
         raise ValueError(f"the model's heads are split over {ranks} ranks, but paddle.distributed.fleet {found}")
@@ -126,7 +126,7 @@ def set_cores(layers, cores) -> None:
     Raises
     ------
     ValueError
-        While `rrattn.collect_stats` collects of one of them: it would miss what the new one does.
+        While `rrattn.collect_stats` observes one of them: it would miss what the new one does.
     """
     held = [core for core in map(core_of, layers) if core is not None]
     if any(core._observer is not None for core in held):
@@ -227,8 +227,8 @@ def _rows_of_keys(mask, query, key):
 def rows_of_mask(mask, batch_size):
     """startend_rows_from_dense(mask), int32 [B, 1|Hq, Lk, 1].
 
-    Each layer reads the mask anew, which takes little beside its attention: nothing but its values tells whether it is
-    still the mask of the layer before.
+    Each layer reads the mask again: only its values tell whether it is still the mask of the layer before. That takes
+    little time beside the attention.
     """
     if not paddle.in_dynamic_mode():
         raise ValueError(

@@ -45,9 +45,9 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-# Ways of a model's config to run that rrattn has no answer to when they are more than this.
+# Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"apply_query_key_layer_scaling": False, "gpt_model_use_experimental_version": False}
-# Arguments of a call that rrattn has no answer to, unless they are None or False.
+# Arguments of a call that rrattn does not support, unless they are None or False.
 _UNSUPPORTED = ("attention_bias", "packed_seq_params", "use_rr_flash_attention")
 _ALL_TO_ALL = "contiguous_a2a"
 
@@ -61,7 +61,7 @@ class RRCoreAttention(DotProductAttention):
     Raises
     ------
     ValueError
-        For what rrattn has no answer to: an attention sink (softmax_type other than "vanilla"), a sliding window, heads
+        For what rrattn does not support: an attention sink (softmax_type other than "vanilla"), a sliding window, heads
         of values with another size than those of keys (multi-latent attention), query-key layer scaling, context
         parallelism other than cp_balance_mode "contiguous_a2a"; and for rrattn's settings in the config, when they are
         not allowed or differ per layer, which takes `rrattn.enable`.
@@ -178,7 +178,7 @@ class RRCoreAttention(DotProductAttention):
             raise ValueError(f"rrattn does not support attention dropout; set attention_dropout to 0.0, got {dropout}")
         rows, causal = attn_mask_startend_row_indices, True
         if query.shape[1] == 1 or rows is not None:
-            attention_mask = None  # that of a decoding step is still the prefill's
+            attention_mask = None  # a decoding step still gets the prefill's
         if self._cp_group is not None and (use_cache or attention_mask is not None):
             raise ValueError("with context parallelism, rrattn supports neither a cache nor attention_mask")
         if use_cache and past_key_values is not None:

@@ -8,10 +8,11 @@ adds "rrattn" to it, so that
 runs with the settings of the model's config (or the defaults), as they are at each call, and `enable(model, config)`
 with chosen ones. `enable` sets the flag for that model alone, also where others share its config.
 
-Some layers heed the flag late or not at all: ERNIE's read it once, when the model is built; Gemma 3's fall back to
-"sdpa"; others look nothing up. What the flag promises would then not run, or run without the causal mask, which
-PaddleFormers leaves away wherever the flag is not "eager". So the table's other functions refuse a layer whose config
-says "rrattn", and so does a model, after its first call, when none of its layers came here.
+Some layers follow the flag late or not at all: ERNIE's read it once, when the model is built; Gemma 3's fall back to
+"sdpa"; others look nothing up. Then rrattn would not run although the flag says so, or another function would run
+without the causal mask, which PaddleFormers leaves out wherever the flag is not "eager". So the table's other functions
+refuse a layer whose config says "rrattn", and a model raises an error, after its first call, when none of its layers
+came here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NAME = "rrattn"
 FLAG = "_attn_implementation"
 SUPPORTED_MODELS = ("llama", "qwen2", "qwen3", "ernie4_5", "ernie4_5_moe")
 
-# Ways of a model's config to run that rrattn has no answer to when they are more than this.
+# Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
 _LAYER_FLAG = "attn_implementation"  # of layers that read the config's flag once, when they are built
 _PREVIOUS = "_rrattn_previous"  # that flag before enable, or None; an attention layer has it while enabled

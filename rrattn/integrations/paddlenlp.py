@@ -42,9 +42,9 @@ _FUNCTION = "scaled_dot_product_attention"  # by which name the modules know it
 _PREVIOUS = "_rrattn_previous"  # (attribute of the layer that was replaced, what its __dict__ held or _ABSENT)
 _ABSENT = "absent"
 
-# Arguments of scaled_dot_product_attention that rrattn has no answer to, unless they are None, False or 0.
+# Arguments of scaled_dot_product_attention that rrattn does not support, unless they are None, False or 0.
 _UNSUPPORTED = ("output_attentions", "alibi", "reshard_layer")
-# Ways of a model's config to run that rrattn has no answer to when they are more than this.
+# Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"alibi": False, "context_parallel_degree": 1, "sep_parallel_degree": 1}
 
 
@@ -134,10 +134,8 @@ class _ForwardWithOwnAttention:
         return self._forward(self._layer, *args, **kwargs)
 
     def __reduce__(self):
-        return type(self), (
-            self._layer,
-            self._attention,
-        )  # the function itself cannot be copied or pickled
+        # The function itself cannot be copied or pickled.
+        return type(self), (self._layer, self._attention)
 
 
 def enable(model, config: RRAttentionConfig | None = None):
