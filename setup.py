@@ -47,6 +47,7 @@ if paddle:
 
 PADDLE_VERSION = "{paddle.__version__}"
 PADDLE_COMMIT = "{paddle.version.commit}"
+CUDA_ARCHS = "{" ".join(CUDA_ARCHS if paddle_is_gpu_build else [])}"
 '''
 
 CORE_SOURCES = sorted(
@@ -165,7 +166,7 @@ class BuildLibraries(build_clib):
 
 
 class BuildExtensions(build_ext):
-    """Builds them again when they are configured otherwise, and then records which Paddle the operators are for.
+    """Builds them again when they are configured otherwise, and then records the operators' Paddle and GPUs.
 
     Another Paddle may kill the process that loads them. The record lies beside them and is written once they are there,
     so that neither a failed build nor one for another place makes it wrong. At the end a fresh process loads what was

@@ -11,7 +11,8 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 import numpy as np
-import reference
+
+from rrattn import reference
 
 STRIDES = (2, 4, 8, 16, 32, 64)
 DTYPES = ("float32", "float16", "bfloat16")

@@ -18,32 +18,18 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import reference
 
-from rrattn import direct
+from rrattn import direct, reference
+from rrattn.reference import STORAGE, decode, encode
 
 LAYOUTS = ("contiguous", "heads_first", "padded", "unaligned")
-STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32, "bool": np.bool_}
 POISON = {"f4": np.nan, "f2": np.nan, "u2": 0x7FFF, "i4": 0x7F7F7F7F, "b1": True}  # 0x7fff is a bfloat16 NaN
-FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
 
 
 def poisoned(shape, dtype):
     """An array of the storage type of `dtype`, filled with what no result looks like."""
     storage = np.dtype(STORAGE[dtype])
     return np.full(shape, POISON[storage.str[1:]], storage)
-
-
-def encode(values, dtype):
-    """float32 values as their storage in `dtype`."""
-    return reference.to_bfloat16(values) if dtype == "bfloat16" else np.asarray(values, STORAGE[dtype])
-
-
-def decode(storage, dtype):
-    """The inverse of `encode`: bfloat16 and float16 as float32, the rest as it is."""
-    if dtype == "bfloat16":
-        return reference.from_bfloat16(storage)
-    return storage.astype(np.float32) if dtype == "float16" else storage.copy()
 
 
 class Kernels:
@@ -206,33 +192,11 @@ def assert_identical(actual, expected):
 
 
 def assert_as_good_as_naive(actual, oracle, naive, terms=None, stored=None):
-    """The error against the oracle, largest and root mean square, is at most twice the naive one.
-
-    Or twice that of `stored`, where it is larger: exact gradients, but for the forward's result, of which the dtype has
-    a rounding. All gradients of a row carry that one rounding, which the naive way may be lucky with.
-
-    A few roundings of float32 are allowed on top, for results that the naive way happens to hit exactly. They are of
-    the largest result, or of 1; where larger terms may cancel, `terms` has the sums of their absolute values, and one
-    rounding of the largest is allowed too.
-    """
+    """The errors against the oracle are what `reference.errors` allows."""
     assert actual.shape == oracle.shape
-    hidden = np.isneginf(oracle)  # the lse of a row that sees nothing
-    assert np.array_equal(np.isneginf(actual), hidden)
-    assert np.isfinite(actual[~hidden]).all()
-    error = np.abs(actual[~hidden].astype(np.float64) - oracle[~hidden])
-    naive_errors = [np.abs(x[~hidden].astype(np.float64) - oracle[~hidden]) for x in (naive, stored) if x is not None]
-    assert np.isfinite(naive_errors).all()
-    slack = 8 * FLOAT32_EPSILON * np.abs(oracle[~hidden]).max(initial=1.0)
-    if terms is not None:
-        slack += FLOAT32_EPSILON * terms.max(initial=0)
-    worst, allowed = error.max(initial=0), 2 * np.max(naive_errors, initial=0) + slack
-    assert worst <= allowed, f"largest error {worst:.3g}, allowed {allowed:.3g}"
-    mean, allowed = rms(error), 2 * max(map(rms, naive_errors)) + slack
-    assert mean <= allowed, f"root mean square error {mean:.3g}, allowed {allowed:.3g}"
-
-
-def rms(x):
-    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
+    for measure, error, allowed in reference.errors(actual, oracle, naive, terms, stored):
+        assert np.isfinite(allowed)
+        assert error <= allowed, f"{measure} error {error:.3g}, allowed {allowed:.3g}"
 
 
 def assert_same_in_two_threads(*calls):

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 from cases import ATTENTION_CASES, DTYPES, FEW_CASES, Case, make_inputs
 from harness import LAYOUTS, assert_as_good_as_naive, assert_identical, assert_same_in_two_threads
+
+from rrattn import reference
 
 
 def run(kernels, case, dtype="float32", inputs=None, **options):

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import reference
 from harness import LAYOUTS, assert_identical, encode
 
-from rrattn import direct
+from rrattn import direct, reference
 
 DTYPES = ("bool", "float32", "float16", "bfloat16")
 SIZES = ((1, 1), (1, 300), (37, 37), (130, 700), (300, 300), (600, 600))

@@ -7,12 +7,11 @@ import harness
 import numpy as np
 import paddle
 import pytest
-import reference
 from bad_arguments import HKV, HQ, KEYWORDS, LK, LQ, MK, MQ, STAGES, B, D, good, zeros
 from harness import assert_identical
 
 import rrattn
-from rrattn import direct
+from rrattn import direct, reference
 from rrattn.library import call
 
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-import reference
 from cases import DTYPES, ESTIMATE_CASES, FEW_CASES, STRIDES, Case, make_inputs
 from harness import LAYOUTS, assert_as_good_as_naive, assert_identical, assert_same_in_two_threads
+
+from rrattn import reference
 
 BLOCK = reference.BLOCK
 

@@ -3,9 +3,10 @@ in the results: not even a NaN or infinity."""
 
 import numpy as np
 import pytest
-import reference
 from cases import Case, make_inputs
 from harness import assert_identical
+
+from rrattn import reference
 
 BAD = (np.nan, np.inf, -np.inf)
 CASES = (

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-import reference
 from cases import Case, make_inputs
 from harness import assert_as_good_as_naive, assert_identical
+
+from rrattn import reference
 
 BLOCK = reference.BLOCK
 CASES = [

@@ -26,7 +26,7 @@ METHODS += ["row-maximum:0.5", "rotated-blocks+last:0.5", "rotated-strides:0.5:4
 
 @pytest.fixture(scope="module")
 def text():
-    return np.frombuffer(b"\0" + (ROOT / "tests" / "reference.py").read_bytes(), np.uint8)
+    return np.frombuffer(b"\0" + (ROOT / "rrattn" / "reference.py").read_bytes(), np.uint8)
 
 
 @pytest.mark.parametrize("text_of_method", METHODS)

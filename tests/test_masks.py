@@ -3,11 +3,10 @@
 import numpy as np
 import paddle
 import pytest
-import reference
 from cases import MASKED, Case, make_inputs
 
 import rrattn
-from rrattn import masks
+from rrattn import masks, reference
 from rrattn.masks import document_startend_rows, padding_startend_rows
 
 WIDTHS = (1, 31, 32, 33, 64, 1027)

@@ -3,7 +3,6 @@
 import numpy as np
 import paddle
 import pytest
-import reference
 from paddle_harness import eager_auto_cast
 from tiny_models import (
     LENGTH,
@@ -22,6 +21,7 @@ from tiny_models import (
 )
 
 import rrattn
+from rrattn import reference
 
 CONFIG = rrattn.RRAttentionConfig(threshold=[0.5, (0.3, 0.6, 1.0, 0.4)], keep_last=True, keep_local=2)
 

@@ -71,6 +71,11 @@ def test_wheel_works_by_itself(wheel, tmp_path):
     process = run_python(ATTEND, path=tmp_path)
     assert process.returncode == 0, process.stderr
     assert Path(process.stdout.splitlines()[-1]) == tmp_path / "rrattn" / "__init__.py"
+    command, environment = tmp_path / "bin" / "rrattn", {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.run([command, "info"], env=environment, capture_output=True, text=True, timeout=120, cwd="/")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[0].endswith(f", in {tmp_path / 'rrattn'}")
+    assert f"operators: built for Paddle {paddle.__version__}, " in process.stdout
 
 
 RAISE = """

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import paddle
 import pytest
-import reference
 from cases import DTYPES, FEW_CASES, make_inputs
 from harness import assert_as_good_as_naive, assert_identical, assert_same_in_two_threads
 from paddle_harness import (
@@ -20,7 +19,7 @@ from paddle_harness import (
 )
 
 import rrattn
-from rrattn import functional
+from rrattn import functional, reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

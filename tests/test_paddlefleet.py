@@ -13,9 +13,9 @@ import numpy as np
 import paddle
 import paddlefleet_stand_in as stand_in
 import pytest
-import reference
 
 import rrattn
+from rrattn import reference
 
 LENGTH = 700
 SPARSE = rrattn.RRAttentionConfig(threshold=0.5)

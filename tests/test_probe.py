@@ -29,7 +29,7 @@ def probe():
 @pytest.fixture(scope="module")
 def text():
     """A file that the model has seen or not, of this repository, as one document."""
-    source = (ROOT / "tests" / "reference.py").read_bytes() + (ROOT / "README.md").read_bytes()
+    source = (ROOT / "rrattn" / "reference.py").read_bytes() + (ROOT / "README.md").read_bytes()
     return np.frombuffer(b"\0" + source, np.uint8)
 
 

@@ -1,11 +1,12 @@
 """The pipeline on shapes that nobody chose: each stage on what the one before it gave, against the oracle."""
 
 import numpy as np
-import reference
 from cases import CAUSAL_FLASHMASKS, DTYPES, FULL_FLASHMASKS, STRIDES, Case, make_inputs
 from harness import assert_as_good_as_naive
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+from rrattn import reference
 
 
 @st.composite

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-import reference
 
 import rrattn
+from rrattn import reference
 
 PAGE = Path(__file__).parents[1] / "examples" / "migration.md"
 

@@ -22,6 +22,7 @@ done
 BUILD = """
 import paddle, runpy, sys
 paddle.version.commit = {commit!r}
+paddle.is_compiled_with_cuda = lambda: {gpu_build}
 sys.executable = {loader!r}
 sys.argv = ["setup.py", {command}]
 runpy.run_path("setup.py", run_name="__main__")
@@ -56,9 +57,10 @@ class Checkout:
             "RRATTN_CUTLASS": str(folder / "cutlass"),
         }
 
-    def run(self, command='"build"', *, commit="one", archs="", environment=()):
+    def run(self, command='"build"', *, commit="one", archs="", gpu_build=False, environment=()):
+        code = BUILD.format(commit=commit, command=command, loader=str(self.loader), gpu_build=gpu_build)
         return subprocess.run(
-            [sys.executable, "-c", BUILD.format(commit=commit, command=command, loader=str(self.loader))],
+            [sys.executable, "-c", code],
             cwd=self.folder,
             env={**self.environment, "RRATTN_CUDA_ARCHS": archs, **dict(environment)},
             capture_output=True,
@@ -120,6 +122,15 @@ def test_gpu_kernels_come_and_go_with_the_architectures(checkout):
     moved = checkout.folder.parent / "other"
     (moved / "cute").mkdir(parents=True)
     assert "estimate_bf16_64" in checkout.build(archs="90a", environment={"RRATTN_CUTLASS": str(moved)})
+
+
+def test_the_record_has_the_architectures_of_the_operators(checkout):
+    checkout.build(archs="90a")
+    assert 'CUDA_ARCHS = ""' in checkout.record()  # the GPU kernels are in rrattn._direct alone
+    assert "paddle_stream" in checkout.build(archs="90a", gpu_build=True)
+    assert 'CUDA_ARCHS = "90a"' in checkout.record()
+    checkout.build(gpu_build=True)
+    assert 'CUDA_ARCHS = ""' in checkout.record()
 
 
 def test_libraries_that_cannot_raise_an_error_fail_the_build(checkout):

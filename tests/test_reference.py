@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-import reference
 from cases import CAUSAL_FLASHMASKS, FULL_FLASHMASKS, Case, make_inputs
-from reference import BLOCK
+
+from rrattn import reference
+from rrattn.reference import BLOCK
 
 SMALL = Case(5, 9, num_heads=4, num_heads_k=2, head_dim=8, batch=2)
 MASKED = [

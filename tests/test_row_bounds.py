@@ -3,11 +3,10 @@
 import numpy as np
 import paddle
 import pytest
-import reference
 from harness import assert_identical
 from test_dense_mask import additive, causal_mask
 
-from rrattn import masks
+from rrattn import masks, reference
 
 DOCUMENTS = ["a" * 100, "b" * 28, "", "c" * 130]
 LENGTHS = [100, 28, 0, 130]

@@ -4,9 +4,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import reference
 from cases import HEADS, LENGTHS, MASKED, UNEQUAL, Case, make_inputs
 from harness import LAYOUTS, assert_identical, assert_same_in_two_threads
+
+from rrattn import reference
 
 TAUS = (1e-30, 0.1, 0.5, 0.9, 0.95, 0.999, float(np.nextafter(np.float32(1), np.float32(0))), 1.0)
 

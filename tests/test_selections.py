@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-import reference
 
 import rrattn
+from rrattn import reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import paddle
 import pytest
-import reference
 from tiny_models import (
     LENGTH,
     LIBRARY,
@@ -23,6 +22,7 @@ from tiny_models import (
 )
 
 import rrattn
+from rrattn import reference
 from rrattn.integrations import attention_cores
 from rrattn.masks import document_startend_rows
 

@@ -7,7 +7,8 @@ those through Paddle where there is no GPU build of it.
 import harness
 import numpy as np
 import pytest
-import reference
+
+from rrattn import reference
 
 try:
     import torch

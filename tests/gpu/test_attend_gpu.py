@@ -5,7 +5,6 @@ Long sequences are held against torch in float32, by the same rule: at most twic
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from harness import assert_as_good_as_naive
@@ -36,7 +35,7 @@ from test_invariants import (  # noqa: F401
     test_tau_of_one_is_dense_attention,
 )
 
-from rrattn import direct
+from rrattn import direct, reference
 
 BLOCK = reference.BLOCK
 

@@ -1,7 +1,6 @@
 """Dense masks on the GPU: the CPU's tests, and one that is longer than a thread block reads."""
 
 import numpy as np
-import reference
 from test_dense_mask import (  # noqa: F401  (collected here with this folder's fixtures)
     additive,
     causal_mask,
@@ -10,6 +9,8 @@ from test_dense_mask import (  # noqa: F401  (collected here with this folder's 
     test_masks_are_read_in_place,
     test_one_value_out_of_place_is_found,
 )
+
+from rrattn import reference
 
 
 def test_a_long_mask(kernels, rng):

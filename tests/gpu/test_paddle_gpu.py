@@ -3,11 +3,11 @@
 import numpy as np
 import paddle
 import pytest
-import reference
 from cases import Case, make_inputs
 from harness import assert_identical, decode
 
 import rrattn
+from rrattn import reference
 
 CASE = Case(2048, 6000, num_heads=8, num_heads_k=2, head_dim=128, batch=2)
 SMALL = Case(200, 300, num_heads=4, num_heads_k=2, head_dim=64)

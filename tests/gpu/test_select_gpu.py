@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import reference
 from cases import Case
 from harness import assert_identical
 from test_select import (  # noqa: F401  (collected here with this folder's fixtures)
@@ -30,6 +29,8 @@ from test_select import (  # noqa: F401  (collected here with this folder's fixt
     test_thresholds_per_head,
     test_touched_blocks_are_kept,
 )
+
+from rrattn import reference
 
 
 @pytest.mark.parametrize("num_k_blocks", (2049, 8192))  # the longest rows: 1M tokens

@@ -9,7 +9,9 @@ masks here are plain booleans [B, Hq, Mq, Mk]; `pack` and `unpack` translate the
     backward  -> grad_query, grad_key, grad_value
 
 `estimate`, `attend` and `backward` take `dtype`: "float64" is the oracle; "float32", "float16" and "bfloat16"
-are the naive implementation in that type, which rounds every intermediate to it. A kernel may err twice that.
+are the naive implementation in that type, which rounds every intermediate to it. A kernel may err twice that, see
+`errors`. Values travel as float32 arrays that hold only what their dtype can; `encode` and `decode` translate them to
+its storage, for which NumPy has no bfloat16: uint16 arrays hold its bits.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import numpy as np
 BLOCK = 128
 WORD = 32
 INT32_MIN, INT32_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
+STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32, "bool": np.bool_}
 
 
 # Number formats
@@ -44,6 +48,18 @@ def cast(values, dtype):
     if dtype == "float16":
         return np.asarray(values, np.float16).astype(np.float32)
     return np.asarray(values, dtype)
+
+
+def encode(values, dtype):
+    """float32 values as their storage in `dtype`."""
+    return to_bfloat16(values) if dtype == "bfloat16" else np.asarray(values, STORAGE[dtype])
+
+
+def decode(storage, dtype):
+    """The inverse of `encode`: bfloat16 and float16 as float32, the rest as it is."""
+    if dtype == "bfloat16":
+        return from_bfloat16(storage)
+    return storage.astype(np.float32) if dtype == "float16" else storage.copy()
 
 
 def num_blocks(seqlen):
@@ -159,6 +175,23 @@ def estimate(query, key, startend=None, *, causal, stride=8, head_offset=0, soft
         by_key_block = np.add.reduceat(probability, np.arange(0, len(first_key), BLOCK // stride), axis=1)
         np.add.at(block_scores[b, h], token // BLOCK, by_key_block)  # [Nq, Mk] into [Mq, Mk]
     return block_scores
+
+
+def estimate_on_tensor_cores(query, key, startend=None, *, stride, dtype, **options):
+    """(oracle, naive) block scores for a GPU, whose tensor cores multiply keys of 16 bits.
+
+    So the average of a stride is rounded to the dtype. The naive way rounds there too, and computes the rest exactly,
+    with what ex2.approx and float32 sums may add on top: 2^-20 of a score of at most 128 / stride.
+    """
+    first_key = np.arange(0, key.shape[1], stride)
+    count = np.diff([*first_key, key.shape[1]])
+    average = np.add.reduceat(key.astype(np.float64), first_key, axis=1) / stride
+    rounded = cast(average.astype(np.float32), dtype).astype(np.float64)
+    # Keys that sum over each stride to `stride` times their rounded average.
+    pooled = np.repeat(rounded * (stride / count)[:, None, None], count, axis=1)
+    oracle = estimate(query, key, startend, stride=stride, **options)
+    naive = estimate(query, pooled, startend, stride=stride, **options)
+    return oracle, naive + 2.0**-20 * BLOCK / stride * np.sign(naive - oracle)
 
 
 def select(
@@ -277,3 +310,38 @@ def masked_softmax(score, visible):
         lse = (np.log(row_sum) + row_max)[..., 0]
     probability = exponential / np.where(row_sum == 0, 1, row_sum)
     return np.where(visible, probability, 0), lse  # hidden is zero even where NaN is visible
+
+
+# How far from the oracle a kernel may be
+
+
+def errors(actual, oracle, naive, terms=None, stored=None):
+    """[(measure, error, allowed)] of the largest and the root mean square error against the oracle.
+
+    Allowed is twice the naive error, or twice that of `stored`, where it is larger: exact gradients, but for the
+    forward's result, of which the dtype has a rounding. All gradients of a row carry that one rounding, which the naive
+    way may be lucky with.
+
+    A few roundings of float32 are allowed on top, for results that the naive way happens to hit exactly. They are of
+    the largest result, or of 1; where larger terms may cancel, `terms` has the sums of their absolute values, and one
+    rounding of the largest is allowed too.
+
+    Both are infinite where other values than the oracle's are -inf (the lse of a row that sees nothing) or any is NaN.
+    """
+    seen = ~np.isneginf(oracle)
+    slack = 8 * FLOAT32_EPSILON * np.abs(oracle[seen]).max(initial=1.0)
+    if terms is not None:
+        slack += FLOAT32_EPSILON * terms.max(initial=0)
+    naive_errors = [np.abs(x[seen].astype(np.float64) - oracle[seen]) for x in (naive, stored) if x is not None]
+    if np.array_equal(np.isneginf(actual), ~seen) and np.isfinite(actual[seen]).all():
+        error = np.abs(actual[seen].astype(np.float64) - oracle[seen])
+    else:
+        error = np.full(1, np.inf)
+    return [
+        ("largest", error.max(initial=0), 2 * np.max(naive_errors, initial=0) + slack),
+        ("root mean square", rms(error), 2 * max(map(rms, naive_errors)) + slack),
+    ]
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0

@@ -1,0 +1,382 @@
+"""`rrattn check`: the kernels of this machine against the NumPy oracle, in seconds.
+
+Every instruction set of the CPU through rrattn.direct, then Paddle's operators on CPU tensors and on each GPU that
+this build has kernels for. Inputs come from NumPy and results are compared on the host, so that on a GPU no kernel of
+Paddle's own is needed. What is selected must be the same bit for bit; scores, outputs and gradients may have twice the
+error of a naive computation in their dtype (`reference.errors`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from . import _HAS_PADDLE, direct, info, reference
+
+if _HAS_PADDLE:
+    import paddle
+
+    from . import functional
+
+THRESHOLD = 0.6
+NO_RULES = (False, False, 0)
+REPORT = (
+    "Please report this in the project's issue tracker, with all that `rrattn info` and `rrattn check` print. "
+    "Until it is mended, do not trust what the groups that FAILED compute on this machine."
+)
+
+# FlashMask bounds by their number and causal, of keys that sit at `row` among `seqlen_q` rows.
+BOUNDS = {
+    (1, True): lambda row, seqlen_q: ((row // 300 + 1) * 300,),  # packed documents
+    (2, True): lambda row, seqlen_q: (row + 100, np.full_like(row, seqlen_q - 50)),  # a window; last rows see all
+    (2, False): lambda row, seqlen_q: (row + 131, row - 130),  # a window both ways
+    (4, False): lambda row, seqlen_q: (row + 131, np.full_like(row, seqlen_q - 40), np.full_like(row, 40), row - 130),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to compute. `bounds` is the number of FlashMask's, 0 for none."""
+
+    seqlen_q: int
+    seqlen_k: int
+    causal: bool = True
+    num_heads: int = 2
+    num_heads_k: int = 1
+    head_dim: int = 64
+    stride: int = 8
+    batch: int = 1
+    bounds: int = 0
+    keep: tuple[bool, bool, int] = (True, True, 1)  # sink, last, local
+
+    @property
+    def lengths(self):
+        return {"seqlen_q": self.seqlen_q, "seqlen_k": self.seqlen_k}
+
+    @property
+    def rules(self):
+        return dict(zip(("keep_sink", "keep_last", "keep_local"), self.keep))
+
+
+CASES = (
+    Case(1, 129),
+    Case(450, 450, head_dim=32, keep=(True, False, 0)),
+    Case(140, 600, num_heads=4, num_heads_k=2, head_dim=128, stride=16, keep=NO_RULES),
+    Case(20, 4300, keep=(True, False, 2)),  # more blocks than a word of the mask has bits
+    Case(300, 129, False, head_dim=72, stride=16),
+    Case(140, 500, False, num_heads=4, num_heads_k=4, head_dim=32, keep=NO_RULES),
+    Case(330, 400, bounds=1, stride=16, keep=NO_RULES),
+    Case(150, 300, batch=2, bounds=2),
+    Case(200, 450, False, head_dim=40, bounds=2, keep=(False, True, 0)),
+    Case(130, 500, False, num_heads=4, num_heads_k=2, bounds=4, stride=16, keep=(True, False, 0)),
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A case in a dtype: its inputs, and what the oracle and the naive computation make of them."""
+
+    query: np.ndarray  # [B, Lq, Hq, D]; float32 values of the dtype, as the next three
+    key: np.ndarray  # [B, Lk, Hkv, D]
+    value: np.ndarray  # [B, Lk, Hkv, D]
+    grad_out: np.ndarray  # [B, Lq, Hq, D]
+    startend: np.ndarray | None  # [B, Hkv, Lk, bounds] int32
+    scores: tuple  # oracle and naive on a CPU, for `reference.errors`
+    block_mask: np.ndarray  # [B, Hq, Mq, ceil(Mk / 32)] int32, selected by the oracle's scores in float32
+    outputs: dict  # name: oracle and naive
+    gradients: dict  # name: oracle, naive, terms and stored
+
+
+@cache
+def expected(case, dtype):
+    """What is `Expected` of a case in a dtype, the same on every call."""
+    rng = np.random.default_rng(0)
+
+    def normal(seqlen, heads):
+        return rng.standard_normal((case.batch, seqlen, heads, case.head_dim))
+
+    query = 2 * normal(case.seqlen_q, case.num_heads)
+    key, value = normal(case.seqlen_k, case.num_heads_k), normal(case.seqlen_k, case.num_heads_k)
+    # The keys of a block share a direction, so that each query block has blocks that draw most of its attention.
+    shared = normal(reference.num_blocks(case.seqlen_k), case.num_heads_k)
+    key += np.repeat(shared, reference.BLOCK, axis=1)[:, : case.seqlen_k]
+    arrays = query, key, value, normal(case.seqlen_q, case.num_heads)
+    query, key, value, grad_out = (reference.cast(x, dtype).astype(np.float32) for x in arrays)
+    startend = None
+    if case.bounds:
+        row = np.arange(case.seqlen_k) - (case.seqlen_k - case.seqlen_q)
+        one = np.stack(BOUNDS[case.bounds, case.causal](row, case.seqlen_q), -1)  # [Lk, bounds]
+        later = 3 * np.arange(case.batch * case.num_heads_k).reshape(case.batch, case.num_heads_k, 1, 1)
+        startend = (one + later).astype(np.int32)  # [B, Hkv, Lk, bounds], each a few rows after the one before
+
+    sampled = {"causal": case.causal, "stride": case.stride}
+    scores = [reference.estimate(query, key, startend, **sampled, dtype=d) for d in ("float64", "float32")]
+    block_mask = reference.select(
+        scores[0].astype(np.float32), THRESHOLD, startend, causal=case.causal, **case.lengths, **case.rules
+    )
+    forward = query, key, value, block_mask
+    backward = *forward, grad_out
+    options = {"startend": startend, "causal": case.causal}
+    outputs = [reference.attend(*forward, **options, dtype=d) for d in ("float64", dtype)]
+    gradients = [
+        reference.backward(*backward, **options),
+        reference.backward(*backward, **options, dtype=dtype),
+        reference.backward(*backward, **options, terms=True),
+        reference.backward(*backward, **options, stored=dtype),
+    ]
+    return Expected(
+        query,
+        key,
+        value,
+        grad_out,
+        startend,
+        tuple(scores),
+        reference.pack(block_mask),
+        dict(zip(("output", "log-sum-exp"), zip(*outputs))),
+        dict(zip(("gradient of query", "gradient of key", "gradient of value"), zip(*gradients))),
+    )
+
+
+class DirectKernels:
+    """The stages through rrattn.direct with an instruction set of the CPU, from NumPy values to NumPy values."""
+
+    dtypes = ("float32", "float16", "bfloat16")
+    on_gpu = False
+
+    def __init__(self, simd):
+        self.name, self.simd = f"rrattn.direct, {simd}", simd
+
+    @contextlib.contextmanager
+    def in_use(self):
+        before = direct.simd()
+        direct.set_simd(self.simd)
+        try:
+            yield
+        finally:
+            direct.set_simd(before)
+
+    def estimate(self, query, key, startend, *, dtype, **options):
+        """block_scores [B, Hq, Mq, Mk] float32."""
+        blocks = reference.num_blocks(query.shape[1]), reference.num_blocks(key.shape[1])
+        scores = np.full((query.shape[0], query.shape[2], *blocks), np.nan, np.float32)
+        query, key = reference.encode(query, dtype), reference.encode(key, dtype)
+        direct.estimate_block_scores(query, key, scores, startend, dtype=dtype, **options)
+        return scores
+
+    def select(self, block_scores, startend, **options):
+        """block_mask [B, Hq, Mq, ceil(Mk / 32)] int32."""
+        block_mask = np.zeros((*block_scores.shape[:3], -(-block_scores.shape[3] // reference.WORD)), np.int32)
+        direct.select_blocks(block_scores, block_mask, startend, **options)
+        return block_mask
+
+    def attend(self, query, key, value, block_mask, startend, *, dtype, **options):
+        """(out [B, Lq, Hq, D], lse [B, Hq, Lq])."""
+        query, key, value = (reference.encode(x, dtype) for x in (query, key, value))
+        out, lse = self._attend(query, key, value, block_mask, startend, dtype=dtype, **options)
+        return reference.decode(out, dtype), lse
+
+    def backward(self, query, key, value, block_mask, startend, grad_out, *, dtype, deterministic, **options):
+        """(grad_query, grad_key, grad_value), after a forward of its own."""
+        query, key, value, grad_out = (reference.encode(x, dtype) for x in (query, key, value, grad_out))
+        results = self._attend(query, key, value, block_mask, startend, dtype=dtype, **options)
+        grads = [np.zeros_like(x) for x in (query, key, value)]
+        arguments = query, key, value, block_mask, *results, grad_out, *grads, startend
+        direct.block_sparse_attention_backward(*arguments, dtype=dtype, deterministic=deterministic, **options)
+        return tuple(reference.decode(grad, dtype) for grad in grads)
+
+    def _attend(self, query, key, value, block_mask, startend, **options):
+        batch, seqlen_q, num_heads, _ = query.shape
+        out, lse = np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
+        direct.block_sparse_attention(query, key, value, block_mask, out, lse, startend, **options)
+        return out, lse
+
+
+class OperatorKernels:
+    """The same through Paddle's operators on a device, by Paddle's name for it, and all stages in one."""
+
+    def __init__(self, device):
+        self.name, self.device = f"Paddle's operators, {device}", device
+        self.on_gpu = device != "cpu"
+        self.dtypes = ("float16", "bfloat16") if self.on_gpu else DirectKernels.dtypes
+
+    @contextlib.contextmanager
+    def in_use(self):
+        before = paddle.get_device()
+        paddle.set_device(self.device)
+        try:
+            yield
+        finally:
+            paddle.set_device(before)
+
+    def estimate(self, query, key, startend, *, dtype, **options):
+        tensors = to_tensor(query, dtype), to_tensor(key, dtype), to_tensor(startend, "int32")
+        return functional.estimate_block_scores(*tensors, **options).numpy()
+
+    def select(self, block_scores, startend, *, threshold, **options):
+        scores, startend = to_tensor(block_scores, "float32"), to_tensor(startend, "int32")
+        return functional.select_blocks(scores, threshold, startend, **options).numpy()
+
+    def attend(self, query, key, value, block_mask, startend, *, dtype, **options):
+        query, key, value = (to_tensor(x, dtype) for x in (query, key, value))
+        block_mask, startend = to_tensor(block_mask, "int32"), to_tensor(startend, "int32")
+        out, lse = functional.block_sparse_attention(
+            query, key, value, block_mask, startend, return_softmax_lse=True, **options
+        )
+        return reference.decode(out.numpy(), dtype), lse.numpy()
+
+    def backward(self, query, key, value, block_mask, startend, grad_out, *, dtype, **options):
+        leaves = [to_tensor(x, dtype) for x in (query, key, value)]
+        for leaf in leaves:
+            leaf.stop_gradient = False
+        block_mask, startend = to_tensor(block_mask, "int32"), to_tensor(startend, "int32")
+        out = functional.block_sparse_attention(*leaves, block_mask, startend, **options)
+        grads = paddle.grad(out, leaves, to_tensor(grad_out, dtype))
+        return tuple(reference.decode(grad.numpy(), dtype) for grad in grads)
+
+    def rr_attention(self, query, key, value, startend, *, dtype, **options):
+        """(out, lse, block_mask) of one operator."""
+        query, key, value = (to_tensor(x, dtype) for x in (query, key, value))
+        out, lse, block_mask = functional.rr_attention(
+            query, key, value, to_tensor(startend, "int32"), return_softmax_lse=True, return_block_mask=True, **options
+        )
+        return reference.decode(out.numpy(), dtype), lse.numpy(), block_mask.numpy()
+
+
+def to_tensor(values, dtype):
+    """Values as a Paddle tensor on the current device, which takes uint16 for bfloat16; None as None."""
+    return None if values is None else paddle.to_tensor(reference.encode(values, dtype))
+
+
+def compare(kernels, case, dtype):
+    """Yields (what, error, allowed) of all that is computed of a case; allowed is 0 where bits must be equal."""
+    known = expected(case, dtype)
+    forward = known.query, known.key, known.value
+    options = {"causal": case.causal, "dtype": dtype}
+
+    sampled = {"stride": case.stride, **options}
+    scores = kernels.estimate(known.query, known.key, known.startend, **sampled)
+    exact_and_naive = known.scores
+    if kernels.on_gpu:
+        exact_and_naive = reference.estimate_on_tensor_cores(known.query, known.key, known.startend, **sampled)
+    yield from named("block scores", reference.errors(scores, *exact_and_naive))
+
+    selection = {"threshold": THRESHOLD, **case.rules}
+    lengths = {"causal": case.causal, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+    by_oracle = known.scores[0].astype(np.float32)
+    block_mask = kernels.select(by_oracle, known.startend, **lengths, **selection)
+    yield "selection, in words that differ", words_that_differ(block_mask, known.block_mask), 0
+
+    results = kernels.attend(*forward, known.block_mask, known.startend, **options)
+    for (what, exact_and_naive), result in zip(known.outputs.items(), results):
+        yield from named(what, reference.errors(result, *exact_and_naive))
+
+    gradients = [
+        kernels.backward(
+            *forward, known.block_mask, known.startend, known.grad_out, deterministic=deterministic, **options
+        )
+        for deterministic in (False, True, True)
+    ]
+    for i, (what, exact_and_naive) in enumerate(known.gradients.items()):
+        usual, first, second = (three[i] for three in gradients)
+        yield from named(what, reference.errors(usual, *exact_and_naive))
+        yield from named(f"deterministic {what}", reference.errors(first, *exact_and_naive))
+        yield f"deterministic {what}, in words that differ from run to run", words_that_differ(second, first), 0
+
+    if isinstance(kernels, OperatorKernels):
+        whole = kernels.rr_attention(*forward, known.startend, **sampled, **selection)
+        block_mask = kernels.select(scores, known.startend, **lengths, **selection)
+        stages = *kernels.attend(*forward, block_mask, known.startend, **options), block_mask
+        for what, one, other in zip(("output", "log-sum-exp", "selection"), whole, stages):
+            yield f"{what} of rr_attention, in words that differ from its stages", words_that_differ(one, other), 0
+
+
+def named(what, errors):
+    return [(f"{what}, {measure} error", error, allowed) for measure, error, allowed in errors]
+
+
+def words_that_differ(actual, other):
+    """Elements of two arrays of four bytes each that are not the same bit for bit; infinite where the shapes differ."""
+    if actual.shape != other.shape:
+        return np.inf
+    return np.count_nonzero(np.ascontiguousarray(actual).view(np.int32) != np.ascontiguousarray(other).view(np.int32))
+
+
+def check_dtype(kernels, dtype):
+    """(failures, note) of all cases in a dtype; the note tells the largest error by what is allowed of it."""
+    failures, worst, note = [], -1.0, "nothing was computed"
+    for case in CASES:
+        try:
+            for what, error, allowed in compare(kernels, case, dtype):
+                if not error <= allowed < np.inf:
+                    failures.append(f"{what}: {error:.3g}, allowed {allowed:.3g}; {case}")
+                if allowed and error / allowed > worst:
+                    worst, note = error / allowed, f"{what}: {error / allowed:.2f} of the allowed"
+        except Exception as error:  # whatever it is, the other cases can still tell
+            failures.append(f"{type(error).__name__}: {error}; {case}")
+    return failures, note
+
+
+def check_refusal(kernels):
+    """(failures, note): a head size that no kernel has must be a ValueError."""
+    array = np.zeros((1, 8, 1, 7), np.float32)
+    try:
+        kernels.estimate(array, array, None, causal=True, stride=8, dtype="float16")
+    except ValueError as error:
+        if "head_dim is 7," in str(error):
+            return [], "a bad head size is a ValueError"
+        return [f"a head size of 7 raised another ValueError: {error}"], ""
+    return ["a head size of 7 raised nothing"], ""
+
+
+def kernels_here():
+    """([kernels], [what of this machine is not checked, and why])."""
+    found, left_out = [DirectKernels(simd) for simd in direct.available_simd()], []
+    if not _HAS_PADDLE:
+        return found, ["Paddle's operators: Paddle is not installed"]
+    found.append(OperatorKernels("cpu"))
+    if not paddle.is_compiled_with_cuda():
+        left_out.append("GPUs: this Paddle is a CPU build")
+    for gpu in info.gpus():
+        if gpu.has_kernels:
+            found.append(OperatorKernels(f"gpu:{gpu.index}"))
+        else:
+            left_out.append(f"{gpu}: this build has no kernels for it")
+    return found, left_out
+
+
+def run() -> int:
+    """Prints a line for each group, and returns the exit status: 1 where one failed."""
+    start = time.perf_counter()
+    all_kernels, left_out = kernels_here()
+    groups = [
+        (f"{kernels.name}, {label}", kernels, function, arguments)
+        for kernels in all_kernels
+        for label, function, arguments in (
+            *((dtype, check_dtype, (kernels, dtype)) for dtype in kernels.dtypes),
+            ("bad arguments", check_refusal, (kernels,)),
+        )
+    ]
+    num_failed = 0
+    for name, kernels, function, arguments in groups:
+        print(f"{name:<40}", end=" ", flush=True)  # before it runs: should it end the process, this tells which
+        try:
+            with kernels.in_use():
+                failures, note = function(*arguments)
+        except Exception as error:  # as a device that cannot be used may raise; the other groups can still tell
+            failures, note = [f"{type(error).__name__}: {error}"], ""
+        num_failed += bool(failures)
+        print("FAILED" if failures else "ok    ", note)
+        for failure in failures:
+            print(f"    {failure}")
+    for reason in left_out:
+        print(f"not checked: {reason}")
+    seconds = time.perf_counter() - start
+    if num_failed:
+        print(f"{num_failed} of {len(groups)} groups FAILED ({seconds:.0f} s). {REPORT}")
+        return 1
+    print(f"all {len(groups)} groups passed ({seconds:.0f} s)")
+    return 0
