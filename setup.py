@@ -8,26 +8,36 @@ is a GPU build, and elsewhere into rrattn._direct on request. Environment variab
 
 RRATTN_CUDA_ARCHS=90a    GPU architectures, separated by spaces; 90a (Hopper) is the only one so far, and the default
                          where Paddle is a GPU build; set but empty: no GPU kernels
-MAX_JOBS=N               compilers at once; default: one per core (each takes up to 4 GB)
+MAX_JOBS=N               compilers at once; default: as many as there are cores, and memory for (4 GB each for GPU
+                         kernels, 1 GB each for the rest)
 RRATTN_CUTLASS=FOLDER    CUTLASS's include folder; default: that of the nvidia-cutlass package
 """
 
 import ctypes
 import importlib.util
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from pathlib import Path
 
-import pybind11
-from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
 from setuptools.command.build_ext import build_ext
+
+BUILD_TOOLS = "pip install 'setuptools>=65' wheel 'pybind11>=2.12'"
+
+if not (3, 9) <= sys.version_info[:2] <= (3, 12):
+    raise SystemExit(f"this is Python {sys.version.split()[0]}, but rrattn supports Python 3.9 to 3.12")
+
+try:
+    import pybind11
+    from pybind11.setup_helpers import ParallelCompile
+except ImportError:
+    raise SystemExit(f"pybind11 is not installed, which the build needs: {BUILD_TOOLS}") from None
 
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
@@ -41,8 +51,33 @@ for arch in CUDA_ARCHS:
     if arch not in SUPPORTED_CUDA_ARCHS:
         raise SystemExit(f"RRATTN_CUDA_ARCHS has {arch}, but supported are: {' '.join(SUPPORTED_CUDA_ARCHS)}")
 
+
+def refuse_another_paddle():
+    """Ends a build that pip isolated where the environment that it installs into has another Paddle than the build.
+
+    With -E, Python finds what that environment finds: pip hides its packages by way of PYTHONPATH. A Paddle that is
+    itself on PYTHONPATH is what the user asked for, and where another tool isolates the build, there is none to find.
+    """
+    if str(Path(paddle.__file__).parents[1]) in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        return
+    code = "from importlib.util import find_spec; spec = find_spec('paddle'); print(spec.origin if spec else '')"
+    process = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True, check=True)
+    found = process.stdout.strip()
+    if not found or found == paddle.__file__:
+        return
+    version = runpy.run_path(str(Path(found).with_name("version") / "__init__.py"))
+    if (version["full_version"], version["commit"]) == (paddle.__version__, paddle.version.commit):
+        return
+    raise SystemExit(
+        f"{Path(found).parent} is Paddle {version['full_version']} (commit {version['commit']}), but an isolated build "
+        f"makes operators for Paddle {paddle.__version__} (commit {paddle.version.commit}), which it could not load. "
+        f"Build for the Paddle that is there: {BUILD_TOOLS}, then pip install --no-build-isolation ."
+    )
+
+
 PADDLE_RECORD = ""
 if paddle:
+    refuse_another_paddle()
     PADDLE_RECORD = f'''"""Written by setup.py."""
 
 PADDLE_VERSION = "{paddle.__version__}"
@@ -50,11 +85,20 @@ PADDLE_COMMIT = "{paddle.version.commit}"
 CUDA_ARCHS = "{" ".join(CUDA_ARCHS if paddle_is_gpu_build else [])}"
 '''
 
-CORE_SOURCES = sorted(
-    glob("csrc/core/*.cpp") + glob("csrc/cpu/*.cpp") + (glob("csrc/cuda/*.cpp") if CUDA_ARCHS else [])
-)
-CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu")) if CUDA_ARCHS else []
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+
+def find_sources(pattern):
+    """Files under csrc, on every machine the same, whatever it builds of them."""
+    found = sorted(map(str, Path("csrc").glob(pattern)))
+    if not found:
+        raise SystemExit(f"{Path('csrc').absolute()} holds no {pattern}: these sources are not complete")
+    return found
+
+
+CORE_SOURCES = find_sources("core/**/*.cpp") + find_sources("cpu/**/*.cpp")
+DISPATCH_SOURCES = find_sources("cuda/**/*.cpp")
+CUDA_SOURCES = find_sources("cuda/**/*.cu")
+LIBRARY_SOURCES = CORE_SOURCES + (DISPATCH_SOURCES + CUDA_SOURCES if CUDA_ARCHS else [])
+HEADERS = find_sources("**/*.h") + find_sources("**/*.cuh")
 EXPORTS = "csrc/bindings/exports.map"
 
 # What the libraries must be able to do where they are loaded: raise an error that is formatted in C++.
@@ -132,15 +176,37 @@ def write_if_changed(path, text):
         path.write_text(text)
 
 
+def memory():
+    """Bytes that are free here, or fewer where a control group grants fewer."""
+    with open("/proc/meminfo") as lines:
+        sizes = dict(line.split(":") for line in lines)
+    granted = int(sizes["MemAvailable"].split()[0]) * 1024  # counted in kB
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # version 2, version 1
+        if os.path.isfile(limit):
+            with open(limit) as file:
+                text = file.read().strip()
+            granted = granted if text == "max" else min(granted, int(text))
+    return granted
+
+
+def compilers_at_once(gigabytes_each):
+    jobs = os.environ.get("MAX_JOBS")
+    if jobs is None:
+        return max(1, min(len(os.sched_getaffinity(0)), memory() // (gigabytes_each * 2**30)))
+    if not jobs.isdecimal() or int(jobs) == 0:
+        raise SystemExit(f"MAX_JOBS is {jobs!r}, but must be a whole number from 1 on")
+    return int(jobs)
+
+
 class BuildLibraries(build_clib):
     """Adds a library of the CUDA sources, which setuptools cannot compile."""
 
     def get_library_names(self):
-        return [*super().get_library_names(), *(["rrattn_cuda"] if CUDA_SOURCES else [])]
+        return [*super().get_library_names(), *(["rrattn_cuda"] if CUDA_ARCHS else [])]
 
     def run(self):
         super().run()
-        if not CUDA_SOURCES:
+        if not CUDA_ARCHS:
             return
         command = [
             str(find_cuda() / "bin/nvcc"),
@@ -154,7 +220,7 @@ class BuildLibraries(build_clib):
         configuration = folder / "command"
         write_if_changed(configuration, shlex.join(command))
         objects = [str(folder / Path(source).with_suffix(".o").name) for source in CUDA_SOURCES]
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
+        with ThreadPoolExecutor(compilers_at_once(gigabytes_each=4)) as pool:
             jobs = [
                 pool.submit(self.spawn, [*command, "-c", source, "-o", target])
                 for source, target in zip(CUDA_SOURCES, objects)
@@ -204,7 +270,7 @@ def options(*, with_cuda):
     """What both extensions pass to setuptools.Extension."""
     return {
         "define_macros": [("RRATTN_WITH_CUDA", None)] if with_cuda else [],
-        "depends": [*HEADERS, *CORE_SOURCES, *CUDA_SOURCES, EXPORTS],  # relinks when a library changes
+        "depends": [*HEADERS, *LIBRARY_SOURCES, EXPORTS],  # relinks when a library changes
         "extra_link_args": [
             "-fopenmp",
             "-pthread",
@@ -240,9 +306,13 @@ def paddle_extension():
 
 
 extensions = [direct_extension(), *([paddle_extension()] if paddle else [])]
-core_library = {"sources": CORE_SOURCES, "obj_deps": {"": HEADERS}, "cflags": COMPILE_ARGS + STRICT}
+core_library = {
+    "sources": [source for source in LIBRARY_SOURCES if source.endswith(".cpp")],
+    "obj_deps": {"": HEADERS},
+    "cflags": COMPILE_ARGS + STRICT,
+}
 
-ParallelCompile().install()
+ParallelCompile(default=compilers_at_once(gigabytes_each=1)).install()
 setup(
     libraries=[("rrattn_core", core_library)],
     ext_modules=extensions,

@@ -8,6 +8,8 @@ from importlib import util as _importlib_util
 
 from .config import BLOCK_SIZE, RRAttentionConfig
 
+__version__ = "0.1.0"
+
 _HAS_PADDLE = _importlib_util.find_spec("paddle") is not None
 _LOADED_WHEN_ASKED_FOR = ("direct", "visualize")
 

@@ -1,7 +1,12 @@
-"""Fixtures of the kernel tests, and of the model tests at the end.
+"""Fixtures of the kernel tests, of the tests of builds, and of the model tests at the end.
 
 tests/gpu overrides the kernels and the dtypes and keeps the rest.
 """
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import harness
 import numpy as np
@@ -46,6 +51,30 @@ def simd(request):
     direct.set_simd(request.param)
     yield request.param
     direct.set_simd(before)
+
+
+@pytest.fixture(scope="session")
+def unpacked_sdist(tmp_path_factory):
+    """A folder whose path has spaces, with nothing in it but what the source distribution of this checkout holds.
+
+    It is made beside links to all that lies here, so that what was built here could get into it, but for the list of
+    files that an earlier one left, which would.
+    """
+    folder = tmp_path_factory.mktemp("source distribution")
+    root = Path(__file__).resolve().parent.parent
+    (folder / "checkout").mkdir()
+    for path in root.iterdir():
+        if path.suffix != ".egg-info":
+            (folder / "checkout" / path.name).symlink_to(path)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder / "checkout", capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    (path,) = folder.glob("rrattn-*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(folder)
+    return folder / path.name[: -len(".tar.gz")]
 
 
 # tiny_models skips what imports it where there is no model library, hence not at the top

@@ -1,6 +1,8 @@
 """The wheel holds what it should and works by itself, and an operator library for another Paddle is never loaded."""
 
+import email
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import paddle
 import pytest
+import yaml
+from packaging.specifiers import SpecifierSet
+
+import rrattn
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTEND = """
@@ -38,23 +44,31 @@ def pip(*arguments, **environment):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel of this checkout, built from a copy without anything that was built here before.
+def wheel(unpacked_sdist, tmp_path_factory):
+    """A wheel of the source distribution.
 
-    And by a compiler that links the C++ runtime statically, as some do whose shared one is missing: see
+    By a compiler that links the C++ runtime statically, as some do whose shared one is missing: see
     `test_libraries_keep_to_the_runtime_of_the_process`.
     """
     folder = tmp_path_factory.mktemp("wheel")
-    built = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
-    for name in ("csrc", "rrattn"):
-        shutil.copytree(ROOT / name, folder / "source" / name, ignore=built)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, folder / "source")
     options = "--no-build-isolation", "--no-deps", "--no-index"
     compiler = f"{os.environ.get('CXX', 'g++')} -static-libstdc++ -static-libgcc"
-    pip("wheel", *options, "--wheel-dir", str(folder), str(folder / "source"), CXX=compiler)
+    pip("wheel", *options, "--wheel-dir", str(folder), str(unpacked_sdist), CXX=compiler)
     (path,) = folder.glob("*.whl")
     return path
+
+
+def git_files(*options):
+    listing = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git checkout")
+def test_the_sdist_holds_every_file_of_the_checkout(unpacked_sdist):
+    held = {path.relative_to(unpacked_sdist).as_posix() for path in unpacked_sdist.rglob("*") if path.is_file()}
+    written = {name for name in held if name.startswith("rrattn.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert git_files() - held == set()
+    assert held - git_files() - written <= git_files("--others", "--exclude-standard")
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
@@ -209,6 +223,36 @@ print(hasattr(rrattn, "visualise"))
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout == "False\n"
+
+
+def test_the_version_stands_everywhere_the_same(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name = f"rrattn-{rrattn.__version__}.dist-info/METADATA"
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Version"] == rrattn.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == rrattn.__version__
+    (newest, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest == rrattn.__version__
+
+
+def test_the_wheel_says_its_licence_and_pythons(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (email.message_from_bytes(archive.read(name)) for name in names if name.endswith("/METADATA"))
+        (licence,) = (archive.read(name) for name in names if name.endswith("/LICENSE"))
+    assert metadata["License"] == "Apache-2.0" and licence == (ROOT / "LICENSE").read_bytes()
+    pythons = SpecifierSet(metadata["Requires-Python"])
+    said = {text.rpartition(" ")[2] for text in metadata.get_all("Classifier") if "Python :: 3." in text}
+    assert said == {f"3.{minor}" for minor in range(20) if pythons.contains(f"3.{minor}")}
+    assert said == {"3.9", "3.10", "3.11", "3.12"}
+
+
+def test_pre_commit_runs_what_ci_checks_of_the_style():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    entries = [hook["entry"] for repository in config["repos"] for hook in repository["hooks"]]
+    on_files = r"(\.venv/bin/(?:ruff|clang-format) .*) (?:\.|\"\$\{sources\[@\]\}\")$"
+    style = re.findall(on_files, (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    assert len(style) == 3 and sorted(entries) == sorted(style)
 
 
 def test_readme_tables_match_the_figures():

@@ -1,9 +1,11 @@
-"""What is built again when the build is configured otherwise, with compilers that only note what they are asked for.
+"""What a build compiles, how much of it at once, and what again when it is configured otherwise.
 
-What such compilers build cannot be loaded, so another program stands in for the Python that is to load it.
+The compilers only note what they are asked for. What they build cannot be loaded, so another program stands in for the
+Python that is to load it.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,8 @@ while [ $# -gt 1 ]; do
   if [ "$1" = -o ]; then : >"$2"; fi
   shift
 done
+sleep ${{LINGER:-0}}
+echo done >>{log}
 """
 BUILD = """
 import paddle, runpy, sys
@@ -29,30 +33,28 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
-# As if what was built had raised its errors.
+# As if what was built had raised its errors. Asked with -E which Paddle is installed, it knows none.
 LOADER = """#!/bin/sh
+if [ "$1" = -E ]; then exit; fi
 echo rrattn._direct raises errors
-echo rrattn._ops raises errors
+{then}
 """
 
 
 class Checkout:
-    """A copy of the sources, and what its builds compile and link."""
+    """What the source distribution holds, and what builds of it compile and link."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, unpacked_sdist):
         self.folder, self.log = folder / "source", folder / "log"
-        built = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
-        for name in ("csrc", "rrattn"):
-            shutil.copytree(ROOT / name, self.folder / name, ignore=built)
-        for name in ("setup.py", "pyproject.toml", "README.md"):
-            shutil.copy(ROOT / name, self.folder)
-        compiler = write_program(folder / "cuda" / "bin" / "nvcc", COMPILER.format(log=self.log))
-        self.loader = write_program(folder / "loader", LOADER)
+        shutil.copytree(unpacked_sdist, self.folder)
+        compiler = write_program(folder / "cuda" / "bin" / "nvcc", COMPILER.format(log=shlex.quote(str(self.log))))
+        self.loader = write_program(folder / "loader", LOADER.format(then="echo rrattn._ops raises errors"))
         (folder / "cutlass" / "cute").mkdir(parents=True)
+        quoted = shlex.quote(str(compiler))
         self.environment = {
             **os.environ,
-            **dict.fromkeys(("CC", "CXX"), str(compiler)),
-            **dict.fromkeys(("LDSHARED", "LDCXXSHARED"), f"{compiler} -shared"),
+            **dict.fromkeys(("CC", "CXX"), quoted),
+            **dict.fromkeys(("LDSHARED", "LDCXXSHARED"), f"{quoted} -shared"),
             "CUDA_HOME": str(folder / "cuda"),
             "RRATTN_CUTLASS": str(folder / "cutlass"),
         }
@@ -89,8 +91,9 @@ def write_program(path, text):
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    return Checkout(tmp_path)
+def checkout(tmp_path, unpacked_sdist):
+    """In a folder whose path has spaces."""
+    return Checkout(tmp_path / "a build", unpacked_sdist)
 
 
 def test_a_build_for_another_paddle_builds_the_operators_again(checkout):
@@ -115,7 +118,7 @@ def test_a_build_in_place_is_recorded_in_place(checkout):
 def test_gpu_kernels_come_and_go_with_the_architectures(checkout):
     on_cpu = checkout.build()
     with_gpu = checkout.build(archs="90a")
-    assert {"_direct", "direct", "dispatch", "run_bounds"} <= with_gpu
+    assert {"_direct", "direct", "dispatch"} | {path.stem for path in ROOT.glob("csrc/cuda/**/*.cu")} <= with_gpu
     assert not checkout.build(archs="90a")
     assert {"_direct", "direct"} <= checkout.build()
     assert "_direct" in on_cpu
@@ -134,10 +137,88 @@ def test_the_record_has_the_architectures_of_the_operators(checkout):
 
 
 def test_libraries_that_cannot_raise_an_error_fail_the_build(checkout):
-    write_program(checkout.loader, "#!/bin/sh\necho rrattn._direct raises errors\nkill -SEGV $$\n")
+    write_program(checkout.loader, LOADER.format(then="kill -SEGV $$"))
     process = checkout.run()
     assert process.returncode != 0
     assert "the libraries were built, but do not work" in process.stderr
     assert "status -11" in process.stderr and str(checkout.folder.parent / "cuda/bin/nvcc") in process.stderr
-    write_program(checkout.loader, "#!/bin/sh\necho rrattn._direct raises errors\n")  # and _ops does not
+    write_program(checkout.loader, LOADER.format(then=""))  # _ops raises none
     assert checkout.run().returncode != 0
+
+
+@pytest.mark.parametrize("lost", ("core/**/*.cpp", "cuda/**/*.cpp", "cuda/**/*.cu", "**/*.cuh"))
+def test_sources_without_a_part_are_refused_on_every_machine(lost, checkout):
+    for path in checkout.folder.glob(f"csrc/{lost}"):
+        path.unlink()
+    process = checkout.run()
+    assert process.returncode != 0
+    assert f"{checkout.folder / 'csrc'} holds no {lost}: these sources are not complete" in process.stderr
+
+
+@pytest.mark.parametrize("max_jobs", (1, 4))
+def test_max_jobs_limits_the_compilers_of_all_sources(max_jobs, checkout):
+    checkout.build(archs="90a", environment={"MAX_JOBS": str(max_jobs), "LINGER": "0.1"})
+    running, most = 0, 0
+    for line in checkout.log.read_text().splitlines():
+        running += -1 if line == "done" else 1
+        most = max(most, running)
+    assert running == 0
+    assert most == 1 if max_jobs == 1 else 1 < most <= max_jobs
+
+
+@pytest.mark.parametrize("max_jobs", ("0", "-1", "two", ""))
+def test_max_jobs_must_be_a_number_of_compilers(max_jobs, checkout):
+    process = checkout.run(environment={"MAX_JOBS": max_jobs})
+    assert process.returncode != 0
+    assert f"MAX_JOBS is {max_jobs!r}, but must be a whole number from 1 on" in process.stderr
+
+
+COUNT_COMPILERS = """
+import builtins, io, os, runpy, sys
+
+files = {files!r}
+os.environ.pop("MAX_JOBS", None)
+os.sched_getaffinity = lambda process: range({cores})
+sys.argv = ["setup.py", "--version"]
+compilers_at_once = runpy.run_path("setup.py")["compilers_at_once"]
+open_file, is_file = open, os.path.isfile
+os.path.isfile = lambda path: path in files or ("cgroup" not in path and is_file(path))
+builtins.open = lambda file, *rest, **options: (
+    io.StringIO(files[str(file)]) if str(file) in files else open_file(file, *rest, **options)
+)
+print("compilers", [compilers_at_once(gigabytes_each) for gigabytes_each in (1, 4)])
+"""
+GIBIBYTE = 2**30
+VERSION_2, VERSION_1 = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
+
+
+@pytest.mark.parametrize(
+    "cores, free, limits, expected",
+    (
+        (4, 64, {}, [4, 4]),
+        (64, 64, {}, [64, 16]),
+        (64, 64, {VERSION_2: "max\n"}, [64, 16]),
+        (64, 64, {VERSION_2: f"{10 * GIBIBYTE}\n"}, [10, 2]),
+        (64, 64, {VERSION_1: f"{9 * GIBIBYTE}\n"}, [9, 2]),
+        (64, 20, {VERSION_1: f"{2**63 - 4096}\n"}, [20, 5]),
+        (8, 1, {VERSION_2: f"{GIBIBYTE // 2}\n"}, [1, 1]),
+    ),
+)
+def test_compilers_are_as_many_as_cores_and_memory_allow(cores, free, limits, expected):
+    meminfo = f"MemTotal:       999999999 kB\nMemAvailable:   {free * 2**20} kB\nHugePages_Total:       0\n"
+    code = COUNT_COMPILERS.format(cores=cores, files={"/proc/meminfo": meminfo, **limits})
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert f"compilers {expected}" in process.stdout, process.stdout + process.stderr
+
+
+@pytest.mark.parametrize("version", ((3, 8, 20), (3, 13, 0)))
+def test_another_python_is_refused(version):
+    number = ".".join(map(str, version))
+    code = (
+        "import runpy, setuptools.command.build_ext, sys\n"
+        f"sys.version_info, sys.version, sys.argv = {version}, '{number} (main)', ['setup.py', '--version']\n"
+        "runpy.run_path('setup.py')"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode != 0
+    assert f"this is Python {number}, but rrattn supports Python 3.9 to 3.12" in process.stderr
