@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import _HAS_PADDLE, direct
+from . import _HAS_PADDLE, __version__, direct
 
 if _HAS_PADDLE:
     import paddle
@@ -52,7 +52,7 @@ def gpus() -> list[Gpu]:
 def lines() -> list[str]:
     """One fact a line: a name, a colon and what there is."""
     return [
-        f"rrattn: {_version('rrattn') or 'of unknown version, not installed'}, in {Path(__file__).parent}",
+        f"rrattn: {__version__}, in {Path(__file__).parent}",
         f"Python: {platform.python_version()}, {platform.machine()}, {platform.platform()}",
         f"NumPy: {np.__version__}",
         *_paddle_lines(),
