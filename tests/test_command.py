@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 import pytest
 
+import rrattn
 from rrattn import _build_info, check, direct, functional, info
 from rrattn.__main__ import main
 
@@ -53,9 +54,9 @@ def test_info(capsys):
 
 
 def test_info_names_the_model_libraries_that_are_installed(monkeypatch):
-    monkeypatch.setattr(info, "_version", {"rrattn": "1.2", "paddlenlp": "3.4"}.get)
+    monkeypatch.setattr(info, "_version", {"paddlenlp": "3.4"}.get)
     lines = info.lines()
-    assert lines[0].startswith("rrattn: 1.2, in ") and "PaddleNLP: 3.4" in lines
+    assert lines[0].startswith(f"rrattn: {rrattn.__version__}, in ") and "PaddleNLP: 3.4" in lines
     assert not any(line.startswith(("PaddleFormers", "PaddleFleet")) for line in lines)
 
 
