@@ -257,7 +257,8 @@ class BuildExtensions(build_ext):
         if not self.inplace:
             self.run_command("build_py")
         code = RAISE_AN_ERROR.format(folder=self.folder(), with_paddle=bool(paddle))
-        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        # -B: what it compiles of the Python files is not to be packed with them.
+        process = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
         if process.returncode or process.stdout.count("raises errors") != len(self.extensions):
             raise SystemExit(
                 f"the libraries were built, but do not work: a process that lets them raise an error ended with status "

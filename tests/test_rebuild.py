@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Each note is a file of its own, named by its time: compilers run at once.
 COMPILER = """#!/bin/sh
-echo "$@" >>{log}
+echo "$@" >{log}/$(date +%s%N)-$$
 while [ $# -gt 1 ]; do
   if [ "$1" = -o ]; then : >"$2"; fi
   shift
 done
 sleep ${{LINGER:-0}}
-echo done >>{log}
+echo done >{log}/$(date +%s%N)-$$
 """
 BUILD = """
 import paddle, runpy, sys
@@ -47,6 +48,7 @@ class Checkout:
     def __init__(self, folder, unpacked_sdist):
         self.folder, self.log = folder / "source", folder / "log"
         shutil.copytree(unpacked_sdist, self.folder)
+        self.log.mkdir()
         compiler = write_program(folder / "cuda" / "bin" / "nvcc", COMPILER.format(log=shlex.quote(str(self.log))))
         self.loader = write_program(folder / "loader", LOADER.format(then="echo rrattn._ops raises errors"))
         (folder / "cutlass" / "cute").mkdir(parents=True)
@@ -72,11 +74,16 @@ class Checkout:
 
     def build(self, *arguments, **options):
         """The names of the files that this makes."""
-        self.log.write_text("")
+        for note in self.log.iterdir():
+            note.unlink()
         process = self.run(*arguments, **options)
         assert process.returncode == 0, process.stderr
-        commands = [line.split() for line in self.log.read_text().splitlines()]
+        commands = [note.split() for note in self.notes()]
         return {Path(words[words.index("-o") + 1]).name.split(".")[0] for words in commands if "-o" in words}
+
+    def notes(self):
+        """What the compilers noted, in order."""
+        return [note.read_text().strip() for note in sorted(self.log.iterdir())]
 
     def record(self, place="build/lib*/rrattn"):
         (path,) = self.folder.glob(f"{place}/_build_info.py")
@@ -159,8 +166,8 @@ def test_sources_without_a_part_are_refused_on_every_machine(lost, checkout):
 def test_max_jobs_limits_the_compilers_of_all_sources(max_jobs, checkout):
     checkout.build(archs="90a", environment={"MAX_JOBS": str(max_jobs), "LINGER": "0.1"})
     running, most = 0, 0
-    for line in checkout.log.read_text().splitlines():
-        running += -1 if line == "done" else 1
+    for note in checkout.notes():
+        running += -1 if note == "done" else 1
         most = max(most, running)
     assert running == 0
     assert most == 1 if max_jobs == 1 else 1 < most <= max_jobs
