@@ -134,7 +134,7 @@ inline void attend_item(const AttendParams& params, const RunBounds* block_bound
         tile_read = true;
       }
       const bool cleared =
-          clear_unseen_keys(mask, kind, m_block, n_block, head_dim, scratch.value_tile);
+          clear_unseen_keys(mask, kind, m_block, n_block, head_dim, {scratch.value_tile});
       for (int64_t c = 0; c < kBlockSize; c += kStrip) {
         attend_strip(params, mask, kind == BlockKind::kPartial, first_query + c, first_key, slot,
                      scratch);

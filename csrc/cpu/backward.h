@@ -142,8 +142,7 @@ inline void grad_query_item(const BackwardParams& params, const RunBounds* block
               scratch.stream_a);
     read_tile(value, first_key, clip_count(first_key, visibility.seqlen_k, kBlockSize),
               scratch.stream_b);
-    clear_unseen_keys(mask, kind, m_block, n_block, head_dim, scratch.stream_a);
-    clear_unseen_keys(mask, kind, m_block, n_block, head_dim, scratch.stream_b);
+    clear_unseen_keys(mask, kind, m_block, n_block, head_dim, {scratch.stream_a, scratch.stream_b});
     for (int64_t c = 0; c < num_queries; c += kStrip) {
       const int64_t strip_query = first_query + c;
       const int64_t last_query = strip_query + clip_count(c, num_queries, kStrip) - 1;
