@@ -61,7 +61,7 @@ def unpacked_sdist(tmp_path_factory):
     files that an earlier one left, which would.
     """
     folder = tmp_path_factory.mktemp("source distribution")
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[1]
     (folder / "checkout").mkdir()
     for path in root.iterdir():
         if path.suffix != ".egg-info":

@@ -14,7 +14,7 @@ import rrattn
 pytest.importorskip("paddleformers")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name, *arguments, folder):

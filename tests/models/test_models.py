@@ -125,7 +125,7 @@ def test_what_changed_is_logged_once(model, monkeypatch):
 
 
 def test_the_readme_prints_densities_before_the_first_call_too(model, tokens, capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     lines = re.search(r"^for density in rrattn.layer_densities.*\n    print.*$", readme, re.MULTILINE).group()
     rrattn.enable(model, SPARSE)
     exec(lines, {"rrattn": rrattn, "model": model})

@@ -14,7 +14,7 @@ import rrattn
 from rrattn import _build_info, check, direct, functional, info
 from rrattn.__main__ import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_python(*arguments):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "probe"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "probe"))
 import corpus  # noqa: E402
 
 

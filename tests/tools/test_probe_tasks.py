@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "probe"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "probe"))
 import tasks  # noqa: E402
 
 LENGTHS = (512, 1024, 3000)

@@ -12,7 +12,7 @@ import rrattn
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("paddleformers")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from evaluation import many, records, run, torch_attention, torch_model, torch_selection  # noqa: E402

@@ -12,7 +12,7 @@ from harness import Kernels, assert_identical
 
 from rrattn import _direct, direct
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NO_QUOTA = 2**31 - 1
 
 FORK = """

@@ -10,7 +10,7 @@ import pytest
 import rrattn
 from rrattn import reference
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from evaluation import baselines  # noqa: E402
 from evaluation.methods import Method  # noqa: E402

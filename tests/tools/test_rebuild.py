@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-# Each note is a file of its own, named by its time: compilers run at once.
+ROOT = Path(__file__).resolve().parents[2]
+# Each note is a file of its own: compilers run at once, and a clock may stand still from the first note to the second.
 COMPILER = """#!/bin/sh
-echo "$@" >{log}/$(date +%s%N)-$$
+set -e
+echo "$@" >{log}/$(date +%s%N)-$$-started
 while [ $# -gt 1 ]; do
   if [ "$1" = -o ]; then : >"$2"; fi
   shift
 done
 sleep ${{LINGER:-0}}
-echo done >{log}/$(date +%s%N)-$$
+echo done >{log}/$(date +%s%N)-$$-stopped
 """
 BUILD = """
 import paddle, runpy, sys

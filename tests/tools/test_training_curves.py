@@ -15,7 +15,7 @@ import rrattn
 pytest.importorskip("paddleformers")
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "training_curves.py"
 LINE = "One line of text, and then the next one follows. "
 

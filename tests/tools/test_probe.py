@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 pytest.importorskip("paddleformers")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from evaluation import prompts, run  # noqa: E402

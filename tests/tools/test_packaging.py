@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 import rrattn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ATTEND = """
 import paddle, rrattn
 x = paddle.ones([1, 200, 2, 8])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from paddle.utils.cpp_extension.extension_utils import find_paddle_includes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 
