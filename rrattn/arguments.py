@@ -112,6 +112,11 @@ def flag(value, name, allowed="True or False") -> bool:
     return value
 
 
+def optional_flag(value, name) -> bool | None:
+    """True, False or None."""
+    return None if value is None else flag(value, name, "True, False or None")
+
+
 def softmax_scale(value) -> float | None:
     """A number that is finite in float32, in which the kernels compute; None stays None."""
     if value is None:

@@ -164,13 +164,13 @@ class DirectKernels:
         blocks = reference.num_blocks(query.shape[1]), reference.num_blocks(key.shape[1])
         scores = np.full((query.shape[0], query.shape[2], *blocks), np.nan, np.float32)
         query, key = reference.encode(query, dtype), reference.encode(key, dtype)
-        direct.estimate_block_scores(query, key, scores, startend, dtype=dtype, **options)
+        direct.estimate_block_scores(query, key, startend, block_scores=scores, dtype=dtype, **options)
         return scores
 
-    def select(self, block_scores, startend, **options):
+    def select(self, block_scores, startend, *, threshold, **options):
         """block_mask [B, Hq, Mq, ceil(Mk / 32)] int32."""
         block_mask = np.zeros((*block_scores.shape[:3], -(-block_scores.shape[3] // reference.WORD)), np.int32)
-        direct.select_blocks(block_scores, block_mask, startend, **options)
+        direct.select_blocks(block_scores, threshold, startend, block_mask=block_mask, **options)
         return block_mask
 
     def attend(self, query, key, value, block_mask, startend, *, dtype, **options):
@@ -184,14 +184,25 @@ class DirectKernels:
         query, key, value, grad_out = (reference.encode(x, dtype) for x in (query, key, value, grad_out))
         results = self._attend(query, key, value, block_mask, startend, dtype=dtype, **options)
         grads = [np.zeros_like(x) for x in (query, key, value)]
-        arguments = query, key, value, block_mask, *results, grad_out, *grads, startend
-        direct.block_sparse_attention_backward(*arguments, dtype=dtype, deterministic=deterministic, **options)
+        direct.block_sparse_attention_backward(
+            query,
+            key,
+            value,
+            block_mask,
+            *results,
+            grad_out,
+            startend,
+            **dict(zip(("grad_query", "grad_key", "grad_value"), grads)),
+            dtype=dtype,
+            deterministic=deterministic,
+            **options,
+        )
         return tuple(reference.decode(grad, dtype) for grad in grads)
 
     def _attend(self, query, key, value, block_mask, startend, **options):
         batch, seqlen_q, num_heads, _ = query.shape
         out, lse = np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
-        direct.block_sparse_attention(query, key, value, block_mask, out, lse, startend, **options)
+        direct.block_sparse_attention(query, key, value, block_mask, startend, out=out, lse=lse, **options)
         return out, lse
 
 

@@ -12,6 +12,9 @@ from . import arguments
 BLOCK_SIZE = 128
 """Tokens in a block, of queries and of keys: the unit of sparsity."""
 
+CAUSAL = False
+"""What calls are that do not say, as `paddle.nn.functional.scaled_dot_product_attention` and `flashmask_attention`."""
+
 
 @dataclass(frozen=True)
 class RRAttentionConfig:
@@ -47,6 +50,9 @@ class RRAttentionConfig:
         With fewer keys than this, in tokens, every layer attends every block it sees. From which length on it pays to
         select depends on device, model and threshold. Default: 0, off, since in a prefill by chunks each chunk counts
         only the keys so far: the first chunks might attend more than one prefill of the whole would.
+    deterministic : bool, optional
+        Gradients with the same bits on every run, on a GPU too, where that takes 4 to 22% longer (H200); on a CPU
+        they always are. Default: as Paddle's FLAGS_cudnn_deterministic says when attention is called.
 
     Numbers and flags may be NumPy's, and sequences arrays of NumPy or iterators; they are kept as plain Python.
 
@@ -65,21 +71,27 @@ class RRAttentionConfig:
     softmax_scale: float | None = None
     dense_layers: Sequence[int] = ()
     min_length: int = 0
+    deterministic: bool | None = None
 
     def __post_init__(self):
         checked = {
-            "stride": arguments.sample_stride(self.stride),
+            **self.sampling(),
+            **self.keep_rules(),
             "threshold": arguments.thresholds(self.threshold, depth=2),
-            "keep_sink": arguments.flag(self.keep_sink, "keep_sink"),
-            "keep_last": arguments.flag(self.keep_last, "keep_last"),
-            "keep_local": arguments.count(self.keep_local, "keep_local"),
-            "head_offset": arguments.head_offset(self.head_offset),
-            "softmax_scale": arguments.softmax_scale(self.softmax_scale),
             "dense_layers": arguments.counts(self.dense_layers, "dense_layers"),
             "min_length": arguments.count(self.min_length, "min_length"),
+            "deterministic": arguments.optional_flag(self.deterministic, "deterministic"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def sampling(self) -> dict:
+        """How to estimate, as keyword arguments of :func:`rrattn.estimate_block_scores` and others."""
+        return checked_sampling(self.stride, self.head_offset, self.softmax_scale)
+
+    def keep_rules(self) -> dict:
+        """What to keep besides the threshold's blocks, as keyword arguments of :func:`rrattn.select_blocks` and others."""
+        return checked_keep_rules(self.keep_sink, self.keep_last, self.keep_local)
 
     @classmethod
     def from_json(cls, path: str | Path) -> RRAttentionConfig:
@@ -143,6 +155,24 @@ class RRAttentionConfig:
         if absent:
             raise ValueError(f"dense_layers names layer {absent[0]}, but the model has {num_layers} layers, from 0 on")
         return layer_index in self.dense_layers
+
+
+def checked_sampling(stride, head_offset, softmax_scale) -> dict:
+    """How to estimate, by name, as plain Python."""
+    return {
+        "stride": arguments.sample_stride(stride),
+        "head_offset": arguments.head_offset(head_offset),
+        "softmax_scale": arguments.softmax_scale(softmax_scale),
+    }
+
+
+def checked_keep_rules(keep_sink, keep_last, keep_local) -> dict:
+    """The keep rules besides the threshold, by name, as plain Python."""
+    return {
+        "keep_sink": arguments.flag(keep_sink, "keep_sink"),
+        "keep_last": arguments.flag(keep_last, "keep_last"),
+        "keep_local": arguments.int64_count(keep_local, "keep_local"),
+    }
 
 
 def required_config(config) -> RRAttentionConfig:

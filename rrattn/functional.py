@@ -26,8 +26,8 @@ import math
 
 import paddle
 
-from . import arguments
-from .config import RRAttentionConfig
+from . import arguments, config
+from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, checked_sampling
 from .layout import watch_layout
 from .library import call
 
@@ -39,7 +39,7 @@ except ImportError:  # Paddle 2.6, where rrattn runs only eagerly
         return function
 
 
-paddle.jit.ignore_module([arguments])  # to_static would rewrite its plain Python, and fails on it
+paddle.jit.ignore_module([arguments, config])  # to_static would rewrite their plain Python, and fails on it
 
 _DEFAULTS = RRAttentionConfig()
 
@@ -51,7 +51,7 @@ def rr_attention(
     value,
     startend_row_indices=None,
     *,
-    causal=False,
+    causal=CAUSAL,
     training=True,
     stride=_DEFAULTS.stride,
     threshold=_DEFAULTS.threshold,
@@ -60,7 +60,7 @@ def rr_attention(
     keep_sink=_DEFAULTS.keep_sink,
     keep_last=_DEFAULTS.keep_last,
     keep_local=_DEFAULTS.keep_local,
-    deterministic=None,
+    deterministic=_DEFAULTS.deterministic,
     return_softmax_lse=False,
     return_block_mask=False,
 ):
@@ -129,26 +129,20 @@ def rr_attention(
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
     scalar, per_head = _split_threshold(threshold)
-    sampling = (
-        arguments.sample_stride(stride),
-        arguments.head_offset(head_offset),
-        _scale(softmax_scale, query),
+    attributes = (
+        causal,
+        _deterministic(deterministic),
+        *_sampling(query, stride, head_offset, softmax_scale),
+        scalar,
+        *checked_keep_rules(keep_sink, keep_last, keep_local).values(),
     )
-    keep_rules = (
-        arguments.flag(keep_sink, "keep_sink"),
-        arguments.flag(keep_last, "keep_last"),
-        arguments.int64_count(keep_local, "keep_local"),
-    )
-    deterministic = _deterministic(deterministic)
     asked = (
         arguments.flag(return_softmax_lse, "return_softmax_lse"),
         arguments.flag(return_block_mask, "return_block_mask"),
     )
     training = arguments.flag(training, "training")
     with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
-        out, *extras = call(
-            "rr_attention", query, key, value, rows, per_head, scalar, causal, *sampling, *keep_rules, deterministic
-        )
+        out, *extras = call("rr_attention", query, key, value, rows, per_head, *attributes)
     return _results(out, extras, asked)
 
 
@@ -158,7 +152,7 @@ def estimate_block_scores(
     key,
     startend_row_indices=None,
     *,
-    causal,
+    causal=CAUSAL,
     stride=_DEFAULTS.stride,
     head_offset=_DEFAULTS.head_offset,
     softmax_scale=_DEFAULTS.softmax_scale,
@@ -181,17 +175,9 @@ def estimate_block_scores(
     query, key = _attention_inputs(query, key)
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
+    sampling = _sampling(query, stride, head_offset, softmax_scale)
     with paddle.no_grad(), watch_layout(query, key, rows, causal=causal):
-        return call(
-            "estimate",
-            query,
-            key,
-            rows,
-            causal,
-            arguments.sample_stride(stride),
-            arguments.head_offset(head_offset),
-            _scale(softmax_scale, query),
-        )
+        return call("estimate", query, key, rows, causal, *sampling)
 
 
 @unified
@@ -200,7 +186,7 @@ def select_blocks(
     threshold,
     startend_row_indices=None,
     *,
-    causal,
+    causal=CAUSAL,
     seqlen_q,
     seqlen_k,
     keep_sink=_DEFAULTS.keep_sink,
@@ -244,13 +230,11 @@ def select_blocks(
             block_scores,
             _row_indices(startend_row_indices, block_scores, causal),
             per_head,
-            scalar,
             causal,
             arguments.length(seqlen_q, "seqlen_q"),
             arguments.length(seqlen_k, "seqlen_k"),
-            arguments.flag(keep_sink, "keep_sink"),
-            arguments.flag(keep_last, "keep_last"),
-            arguments.int64_count(keep_local, "keep_local"),
+            scalar,
+            *checked_keep_rules(keep_sink, keep_last, keep_local).values(),
         )
 
 
@@ -262,9 +246,9 @@ def block_sparse_attention(
     block_mask,
     startend_row_indices=None,
     *,
-    causal,
+    causal=CAUSAL,
     softmax_scale=_DEFAULTS.softmax_scale,
-    deterministic=None,
+    deterministic=_DEFAULTS.deterministic,
     return_softmax_lse=False,
 ):
     """Attention over given blocks: the third stage of :func:`rr_attention`, differentiable in query, key and value.
@@ -291,7 +275,7 @@ def block_sparse_attention(
     block_mask = checked_tensor(block_mask, "block_mask")
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
-    scale = _scale(softmax_scale, query)
+    scale = _scale(arguments.softmax_scale(softmax_scale), query)
     deterministic = _deterministic(deterministic)
     asked = (arguments.flag(return_softmax_lse, "return_softmax_lse"),)
     with watch_layout(query, key, rows, causal=causal):
@@ -355,16 +339,23 @@ def _split_threshold(threshold):
 
 def _deterministic(deterministic):
     """As asked for, or as Paddle's flag says, which builds for the CPU do not have."""
+    deterministic = arguments.optional_flag(deterministic, "deterministic")
     if deterministic is None:
         flag = "FLAGS_cudnn_deterministic"
         return paddle.is_compiled_with_cuda() and bool(paddle.get_flags(flag)[flag])
-    return arguments.flag(deterministic, "deterministic", "True, False or None")
+    return deterministic
+
+
+def _sampling(query, stride, head_offset, softmax_scale):
+    """(stride, head_offset, softmax_scale), with the scale that the query's head size asks for where none is given."""
+    stride, head_offset, scale = checked_sampling(stride, head_offset, softmax_scale).values()
+    return stride, head_offset, _scale(scale, query)
 
 
 def _scale(softmax_scale, query):
-    scale = arguments.softmax_scale(softmax_scale)
-    if scale is not None:
-        return scale
+    """The scale itself, or 1 / sqrt(D)."""
+    if softmax_scale is not None:
+        return softmax_scale
     head_dim = query.shape[-1] if query.shape else 0
     return 1 / math.sqrt(head_dim) if head_dim > 0 else 1.0  # the operator refuses the others
 

@@ -8,7 +8,7 @@ import paddle
 from paddle import nn
 
 from . import arguments
-from .config import BLOCK_SIZE, RRAttentionConfig, required_config
+from .config import BLOCK_SIZE, CAUSAL, RRAttentionConfig, required_config
 from .functional import block_sparse_attention, checked_tensor, rr_attention, unified
 from .masks import WORD_BITS, block_density
 
@@ -106,7 +106,7 @@ class RRAttention(nn.Layer):
         """float32 [B, Hq]: density of the last call that selected blocks; None before the first."""
         return None if self.last_selection is None else self.last_selection.density
 
-    def forward(self, query, key, value, startend_row_indices=None, *, causal=True, softmax_scale=None):
+    def forward(self, query, key, value, startend_row_indices=None, *, causal=CAUSAL, softmax_scale=None):
         """Attends the selected blocks.
 
         Parameters
@@ -165,7 +165,14 @@ class RRAttention(nn.Layer):
             blocks, words = -(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // (WORD_BITS * BLOCK_SIZE))
             every_block = paddle.full([batch_size, num_heads, blocks, words], -1, dtype="int32")
             out = block_sparse_attention(
-                query, key, value, every_block, startend_row_indices, causal=causal, softmax_scale=softmax_scale
+                query,
+                key,
+                value,
+                every_block,
+                startend_row_indices,
+                causal=causal,
+                softmax_scale=softmax_scale,
+                deterministic=config.deterministic,
             )
             return out, every_block if eager and not decoding else None
         result = rr_attention(
@@ -175,14 +182,11 @@ class RRAttention(nn.Layer):
             startend_row_indices,
             causal=causal,
             training=not eager or _records_gradient(query, key, value),
-            stride=config.stride,
             threshold=self._threshold_for(query),
-            head_offset=config.head_offset,
-            softmax_scale=softmax_scale,
-            keep_sink=config.keep_sink,
-            keep_last=config.keep_last,
-            keep_local=config.keep_local,
+            deterministic=config.deterministic,
             return_block_mask=eager,
+            **{**config.sampling(), "softmax_scale": softmax_scale},
+            **config.keep_rules(),
         )
         return result if eager else (result, None)
 

@@ -67,6 +67,7 @@ def rrattn_prefill(
     _check_others("rrattn_prefill", others)
     query, key = _transposed(query_states, "query_states"), _transposed(key_states, "key_states")
     causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
+    rules = {**PUBLISHED_PREFILL.keep_rules(), "keep_sink": keep_sink, "keep_last": keep_recent}
     out, block_mask = rr_attention(
         query,
         key,
@@ -75,10 +76,8 @@ def rrattn_prefill(
         causal=causal,
         stride=stride,
         threshold=threshold,
-        keep_sink=keep_sink,
-        keep_last=keep_recent,
-        keep_local=PUBLISHED_PREFILL.keep_local,
         return_block_mask=True,
+        **rules,
     )
     num_selected, num_visible = block_counts(
         block_mask, startend_row_indices, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1]
@@ -120,7 +119,11 @@ def rrattn_estimate(
     _check_others("rrattn_estimate", others)
     query, key = _transposed(query_states, "query_states"), _transposed(key_states, "key_states")
     causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
-    keep_sink = arguments.flag(keep_sink, "keep_sink")
+    rules = {
+        **PUBLISHED_ESTIMATE.keep_rules(),
+        "keep_sink": arguments.flag(keep_sink, "keep_sink"),
+        "keep_last": keep_recent,
+    }
     if not isinstance(threshold, paddle.Tensor):
         threshold = arguments.threshold(threshold)
     scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, stride=stride)
@@ -131,9 +134,7 @@ def rrattn_estimate(
         causal=causal,
         seqlen_q=query.shape[1],
         seqlen_k=key.shape[1],
-        keep_sink=keep_sink,
-        keep_last=keep_recent,
-        keep_local=PUBLISHED_ESTIMATE.keep_local,
+        **rules,
     )
     return scores, unpack_block_mask(block_mask, scores.shape[3])
 

@@ -152,10 +152,8 @@ class _Observer:
             self.stats.decodings += 1
             self.stats.decode_seconds += seconds
             return out, block_mask
-        config = self.core.config
-        scores = estimate_block_scores(
-            query, key, startend_row_indices, stride=config.stride, head_offset=config.head_offset, **options
-        )
+        sampling = {**self.core.config.sampling(), **options}  # the scale is the call's
+        scores = estimate_block_scores(query, key, startend_row_indices, **sampling)
         self.stats.prefills += 1
         self.stats.prefill_seconds += seconds
         sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
