@@ -199,6 +199,17 @@ class DirectKernels:
         )
         return tuple(reference.decode(grad, dtype) for grad in grads)
 
+    def rr_attention(self, query, key, value, startend, *, dtype, **options):
+        """(out, lse, block_mask) of one call."""
+        query, key, value = (reference.encode(x, dtype) for x in (query, key, value))
+        batch, seqlen_q, num_heads, _ = query.shape
+        num_words = -(-key.shape[1] // (reference.BLOCK * reference.WORD))
+        out, lse = np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
+        block_mask = np.zeros((batch, num_heads, reference.num_blocks(seqlen_q), num_words), np.int32)
+        outputs = {"out": out, "lse": lse, "block_mask": block_mask}
+        direct.rr_attention(query, key, value, startend, **outputs, dtype=dtype, **options)
+        return reference.decode(out, dtype), lse, block_mask
+
     def _attend(self, query, key, value, block_mask, startend, **options):
         batch, seqlen_q, num_heads, _ = query.shape
         out, lse = np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
@@ -207,7 +218,7 @@ class DirectKernels:
 
 
 class OperatorKernels:
-    """The same through Paddle's operators on a device, by Paddle's name for it, and all stages in one."""
+    """The same through Paddle's operators on a device, by Paddle's name for it."""
 
     def __init__(self, device):
         self.name, self.device = f"Paddle's operators, {device}", device
@@ -297,12 +308,11 @@ def compare(kernels, case, dtype):
         yield from named(f"deterministic {what}", reference.errors(first, *exact_and_naive))
         yield f"deterministic {what}, in words that differ from run to run", words_that_differ(second, first), 0
 
-    if isinstance(kernels, OperatorKernels):
-        whole = kernels.rr_attention(*forward, known.startend, **sampled, **selection)
-        block_mask = kernels.select(scores, known.startend, **lengths, **selection)
-        stages = *kernels.attend(*forward, block_mask, known.startend, **options), block_mask
-        for what, one, other in zip(("output", "log-sum-exp", "selection"), whole, stages):
-            yield f"{what} of rr_attention, in words that differ from its stages", words_that_differ(one, other), 0
+    whole = kernels.rr_attention(*forward, known.startend, **sampled, **selection)
+    block_mask = kernels.select(scores, known.startend, **lengths, **selection)
+    stages = *kernels.attend(*forward, block_mask, known.startend, **options), block_mask
+    for what, one, other in zip(("output", "log-sum-exp", "selection"), whole, stages):
+        yield f"{what} of rr_attention, in words that differ from its stages", words_that_differ(one, other), 0
 
 
 def named(what, errors):

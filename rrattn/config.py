@@ -86,11 +86,11 @@ class RRAttentionConfig:
             object.__setattr__(self, name, value)
 
     def sampling(self) -> dict:
-        """How to estimate, as keyword arguments of :func:`rrattn.estimate_block_scores` and others."""
+        """How to estimate, as keyword arguments of :func:`rrattn.estimate_block_scores`."""
         return checked_sampling(self.stride, self.head_offset, self.softmax_scale)
 
     def keep_rules(self) -> dict:
-        """What to keep besides the threshold's blocks, as keyword arguments of :func:`rrattn.select_blocks` and others."""
+        """What to keep by other rules than the threshold, as keyword arguments of :func:`rrattn.select_blocks`."""
         return checked_keep_rules(self.keep_sink, self.keep_last, self.keep_local)
 
     @classmethod

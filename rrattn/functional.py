@@ -131,10 +131,10 @@ def rr_attention(
     scalar, per_head = _split_threshold(threshold)
     attributes = (
         causal,
-        _deterministic(deterministic),
         *_sampling(query, stride, head_offset, softmax_scale),
         scalar,
         *checked_keep_rules(keep_sink, keep_last, keep_local).values(),
+        _deterministic(deterministic),
     )
     asked = (
         arguments.flag(return_softmax_lse, "return_softmax_lse"),

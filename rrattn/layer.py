@@ -106,6 +106,7 @@ class RRAttention(nn.Layer):
         """float32 [B, Hq]: density of the last call that selected blocks; None before the first."""
         return None if self.last_selection is None else self.last_selection.density
 
+    @unified  # to_static would make tensors of open sizes, which are -1 here
     def forward(self, query, key, value, startend_row_indices=None, *, causal=CAUSAL, softmax_scale=None):
         """Attends the selected blocks.
 
@@ -151,7 +152,6 @@ class RRAttention(nn.Layer):
             )
         return out
 
-    @unified  # to_static would make tensors of open sizes, which are -1 here
     def _attend(self, query, key, value, startend_row_indices, *, causal, softmax_scale):
         """(out, block mask); no block mask from decoding steps and while tracing."""
         config = self.config

@@ -121,9 +121,9 @@ struct AttendAttributes {
 
 struct RRAttentionAttributes {
   bool causal = false;
-  bool deterministic = false;
   Sampling sampling;
   KeepRules rules;
+  bool deterministic = false;
 };
 
 auto settings_of(EstimateAttributes& attributes) {
@@ -145,9 +145,9 @@ auto settings_of(AttendAttributes& attributes) {
 }
 
 auto settings_of(RRAttentionAttributes& attributes) {
-  return std::tuple_cat(std::make_tuple(Setting{"causal", attributes.causal},
-                                        Setting{"deterministic", attributes.deterministic}),
-                        settings_of(attributes.sampling), settings_of(attributes.rules));
+  return std::tuple_cat(std::make_tuple(Setting{"causal", attributes.causal}),
+                        settings_of(attributes.sampling), settings_of(attributes.rules),
+                        std::make_tuple(Setting{"deterministic", attributes.deterministic}));
 }
 
 int gpu_of(const Tensor& tensor) { return tensor.is_gpu() ? tensor.place().GetDeviceId() : -1; }

@@ -130,7 +130,7 @@ class PaddleKernels(GpuKernels):
         return tuple(harness.decode(self.values(grad), dtype) for grad in grads)
 
     def rr_attention(self, query, key, value, startend=None, *, dtype="float32", **options):
-        """(block_mask, out, lse) of one operator."""
+        """(None, block_mask, out, lse) of one operator, which keeps the scores to itself."""
         out, lse, mask = rrattn.rr_attention(
             *(self.tensor(x, dtype) for x in (query, key, value)),
             self.tensor(startend, "int32"),
@@ -139,7 +139,7 @@ class PaddleKernels(GpuKernels):
             **options,
         )
         selected = reference.unpack(self.values(mask), reference.num_blocks(key.shape[1]))
-        return selected, harness.decode(self.values(out), dtype), self.values(lse)
+        return None, selected, harness.decode(self.values(out), dtype), self.values(lse)
 
 
 @pytest.fixture(params=("bfloat16", "float16"))
