@@ -1,7 +1,7 @@
 """Writes the README's tables from the figures in tools/bench/results/.
 
-python tools/bench/readme_tables.py            rewrites README.md
-python tools/bench/readme_tables.py --check    exits with 1 when README.md does not match the figures
+python -m tools.bench.readme_tables            rewrites README.md
+python -m tools.bench.readme_tables --check    exits with 1 when README.md does not match the figures
 """
 
 import argparse
