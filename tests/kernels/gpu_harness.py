@@ -4,6 +4,8 @@ They need torch, a Hopper GPU, and rrattn built with the GPU kernels (see setup.
 it. `PLATFORMS` has what is here.
 """
 
+import threading
+
 import harness
 import numpy as np
 import pytest
@@ -36,8 +38,14 @@ class GpuKernels(harness.Kernels):
 
     def __init__(self, layout="contiguous"):
         super().__init__(layout)
-        workspace = torch.full([WORKSPACE_BYTES // 4], float("nan"), device="cuda")
-        self.options = {"workspace": workspace, "stream": torch.cuda.current_stream().cuda_stream}
+        self.of_thread = threading.local()
+
+    @property
+    def options(self):
+        """The workspace is each thread's own: a call may launch several kernels, so two at once cannot share one."""
+        if not hasattr(self.of_thread, "workspace"):
+            self.of_thread.workspace = torch.full([WORKSPACE_BYTES // 4], float("nan"), device="cuda")
+        return {"workspace": self.of_thread.workspace, "stream": torch.cuda.current_stream().cuda_stream}
 
     def allocate(self, storage):
         if storage.dtype == np.uint16:  # the bits of bfloat16

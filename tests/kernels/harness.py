@@ -41,7 +41,12 @@ class Kernels:
 
     def __init__(self, layout="contiguous", num_threads=None):
         self.layout = layout
-        self.options = {} if num_threads is None else {"num_threads": num_threads}
+        self.num_threads = num_threads
+
+    @property
+    def options(self):
+        """Keywords of every call."""
+        return {} if self.num_threads is None else {"num_threads": self.num_threads}
 
     def allocate(self, storage):
         """A copy of a NumPy array in the memory of the kernels."""

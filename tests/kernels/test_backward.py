@@ -80,14 +80,15 @@ def test_unselected_blocks_are_not_read(kernels, main_dtype):
     """NaN in keys and values that no query block selects leaves no trace."""
     case = Case(300, 600, num_heads=4, num_heads_k=2, causal=False)
     inputs = make_inputs(case, main_dtype)
-    options = {"dtype": main_dtype, "causal": False, "deterministic": True}
+    options = {"dtype": main_dtype, "causal": False}
     block_mask = inputs.block_mask.copy()
     block_mask[:, :2, :, 3] = False
     _, key, value = (x.copy() for x in inputs.forward)
     key[:, 384:512, 0], value[:, 384:512, 0] = np.nan, np.nan
     poisoned = kernels.backward(inputs.query, key, value, block_mask, inputs.grad_out, **options)
     clean = kernels.backward(*inputs.forward, block_mask, inputs.grad_out, **options)
-    assert_identical(poisoned, clean)
+    for one, other in zip(poisoned, clean):
+        kernels.assert_same(one, other, main_dtype)
     assert not clean[1][:, 384:512, 0].any() and not clean[2][:, 384:512, 0].any()
 
 
