@@ -1,16 +1,7 @@
-"""All stages in one call on the GPU: the CPU's tests, and what only a GPU refuses."""
+"""All stages in one call: what only a GPU refuses."""
 
 import pytest
 import torch
-from test_rr_attention import (  # noqa: F401  (collected here with this folder's fixtures)
-    test_a_workspace_of_the_size_that_it_says_is_enough,
-    test_a_workspace_that_is_too_small_is_refused,
-    test_arrays_are_read_and_written_in_place,
-    test_every_setting_reaches_its_stage,
-    test_one_call_is_the_three_stages,
-    test_outputs_that_are_given_take_no_workspace,
-    test_what_is_not_asked_for_lies_in_the_workspace,
-)
 
 from rrattn import direct
 

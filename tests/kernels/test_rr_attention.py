@@ -45,10 +45,16 @@ def three_stages(kernels, case, dtype="float32", settings=SETTINGS):
     return scores, mask, out, lse
 
 
+def assert_all_given_are(expected, results):
+    """Paddle's operator does not give the scores, which are None then."""
+    for result, stage in zip(results, expected):
+        if result is not None:
+            assert_identical(result, stage)
+
+
 @pytest.mark.parametrize("case", FEW_CASES + UNEQUAL + SIZES_OF_ZERO, ids=str)
-def test_one_call_is_the_three_stages(make_kernels, case, dtype):
-    kernels = make_kernels()
-    assert_identical(one_call(kernels, case, dtype), three_stages(kernels, case, dtype))
+def test_one_call_is_the_three_stages(kernels, case, dtype):
+    assert_all_given_are(three_stages(kernels, case, dtype), one_call(kernels, case, dtype))
 
 
 @pytest.mark.parametrize(
@@ -66,11 +72,10 @@ def test_one_call_is_the_three_stages(make_kernels, case, dtype):
     ),
     ids=str,
 )
-def test_every_setting_reaches_its_stage(make_kernels, main_dtype, changes):
-    kernels, case = make_kernels(), Case(1000, 1256, num_heads=4, num_heads_k=2)
-    before, settings = one_call(kernels, case, main_dtype), {**SETTINGS, **changes}
-    after = one_call(kernels, case, main_dtype, settings)
-    assert_identical(after, three_stages(kernels, case, main_dtype, settings))
+def test_every_setting_reaches_its_stage(kernels, main_dtype, changes):
+    case, settings = Case(1000, 1256, num_heads=4, num_heads_k=2), {**SETTINGS, **changes}
+    before, after = (one_call(kernels, case, main_dtype, each) for each in (SETTINGS, settings))
+    assert_all_given_are(three_stages(kernels, case, main_dtype, settings), after)
     assert any((a != b).any() for a, b in zip(after, before))
 
 
@@ -141,15 +146,16 @@ def test_outputs_that_are_given_take_no_workspace(make_kernels, main_dtype):
     assert whole - without == 4 * 4 * 1024  # lse, float32 [1, 4, 1024]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("num_threads", (1, 3))
 def test_threads_change_nothing(make_kernels, num_threads):
     case = FEW_CASES[2]
     assert_identical(one_call(make_kernels(num_threads=num_threads), case), one_call(make_kernels(), case))
 
 
-def test_two_calls_at_once(make_kernels):
+def test_two_calls_at_once(make_kernels, main_dtype):
     kernels = make_kernels()
-    assert_same_in_two_threads(*(lambda case=case: one_call(kernels, case) for case in FEW_CASES[1:3]))
+    assert_same_in_two_threads(*(lambda case=case: one_call(kernels, case, main_dtype) for case in FEW_CASES[1:3]))
 
 
 def test_the_example_of_its_docstring_runs():
