@@ -85,7 +85,7 @@ class RRAttentionConfig:
     def from_json(cls, path: str | Path) -> RRAttentionConfig:
         """The settings in a JSON file, an object of any of the fields by name; defaults for the others.
 
-        `tools/calibrate.py` writes such a file, with a threshold for each layer or head.
+        `rrattn calibrate` writes such a file, with a threshold for each layer or head.
 
         Raises
         ------
