@@ -327,7 +327,10 @@ RUN = "evaluate run MODEL out.jsonl --text long --lengths 1024 --methods dense -
     [
         (f"{RUN} --text none", "there is no file none for --text"),
         (f"{RUN} --text bad.xz", r"--text bad\.xz: bad\.xz is no \.xz file"),
-        (f"{RUN} --text short --tasks needle", "--text short: .* kind needle .* the text is of 13 bytes"),
+        (
+            f"{RUN} --text short --lengths 2048 --tasks needle",
+            "--text short: .* kind needle .* the text is of 13 bytes",
+        ),
         (f"{RUN} --text short --tasks copy", "--text short: .* kind copy .* the text is of 13 bytes"),
         (RUN.replace("MODEL", "no"), "there is no checkpoint in no for MODEL"),
         (RUN.replace("out.jsonl", "no/out.jsonl"), "there is no folder no for RESULTS"),
