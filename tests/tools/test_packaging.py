@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import rrattn
-from tools.bench import readme_tables
+from tools.bench import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTEND = """
@@ -285,12 +285,12 @@ def test_constraints_pin_all_that_paddle_and_the_model_library_bring():
             assert canonicalize_name(line) in here, line
 
 
-def test_readme_tables_match_the_figures():
-    command = [sys.executable, "-m", "tools.bench.readme_tables", "--check"]
+def test_tables_match_the_figures():
+    command = [sys.executable, "-m", "tools.bench.tables", "--check"]
     assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
-def test_readme_tables_show_the_gpu_stages_that_were_measured():
+def test_tables_show_the_gpu_stages_that_were_measured():
     common = {"gpu": "H200", "cuda": "13.0", "dtype": "bfloat16", "num_heads": 32, "num_heads_k": 8, "head_dim": 128}
     common.update(commit="abc", command="python gpu.py", seqlen_q=8192, seqlen_k=8192, density=0.254, tflops=500.0)
     attend = {"stage": "attend", "ms": 2.0, "baselines": {"cudnn dense": 5.0, "fa4": 3.0}, **common}
@@ -299,18 +299,18 @@ def test_readme_tables_show_the_gpu_stages_that_were_measured():
     whole["data"] = "structured"
     quick = {"stage": "backward", "ms": 4.0, "baselines": {"cudnn dense": 6.0}, "deterministic": False, **common}
     same_bits = {**quick, "ms": 4.5, "deterministic": True}
-    assert readme_tables.gpu_tables([]) == ""
-    (table,) = readme_tables.gpu_tables([attend, alone]).split("\n\n|")[1:]
+    assert tables.gpu_tables([]) == ""
+    (table,) = tables.gpu_tables([attend, alone]).split("\n\n|")[1:]
     assert table.splitlines() == [
         " queries | keys | blocks | attend | TFLOP/s | cuDNN, dense | FlashAttention-4 |",
         "|---|---|---|---|---|---|---|",
         "| 8,192 | 8,192 | 25% | 2.000 ms | 500 | 5.000 ms, 2.50 x | 3.000 ms, 1.50 x |",
         "| 8,192 | 8,192 | 25% | 4.000 ms | 500 | 5.000 ms, 1.25 x | not measured |",
     ]
-    both = readme_tables.gpu_tables([whole, attend])
-    assert both.startswith(readme_tables.gpu_tables([attend]))
+    both = tables.gpu_tables([whole, attend])
+    assert both.startswith(tables.gpu_tables([attend]))
     assert both.splitlines()[-1] == "| 8,192 | structured | 0.90 | 25.4% | 2.500 ms | 5.000 ms, 2.00 x |"
-    assert readme_tables.gpu_tables([quick, same_bits]).splitlines()[-3:] == [
+    assert tables.gpu_tables([quick, same_bits]).splitlines()[-3:] == [
         "| tokens | blocks | backward | TFLOP/s | deterministic | cuDNN, dense |",
         "|---|---|---|---|---|---|",
         "| 8,192 | 25% | 4.000 ms | 500 | 4.500 ms | 6.000 ms, 1.50 x |",

@@ -26,8 +26,8 @@ def probe():
 
 @pytest.fixture(scope="module")
 def text():
-    """A file that the model has seen or not, of this repository, as one document."""
-    source = (ROOT / "rrattn" / "reference.py").read_bytes() + (ROOT / "README.md").read_bytes()
+    """A file that the model has seen or not, of this repository, as one document, the licence among them."""
+    source = (ROOT / "rrattn" / "reference.py").read_bytes() + (ROOT / "LICENSE").read_bytes()
     return np.frombuffer(b"\0" + source, np.uint8)
 
 

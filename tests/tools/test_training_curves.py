@@ -132,7 +132,7 @@ def test_a_text_that_is_too_short_is_named(monkeypatch, capsys, tmp_path):
     assert "short holds 600 bytes, fewer than the 601 for --steps 20 of --tokens 30" in capsys.readouterr().err
 
 
-def test_the_readme_tells_what_was_recorded():
+def test_the_page_on_training_tells_what_was_recorded():
     def recorded(name):
         return json.loads((ROOT / "tools/bench/results" / name).read_text())
 
@@ -142,17 +142,17 @@ def test_the_readme_tells_what_was_recorded():
     results = recorded("training_curves.json")
     dense, sparse = final(results, "dense"), final(results, "rrattn")
     density = results["rrattn"]["density"]
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{results['steps']} steps of {results['tokens']:,} bytes" in readme
-    assert f"threshold {results['threshold']:g}" in readme
-    assert f"{sparse:.3f} nats per byte with RRAttention, {dense:.3f} dense ({sparse / dense - 1:+.2%})" in readme
-    assert f"{np.mean(density):.0%} of the blocks on average, {np.mean(density[-20:]):.0%} in the end" in readme
+    page = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    assert f"{results['steps']} steps of {results['tokens']:,} bytes" in page
+    assert f"threshold {results['threshold']:g}" in page
+    assert f"{sparse:.3f} nats per byte with RRAttention, {dense:.3f} dense ({sparse / dense - 1:+.2%})" in page
+    assert f"{np.mean(density):.0%} of the blocks on average, {np.mean(density[-20:]):.0%} in the end" in page
     floor = recorded("training_curves_floor.json")
     assert floor["dense"]["loss"] == results["dense"]["loss"]  # nothing but the threshold was another
-    assert f"`--threshold {floor['threshold']:.4f}`" in readme
-    assert f"it came to {final(floor, 'rrattn'):.3f}, below dense" in readme
+    assert f"`--threshold {floor['threshold']:.4f}`" in page
+    assert f"it came to {final(floor, 'rrattn'):.3f}, below dense" in page
     defaults = [recorded(f"training_curves_default_{seed}.json") for seed in range(3)]
     assert all(run["keep_last"] and run["keep_local"] == 1 and run["seed"] == i for i, run in enumerate(defaults))
     first, second, third = (final(run, "rrattn") / final(run, "dense") - 1 for run in defaults)
-    assert f"differed from dense by {first:+.1%}, {second:+.1%} and {third:+.1%}, the first" in readme
-    assert f"came to {dense:.3f} on one CPU and {final(defaults[0], 'dense'):.3f} on another" in readme
+    assert f"differed from dense by {first:+.1%}, {second:+.1%} and {third:+.1%}, the first" in page
+    assert f"came to {dense:.3f} on one CPU and {final(defaults[0], 'dense'):.3f} on another" in page
