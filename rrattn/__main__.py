@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from . import _HAS_PADDLE, calibrate, check, info, visualize_model
 
@@ -17,7 +18,7 @@ _OF_A_MODEL = {
 }
 
 
-def main(arguments=None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command, by default that of the command line, and returns its exit status."""
     parser = argparse.ArgumentParser(prog="rrattn", description="What there is of rrattn here, and what it does.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -32,18 +33,19 @@ def main(arguments=None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(parsers[name])
-    arguments = parser.parse_args(arguments)
-    if arguments.command == "info":
+    given = parser.parse_args(arguments)
+    if given.command == "info":
         print(*info.lines(), sep="\n")
         return 0
-    if arguments.command == "check":
+    if given.command == "check":
         return check.run()
-    of_command, (module, _) = parsers[arguments.command], _OF_A_MODEL[arguments.command]
+    of_command, (module, _) = parsers[given.command], _OF_A_MODEL[given.command]
     if not _HAS_PADDLE:
         of_command.error("needs Paddle, which is not installed (pip install paddlepaddle)")
-    module.check_arguments(of_command, arguments)
-    paddle.base.core.set_num_threads(os.cpu_count())  # or Paddle's own products run on one core
-    return module.run(arguments)
+    module.check_arguments(of_command, given)
+    paddle.base.core.set_num_threads(os.cpu_count() or 1)  # or Paddle's own products run on one core
+    status: int = module.run(given)
+    return status
 
 
 if __name__ == "__main__":

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import paddle
 
 from .config import BLOCK_SIZE
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 @paddle.no_grad()
-def exact_block_mass(query: paddle.Tensor, key: paddle.Tensor, softmax_scale: float | None = None) -> np.ndarray:
+def exact_block_mass(
+    query: paddle.Tensor, key: paddle.Tensor, softmax_scale: float | None = None
+) -> NDArray[np.float32]:
     """The true attention mass of each pair of blocks in a causal prefill: softmax probabilities, summed over tokens.
 
     It computes all products, on the tensors' device, a row of blocks and the query heads of one key head at a time.
@@ -47,7 +54,7 @@ def exact_block_mass(query: paddle.Tensor, key: paddle.Tensor, softmax_scale: fl
     return mass
 
 
-def density_and_kept(selected: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def density_and_kept(selected: NDArray[np.bool_], mass: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
     """(share of the visible blocks, share of the attention mass) that selected blocks are and hold, float64 [Hq] each.
 
     selected is bool [Hq, M, M], of a causal prefill; mass is what `exact_block_mass` returns.

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from . import _HAS_PADDLE
 from .arguments import STRIDES
 from .command_line import check_at_least, check_checkpoint, check_output_file, quiet_libraries, read_text
 from .config import RRAttentionConfig
+
+if TYPE_CHECKING:
+    import paddle
+    from numpy.typing import NDArray
 
 if _HAS_PADDLE:
     from . import checkpoint
@@ -77,7 +82,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
             codec = checkpoint.codec_of(arguments.model)
         except (ValueError, OSError) as error:
             parser.error(f"MODEL {arguments.model}: {error}")
-    found = {}
+    found: dict[str, list[NDArray[np.int64]]] = {}
     for name, paths in _texts(arguments):
         found[name] = []
         for path, text in zip(paths, texts[name]):
@@ -88,7 +93,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     arguments.text, arguments.held_out = found.values()
 
 
-def _texts(arguments):
+def _texts(arguments: argparse.Namespace) -> tuple[tuple[str, list[Path]], ...]:
     return ("--text", arguments.text), ("--held-out", arguments.held_out)
 
 
@@ -130,9 +135,18 @@ class _Measurement:
 
     def __init__(self, config: RRAttentionConfig):
         self.config = config
-        self.results: list[np.ndarray] = []  # of each prefill, [thresholds, heads, 2]: density and kept mass
+        self.results: list[NDArray[np.float64]] = []  # of each prefill, [thresholds, heads, 2]: density and kept mass
 
-    def __call__(self, query, key, value, startend_row_indices, *, causal, softmax_scale):
+    def __call__(
+        self,
+        query: paddle.Tensor,
+        key: paddle.Tensor,
+        value: paddle.Tensor,
+        startend_row_indices: paddle.Tensor | None,
+        *,
+        causal: bool,
+        softmax_scale: float | None,
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
         """(out, block mask). The prefills are plain causal, so bounds that the library makes of that say no more."""
         config, sizes = self.config, {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         mass = exact_block_mass(query, key, softmax_scale)
@@ -151,7 +165,9 @@ class _Measurement:
         return out, block_mask
 
 
-def measure(model, samples: list[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+def measure(
+    model: paddle.nn.Layer, samples: list[NDArray[np.int64]], name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(kept, density), float64 [thresholds, layers, heads]: means over samples of the true attention mass in the blocks
     that a threshold chooses, on the queries and keys of dense prefills, and of the share of the visible blocks that
     they are. The model is one that rrattn is enabled on, whose settings but for the threshold they are chosen by."""
@@ -172,12 +188,13 @@ def measure(model, samples: list[np.ndarray], name: str) -> tuple[np.ndarray, np
     return mean[..., 1], mean[..., 0]
 
 
-def smallest_each(kept: np.ndarray, loss: float) -> np.ndarray:
+def smallest_each(kept: NDArray[np.float64], loss: float) -> NDArray[np.intp]:
     """int [groups]: the first threshold of each group whose loss is within the bound; kept is [thresholds, groups]."""
-    return (1 - kept <= loss).argmax(0)
+    first: NDArray[np.intp] = np.argmax(1 - kept <= loss, axis=0)
+    return first
 
 
-def fewest_blocks(kept: np.ndarray, density: np.ndarray, loss: float) -> np.ndarray:
+def fewest_blocks(kept: NDArray[np.float64], density: NDArray[np.float64], loss: float) -> NDArray[np.intp]:
     """int [groups]: thresholds whose mean loss is within the bound, with as few blocks as can be.
 
     Each group's losses and densities form a curve. At the optimum all groups trade at one price, the blocks that a
@@ -187,28 +204,29 @@ def fewest_blocks(kept: np.ndarray, density: np.ndarray, loss: float) -> np.ndar
     low, high = 0.0, 1e6
     for _ in range(100):
         price = (low + high) / 2
-        chosen = (density + price * (1 - kept)).argmin(0)
+        chosen = np.argmin(density + price * (1 - kept), axis=0)
         mean_loss = np.take_along_axis(1 - kept, chosen[None], 0).mean()
         low, high = (low, price) if mean_loss <= loss else (price, high)
-    return (density + high * (1 - kept)).argmin(0)
+    cheapest: NDArray[np.intp] = np.argmin(density + high * (1 - kept), axis=0)
+    return cheapest
 
 
-def grouped(values: np.ndarray, per: str) -> np.ndarray:
+def grouped(values: NDArray[np.float64], per: str) -> NDArray[np.float64]:
     """[thresholds, groups] of [thresholds, layers, heads]: a group is a head, or the mean of a layer's heads."""
-    return values.reshape(len(values), -1) if per == "head" else values.mean(2)
+    return values.reshape(len(values), -1) if per == "head" else np.mean(values, axis=2)
 
 
-def at(values: np.ndarray, chosen: np.ndarray) -> float:
+def at(values: NDArray[np.float64], chosen: NDArray[np.intp]) -> float:
     """Mean over groups of values [thresholds, groups] at each group's threshold."""
     return float(np.take_along_axis(values, np.asarray(chosen)[None], 0).mean())
 
 
-def global_density(kept: np.ndarray, density: np.ndarray, kept_wanted: float) -> float:
+def global_density(kept: NDArray[np.float64], density: NDArray[np.float64], kept_wanted: float) -> float:
     """Density of one threshold for all that keeps a given mass: between the measured thresholds, linear."""
     return float(np.interp(kept_wanted, kept.mean(1), density.mean(1)))
 
 
-def choose(kept: np.ndarray, density: np.ndarray, arguments: argparse.Namespace) -> np.ndarray:
+def choose(kept: NDArray[np.float64], density: NDArray[np.float64], arguments: argparse.Namespace) -> NDArray[np.intp]:
     """The chosen thresholds, int [groups], from [thresholds, layers, heads] of sample text."""
     kept, density = grouped(kept, arguments.per), grouped(density, arguments.per)
     if arguments.bound == "each":
@@ -216,7 +234,7 @@ def choose(kept: np.ndarray, density: np.ndarray, arguments: argparse.Namespace)
     return fewest_blocks(kept, density, arguments.loss)
 
 
-def as_thresholds(chosen: np.ndarray, num_layers: int, per: str) -> list:
+def as_thresholds(chosen: NDArray[np.intp], num_layers: int, per: str) -> list[Any]:
     """The chosen thresholds as RRAttentionConfig takes them: of each layer, or of each head of each layer."""
     thresholds = [THRESHOLDS[i] for i in chosen]
     if per == "layer":

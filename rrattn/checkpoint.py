@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 LIBRARIES = ("paddleformers", "paddlenlp")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -21,10 +24,10 @@ class Bytes:
 
     start = np.zeros(1, np.int64)
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: bytes) -> NDArray[np.int64]:
         return np.frombuffer(text, np.uint8).astype(np.int64)
 
-    def decode(self, tokens) -> bytes:
+    def decode(self, tokens: NDArray[np.int64]) -> bytes:
         return bytes(int(token) for token in tokens if token < 256)
 
 
@@ -42,12 +45,13 @@ class Tokenizer:
         first = tokenizer("a")["input_ids"][:1]
         self.start = np.asarray([token for token in first if token == tokenizer.bos_token_id], np.int64)
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: bytes) -> NDArray[np.int64]:
         ids = self._tokenizer(text.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"]
         return np.asarray(ids, np.int64).reshape(-1)
 
-    def decode(self, tokens) -> bytes:
-        return self._tokenizer.decode([int(token) for token in tokens]).encode()
+    def decode(self, tokens: NDArray[np.int64]) -> bytes:
+        text: str = self._tokenizer.decode([int(token) for token in tokens])
+        return text.encode()
 
 
 def codec_of(folder: str | Path) -> Bytes | Tokenizer:
@@ -86,7 +90,7 @@ def usual_dtype() -> str:
     return "bfloat16" if paddle.device.get_device().startswith("gpu") else "float32"
 
 
-def samples(codec: Bytes | Tokenizer, text: bytes, length: int, count: int) -> list[np.ndarray]:
+def samples(codec: Bytes | Tokenizer, text: bytes, length: int, count: int) -> list[NDArray[np.int64]]:
     """Stretches of a text, as prefills read them, from places spread evenly over it.
 
     Parameters
@@ -124,7 +128,7 @@ def samples(codec: Bytes | Tokenizer, text: bytes, length: int, count: int) -> l
 
 
 @paddle.no_grad()
-def prefill(model: Any, tokens: np.ndarray) -> None:
+def prefill(model: Any, tokens: NDArray[np.int64]) -> None:
     """Runs the layers of a model over tokens, int64 [length], without the output head, whose logits are large."""
     model.base_model(paddle.to_tensor(tokens[None]), use_cache=False, return_dict=True)
 

@@ -82,7 +82,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         )
 
 
-def _settings(parser, arguments):
+def _settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> RRAttentionConfig:
     """The RRAttentionConfig that the options describe."""
     given = {name: getattr(arguments, name) for name in ("threshold", "stride")}
     given = {name: value for name, value in given.items() if value is not None}
