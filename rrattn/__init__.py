@@ -1,6 +1,11 @@
 """RRAttention for PaddlePaddle: dynamic block-sparse attention for long contexts (arXiv 2602.05853).
 
 Where Paddle is not installed, only :mod:`rrattn.direct` is there, the kernels on plain arrays, and the config.
+
+With Paddle, the import loads rrattn's operators into it and adds an import hook, a finder in `sys.meta_path`: should
+PaddleFormers be imported later, its table of attention functions gets "rrattn" at that moment, so that
+`config._attn_implementation = "rrattn"` works in either order of the imports. All other imports go on as usual, and no
+model library is imported for it. See :mod:`rrattn.integrations`.
 """
 
 from importlib import import_module as _import_module

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypedDict
 
 from . import arguments
 
@@ -99,12 +100,11 @@ class RRAttentionConfig:
             raise ValueError(f"{path} is not JSON: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        known = [field.name for field in fields(cls)]
         if not isinstance(given, dict):
-            raise ValueError(f"{path} holds a {type(given).__name__}, but must hold an object of {', '.join(known)}")
-        unknown = [name for name in given if name not in known]
+            raise ValueError(f"{path} holds a {type(given).__name__}, but must hold an object of {', '.join(SETTINGS)}")
+        unknown = [name for name in given if name not in SETTINGS]
         if unknown:
-            raise ValueError(f"{path} sets {', '.join(unknown)}, but the settings are {', '.join(known)}")
+            raise ValueError(f"{path} sets {', '.join(unknown)}, but the settings are {', '.join(SETTINGS)}")
         try:
             return cls(**given)
         except ValueError as error:
@@ -143,6 +143,24 @@ class RRAttentionConfig:
         if absent:
             raise ValueError(f"dense_layers names layer {absent[0]}, but the model has {num_layers} layers, from 0 on")
         return layer_index in self.dense_layers
+
+
+class Settings(TypedDict, total=False):
+    """Settings by keyword, as `rrattn.enable` takes them: the fields of `RRAttentionConfig`, any of them."""
+
+    stride: int
+    threshold: float | Sequence[float | Sequence[float]]
+    keep_sink: bool
+    keep_last: bool
+    keep_local: int
+    head_offset: int
+    softmax_scale: float | None
+    dense_layers: Sequence[int]
+    min_length: int
+
+
+SETTINGS = tuple(field.name for field in fields(RRAttentionConfig))
+"""The names of all settings."""
 
 
 def required_config(config) -> RRAttentionConfig:

@@ -29,7 +29,7 @@ import paddle
 from . import arguments
 from .config import RRAttentionConfig
 from .layout import watch_layout
-from .library import call
+from .operators import call
 
 try:
     from paddle.jit.marker import unified

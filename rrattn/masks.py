@@ -21,7 +21,7 @@ import paddle
 from . import arguments
 from .arrays import array_of, array_of_dtype
 from .config import BLOCK_SIZE
-from .library import call
+from .operators import call
 from .visibility import BlockVisibility, checked_sizes, visible_block_array
 
 WORD_BITS = 32

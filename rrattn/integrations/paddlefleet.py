@@ -14,23 +14,13 @@ the threshold, which is 1 there by default.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import paddle
 from paddle.distributed import fleet
 
-from ..config import RRAttentionConfig
-from ..layer import RRAttention
-from .common import (
-    attend,
-    core_of,
-    make_core,
-    refuse_settings,
-    refuse_settings_of_a_part,
-    report,
-    set_core,
-    set_cores,
-    settings_of,
-)
+from .common import Place, attend, core_of, make_core, refuse_settings, set_core, settings_of, swap_in
+from .model_library import ModelLibrary
 
 try:
     from paddlefleet.context_parallel_utils import UlyssesAlltoAll
@@ -96,27 +86,23 @@ class RRCoreAttention(DotProductAttention):
                     f"supports {_ALL_TO_ALL!r}, in which it holds some of the heads and whole sequences"
                 )
             self._cp_group = fleet.get_hybrid_communicate_group().get_context_parallel_group()
-        # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
-        tp_ranks, tp_rank = _place(pg_collection.tp)
-        cp_ranks, cp_rank = _place(self._cp_group)
-        self._ranks, self._rank = tp_ranks * cp_ranks, tp_rank * cp_ranks + cp_rank
         settings = settings_of(config)
         if settings.dense_layers or not isinstance(settings.threshold, float):
             raise ValueError(
                 "a layer cannot tell which of the settings per layer are its own: "
                 "give these to rrattn.enable(model, config), which counts the layers"
             )
-        set_core(self, self._make_core(settings, 0, 1))
-
-    def _make_core(self, config, layer_index, num_layers):
-        return make_core(
-            config,
-            layer_index=layer_index,
-            num_layers=num_layers,
+        # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
+        tp_ranks, tp_rank = _ranks_and_rank(pg_collection.tp)
+        cp_ranks, cp_rank = _ranks_and_rank(self._cp_group)
+        self._place = Place(
+            num_layers=config.num_hidden_layers,
             num_heads=self.num_attention_heads,
-            ranks=self._ranks,
-            rank=self._rank,
+            ranks=tp_ranks * cp_ranks,
+            rank=tp_rank * cp_ranks + cp_rank,
         )
+        set_core(self, make_core(settings, replace(self._place, index=0)))  # these settings are every layer's
+        swap_in(self, {})
 
     def forward(
         self,
@@ -203,7 +189,7 @@ class RRCoreAttention(DotProductAttention):
         )
 
 
-def _place(group):
+def _ranks_and_rank(group):
     """(number of ranks, which of them this one is) of a process group; (1, 0) where there is none."""
     return (1, 0) if group is None or group.world_size <= 1 else (group.world_size, group.rank)
 
@@ -218,39 +204,25 @@ def _additive_or_visible(mask):
     return ones if bool((ones | (mask == 0)).all()) and bool(ones.any()) else mask
 
 
-def enable(model, config: RRAttentionConfig | None = None):
-    """See `rrattn.enable`."""
-    layers = _core_attentions(model)
-    model_config = layers[0].config
-    config = settings_of(model_config) if config is None else config
-    num_layers = model_config.num_hidden_layers
-    refuse_settings_of_a_part(model, layers, num_layers, config)
-    cores = [layer._make_core(config, index, num_layers) for index, layer in enumerate(layers)]
-    set_cores(layers, cores)
-    logger.info(report(type(model).__name__, "PaddleFleet", config, len(layers)))
-    return model
+class PaddleFleet(ModelLibrary):
+    """Its layers are rrattn's own from the start, and call DotProductAttention's attention where rrattn is disabled."""
+
+    name = "PaddleFleet"
+
+    def attention_layers(self, model):
+        layers = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, RRCoreAttention)]
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__} has no layer of rrattn.integrations.paddlefleet.RRCoreAttention: "
+                "name it as core_attention in the layer spec that the model is built from"
+            )
+        return layers
+
+    def place(self, layer):
+        return layer._place
+
+    def log(self, line):
+        logger.info(line)
 
 
-def disable(model):
-    """See `rrattn.disable`."""
-    layers = _core_attentions(model)
-    if all(core_of(layer) is None for layer in layers):
-        raise ValueError("rrattn is not enabled on this model")
-    set_cores(layers, [None] * len(layers))
-    return model
-
-
-def attention_cores(model) -> list[RRAttention | None]:
-    """The RRAttention of each attention layer in order; None where rrattn is not enabled."""
-    return [core_of(layer) for layer in _core_attentions(model)]
-
-
-def _core_attentions(model) -> list[RRCoreAttention]:
-    """A model's core attentions of this kind, in order."""
-    layers = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, RRCoreAttention)]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no layer of rrattn.integrations.paddlefleet.RRCoreAttention: "
-            "name it as core_attention in the layer spec that the model is built from"
-        )
-    return layers
+LIBRARY = PaddleFleet()

@@ -21,10 +21,21 @@ import functools
 import weakref
 from contextvars import ContextVar
 
-from ..config import RRAttentionConfig
 from ..layer import RRAttention
-from .common import attend, core_of, fleet_rank, make_core, refuse_settings, report, set_cores, settings_of
-from .own_flag import give_own_flag, is_view, take_own_flag
+from .common import (
+    Place,
+    attend,
+    core_of,
+    fleet_rank,
+    is_enabled,
+    make_core,
+    refuse_settings,
+    report,
+    set_cores,
+    settings_of,
+)
+from .model_library import ModelLibrary, OwnFlag
+from .own_flag import is_view
 
 NAME = "rrattn"
 FLAG = "_attn_implementation"
@@ -33,8 +44,7 @@ SUPPORTED_MODELS = ("llama", "qwen2", "qwen3", "ernie4_5", "ernie4_5_moe")
 # Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
 _LAYER_FLAG = "attn_implementation"  # of layers that read the config's flag once, when they are built
-_PREVIOUS = "_rrattn_previous"  # that flag before enable, or None; an attention layer has it while enabled
-_SETTINGS = "_rrattn_settings"  # of a layer that runs by the flag: what its config said when its core was made
+_SETTINGS = "_rrattn_settings"  # of a core that was made by the flag: what the layer's config said then
 
 
 # The flag
@@ -170,62 +180,56 @@ def rrattn_attention_forward(
     return out.reshape([0, 0, out.shape[2] * out.shape[3]]), None
 
 
-def enable(model, config: RRAttentionConfig | None = None):
-    """See `rrattn.enable`."""
-    from paddleformers.transformers import PretrainedConfig
-    from paddleformers.utils.log import logger
+class PaddleFormers(ModelLibrary):
+    """Its models look the attention function up by their config's flag, some layers by a copy that they took of it."""
 
-    config = settings_of(model.config) if config is None else config
-    model_type = model.config.model_type
-    if model_type not in SUPPORTED_MODELS:
-        raise ValueError(
-            f"rrattn supports the PaddleFormers models {', '.join(SUPPORTED_MODELS)}; "
-            f"the model_type of this one is {model_type!r}"
+    name = "PaddleFormers"
+
+    def config_of(self, model):
+        if model.config.model_type not in SUPPORTED_MODELS:
+            raise ValueError(
+                f"rrattn supports the PaddleFormers models {', '.join(SUPPORTED_MODELS)}; "
+                f"the model_type of this one is {model.config.model_type!r}"
+            )
+        return model.config
+
+    def attention_layers(self, model):
+        """They are known by the layer_idx and scaling that they pass on."""
+        layers = [layer for layer in model.sublayers() if hasattr(layer, "layer_idx") and hasattr(layer, "scaling")]
+        if not layers:
+            raise ValueError(f"found no attention layers in {type(model).__name__}")
+        return sorted(layers, key=lambda layer: layer.layer_idx)
+
+    def place(self, layer):
+        config = layer.config
+        refuse_settings(config, _UNSUPPORTED_CONFIG, self.name)
+        ranks = config.tensor_model_parallel_size
+        return Place(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            ranks=ranks,
+            rank=fleet_rank(ranks),
+            index=layer.layer_idx,
         )
-    layers = _attention_layers(model)
-    enabled = any(map(_is_enabled, layers))
-    set_cores(layers, [_make_core(layer, config) for layer in layers])
-    for layer in layers:
-        vars(layer).pop(_SETTINGS, None)
-        vars(layer).setdefault(_PREVIOUS, getattr(layer, _LAYER_FLAG, None))
-        if hasattr(layer, _LAYER_FLAG):
-            setattr(layer, _LAYER_FLAG, NAME)
-    give_own_flag(model, PretrainedConfig, FLAG, NAME, keep=enabled)
-    logger.info(report(type(model).__name__, "PaddleFormers", config, len(layers)))
-    return model
+
+    def replacements(self, layer):
+        return {_LAYER_FLAG: NAME} if hasattr(layer, _LAYER_FLAG) else {}
+
+    def own_flag(self):
+        from paddleformers.transformers import PretrainedConfig
+
+        return OwnFlag(PretrainedConfig, FLAG, NAME)
+
+    def running_core(self, layer):
+        return _core_of(layer) if _runs(layer) else None
+
+    def log(self, line):
+        from paddleformers.utils.log import logger
+
+        logger.info(line)
 
 
-def disable(model):
-    """See `rrattn.disable`."""
-    from paddleformers.transformers import PretrainedConfig
-
-    layers = list(filter(_is_enabled, _attention_layers(model)))
-    if not layers:
-        raise ValueError("rrattn is not enabled on this model")
-    set_cores(layers, [None] * len(layers))
-    for layer in layers:
-        flag = vars(layer).pop(_PREVIOUS)
-        if hasattr(layer, _LAYER_FLAG):
-            setattr(layer, _LAYER_FLAG, flag)
-    take_own_flag(model, PretrainedConfig)
-    return model
-
-
-def attention_cores(model) -> list[RRAttention | None]:
-    """The RRAttention of each attention layer in order; None where it does not run, by `enable` or by the flag."""
-    return [_core_of(layer) if _runs(layer) else None for layer in _attention_layers(model)]
-
-
-def _attention_layers(model):
-    """A model's attention layers in order, known by the layer_idx and scaling that they pass on."""
-    layers = [layer for layer in model.sublayers() if hasattr(layer, "layer_idx") and hasattr(layer, "scaling")]
-    if not layers:
-        raise ValueError(f"found no attention layers in {type(model).__name__}")
-    return sorted(layers, key=lambda layer: layer.layer_idx)
-
-
-def _is_enabled(layer) -> bool:
-    return _PREVIOUS in vars(layer)
+LIBRARY = PaddleFormers()
 
 
 def _runs(layer) -> bool:
@@ -235,8 +239,9 @@ def _runs(layer) -> bool:
 
 def _core_of(layer) -> RRAttention:
     """The layer's RRAttention: as `enable` made it, or by what the config says now."""
-    if _is_enabled(layer):
-        return core_of(layer)
+    core = core_of(layer)
+    if is_enabled(layer):
+        return core
     if not (hasattr(layer, "config") and hasattr(layer, "layer_idx")):
         raise ValueError(
             f"{type(layer).__name__} has no config and layer_idx, by which rrattn knows its settings: rrattn does not "
@@ -248,11 +253,12 @@ def _core_of(layer) -> RRAttention:
             "enable rrattn on it as well, or build it from a copy of that config"
         )
     settings = settings_of(layer.config)
-    if settings != vars(layer).get(_SETTINGS):
-        set_cores([layer], [_make_core(layer, settings)])
-        vars(layer)[_SETTINGS] = settings
+    if core is None or settings != vars(core).get(_SETTINGS):
+        core = make_core(settings, LIBRARY.place(layer))
+        vars(core)[_SETTINGS] = settings
+        set_cores([layer], [core])
         _report_once(layer.config, settings)
-    return core_of(layer)
+    return core
 
 
 _last_report = None
@@ -260,21 +266,7 @@ _last_report = None
 
 def _report_once(config, settings) -> None:
     """Logs what the flag runs, for the first layer of a model and not for each."""
-    from paddleformers.utils.log import logger
-
     global _last_report
     if _last_report is None or _last_report[0]() is not config or _last_report[1] != settings:
-        logger.info(report(f"a {config.model_type} model", "PaddleFormers", settings, config.num_hidden_layers))
+        LIBRARY.log(report(f"a {config.model_type} model", LIBRARY.name, settings, config.num_hidden_layers))
         _last_report = weakref.ref(config), settings
-
-
-def _make_core(layer, config: RRAttentionConfig) -> RRAttention:
-    refuse_settings(layer.config, _UNSUPPORTED_CONFIG, "PaddleFormers")
-    return make_core(
-        config,
-        layer_index=layer.layer_idx,
-        num_layers=layer.config.num_hidden_layers,
-        num_heads=layer.config.num_attention_heads,
-        ranks=layer.config.tensor_model_parallel_size,
-        rank=fleet_rank(layer.config.tensor_model_parallel_size),
-    )

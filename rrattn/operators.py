@@ -1,4 +1,4 @@
-"""Loads the operator library into Paddle and calls its operators."""
+"""The operators of rrattn in Paddle: loads the library that holds them, and calls them."""
 
 from __future__ import annotations
 
