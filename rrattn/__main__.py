@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from . import check, info
 
 
-def main(arguments=None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command, by default that of the command line, and returns its exit status."""
     parser = argparse.ArgumentParser(prog="rrattn", description="What there is of rrattn here, and whether it works.")
     commands = parser.add_subparsers(dest="command", required=True)

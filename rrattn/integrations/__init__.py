@@ -83,7 +83,7 @@ class _HookWhenImported(importlib.abc.MetaPathFinder):
             load(module)
             _hook(fullname)
 
-        spec.loader.exec_module = load_and_hook
+        spec.loader.exec_module = load_and_hook  # type: ignore[method-assign]  # of this loader alone
         return spec
 
 

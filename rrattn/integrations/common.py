@@ -19,6 +19,7 @@ from ..masks import startend_rows_from_dense
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from paddle import Tensor
     from paddle.nn import Layer
 
     from ..config import Settings
@@ -76,31 +77,32 @@ class Place:
     """Ranks that the heads are split over."""
     rank: int = 0
     """Which of them this one is."""
-    index: int | None = None
-    """Number of the layer in the model, from 0; None where the layer does not know it: see `counted`."""
+    layer_index: int | None = None
+    """Number of the layer in the model, from 0; None where the layer does not know it, and is counted."""
 
 
-def counted(places: Sequence[Place], config: RRAttentionConfig, model_name: str) -> list[Place]:
-    """The places of a model's attention layers in order, each with its number.
+def layer_indices(places: Sequence[Place], config: RRAttentionConfig, model_name: str) -> list[int]:
+    """The numbers of a model's attention layers, which are given in order.
 
     Raises
     ------
     ValueError
         For settings per layer where layers do not know their number and not all of the model's are here to be counted.
     """
-    if all(place.index is not None for place in places):
-        return list(places)
+    known = [place.layer_index for place in places if place.layer_index is not None]
+    if len(known) == len(places):
+        return known
     num_layers = places[0].num_layers
     if len(places) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
         raise ValueError(
             f"{model_name} has {len(places)} of its {num_layers} attention layers here, so rrattn cannot "
             "tell which settings per layer are theirs: give one threshold and no dense_layers"
         )
-    return [replace(place, index=index) for index, place in enumerate(places)]
+    return list(range(len(places)))
 
 
-def make_core(config: RRAttentionConfig, place: Place) -> RRAttention:
-    """The RRAttention of an attention layer, whose number is known: with its own threshold, and for this rank's heads.
+def make_core(config: RRAttentionConfig, place: Place, layer_index: int) -> RRAttention:
+    """The RRAttention of the attention layer of this number: with its own threshold, and for this rank's heads.
 
     Raises
     ------
@@ -109,22 +111,22 @@ def make_core(config: RRAttentionConfig, place: Place) -> RRAttention:
     """
     heads_here = place.num_heads // place.ranks
     first_head = heads_here * place.rank
-    threshold = config.layer_threshold(place.index, place.num_layers)
+    threshold = config.layer_threshold(layer_index, place.num_layers)
     if not isinstance(threshold, float):
         if len(threshold) != place.num_heads:
             raise ValueError(
-                f"the config gives {len(threshold)} thresholds to layer {place.index}, "
+                f"the config gives {len(threshold)} thresholds to layer {layer_index}, "
                 f"which has {place.num_heads} query heads"
             )
         threshold = threshold[first_head : first_head + heads_here]
     dense_layers = (
-        (0,) if config.layer_is_dense(place.index, place.num_layers) else ()
-    )  # for a model of this layer alone
+        (0,) if config.layer_is_dense(layer_index, place.num_layers) else ()
+    )  # of a model of this layer alone
     config = replace(config, head_offset=config.head_offset + first_head, dense_layers=dense_layers)
     return RRAttention(config, threshold=threshold)
 
 
-def fleet_rank(ranks) -> int:
+def fleet_rank(ranks: int) -> int:
     """Which of a model's tensor-parallel ranks this process is: 0 where there is one.
 
     It comes from the group that fleet set up, over which the model's layers split their weights. The rank in a model's
@@ -141,7 +143,8 @@ def fleet_rank(ranks) -> int:
     if group is None or group.get_model_parallel_world_size() != ranks:
         found = "was not initialized" if group is None else f"has {group.get_model_parallel_world_size()}"
         raise ValueError(f"the model's heads are split over {ranks} ranks, but paddle.distributed.fleet {found}")
-    return group.get_model_parallel_rank()
+    rank: int = group.get_model_parallel_rank()
+    return rank
 
 
 def core_of(layer: Layer) -> RRAttention | None:
@@ -211,7 +214,17 @@ def report(model_name: str, library: str, config: RRAttentionConfig, num_layers:
 # Masks
 
 
-def attend(core, query, key, value, attention_mask, startend_rows, *, causal, softmax_scale=None):
+def attend(
+    core: RRAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    startend_rows: Tensor | None,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+) -> Tensor:
     """Runs a layer's RRAttention under the masks that a model library passes.
 
     Parameters
@@ -252,10 +265,11 @@ def attend(core, query, key, value, attention_mask, startend_rows, *, causal, so
         causal = {1: True, 4: False}.get(rows.shape[-1], causal)
     elif attention_mask is not None:
         rows, causal = _rows_of_keys(attention_mask, query, key), True
-    return core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale)
+    out: Tensor = core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale)
+    return out
 
 
-def _rows_of_keys(mask, query, key):
+def _rows_of_keys(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The row bounds that a dense mask gives to the keys, int32 [B, 1|Hq, Lk, 1].
 
     A library makes a mask for all positions so far, also for a layer with a sliding window, whose cache holds the last
@@ -283,7 +297,7 @@ def _rows_of_keys(mask, query, key):
     return rows[:, :, surplus:]
 
 
-def rows_of_mask(mask, batch_size):
+def rows_of_mask(mask: Tensor, batch_size: int) -> Tensor:
     """startend_rows_from_dense(mask), int32 [B, 1|Hq, Lk, 1].
 
     Each layer reads the mask again: only its values tell whether it is still the mask of the layer before. That takes

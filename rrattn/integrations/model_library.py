@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from .common import (
     Place,
     core_of,
-    counted,
     is_enabled,
+    layer_indices,
     make_core,
     report,
     restore,
@@ -110,8 +110,9 @@ class ModelLibrary(abc.ABC):
         if config is None:
             config = settings_of(model_config, settings)
         layers = self.attention_layers(model)
-        places = counted([self.place(layer) for layer in layers], config, type(model).__name__)
-        cores = [make_core(config, place) for place in places]
+        places = [self.place(layer) for layer in layers]
+        indices = layer_indices(places, config, type(model).__name__)
+        cores = [make_core(config, place, index) for place, index in zip(places, indices)]
         others = [layer for layer in layers if not is_enabled(layer)]
         replacements = [self.replacements(layer) for layer in others]
         flag = self.own_flag()

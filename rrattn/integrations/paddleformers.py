@@ -20,8 +20,8 @@ from __future__ import annotations
 import functools
 import weakref
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..layer import RRAttention
 from .common import (
     Place,
     attend,
@@ -37,6 +37,15 @@ from .common import (
 from .model_library import ModelLibrary, OwnFlag
 from .own_flag import is_view
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from paddle import Tensor
+    from paddle.nn import Layer
+
+    from ..config import RRAttentionConfig
+    from ..layer import RRAttention
+
 NAME = "rrattn"
 FLAG = "_attn_implementation"
 SUPPORTED_MODELS = ("llama", "qwen2", "qwen3", "ernie4_5", "ernie4_5_moe")
@@ -50,20 +59,20 @@ _SETTINGS = "_rrattn_settings"  # of a core that was made by the flag: what the 
 # The flag
 
 
-def register(interface_module) -> None:
+def register(interface_module: ModuleType) -> None:
     """Adds "rrattn" to the table in `paddleformers.nn.attention.interface`, and guards what else is in it."""
     table = interface_module.AttentionInterface
     table.register(NAME, rrattn_attention_forward)
     lookup = table.__getitem__
 
-    def guarded_lookup(self, name):
-        function = lookup(self, name)
+    def guarded_lookup(self: Any, name: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = lookup(self, name)
         return function if name == NAME else functools.partial(_other_attention, name, function)
 
     table.__getitem__ = guarded_lookup
 
 
-def _other_attention(_name, _function, module, *args, **kwargs):
+def _other_attention(_name: str, _function: Callable[..., Any], module: Layer, *args: Any, **kwargs: Any) -> Any:
     """Calls another attention function of the table, unless the layer's config says that rrattn runs."""
     if getattr(getattr(module, "config", None), FLAG, None) == NAME:
         raise ValueError(
@@ -78,15 +87,15 @@ def _other_attention(_name, _function, module, *args, **kwargs):
 
 
 _in_a_model = ContextVar("rrattn: in the call of a model", default=False)
-_came_here = weakref.WeakSet()  # models that were seen to run rrattn by their config's flag
+_came_here: weakref.WeakSet[Layer] = weakref.WeakSet()  # models that were seen to run rrattn by their config's flag
 
 
-def watch(model_module) -> None:
+def watch(model_module: ModuleType) -> None:
     """Makes calls of models in `paddleformers.transformers.model_utils` notice that the flag had no effect."""
     call = model_module.PretrainedModel.__call__
 
     @functools.wraps(call)
-    def watched_call(self, *args, **kwargs):
+    def watched_call(self: Layer, *args: Any, **kwargs: Any) -> Any:
         flag = getattr(getattr(self, "config", None), FLAG, None)
         if flag != NAME or _in_a_model.get() or self in _came_here:
             return call(self, *args, **kwargs)
@@ -106,18 +115,18 @@ def watch(model_module) -> None:
 
 
 def rrattn_attention_forward(
-    module,
-    query,
-    key,
-    value,
-    attention_mask=None,
-    attn_mask_startend_row_indices=None,
-    dropout=0.0,
-    sink=None,
-    scaling=None,
-    is_causal=None,
-    **kwargs,
-):
+    module: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    attn_mask_startend_row_indices: Tensor | None = None,
+    dropout: float = 0.0,
+    sink: Tensor | None = None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
     """The attention function, in PaddleFormers' calling convention.
 
     Parameters
@@ -185,7 +194,7 @@ class PaddleFormers(ModelLibrary):
 
     name = "PaddleFormers"
 
-    def config_of(self, model):
+    def config_of(self, model: Layer) -> Any:
         if model.config.model_type not in SUPPORTED_MODELS:
             raise ValueError(
                 f"rrattn supports the PaddleFormers models {', '.join(SUPPORTED_MODELS)}; "
@@ -193,14 +202,14 @@ class PaddleFormers(ModelLibrary):
             )
         return model.config
 
-    def attention_layers(self, model):
+    def attention_layers(self, model: Layer) -> list[Layer]:
         """They are known by the layer_idx and scaling that they pass on."""
         layers = [layer for layer in model.sublayers() if hasattr(layer, "layer_idx") and hasattr(layer, "scaling")]
         if not layers:
             raise ValueError(f"found no attention layers in {type(model).__name__}")
         return sorted(layers, key=lambda layer: layer.layer_idx)
 
-    def place(self, layer):
+    def place(self, layer: Layer) -> Place:
         config = layer.config
         refuse_settings(config, _UNSUPPORTED_CONFIG, self.name)
         ranks = config.tensor_model_parallel_size
@@ -209,21 +218,21 @@ class PaddleFormers(ModelLibrary):
             num_heads=config.num_attention_heads,
             ranks=ranks,
             rank=fleet_rank(ranks),
-            index=layer.layer_idx,
+            layer_index=layer.layer_idx,
         )
 
-    def replacements(self, layer):
+    def replacements(self, layer: Layer) -> dict[str, object]:
         return {_LAYER_FLAG: NAME} if hasattr(layer, _LAYER_FLAG) else {}
 
-    def own_flag(self):
+    def own_flag(self) -> OwnFlag:
         from paddleformers.transformers import PretrainedConfig
 
         return OwnFlag(PretrainedConfig, FLAG, NAME)
 
-    def running_core(self, layer):
+    def running_core(self, layer: Layer) -> RRAttention | None:
         return _core_of(layer) if _runs(layer) else None
 
-    def log(self, line):
+    def log(self, line: str) -> None:
         from paddleformers.utils.log import logger
 
         logger.info(line)
@@ -232,15 +241,15 @@ class PaddleFormers(ModelLibrary):
 LIBRARY = PaddleFormers()
 
 
-def _runs(layer) -> bool:
+def _runs(layer: Layer) -> bool:
     """Whether the layer's flag, its config's and its own where it has one, says that rrattn runs."""
-    return getattr(layer.config, FLAG) == NAME == getattr(layer, _LAYER_FLAG, NAME)
+    return bool(getattr(layer.config, FLAG) == NAME == getattr(layer, _LAYER_FLAG, NAME))
 
 
-def _core_of(layer) -> RRAttention:
+def _core_of(layer: Layer) -> RRAttention:
     """The layer's RRAttention: as `enable` made it, or by what the config says now."""
     core = core_of(layer)
-    if is_enabled(layer):
+    if core is not None and is_enabled(layer):
         return core
     if not (hasattr(layer, "config") and hasattr(layer, "layer_idx")):
         raise ValueError(
@@ -254,17 +263,17 @@ def _core_of(layer) -> RRAttention:
         )
     settings = settings_of(layer.config)
     if core is None or settings != vars(core).get(_SETTINGS):
-        core = make_core(settings, LIBRARY.place(layer))
+        core = make_core(settings, LIBRARY.place(layer), layer.layer_idx)
         vars(core)[_SETTINGS] = settings
         set_cores([layer], [core])
         _report_once(layer.config, settings)
     return core
 
 
-_last_report = None
+_last_report: tuple[weakref.ref[Any], RRAttentionConfig] | None = None
 
 
-def _report_once(config, settings) -> None:
+def _report_once(config: Any, settings: RRAttentionConfig) -> None:
     """Logs what the flag runs, for the first layer of a model and not for each."""
     global _last_report
     if _last_report is None or _last_report[0]() is not config or _last_report[1] != settings:

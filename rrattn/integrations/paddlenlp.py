@@ -16,9 +16,16 @@ from __future__ import annotations
 
 import inspect
 from types import FunctionType
+from typing import TYPE_CHECKING, Any, Callable
 
 from .common import Place, attend, core_of, fleet_rank, refuse_settings
 from .model_library import ModelLibrary, OwnFlag
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+    from paddle.nn import Layer
+
+    from ..layer import RRAttention
 
 FLAG = "use_rrattn"
 SUPPORTED_LAYERS = {
@@ -45,12 +52,12 @@ class LayerAttention:
         The `scaled_dot_product_attention` that the layer called before, perhaps with arguments bound.
     """
 
-    def __init__(self, layer, original):
+    def __init__(self, layer: Layer, original: Callable[..., Any]) -> None:
         self.layer = layer
         self.original = original
         self.__signature__ = inspect.signature(original)  # recompute orders arguments by it
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Attends; the arguments are those of the original.
 
         query_states is [B, Lq, Hq, D], the last Lq positions of the keys; key_states and value_states are
@@ -66,9 +73,12 @@ class LayerAttention:
         ValueError
             For attention weights, dropout, ALiBi, resharding, or a mask that rrattn cannot express.
         """
+        core = core_of(self.layer)
+        assert core is not None, "a layer has this function while it is enabled"
         if not _runs(self.layer):
-            core_of(self.layer).last_selection = None  # no longer what the layer attended last
-            return self.original(*args, **kwargs)
+            core.last_selection = None  # no longer what the layer attended last
+            out: Tensor = self.original(*args, **kwargs)
+            return out
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -80,7 +90,7 @@ class LayerAttention:
             raise ValueError(f"rrattn does not support attention dropout; set attention_dropout to 0.0, got {dropout}")
 
         out = attend(
-            core_of(self.layer),
+            core,
             given["query_states"],
             self._own_heads(given["key_states"]),
             self._own_heads(given["value_states"]),
@@ -91,7 +101,7 @@ class LayerAttention:
         hidden_size = out.shape[2] * out.shape[3]
         return out.reshape([-1, hidden_size] if given["sequence_parallel"] else [0, 0, hidden_size])
 
-    def _own_heads(self, states):
+    def _own_heads(self, states: Tensor) -> Tensor:
         """Keys or values without the repetition of their heads: [B, Lk, Hkv, D], bit for bit the same attention.
 
         A layer repeats each of its heads num_key_value_groups times in a row unless flash attention is on, and
@@ -107,7 +117,7 @@ class LayerAttention:
 class _ForwardWithOwnAttention:
     """A layer's forward in which the name `scaled_dot_product_attention` means `attention`."""
 
-    def __init__(self, layer, attention):
+    def __init__(self, layer: Layer, attention: LayerAttention) -> None:
         forward = type(layer).forward
         names = {**forward.__globals__, _FUNCTION: attention}
         self._layer, self._attention = layer, attention
@@ -116,10 +126,10 @@ class _ForwardWithOwnAttention:
         )
         self.__signature__ = inspect.signature(forward.__get__(layer))
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(self._layer, *args, **kwargs)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # The function itself cannot be copied or pickled.
         return type(self), (self._layer, self._attention)
 
@@ -129,7 +139,7 @@ class PaddleNLP(ModelLibrary):
 
     name = "PaddleNLP"
 
-    def attention_layers(self, model):
+    def attention_layers(self, model: Layer) -> list[Layer]:
         layers = [
             layer
             for layer in model.sublayers(include_self=True)
@@ -142,13 +152,13 @@ class PaddleNLP(ModelLibrary):
             )
         return layers
 
-    def place(self, layer):
+    def place(self, layer: Layer) -> Place:
         config = layer.config
         refuse_settings(config, _UNSUPPORTED_CONFIG, self.name)
         ranks = max(config.tensor_parallel_degree, 1)
         return Place(config.num_hidden_layers, config.num_attention_heads, ranks, fleet_rank(ranks))
 
-    def replacements(self, layer):
+    def replacements(self, layer: Layer) -> dict[str, object]:
         if hasattr(layer, "attn_func"):
             return {"attn_func": LayerAttention(layer, layer.attn_func)}
         forward = type(layer).forward
@@ -156,15 +166,15 @@ class PaddleNLP(ModelLibrary):
             raise ValueError(f"{type(layer).__name__} calls no {_FUNCTION}: rrattn does not know this PaddleNLP")
         return {"forward": _ForwardWithOwnAttention(layer, LayerAttention(layer, forward.__globals__[_FUNCTION]))}
 
-    def own_flag(self):
+    def own_flag(self) -> OwnFlag:
         from paddlenlp.transformers import PretrainedConfig
 
         return OwnFlag(PretrainedConfig, FLAG, True)
 
-    def running_core(self, layer):
+    def running_core(self, layer: Layer) -> RRAttention | None:
         return core_of(layer) if _runs(layer) else None
 
-    def log(self, line):
+    def log(self, line: str) -> None:
         from paddlenlp.utils.log import logger
 
         logger.info(line)
@@ -173,6 +183,6 @@ class PaddleNLP(ModelLibrary):
 LIBRARY = PaddleNLP()
 
 
-def _runs(layer) -> bool:
+def _runs(layer: Layer) -> bool:
     """Whether the layer, if enabled, runs rrattn: the flag of its config."""
-    return getattr(layer.config, FLAG, True)
+    return bool(getattr(layer.config, FLAG, True))
