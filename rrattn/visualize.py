@@ -138,14 +138,15 @@ def plot_layers(
     selections = _one_per_layer(selections, "selections", BlockSelection)
     layers = range(len(selections)) if layers is None else arguments.counts(layers, "layers")
     heads = None if heads is None else arguments.counts(heads, "heads")  # read once, for every layer
-    panels, columns = [], 0
+    panels: list[Panel] = []
+    columns = 0
     for layer in layers:
         if not 0 <= layer < len(selections):
             raise ValueError(f"there is no layer {layer}; the selections are of {len(selections)} layers")
         selection = selections[layer]
         if selection is None or selection.block_mask is None:
             raise ValueError(f"layer {layer} has no block mask: it has not run, or its mask was too large to keep")
-        sizes = {"causal": selection.causal, "seqlen_q": selection.seqlen_q, "seqlen_k": selection.seqlen_k}
+        sizes: Sizes = {"causal": selection.causal, "seqlen_q": selection.seqlen_q, "seqlen_k": selection.seqlen_k}
         rows = selection.startend_row_indices
         selected, visible_to = _selected_of_batch(selection.block_mask, rows, batch, sizes)
         picked = _pick_heads(heads, len(selected))
@@ -226,14 +227,15 @@ def plot_densities(
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    densities = _one_per_layer(densities, "densities", paddle.Tensor)
-    if any(density is None for density in densities) or not densities:
+    found = _one_per_layer(densities, "densities", paddle.Tensor)
+    present = [density for density in found if density is not None]
+    if len(present) < len(found) or not present:
         raise ValueError("there is a layer that has not run yet, or no layer at all")
-    shapes = sorted({tuple(density.shape) for density in densities})
+    shapes = sorted({tuple(density.shape) for density in present})
     if len(shapes) > 1 or len(shapes[0]) != 2:
         raise ValueError(f"densities has tensors of the shapes {shapes}, but all must be of one shape [B, Hq]")
-    batch = _checked_batch(batch, densities[0])
-    table = np.stack([density.numpy()[batch] for density in densities])  # [layers, Hq]
+    batch = _checked_batch(batch, present[0])
+    table = np.stack([density.numpy()[batch] for density in present])  # [layers, Hq]
     num_layers, num_heads = table.shape
     figure = Figure(figsize=(2.2 + 0.42 * num_heads, 1.4 + 0.36 * num_layers), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -264,10 +266,11 @@ def plot_stats(stats: ModelStats, *, title: str | None = None, path: str | os.Pa
 
     if not isinstance(stats, ModelStats):
         raise arguments.refused(stats, "stats", "a ModelStats, from rrattn.collect_stats")
-    if not stats.layers or any(layer.density is None for layer in stats.layers):
+    densities = [layer.density for layer in stats.layers if layer.density is not None]
+    masses = [layer.kept_mass for layer in stats.layers if layer.kept_mass is not None]
+    if not stats.layers or len(densities) < len(stats.layers):
         raise ValueError("there is a layer that has not run a prefill, or no layer at all")
-    density = np.stack([layer.density for layer in stats.layers])  # [layers, Hq]
-    kept_mass = np.stack([layer.kept_mass for layer in stats.layers])
+    density, kept_mass = np.stack(densities), np.stack(masses)  # [layers, Hq]
     num_layers, num_heads = density.shape
     table_width = 1.6 + 0.36 * num_heads
     figure = Figure(figsize=(2 * table_width + 3.2, 1.5 + 0.36 * num_layers), dpi=150, layout="constrained")
@@ -427,7 +430,8 @@ def _mean_cells(values: NDArray[np.float64], visible: NDArray[np.bool_]) -> NDAr
     def cell_sums(array: NDArray[Any]) -> NDArray[np.float64]:
         padded = np.pad(array.astype(np.float64), padding)
         rows, columns = padded.shape
-        return padded.reshape(rows // side, side, columns // side, side).sum(axis=(1, 3))
+        sums: NDArray[np.float64] = padded.reshape(rows // side, side, columns // side, side).sum(axis=(1, 3))
+        return sums
 
     counts = cell_sums(visible)
     return np.where(counts > 0, cell_sums(values) / np.maximum(counts, 1), np.nan)

@@ -251,8 +251,10 @@ def test_pre_commit_runs_what_ci_checks_of_the_style():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     entries = [hook["entry"] for repository in config["repos"] for hook in repository["hooks"]]
     on_files = r"(\.venv/bin/(?:ruff|clang-format) .*) (?:\.|\"\$\{sources\[@\]\}\")$"
-    style = re.findall(on_files, (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
-    assert len(style) == 3 and sorted(entries) == sorted(style)
+    on_the_package = r"(\.venv/bin/mypy)$"
+    checks = (ROOT / ".ci" / "run").read_text()
+    style = [command for kind in (on_files, on_the_package) for command in re.findall(kind, checks, flags=re.MULTILINE)]
+    assert len(style) == 4 and sorted(entries) == sorted(style)
 
 
 def test_tables_match_the_figures():
