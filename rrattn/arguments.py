@@ -16,7 +16,7 @@ import operator
 import reprlib
 from collections.abc import Iterable, Mapping, Set
 from numbers import Real
-from typing import Any, TypeVar, Union, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -29,9 +29,6 @@ MAX_LENGTH = 2**30
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 
-
-Thresholds = Union[float, tuple["Thresholds", ...]]
-"""A threshold, or tuples of them, one for each layer or head."""
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
@@ -123,6 +120,11 @@ def flag(value: object, name: str, allowed: str = "True or False") -> bool:
     return value
 
 
+def optional_flag(value: object, name: str) -> bool | None:
+    """True, False or None."""
+    return None if value is None else flag(value, name, "True, False or None")
+
+
 def softmax_scale(value: object) -> float | None:
     """A number that is finite in float32, in which the kernels compute; None stays None."""
     if value is None:
@@ -145,7 +147,7 @@ def threshold(value: object, name: str = "threshold", allowed: str = "a number i
     return share
 
 
-def thresholds(value: object, depth: int, name: str = "threshold") -> Thresholds:
+def thresholds(value: object, depth: int, name: str = "threshold") -> float | tuple[Any, ...]:
     """A threshold, or tuples of them up to the given depth."""
     given = entries(value) if depth > 0 else None
     if given is None:

@@ -5,13 +5,42 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from os import PathLike
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 from . import arguments
 
 BLOCK_SIZE = 128
 """Tokens in a block, of queries and of keys: the unit of sparsity."""
+
+CAUSAL = False
+"""What calls are that do not say, as `paddle.nn.functional.scaled_dot_product_attention` and `flashmask_attention`."""
+
+
+class Sampling(TypedDict, total=False):
+    """How to estimate: keyword arguments of :func:`rrattn.estimate_block_scores`."""
+
+    stride: int
+    head_offset: int
+    softmax_scale: float | None
+
+
+class KeepRules(TypedDict, total=False):
+    """What to keep by other rules than the threshold: keyword arguments of :func:`rrattn.select_blocks`."""
+
+    keep_sink: bool
+    keep_last: bool
+    keep_local: int
+
+
+class Settings(Sampling, KeepRules, total=False):
+    """Any fields of :class:`RRAttentionConfig`: keyword arguments of :func:`rrattn.enable`."""
+
+    threshold: float | Sequence[float | Sequence[float]]
+    dense_layers: Sequence[int]
+    min_length: int
+    deterministic: bool | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,9 @@ class RRAttentionConfig:
         With fewer keys than this, in tokens, every layer attends every block it sees. From which length on it pays to
         select depends on device, model and threshold. Default: 0, off, since in a prefill by chunks each chunk counts
         only the keys so far: the first chunks might attend more than one prefill of the whole would.
+    deterministic : bool, optional
+        Gradients with the same bits on every run, on a GPU too, where that takes 4 to 22% longer (H200); on a CPU
+        they always are. Default: as Paddle's FLAGS_cudnn_deterministic says when attention is called.
 
     Numbers and flags may be NumPy's, and sequences arrays of NumPy or iterators; they are kept as plain Python.
 
@@ -66,24 +98,30 @@ class RRAttentionConfig:
     softmax_scale: float | None = None
     dense_layers: Sequence[int] = ()
     min_length: int = 0
+    deterministic: bool | None = None
 
-    def __post_init__(self):
-        checked = {
-            "stride": arguments.sample_stride(self.stride),
+    def __post_init__(self) -> None:
+        checked: Settings = {
+            **self.sampling(),
+            **self.keep_rules(),
             "threshold": arguments.thresholds(self.threshold, depth=2),
-            "keep_sink": arguments.flag(self.keep_sink, "keep_sink"),
-            "keep_last": arguments.flag(self.keep_last, "keep_last"),
-            "keep_local": arguments.count(self.keep_local, "keep_local"),
-            "head_offset": arguments.head_offset(self.head_offset),
-            "softmax_scale": arguments.softmax_scale(self.softmax_scale),
             "dense_layers": arguments.counts(self.dense_layers, "dense_layers"),
             "min_length": arguments.count(self.min_length, "min_length"),
+            "deterministic": arguments.optional_flag(self.deterministic, "deterministic"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    def sampling(self) -> Sampling:
+        """How to estimate, as keyword arguments of :func:`rrattn.estimate_block_scores`."""
+        return checked_sampling(self.stride, self.head_offset, self.softmax_scale)
+
+    def keep_rules(self) -> KeepRules:
+        """What to keep by other rules than the threshold, as keyword arguments of :func:`rrattn.select_blocks`."""
+        return checked_keep_rules(self.keep_sink, self.keep_last, self.keep_local)
+
     @classmethod
-    def from_json(cls, path: str | Path) -> RRAttentionConfig:
+    def from_json(cls, path: str | PathLike[str]) -> RRAttentionConfig:
         """The settings in a JSON file, an object of any of the fields by name; defaults for the others.
 
         `tools/calibrate.py` writes such a file, with a threshold for each layer or head.
@@ -110,7 +148,7 @@ class RRAttentionConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def to_json(self, path: str | Path) -> None:
+    def to_json(self, path: str | PathLike[str]) -> None:
         """Writes all settings into a file that `from_json` reads."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
@@ -129,7 +167,7 @@ class RRAttentionConfig:
                 f"threshold has {len(self.threshold)} entries, but the model has {num_layers} layers: "
                 "give one float, or one entry per layer"
             )
-        return self.threshold[layer_index]
+        return cast("float | tuple[float, ...]", self.threshold[layer_index])  # as arguments.thresholds made it
 
     def layer_is_dense(self, layer_index: int, num_layers: int) -> bool:
         """Whether one layer attends every block it sees.
@@ -145,25 +183,29 @@ class RRAttentionConfig:
         return layer_index in self.dense_layers
 
 
-class Settings(TypedDict, total=False):
-    """Settings by keyword, as `rrattn.enable` takes them: the fields of `RRAttentionConfig`, any of them."""
-
-    stride: int
-    threshold: float | Sequence[float | Sequence[float]]
-    keep_sink: bool
-    keep_last: bool
-    keep_local: int
-    head_offset: int
-    softmax_scale: float | None
-    dense_layers: Sequence[int]
-    min_length: int
-
-
 SETTINGS = tuple(field.name for field in fields(RRAttentionConfig))
 """The names of all settings."""
 
 
-def required_config(config) -> RRAttentionConfig:
+def checked_sampling(stride: object, head_offset: object, softmax_scale: object) -> Sampling:
+    """How to estimate, by name, as plain Python."""
+    return {
+        "stride": arguments.sample_stride(stride),
+        "head_offset": arguments.head_offset(head_offset),
+        "softmax_scale": arguments.softmax_scale(softmax_scale),
+    }
+
+
+def checked_keep_rules(keep_sink: object, keep_last: object, keep_local: object) -> KeepRules:
+    """The keep rules besides the threshold, by name, as plain Python."""
+    return {
+        "keep_sink": arguments.flag(keep_sink, "keep_sink"),
+        "keep_last": arguments.flag(keep_last, "keep_last"),
+        "keep_local": arguments.int64_count(keep_local, "keep_local"),
+    }
+
+
+def required_config(config: object) -> RRAttentionConfig:
     """The config itself.
 
     Raises
@@ -180,7 +222,7 @@ def required_config(config) -> RRAttentionConfig:
     return config
 
 
-def _settings_named_once(pairs):
+def _settings_named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as a dict. Refuses a name that stands there twice, of which a dict would keep the last."""
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -1,11 +1,11 @@
 """The stages on plain arrays, without Paddle: for kernel work, tests and benchmarks beside other array libraries.
 
 An array is anything with ``__dlpack__``: NumPy arrays in host memory; torch, CuPy or Paddle tensors, on a GPU too
-where this build has the stage for it. The caller allocates everything. Outputs are written in place; arrays of
-[B, L, H, D] may be strided as long as their last dimension is contiguous. Inputs may be read-only. An output may share
-memory with no other array, except that ``out`` may be ``query``. Functions release the GIL. They raise ValueError
-(TypeError for what is not an array, and for options that they do not have) with the value and what is allowed, before
-anything is written.
+where this build has the stage for it. Inputs come as in the functions of the same names on Paddle tensors. The caller
+allocates everything, outputs too, which are given by name and written in place; arrays of [B, L, H, D] may be strided
+as long as their last dimension is contiguous. Inputs may be read-only. An output may share memory with no other array,
+except that ``out`` may be ``query``. Functions release the GIL. They raise ValueError (TypeError for what is not an
+array, and for options that they do not have) with the value and what is allowed, before anything is written.
 
 NumPy has no bfloat16: pass uint16 arrays that hold the bits, and ``dtype="bfloat16"``. B, L, H, D stand for batch,
 length, heads and head size; blocks are of 128 tokens; Mq and Mk are the numbers of query and key blocks.
@@ -27,117 +27,202 @@ size_only : bool
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING, Any, Callable, Protocol, TypedDict, Union, cast
 
 from . import _direct, arguments
-from .config import RRAttentionConfig
+from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, checked_sampling
 
 _DEFAULTS = RRAttentionConfig()
-_THRESHOLD = "a number in (0, 1] or a float32 array of one per head"
+_DEFAULT_THRESHOLD = cast(float, _DEFAULTS.threshold)  # one number, where a config may have several
+_OPTIONS = ("num_threads", "workspace", "stream", "size_only")
 
 available_simd = _direct.available_simd
 default_num_threads = _direct.default_num_threads
 simd = _direct.simd
 
 
-def set_simd(name):
+class SupportsDlpack(Protocol):
+    """An array of any library that exchanges arrays by DLPack."""
+
+    def __dlpack__(self, *, stream: Any = ...) -> Any: ...
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    Array = Union[NDArray[Any], SupportsDlpack]  # NumPy says that its arrays of bool are none, and they are read
+
+    class Options(TypedDict, total=False):
+        """What all functions take, besides their own arguments."""
+
+        num_threads: int | None
+        workspace: Array | None
+        stream: int
+        size_only: bool
+
+
+def set_simd(name: str) -> None:
     """Makes the CPU stages use the instruction set of this name, one of :func:`available_simd`."""
     if not isinstance(name, str):
         raise TypeError(f"simd is {name!r}, but must be a name, one of {', '.join(available_simd())}")
     _direct.set_simd(name)
 
 
-def estimate_block_scores(
-    query,
-    key,
-    block_scores,
-    startend_row_indices=None,
+def rr_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    startend_row_indices: Array | None = None,
     *,
-    causal,
-    stride=_DEFAULTS.stride,
-    head_offset=_DEFAULTS.head_offset,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    dtype=None,
-    **options,
-):
+    out: Array,
+    lse: Array | None = None,
+    block_mask: Array | None = None,
+    block_scores: Array | None = None,
+    causal: bool = CAUSAL,
+    stride: int = _DEFAULTS.stride,
+    threshold: float | Array = _DEFAULT_THRESHOLD,
+    head_offset: int = _DEFAULTS.head_offset,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    keep_sink: bool = _DEFAULTS.keep_sink,
+    keep_last: bool = _DEFAULTS.keep_last,
+    keep_local: int = _DEFAULTS.keep_local,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
+    """All three stages in one call: the attention of :func:`rrattn.rr_attention`, without its gradient.
+
+    Parameters
+    ----------
+    query : [B, Lq, Hq, D] float32, float16 or bfloat16
+    key, value : [B, Lk, Hkv, D], same dtype
+    out : [B, Lq, Hq, D], output, same dtype
+    lse : [B, Hq, Lq] float32, output if given: log-sum-exp of each row, -inf where nothing is visible
+    block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output if given: the selected blocks
+    block_scores : [B, Hq, Mq, Mk] float32, output if given: what they were selected by
+    threshold : float in (0, 1], or [Hq] or [1] float32
+    startend_row_indices, causal, stride, head_offset, softmax_scale, keep_sink, keep_last, keep_local
+        As in :func:`rrattn.rr_attention`.
+
+    The workspace holds the outputs that are not given too.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rrattn import direct
+    >>> query, key, value = np.random.default_rng(0).standard_normal((3, 1, 1000, 4, 64), dtype=np.float32)
+    >>> arrays = {"out": np.empty_like(query), "lse": np.empty((1, 4, 1000), np.float32)}
+    >>> size = direct.rr_attention(query, key, value, **arrays, causal=True, size_only=True)
+    >>> workspace = np.empty(size, np.uint8)  # for all calls of these sizes; without it, each allocates its own
+    >>> direct.rr_attention(query, key, value, **arrays, causal=True, workspace=workspace) == size
+    True
+    """
+    scalar, per_head = _split_threshold(threshold)
+    return _direct.rr_attention(
+        query,
+        key,
+        value,
+        startend_row_indices=startend_row_indices,
+        head_thresholds=per_head,
+        out=out,
+        lse=lse,
+        block_mask=block_mask,
+        block_scores=block_scores,
+        causal=arguments.flag(causal, "causal"),
+        **checked_sampling(stride, head_offset, softmax_scale),
+        rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local)),
+        dtype=_name(dtype),
+        options=_options(rr_attention, options),
+    )
+
+
+def estimate_block_scores(
+    query: Array,
+    key: Array,
+    startend_row_indices: Array | None = None,
+    *,
+    block_scores: Array,
+    causal: bool = CAUSAL,
+    stride: int = _DEFAULTS.stride,
+    head_offset: int = _DEFAULTS.head_offset,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
     """Estimate how much each query block attends to each key block.
 
     Parameters
     ----------
     query : [B, Lq, Hq, D] float32, float16 or bfloat16
     key : [B, Lk, Hkv, D], same dtype
-    block_scores : [B, Hq, Mq, Mk] float32, output
     startend_row_indices : [B, 1 | Hkv | Hq, Lk, 1 | 2 | 4] int32, FlashMask
+    block_scores : [B, Hq, Mq, Mk] float32, output
     causal, stride, head_offset, softmax_scale : as in :func:`rrattn.rr_attention`
     """
     return _direct.estimate_block_scores(
         query,
         key,
-        block_scores,
         startend_row_indices,
-        arguments.flag(causal, "causal"),
-        arguments.sample_stride(stride),
-        arguments.head_offset(head_offset),
-        arguments.softmax_scale(softmax_scale),
-        _name(dtype),
-        _options(estimate_block_scores, options),
+        block_scores=block_scores,
+        causal=arguments.flag(causal, "causal"),
+        **checked_sampling(stride, head_offset, softmax_scale),
+        dtype=_name(dtype),
+        options=_options(estimate_block_scores, options),
     )
 
 
 def select_blocks(
-    block_scores,
-    block_mask,
-    startend_row_indices=None,
+    block_scores: Array,
+    threshold: float | Array,
+    startend_row_indices: Array | None = None,
     *,
-    threshold,
-    causal,
-    seqlen_q,
-    seqlen_k,
-    keep_sink=_DEFAULTS.keep_sink,
-    keep_last=_DEFAULTS.keep_last,
-    keep_local=_DEFAULTS.keep_local,
-    **options,
-):
+    block_mask: Array,
+    causal: bool = CAUSAL,
+    seqlen_q: int,
+    seqlen_k: int,
+    keep_sink: bool = _DEFAULTS.keep_sink,
+    keep_last: bool = _DEFAULTS.keep_last,
+    keep_local: int = _DEFAULTS.keep_local,
+    **options: Unpack[Options],
+) -> int:
     """Keep the blocks whose scores reach ``threshold`` of their row's sum.
 
     Parameters
     ----------
     block_scores : [B, Hq, Mq, Mk] float32
-    block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output: bit j % 32 of word j / 32 for key block j
     threshold : float in (0, 1], or [Hq] or [1] float32
+    block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output: bit j % 32 of word j / 32 for key block j
+    seqlen_q, seqlen_k : lengths in tokens
     startend_row_indices, causal, keep_sink, keep_last, keep_local : as in :func:`rrattn.rr_attention`
     """
-    per_head = hasattr(threshold, "__dlpack__") and getattr(threshold, "shape", None) != ()
-    scalar = 1.0 if per_head else arguments.threshold(threshold, allowed=_THRESHOLD)
+    scalar, per_head = _split_threshold(threshold)
     return _direct.select_blocks(
         block_scores,
-        block_mask,
-        startend_row_indices,
-        scalar,
-        threshold if per_head else None,
-        arguments.flag(causal, "causal"),
-        arguments.length(seqlen_q, "seqlen_q"),
-        arguments.length(seqlen_k, "seqlen_k"),
-        arguments.flag(keep_sink, "keep_sink"),
-        arguments.flag(keep_last, "keep_last"),
-        arguments.int64_count(keep_local, "keep_local"),
-        _options(select_blocks, options),
+        startend_row_indices=startend_row_indices,
+        head_thresholds=per_head,
+        block_mask=block_mask,
+        causal=arguments.flag(causal, "causal"),
+        seqlen_q=arguments.length(seqlen_q, "seqlen_q"),
+        seqlen_k=arguments.length(seqlen_k, "seqlen_k"),
+        rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local)),
+        options=_options(select_blocks, options),
     )
 
 
 def block_sparse_attention(
-    query,
-    key,
-    value,
-    block_mask,
-    out,
-    lse,
-    startend_row_indices=None,
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: Array,
+    startend_row_indices: Array | None = None,
     *,
-    causal,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    dtype=None,
-    **options,
-):
+    out: Array,
+    lse: Array,
+    causal: bool = CAUSAL,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
     """Flash attention over the selected blocks.
 
     Parameters
@@ -154,36 +239,36 @@ def block_sparse_attention(
         key,
         value,
         block_mask,
-        out,
-        lse,
         startend_row_indices,
-        arguments.flag(causal, "causal"),
-        arguments.softmax_scale(softmax_scale),
-        _name(dtype),
-        _options(block_sparse_attention, options),
+        out=out,
+        lse=lse,
+        causal=arguments.flag(causal, "causal"),
+        softmax_scale=arguments.softmax_scale(softmax_scale),
+        dtype=_name(dtype),
+        options=_options(block_sparse_attention, options),
     )
 
 
 def block_sparse_attention_backward(
-    query,
-    key,
-    value,
-    block_mask,
-    out,
-    lse,
-    grad_out,
-    grad_query,
-    grad_key,
-    grad_value,
-    startend_row_indices=None,
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: Array,
+    out: Array,
+    lse: Array,
+    grad_out: Array,
+    startend_row_indices: Array | None = None,
     *,
-    causal,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    dtype=None,
-    deterministic=False,
-    **options,
-):
-    """Gradients of :func:`block_sparse_attention`, given what it was given and what it returned.
+    grad_query: Array,
+    grad_key: Array,
+    grad_value: Array,
+    causal: bool = CAUSAL,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    deterministic: bool = False,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
+    """Gradients of :func:`block_sparse_attention`, given what it was given and what it wrote.
 
     Parameters
     ----------
@@ -204,19 +289,21 @@ def block_sparse_attention_backward(
         out,
         lse,
         grad_out,
-        grad_query,
-        grad_key,
-        grad_value,
         startend_row_indices,
-        arguments.flag(causal, "causal"),
-        arguments.softmax_scale(softmax_scale),
-        _name(dtype),
-        arguments.flag(deterministic, "deterministic"),
-        _options(block_sparse_attention_backward, options),
+        grad_query=grad_query,
+        grad_key=grad_key,
+        grad_value=grad_value,
+        causal=arguments.flag(causal, "causal"),
+        softmax_scale=arguments.softmax_scale(softmax_scale),
+        deterministic=arguments.flag(deterministic, "deterministic"),
+        dtype=_name(dtype),
+        options=_options(block_sparse_attention_backward, options),
     )
 
 
-def startend_rows_from_dense(mask, start_rows, verdict, *, dtype=None, **options):
+def startend_rows_from_dense(
+    mask: Array, *, start_rows: Array, verdict: Array, dtype: str | None = None, **options: Unpack[Options]
+) -> int:
     """FlashMask bounds of a dense causal mask, and a verdict that says whether they are exact.
 
     Parameters
@@ -228,34 +315,42 @@ def startend_rows_from_dense(mask, start_rows, verdict, *, dtype=None, **options
         such a value
     """
     return _direct.startend_rows_from_dense(
-        mask, start_rows, verdict, _name(dtype), _options(startend_rows_from_dense, options)
+        mask,
+        start_rows=start_rows,
+        verdict=verdict,
+        dtype=_name(dtype),
+        options=_options(startend_rows_from_dense, options),
     )
 
 
-def _options(function, given):
+def _split_threshold(threshold: Any) -> tuple[float, Array | None]:
+    """(float, None), or (unused float, array of one element per head)."""
+    if hasattr(threshold, "__dlpack__") and getattr(threshold, "shape", None) != ():
+        return 1.0, threshold
+    return arguments.threshold(threshold, allowed="a number in (0, 1] or a float32 array of one per head"), None
+
+
+def _options(function: Callable[..., int], given: Options) -> Any:
     """The options that all functions take, for the one that was called."""
-    known = {"num_threads": None, "workspace": None, "stream": 0, "size_only": False}
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in given if name not in _OPTIONS]
     if unknown:
         parameters = inspect.signature(function).parameters.values()
         own = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
         raise TypeError(
             f"rrattn.direct.{function.__name__} has no argument {', '.join(unknown)}; "
-            f"by name it takes {', '.join([*own, *known])}"
+            f"by name it takes {', '.join([*own, *_OPTIONS])}"
         )
-    options = {**known, **given}
-    num_threads = options["num_threads"]
-    if num_threads is not None:
-        num_threads = min(arguments.integer(num_threads, "num_threads", low=1), arguments.MAX_INT32)
-    return _direct.Options(
-        num_threads,
-        options["workspace"],
-        arguments.integer(options["stream"], "stream", 0, arguments.MAX_INT64),
-        arguments.flag(options["size_only"], "size_only"),
-    )
+    checked: Options = {**given}
+    if given.get("num_threads") is not None:
+        checked["num_threads"] = min(arguments.integer(given["num_threads"], "num_threads", low=1), arguments.MAX_INT32)
+    if "stream" in given:
+        checked["stream"] = arguments.integer(given["stream"], "stream", 0, arguments.MAX_INT64)
+    if "size_only" in given:
+        checked["size_only"] = arguments.flag(given["size_only"], "size_only")
+    return _direct.Options(**checked)
 
 
-def _name(dtype):
+def _name(dtype: object) -> str | None:
     """The name of a dtype, which the library checks; None stays None."""
     if dtype is not None and not isinstance(dtype, str):
         raise TypeError(f"dtype is {dtype!r}, but must be a name: 'float32', 'float16' or 'bfloat16'")

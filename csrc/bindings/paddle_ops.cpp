@@ -12,6 +12,8 @@
 #include "paddle/common/ddim.h"
 #include "paddle/extension.h"
 #include "paddle/phi/core/enforce.h"
+#include "settings.h"
+#include "shapes.h"
 
 // Paddle's exception and its helpers are in one of these namespaces, depending on its version.
 namespace common::enforce {}
@@ -32,7 +34,6 @@ namespace {
 
 using paddle::Tensor;
 using OptionalTensor = paddle::optional<Tensor>;
-using Shape = std::vector<int64_t>;
 using OptionalShape = paddle::optional<Shape>;
 using DType = paddle::DataType;
 
@@ -45,27 +46,109 @@ using DType = paddle::DataType;
 }
 
 // Paddle turns its own exceptions into Python's and ends the process on any other, so every
-// function that it calls goes through Guarded<function>::call.
+// function that it calls goes through here.
+template <typename Function, typename... Arguments>
+auto guarded(const Function& function, Arguments&&... arguments) {
+  try {
+    return function(std::forward<Arguments>(arguments)...);
+  } catch (const std::invalid_argument& error) {
+    raise(common::errors::InvalidArgument("%s", error.what()), error.what());
+  } catch (const std::bad_alloc&) {
+    constexpr const char* kMessage = "rrattn found no memory";
+    raise(common::errors::ResourceExhausted("%s", kMessage), kMessage);
+  } catch (const std::runtime_error& error) {
+    raise(common::errors::External("%s", error.what()), error.what());
+  } catch (const std::logic_error& error) {
+    raise(common::errors::Unimplemented("%s", error.what()), error.what());
+  }
+}
+
 template <auto kFunction>
 struct Guarded;
 
 template <typename Result, typename... Arguments, Result (*kFunction)(Arguments...)>
 struct Guarded<kFunction> {
-  static Result call(Arguments... arguments) {
-    try {
-      return kFunction(arguments...);
-    } catch (const std::invalid_argument& error) {
-      raise(common::errors::InvalidArgument("%s", error.what()), error.what());
-    } catch (const std::bad_alloc&) {
-      constexpr const char* kMessage = "rrattn found no memory";
-      raise(common::errors::ResourceExhausted("%s", kMessage), kMessage);
-    } catch (const std::runtime_error& error) {
-      raise(common::errors::External("%s", error.what()), error.what());
-    } catch (const std::logic_error& error) {
-      raise(common::errors::Unimplemented("%s", error.what()), error.what());
-    }
+  static Result call(Arguments... arguments) { return guarded(kFunction, arguments...); }
+};
+
+// The same for a kernel that takes its attributes as one struct: Paddle gives them one by one, after
+// the tensors.
+template <auto kFunction, typename Attributes, typename Settings = SettingsOf<Attributes>>
+struct Operator;
+
+template <typename Attributes, typename... Tensors, typename... Values,
+          std::vector<Tensor> (*kFunction)(const Attributes&, Tensors...)>
+struct Operator<kFunction, Attributes, std::tuple<Setting<Values>...>> {
+  static std::vector<Tensor> call(Tensors... tensors, Values... values) {
+    return guarded(kFunction, settings_from<Attributes>(values...), tensors...);
   }
 };
+
+const char* type_name(bool) { return "bool"; }
+const char* type_name(int64_t) { return "int64_t"; }
+const char* type_name(float) { return "float"; }
+
+// These attributes as PD_BUILD_OP takes them: "causal: bool" and so on.
+template <typename Attributes>
+std::vector<std::string> attributes() {
+  Attributes defaults;
+  return std::apply(
+      [](auto... setting) {
+        return std::vector<std::string>{std::string(setting.name) + ": " +
+                                        type_name(setting.value)...};
+      },
+      settings_of(defaults));
+}
+
+struct EstimateAttributes {
+  bool causal = false;
+  Sampling sampling;
+};
+
+struct SelectAttributes {
+  bool causal = false;
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;
+  KeepRules rules;
+};
+
+// `deterministic` is for the gradients, which take their attributes from the forward pass.
+struct AttendAttributes {
+  bool causal = false;
+  float softmax_scale = 0;
+  bool deterministic = false;
+};
+
+struct RRAttentionAttributes {
+  bool causal = false;
+  Sampling sampling;
+  KeepRules rules;
+  bool deterministic = false;
+};
+
+auto settings_of(EstimateAttributes& attributes) {
+  return std::tuple_cat(std::make_tuple(Setting{"causal", attributes.causal}),
+                        settings_of(attributes.sampling));
+}
+
+auto settings_of(SelectAttributes& attributes) {
+  return std::tuple_cat(std::make_tuple(Setting{"causal", attributes.causal},
+                                        Setting{"seqlen_q", attributes.seqlen_q},
+                                        Setting{"seqlen_k", attributes.seqlen_k}),
+                        settings_of(attributes.rules));
+}
+
+auto settings_of(AttendAttributes& attributes) {
+  return std::make_tuple(Setting{"causal", attributes.causal},
+                         Setting{"softmax_scale", attributes.softmax_scale},
+                         Setting{"deterministic", attributes.deterministic});
+}
+
+auto settings_of(RRAttentionAttributes& attributes) {
+  return std::tuple_cat(std::make_tuple(Setting{"causal", attributes.causal}),
+                        settings_of(attributes.sampling), settings_of(attributes.rules),
+                        std::make_tuple(Setting{"deterministic", attributes.deterministic}));
+}
 
 int gpu_of(const Tensor& tensor) { return tensor.is_gpu() ? tensor.place().GetDeviceId() : -1; }
 
@@ -114,28 +197,10 @@ OptionalArray describe(const OptionalTensor& tensor, const char* name) {
   return describe(*tensor, name);
 }
 
-// A size that is not known yet (-1, while a program is being built) stays -1.
-int64_t num_blocks(int64_t length) { return length < 0 ? -1 : ceil_div(length, kBlockSize); }
-int64_t num_words(int64_t blocks) { return blocks < 0 ? -1 : ceil_div(blocks, kMaskWordBits); }
-
-void check_ranks(const Shape& query, const Shape& key) {
-  require_rank("query", query, 4, "[batch, seqlen_q, num_heads, head_dim]");
-  require_rank("key", key, 4, "[batch, seqlen_k, num_heads_k, head_dim]");
-}
-
-Shape scores_shape(const Shape& query, const Shape& key) {
-  check_ranks(query, key);
-  return {query[0], query[2], num_blocks(query[1]), num_blocks(key[1])};
-}
-Shape mask_shape(const Shape& scores) {
-  require_rank("block_scores", scores, 4, "[batch, num_heads, query blocks, key blocks]");
-  return {scores[0], scores[1], scores[2], num_words(scores[3])};
-}
 Shape start_rows_shape(const Shape& mask) {
   require_rank("mask", mask, 4, "[batch, 1 | num_heads, seqlen_q, seqlen_k]");
   return {mask[0], mask[1], mask[3], 1};
 }
-Shape lse_shape(const Shape& query) { return {query[0], query[2], query[1]}; }
 
 // Runs a kernel on the device of its first tensor, with a workspace from Paddle's allocator. On a
 // GPU both belong to Paddle's stream: whatever runs there next may reuse the workspace's memory,
@@ -153,41 +218,38 @@ void run(const Kernel<Params>& kernel, Params params, const Tensor& first) {
   kernel.run(params);
 }
 
-std::vector<Tensor> estimate(const Tensor& query, const Tensor& key,
-                             const OptionalTensor& startend_row_indices, bool causal,
-                             int64_t stride, int64_t head_offset, float softmax_scale) {
+std::vector<Tensor> estimate(const EstimateAttributes& attributes, const Tensor& query,
+                             const Tensor& key, const OptionalTensor& startend_row_indices) {
   const Kernel<EstimateParams>& kernel = kEstimate.kernel_for(describe(query, "query"));
   Tensor block_scores =
       paddle::empty(scores_shape(query.shape(), key.shape()), DType::FLOAT32, query.place());
   run(kernel,
       estimate_params(describe(query, "query"), describe(key, "key"),
                       describe(startend_row_indices, "startend_row_indices"),
-                      describe(block_scores, "block_scores"), causal, stride, head_offset,
-                      softmax_scale),
+                      describe(block_scores, "block_scores"), attributes.causal,
+                      attributes.sampling),
       query);
   return {block_scores};
 }
 
-std::vector<Tensor> select(const Tensor& block_scores, const OptionalTensor& startend_row_indices,
-                           const OptionalTensor& head_thresholds, float threshold, bool causal,
-                           int64_t seqlen_q, int64_t seqlen_k, bool keep_sink, bool keep_last,
-                           int64_t keep_local) {
+std::vector<Tensor> select(const SelectAttributes& attributes, const Tensor& block_scores,
+                           const OptionalTensor& startend_row_indices,
+                           const OptionalTensor& head_thresholds) {
   const Kernel<SelectParams>& kernel = kSelect.kernel_for(describe(block_scores, "block_scores"));
   Tensor block_mask =
       paddle::empty(mask_shape(block_scores.shape()), DType::INT32, block_scores.place());
   run(kernel,
-      select_params(describe(block_scores, "block_scores"),
+      select_params(describe(block_scores, "block_scores"), describe(head_thresholds, "threshold"),
                     describe(startend_row_indices, "startend_row_indices"),
-                    describe(block_mask, "block_mask"), threshold,
-                    describe(head_thresholds, "threshold"), causal, seqlen_q, seqlen_k, keep_sink,
-                    keep_last, keep_local),
+                    describe(block_mask, "block_mask"), attributes.causal, attributes.seqlen_q,
+                    attributes.seqlen_k, attributes.rules),
       block_scores);
   return {block_mask};
 }
 
-std::vector<Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
-                           const Tensor& block_mask, const OptionalTensor& startend_row_indices,
-                           bool causal, float softmax_scale, bool /*deterministic*/) {
+std::vector<Tensor> attend(const AttendAttributes& attributes, const Tensor& query,
+                           const Tensor& key, const Tensor& value, const Tensor& block_mask,
+                           const OptionalTensor& startend_row_indices) {
   const Kernel<AttendParams>& kernel = kAttend.kernel_for(describe(query, "query"));
   check_ranks(query.shape(), key.shape());
   Tensor out = paddle::empty(query.shape(), query.dtype(), query.place());
@@ -196,16 +258,16 @@ std::vector<Tensor> attend(const Tensor& query, const Tensor& key, const Tensor&
       attend_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
                     describe(block_mask, "block_mask"),
                     describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
-                    describe(lse, "lse"), causal, softmax_scale),
+                    describe(lse, "lse"), attributes.causal, attributes.softmax_scale),
       query);
   return {out, lse};
 }
 
-std::vector<Tensor> attend_backward(const Tensor& query, const Tensor& key, const Tensor& value,
+std::vector<Tensor> attend_backward(const AttendAttributes& attributes, const Tensor& query,
+                                    const Tensor& key, const Tensor& value,
                                     const Tensor& block_mask,
                                     const OptionalTensor& startend_row_indices, const Tensor& out,
-                                    const Tensor& lse, const Tensor& grad_out, bool causal,
-                                    float softmax_scale, bool deterministic) {
+                                    const Tensor& lse, const Tensor& grad_out) {
   const Kernel<BackwardParams>& kernel = kBackward.kernel_for(describe(query, "query"));
   Tensor grad_query = paddle::empty(query.shape(), query.dtype(), query.place());
   Tensor grad_key = paddle::empty(key.shape(), key.dtype(), key.place());
@@ -216,38 +278,37 @@ std::vector<Tensor> attend_backward(const Tensor& query, const Tensor& key, cons
                       describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
                       describe(lse, "lse"), describe(grad_out, "grad_out"),
                       describe(grad_query, "grad_query"), describe(grad_key, "grad_key"),
-                      describe(grad_value, "grad_value"), causal, softmax_scale, deterministic),
+                      describe(grad_value, "grad_value"), attributes.causal,
+                      attributes.softmax_scale, attributes.deterministic),
       query);
   return {grad_query, grad_key, grad_value};
 }
 
-std::vector<Tensor> rr_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+std::vector<Tensor> rr_attention(const RRAttentionAttributes& attributes, const Tensor& query,
+                                 const Tensor& key, const Tensor& value,
                                  const OptionalTensor& startend_row_indices,
-                                 const OptionalTensor& head_thresholds, float threshold,
-                                 bool causal, int64_t stride, int64_t head_offset,
-                                 float softmax_scale, bool keep_sink, bool keep_last,
-                                 int64_t keep_local, bool deterministic) {
+                                 const OptionalTensor& head_thresholds) {
   kAttend.kernel_for(describe(query, "query"));  // throws before the other stages run in vain
+  const bool causal = attributes.causal;
   const Tensor block_scores =
-      estimate(query, key, startend_row_indices, causal, stride, head_offset, softmax_scale)[0];
-  const Tensor block_mask =
-      select(block_scores, startend_row_indices, head_thresholds, threshold, causal,
-             query.shape()[1], key.shape()[1], keep_sink, keep_last, keep_local)[0];
-  std::vector<Tensor> outputs = attend(query, key, value, block_mask, startend_row_indices, causal,
-                                       softmax_scale, deterministic);
+      estimate({causal, attributes.sampling}, query, key, startend_row_indices)[0];
+  const Tensor block_mask = select({causal, query.shape()[1], key.shape()[1], attributes.rules},
+                                   block_scores, startend_row_indices, head_thresholds)[0];
+  std::vector<Tensor> outputs =
+      attend({causal, attributes.sampling.softmax_scale, attributes.deterministic}, query, key,
+             value, block_mask, startend_row_indices);
   outputs.push_back(block_mask);
   return outputs;
 }
 
-std::vector<Tensor> rr_attention_backward(const Tensor& query, const Tensor& key,
-                                          const Tensor& value,
+// The same gradients, from inputs in another order.
+std::vector<Tensor> rr_attention_backward(const AttendAttributes& attributes, const Tensor& query,
+                                          const Tensor& key, const Tensor& value,
                                           const OptionalTensor& startend_row_indices,
                                           const Tensor& out, const Tensor& lse,
-                                          const Tensor& block_mask, const Tensor& grad_out, float,
-                                          bool causal, int64_t, int64_t, float softmax_scale, bool,
-                                          bool, int64_t, bool deterministic) {
-  return attend_backward(query, key, value, block_mask, startend_row_indices, out, lse, grad_out,
-                         causal, softmax_scale, deterministic);
+                                          const Tensor& block_mask, const Tensor& grad_out) {
+  return attend_backward(attributes, query, key, value, block_mask, startend_row_indices, out, lse,
+                         grad_out);
 }
 
 std::vector<Tensor> dense_mask(const Tensor& mask) {
@@ -263,24 +324,10 @@ std::vector<Tensor> dense_mask(const Tensor& mask) {
 
 // Without these Paddle would leave out attention's part of second-order gradients, without an
 // error.
-[[noreturn]] std::vector<Tensor> refuse_second_order() {
+std::vector<Tensor> refuse_second_order() {
   throw std::logic_error(
       "rrattn has no second-order gradients: what paddle.grad(..., create_graph=True) gives "
       "through its attention cannot be differentiated again");
-}
-std::vector<Tensor> attend_double_grad(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       const OptionalTensor&, const Tensor&, const Tensor&,
-                                       const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, bool, float, bool) {
-  refuse_second_order();
-}
-std::vector<Tensor> rr_attention_double_grad(const Tensor&, const Tensor&, const Tensor&,
-                                             const OptionalTensor&, const Tensor&, const Tensor&,
-                                             const Tensor&, const Tensor&, const OptionalTensor&,
-                                             const OptionalTensor&, const OptionalTensor&, float,
-                                             bool, int64_t, int64_t, float, bool, bool, int64_t,
-                                             bool) {
-  refuse_second_order();
 }
 
 using OptionalDType = paddle::optional<DType>;
@@ -325,8 +372,8 @@ std::vector<DType> rr_attention_dtype(DType query, DType, DType, const OptionalD
 PD_BUILD_OP(rrattn_estimate)
     .Inputs({"Query", "Key", paddle::Optional("StartendRowIndices")})
     .Outputs({"BlockScores"})
-    .Attrs({"causal: bool", "stride: int64_t", "head_offset: int64_t", "softmax_scale: float"})
-    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::estimate>::call))
+    .Attrs(rrattn::attributes<rrattn::EstimateAttributes>())
+    .SetKernelFn(PD_KERNEL(rrattn::Operator<rrattn::estimate, rrattn::EstimateAttributes>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::estimate_shape>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::estimate_dtype));
 
@@ -334,17 +381,16 @@ PD_BUILD_OP(rrattn_select)
     .Inputs({"BlockScores", paddle::Optional("StartendRowIndices"),
              paddle::Optional("HeadThresholds")})
     .Outputs({"BlockMask"})
-    .Attrs({"threshold: float", "causal: bool", "seqlen_q: int64_t", "seqlen_k: int64_t",
-            "keep_sink: bool", "keep_last: bool", "keep_local: int64_t"})
-    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::select>::call))
+    .Attrs(rrattn::attributes<rrattn::SelectAttributes>())
+    .SetKernelFn(PD_KERNEL(rrattn::Operator<rrattn::select, rrattn::SelectAttributes>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::select_shape>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::select_dtype));
 
 PD_BUILD_OP(rrattn_attend)
     .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices")})
     .Outputs({"Out", "Lse"})
-    .Attrs({"causal: bool", "softmax_scale: float", "deterministic: bool"})
-    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend>::call))
+    .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
+    .SetKernelFn(PD_KERNEL(rrattn::Operator<rrattn::attend, rrattn::AttendAttributes>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::attend_shape>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::attend_dtype));
 
@@ -352,8 +398,9 @@ PD_BUILD_GRAD_OP(rrattn_attend)
     .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
              "Lse", paddle::Grad("Out")})
     .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
-    .Attrs({"causal: bool", "softmax_scale: float", "deterministic: bool"})
-    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend_backward>::call));
+    .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
+    .SetKernelFn(
+        PD_KERNEL(rrattn::Operator<rrattn::attend_backward, rrattn::AttendAttributes>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(rrattn_attend)
     .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
@@ -361,17 +408,15 @@ PD_BUILD_DOUBLE_GRAD_OP(rrattn_attend)
              paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Value")))})
     .Outputs({paddle::Grad(paddle::Grad("Out"))})
-    .Attrs({"causal: bool", "softmax_scale: float", "deterministic: bool"})
-    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::attend_double_grad>::call));
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::refuse_second_order>::call));
 
 PD_BUILD_OP(rrattn_rr_attention)
     .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
              paddle::Optional("HeadThresholds")})
     .Outputs({"Out", "Lse", "BlockMask"})
-    .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
-            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "keep_local: int64_t",
-            "deterministic: bool"})
-    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention>::call))
+    .Attrs(rrattn::attributes<rrattn::RRAttentionAttributes>())
+    .SetKernelFn(
+        PD_KERNEL(rrattn::Operator<rrattn::rr_attention, rrattn::RRAttentionAttributes>::call))
     .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::rr_attention_shape>::call))
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::rr_attention_dtype));
 
@@ -379,10 +424,9 @@ PD_BUILD_GRAD_OP(rrattn_rr_attention)
     .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Out", "Lse",
              "BlockMask", paddle::Grad("Out")})
     .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
-    .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
-            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "keep_local: int64_t",
-            "deterministic: bool"})
-    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention_backward>::call));
+    .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
+    .SetKernelFn(
+        PD_KERNEL(rrattn::Operator<rrattn::rr_attention_backward, rrattn::AttendAttributes>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(rrattn_rr_attention)
     .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Out", "Lse",
@@ -391,10 +435,7 @@ PD_BUILD_DOUBLE_GRAD_OP(rrattn_rr_attention)
              paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Value")))})
     .Outputs({paddle::Grad(paddle::Grad("Out"))})
-    .Attrs({"threshold: float", "causal: bool", "stride: int64_t", "head_offset: int64_t",
-            "softmax_scale: float", "keep_sink: bool", "keep_last: bool", "keep_local: int64_t",
-            "deterministic: bool"})
-    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::rr_attention_double_grad>::call));
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::refuse_second_order>::call));
 
 PD_BUILD_OP(rrattn_dense_mask)
     .Inputs({"Mask"})

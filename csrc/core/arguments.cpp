@@ -169,11 +169,54 @@ QueryKey check_query_key(const Array& query, const Array& key,
   return found;
 }
 
-float scale_or_default(std::optional<double> softmax_scale, int64_t head_dim) {
-  const double scale = softmax_scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)));
-  if (!std::isfinite(static_cast<float>(scale)))
-    fail("softmax_scale is ", scale, ", but must be finite");
-  return static_cast<float>(scale);
+float check_scale(float softmax_scale) {
+  if (!std::isfinite(softmax_scale)) {
+    fail("softmax_scale is ", softmax_scale, ", but must be finite");
+  }
+  return softmax_scale;
+}
+
+Sampling check_sampling(Sampling sampling) {
+  if (sampling.stride < 2 || sampling.stride > 64 || kBlockSize % sampling.stride != 0) {
+    fail("stride is ", sampling.stride,
+         ", but must be a divisor of 128 from 2 to 64: 2, 4, 8, 16, 32 or 64");
+  }
+  if (sampling.head_offset < 0) {
+    fail("head_offset is ", sampling.head_offset, ", but must be at least 0");
+  }
+  sampling.head_offset %= sampling.stride;  // only the phase counts; sums with it stay small
+  check_scale(sampling.softmax_scale);
+  return sampling;
+}
+
+void check_threshold(float threshold, const std::string& name) {
+  if (!(threshold > 0 && threshold <= 1)) fail(name, " is ", threshold, ", but must be in (0, 1]");
+}
+
+// `first` is the array whose device counts.
+KeepRules check_keep_rules(KeepRules rules, const OptionalArray& head_thresholds,
+                           const Visibility& visibility, const Array& first) {
+  if (head_thresholds) {
+    require_type(*head_thresholds, ElementType::kFloat32, "float32");
+    require_same_device(*head_thresholds, first);
+    if (head_thresholds->shape != std::vector<int64_t>{1}) {
+      require_shape(*head_thresholds, {visibility.num_heads},
+                    "[num_heads], one for each query head, or [1]");
+    }
+    require_contiguous(*head_thresholds);
+    const int64_t count = head_thresholds->shape[0];
+    rules.head_thresholds = static_cast<const float*>(head_thresholds->data);
+    rules.head_threshold_stride = count == 1 ? 0 : 1;
+    // Device memory is not read here. A threshold outside (0, 1] in it keeps every visible block.
+    for (int64_t h = 0; first.device == "cpu" && h < count; ++h) {
+      check_threshold(rules.head_thresholds[h], "threshold[" + std::to_string(h) + "]");
+    }
+  } else {
+    check_threshold(rules.threshold, "threshold");
+  }
+  if (rules.keep_local < 0) fail("keep_local is ", rules.keep_local, ", but must be at least 0");
+  rules.keep_local = std::min(rules.keep_local, visibility.num_n_blocks());
+  return rules;
 }
 
 const uint32_t* check_block_mask(const Array& block_mask, const Visibility& visibility,
@@ -211,8 +254,7 @@ float* check_lse(const Array& lse, const Visibility& visibility, const Array& fi
 
 AttendParams check_attend(const Array& query, const Array& key, const Array& value,
                           const Array& block_mask, const OptionalArray& startend_row_indices,
-                          const Array& out, const Array& lse, bool causal,
-                          std::optional<double> softmax_scale) {
+                          const Array& out, const Array& lse, bool causal, float softmax_scale) {
   AttendParams params;
   const QueryKey checked = check_query_key(query, key, startend_row_indices, causal);
   params.visibility = checked.visibility;
@@ -221,7 +263,7 @@ AttendParams check_attend(const Array& query, const Array& key, const Array& val
   params.key = rows_of(key);
   params.value = rows_like(value, key, kKeyMeaning);
   params.block_mask = check_block_mask(block_mask, params.visibility, query);
-  params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
+  params.softmax_scale = check_scale(softmax_scale);
   params.out = rows_like(out, query, kQueryMeaning);
   params.lse = check_lse(lse, params.visibility, query);
   return params;
@@ -258,34 +300,31 @@ void require_rank(const std::string& name, const std::vector<int64_t>& shape, si
   }
 }
 
+float default_softmax_scale(const Array& query) {
+  const int64_t head_dim = query.shape.empty() ? 0 : query.shape.back();
+  return head_dim > 0 ? static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim))) : 1;
+}
+
 EstimateParams estimate_params(const Array& query, const Array& key,
                                const OptionalArray& startend_row_indices, const Array& block_scores,
-                               bool causal, int64_t stride, int64_t head_offset,
-                               std::optional<double> softmax_scale) {
+                               bool causal, const Sampling& sampling) {
   EstimateParams params;
   const QueryKey checked = check_query_key(query, key, startend_row_indices, causal);
   params.visibility = checked.visibility;
   params.heads = checked.heads;
   params.query = rows_of(query);
   params.key = rows_of(key);
-  if (stride < 2 || stride > 64 || kBlockSize % stride != 0) {
-    fail("stride is ", stride,
-         ", but must be a divisor of 128 from 2 to 64: 2, 4, 8, 16, 32 or 64");
-  }
-  if (head_offset < 0) fail("head_offset is ", head_offset, ", but must be at least 0");
-  params.stride = static_cast<int>(stride);
-  params.head_offset = head_offset % stride;  // only the phase counts; sums with it stay small
-  params.softmax_scale = scale_or_default(softmax_scale, params.heads.head_dim);
+  params.sampling = check_sampling(sampling);
   require_same_device(block_scores, query);
   params.block_scores = check_block_scores(block_scores, params.visibility);
   require_own_memory({&block_scores}, present({&query, &key}, {&startend_row_indices}));
   return params;
 }
 
-SelectParams select_params(const Array& block_scores, const OptionalArray& startend_row_indices,
-                           const Array& block_mask, double threshold,
-                           const OptionalArray& head_thresholds, bool causal, int64_t seqlen_q,
-                           int64_t seqlen_k, bool keep_sink, bool keep_last, int64_t keep_local) {
+SelectParams select_params(const Array& block_scores, const OptionalArray& head_thresholds,
+                           const OptionalArray& startend_row_indices, const Array& block_mask,
+                           bool causal, int64_t seqlen_q, int64_t seqlen_k,
+                           const KeepRules& rules) {
   SelectParams params;
   require_rank(block_scores.name, block_scores.shape, 4,
                "[batch, num_heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)]");
@@ -300,33 +339,7 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& start
   const bool divides = index_heads > 0 && params.visibility.num_heads % index_heads == 0;
   params.visibility.row_bounds =
       row_bounds(startend_row_indices, params.visibility, divides ? index_heads : 0, block_scores);
-
-  const auto check_threshold = [](float tau, const std::string& name) {
-    if (!(tau > 0 && tau <= 1)) fail(name, " is ", tau, ", but must be in (0, 1]");
-  };
-  if (head_thresholds) {
-    const int64_t num_heads = params.visibility.num_heads;
-    require_type(*head_thresholds, ElementType::kFloat32, "float32");
-    require_same_device(*head_thresholds, block_scores);
-    if (head_thresholds->shape != std::vector<int64_t>{1}) {
-      require_shape(*head_thresholds, {num_heads}, "[num_heads], one for each query head, or [1]");
-    }
-    require_contiguous(*head_thresholds);
-    params.head_thresholds = static_cast<const float*>(head_thresholds->data);
-    params.head_threshold_stride = head_thresholds->shape[0] == 1 ? 0 : 1;
-    const int64_t count = head_thresholds->shape[0];
-    // Device memory is not read here. A threshold outside (0, 1] in it keeps every visible block.
-    for (int64_t h = 0; block_scores.device == "cpu" && h < count; ++h) {
-      check_threshold(params.head_thresholds[h], "threshold[" + std::to_string(h) + "]");
-    }
-  } else {
-    params.threshold = static_cast<float>(threshold);
-    check_threshold(params.threshold, "threshold");
-  }
-  if (keep_local < 0) fail("keep_local is ", keep_local, ", but must be at least 0");
-  params.keep_sink = keep_sink;
-  params.keep_last = keep_last;
-  params.keep_local = std::min(keep_local, params.visibility.num_n_blocks());
+  params.rules = check_keep_rules(rules, head_thresholds, params.visibility, block_scores);
   params.block_mask =
       const_cast<uint32_t*>(check_block_mask(block_mask, params.visibility, block_scores));
   require_own_memory({&block_mask},
@@ -336,8 +349,7 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& start
 
 AttendParams attend_params(const Array& query, const Array& key, const Array& value,
                            const Array& block_mask, const OptionalArray& startend_row_indices,
-                           const Array& out, const Array& lse, bool causal,
-                           std::optional<double> softmax_scale) {
+                           const Array& out, const Array& lse, bool causal, float softmax_scale) {
   const AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, out,
                                            lse, causal, softmax_scale);
   // `out` may be the query: a row of queries is read before its result is written, and whatever
@@ -351,8 +363,8 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
                                const Array& block_mask, const OptionalArray& startend_row_indices,
                                const Array& out, const Array& lse, const Array& grad_out,
                                const Array& grad_query, const Array& grad_key,
-                               const Array& grad_value, bool causal,
-                               std::optional<double> softmax_scale, bool deterministic) {
+                               const Array& grad_value, bool causal, float softmax_scale,
+                               bool deterministic) {
   const AttendParams forward = check_attend(query, key, value, block_mask, startend_row_indices,
                                             out, lse, causal, softmax_scale);
   BackwardParams params;

@@ -34,33 +34,35 @@ bool is_empty(const Array& array);
 void require_rank(const std::string& name, const std::vector<int64_t>& shape, size_t rank,
                   const char* meaning);
 
+// 1 / sqrt(head_dim) of a query [B, Lq, Hq, D]; 1 where that is no number.
+float default_softmax_scale(const Array& query);
+
 // The caller allocates the outputs, and the functions below check their shapes as those of inputs.
 // These must be contiguous:
 //
 //   block_scores  [B, Hq, Mq, Mk]
 //   block_mask    [B, Hq, Mq, ceil(Mk / 32)]
 //   lse           [B, Hq, Lq]
+//
+// Settings come as they were given, without the thresholds of single heads.
 EstimateParams estimate_params(const Array& query, const Array& key,
                                const OptionalArray& startend_row_indices, const Array& block_scores,
-                               bool causal, int64_t stride, int64_t head_offset,
-                               std::optional<double> softmax_scale);
+                               bool causal, const Sampling& sampling);
 
-SelectParams select_params(const Array& block_scores, const OptionalArray& startend_row_indices,
-                           const Array& block_mask, double threshold,
-                           const OptionalArray& head_thresholds, bool causal, int64_t seqlen_q,
-                           int64_t seqlen_k, bool keep_sink, bool keep_last, int64_t keep_local);
+SelectParams select_params(const Array& block_scores, const OptionalArray& head_thresholds,
+                           const OptionalArray& startend_row_indices, const Array& block_mask,
+                           bool causal, int64_t seqlen_q, int64_t seqlen_k, const KeepRules& rules);
 
 AttendParams attend_params(const Array& query, const Array& key, const Array& value,
                            const Array& block_mask, const OptionalArray& startend_row_indices,
-                           const Array& out, const Array& lse, bool causal,
-                           std::optional<double> softmax_scale);
+                           const Array& out, const Array& lse, bool causal, float softmax_scale);
 
 BackwardParams backward_params(const Array& query, const Array& key, const Array& value,
                                const Array& block_mask, const OptionalArray& startend_row_indices,
                                const Array& out, const Array& lse, const Array& grad_out,
                                const Array& grad_query, const Array& grad_key,
-                               const Array& grad_value, bool causal,
-                               std::optional<double> softmax_scale, bool deterministic);
+                               const Array& grad_value, bool causal, float softmax_scale,
+                               bool deterministic);
 
 //   mask        [B, H, Lq, Lk] bool, float32, float16 or bfloat16
 //   start_rows  [B, H, Lk, 1] int32, contiguous

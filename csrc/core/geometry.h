@@ -134,6 +134,43 @@ RRATTN_HOST_DEVICE inline const RunBounds* run_bounds_of(const Visibility& visib
                       ceil_div(visibility.seqlen_k, run_length);
 }
 
+// Where a query block's row of the block mask is, among the rows and among the key blocks.
+struct MaskRow {
+  bool causal;
+  bool is_last;
+  // When causal, the key blocks from first_own to before end_own hold the own positions of the
+  // block's queries, and those from there on are hidden.
+  int first_own, end_own;
+};
+
+RRATTN_HOST_DEVICE inline MaskRow mask_row_of(const Visibility& visibility, int64_t m_block) {
+  const int64_t first_row = m_block * kBlockSize;
+  const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;
+  return {visibility.causal, m_block == visibility.num_m_blocks() - 1,
+          static_cast<int>((first_row + visibility.shift()) / kBlockSize),
+          static_cast<int>((last_row + visibility.shift()) / kBlockSize) + 1};
+}
+
+// The bits of a word of the mask that stand for key blocks before `end`.
+RRATTN_HOST_DEVICE inline uint32_t bits_before(int end, int word) {
+  const int count = std::min(std::max(end - kMaskWordBits * word, 0), int{kMaskWordBits});
+  return static_cast<uint32_t>((1ull << count) - 1);
+}
+
+// Which key blocks of a word of the mask the rules keep in a row, whatever they score. Hidden ones
+// may be among them, which are not kept all the same; blocks that FlashMask masks in part are kept
+// besides. `first_visible` is the row's first visible key block.
+RRATTN_HOST_DEVICE inline uint32_t kept_by_rule(const KeepRules& rules, const MaskRow& row,
+                                                int first_visible, int word) {
+  uint32_t kept = 0;
+  if (row.causal) kept |= ~bits_before(row.first_own - static_cast<int>(rules.keep_local), word);
+  if (rules.keep_sink && first_visible / kMaskWordBits == word) {
+    kept |= 1u << first_visible % kMaskWordBits;
+  }
+  if (rules.keep_last && row.is_last) kept = ~0u;
+  return kept;
+}
+
 enum class BlockKind { kHidden, kPartial, kOpen };
 
 // `block_bounds` has the bounds of each key block for one batch entry and head; null without

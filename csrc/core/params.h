@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
 #if defined(__CUDACC__)
 #define RRATTN_HOST_DEVICE __host__ __device__
@@ -87,27 +88,64 @@ struct Execution {
   void* stream = nullptr;     // GPU only: a cudaStream_t
 };
 
+// One of a struct of settings, by the name that users and operators know it by.
+template <typename Value>
+struct Setting {
+  const char* name;
+  Value& value;
+};
+template <typename Value>
+Setting(const char*, Value&) -> Setting<Value>;
+
+// How the estimate samples.
+struct Sampling {
+  int64_t stride = 0;
+  int64_t head_offset = 0;
+  float softmax_scale = 0;
+};
+
+inline auto settings_of(Sampling& sampling) {
+  return std::make_tuple(Setting{"stride", sampling.stride},
+                         Setting{"head_offset", sampling.head_offset},
+                         Setting{"softmax_scale", sampling.softmax_scale});
+}
+
+// Which blocks the selection keeps: those that hold `threshold` of a row's mass, and by the other
+// rules some more (kept_by_rule in geometry.h).
+struct KeepRules {
+  float threshold = 0;                     // tau of every head, without head_thresholds
+  const float* head_thresholds = nullptr;  // [Hq], or one for all heads, or null
+  int64_t head_threshold_stride = 0;       // 1 or 0
+  bool keep_sink = true;                   // the first visible key block
+  bool keep_last = false;                  // all visible ones of the last row of blocks
+  int64_t keep_local = 0;                  // key blocks before the row's own; at most Mk
+
+  RRATTN_HOST_DEVICE float threshold_of(int64_t head) const {
+    return head_thresholds ? head_thresholds[head * head_threshold_stride] : threshold;
+  }
+};
+
+// Both bindings offer what is listed here.
+inline auto settings_of(KeepRules& rules) {
+  return std::make_tuple(
+      Setting{"threshold", rules.threshold}, Setting{"keep_sink", rules.keep_sink},
+      Setting{"keep_last", rules.keep_last}, Setting{"keep_local", rules.keep_local});
+}
+
 struct EstimateParams {
   Visibility visibility;
   Heads heads;
   Rows query;  // [B, Lq, Hq, D]
   Rows key;    // [B, Lk, Hkv, D]
-  int stride = 0;
-  int64_t head_offset = 0;
-  float softmax_scale = 0;
+  Sampling sampling;
   float* block_scores = nullptr;  // [B, Hq, Mq, Mk], written whole
   Execution execution;
 };
 
 struct SelectParams {
   Visibility visibility;
-  const float* block_scores = nullptr;     // [B, Hq, Mq, Mk]
-  float threshold = 0;                     // tau of every head, without head_thresholds
-  const float* head_thresholds = nullptr;  // [Hq], or one for all heads, or null
-  int64_t head_threshold_stride = 0;       // 1 or 0
-  bool keep_sink = true;
-  bool keep_last = false;
-  int64_t keep_local = 0;          // key blocks before the row's own; at most Mk
+  const float* block_scores = nullptr;  // [B, Hq, Mq, Mk]
+  KeepRules rules;
   uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)], written whole
   Execution execution;
 };

@@ -24,7 +24,7 @@ struct EstimateShape {
   int64_t m_blocks_per_item, strips_per_item;  // one of the two is 1
 
   explicit EstimateShape(const EstimateParams& params)
-      : stride(params.stride),
+      : stride(params.sampling.stride),
         strides_per_block(kBlockSize / stride),
         num_strides(ceil_div(params.visibility.seqlen_k, stride)),
         num_tiles(ceil_div(num_strides, kStridesPerTile)),
@@ -44,7 +44,7 @@ struct PooledKeys {
     const int64_t rows =
         visibility.batch * params.heads.num_heads_k * shape.num_strides + kStridesPerTile;
     keys = arena.take<float>(rows * params.heads.head_dim);
-    bounds = arena.take<RunBounds>(visibility.num_run_bounds(params.stride));
+    bounds = arena.take<RunBounds>(visibility.num_run_bounds(params.sampling.stride));
   }
 };
 
@@ -111,7 +111,7 @@ struct SampledQueries {
   SampledQueries(const EstimateParams& params, const EstimateShape& shape, int64_t head,
                  int64_t first_sample) {
     const Visibility& visibility = params.visibility;
-    const int64_t phase = (params.head_offset + head) % shape.stride;
+    const int64_t phase = (params.sampling.head_offset + head) % shape.stride;
     first_token = first_sample * shape.stride + phase;
     count = first_token < visibility.seqlen_q
                 ? ceil_div(visibility.seqlen_q - first_token, shape.stride)
@@ -200,7 +200,8 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
   const float* keys = pooled.keys + key_head * shape.num_strides * head_dim;
   const RunBounds* bounds = run_bounds_of(visibility, shape.stride, pooled.bounds, batch, head);
   read_strip(HeadView(params.query, params.heads, batch, head), queries.first_token, shape.stride,
-             queries.count, params.softmax_scale * kLog2E / static_cast<float>(shape.stride),
+             queries.count,
+             params.sampling.softmax_scale * kLog2E / static_cast<float>(shape.stride),
              scratch.query_strip, scratch.row_buffer);
 
   alignas(64) float row_base[kStrip], row_sum[kStrip] = {};

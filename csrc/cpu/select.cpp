@@ -75,18 +75,19 @@ void keep_top(const float* scores, float tau, int64_t num_n_blocks, const Select
 void keep_by_rule(const SelectParams& params, int64_t m_block, const SelectScratch& scratch,
                   uint32_t* mask_row) {
   const Visibility& visibility = params.visibility;
-  const int64_t first_row = m_block * kBlockSize;
-  const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-  // The blocks that hold the row's own positions and keep_local before them; none when not causal.
-  const int64_t first_local = (first_row + visibility.shift()) / kBlockSize - params.keep_local;
-  const int64_t last_own = visibility.causal ? (last_row + visibility.shift()) / kBlockSize : -1;
-  const bool keep_row = params.keep_last && m_block == visibility.num_m_blocks() - 1;
-  bool sink = params.keep_sink;
-  for (int64_t n = 0; n < visibility.num_n_blocks(); ++n) {
-    if (scratch.kinds[n] == BlockKind::kHidden) continue;
-    const bool local = first_local <= n && n <= last_own;
-    if (sink || local || keep_row || scratch.kinds[n] == BlockKind::kPartial) set_bit(mask_row, n);
-    sink = false;  // only the first visible block
+  const MaskRow row = mask_row_of(visibility, m_block);
+  const BlockKind* begin = scratch.kinds;
+  const BlockKind* end = begin + visibility.num_n_blocks();
+  const auto is_visible = [](BlockKind kind) { return kind != BlockKind::kHidden; };
+  const auto first_visible = static_cast<int>(std::find_if(begin, end, is_visible) - begin);
+  for (int word = 0; word < visibility.num_mask_words(); ++word) {
+    const BlockKind* kinds = begin + word * kMaskWordBits;
+    uint32_t visible = 0, partial = 0;
+    for (int i = 0; i < kMaskWordBits && kinds + i < end; ++i) {
+      visible |= static_cast<uint32_t>(is_visible(kinds[i])) << i;
+      partial |= static_cast<uint32_t>(kinds[i] == BlockKind::kPartial) << i;
+    }
+    mask_row[word] |= (kept_by_rule(params.rules, row, first_visible, word) | partial) & visible;
   }
 }
 
@@ -116,10 +117,8 @@ void run_select(const SelectParams& params) {
         scratch.kinds[n] = classify_block(visibility, bounds, m_block, n);
       uint32_t* mask_row = params.block_mask + row * num_words;
       std::fill(mask_row, mask_row + num_words, 0u);
-      const float tau = params.head_thresholds
-                            ? params.head_thresholds[head * params.head_threshold_stride]
-                            : params.threshold;
-      keep_top(params.block_scores + row * num_n_blocks, tau, num_n_blocks, scratch, mask_row);
+      keep_top(params.block_scores + row * num_n_blocks, params.rules.threshold_of(head),
+               num_n_blocks, scratch, mask_row);
       keep_by_rule(params, m_block, scratch, mask_row);
     }
   };

@@ -101,14 +101,14 @@ struct EstimateLayout {
   float score_scale;  // brings products to scores in units of log2
 
   EstimateLayout(const EstimateParams& params, int consumers)
-      : num_strides(static_cast<int>(ceil_div(params.visibility.seqlen_k, params.stride))),
+      : num_strides(static_cast<int>(ceil_div(params.visibility.seqlen_k, params.sampling.stride))),
         num_tiles(static_cast<int>(ceil_div(num_strides, kTileStrides))),
         num_row_tiles(static_cast<int>(
-            ceil_div(ceil_div(params.visibility.seqlen_q, params.stride), kTileQueries))),
+            ceil_div(ceil_div(params.visibility.seqlen_q, params.sampling.stride), kTileQueries))),
         group(static_cast<int>(params.visibility.num_heads / params.heads.num_heads_k)),
         key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)),
         num_items(key_heads * static_cast<int>(ceil_div(num_row_tiles * group, consumers))),
-        score_scale(params.softmax_scale * kLog2E) {}
+        score_scale(params.sampling.softmax_scale * kLog2E) {}
 };
 
 template <typename Traits>
@@ -127,11 +127,11 @@ struct EstimateWorkspace {
     const int64_t key_tiles = static_cast<int64_t>(layout.key_heads) * layout.num_tiles;
     pooled_keys = arena.take<typename Traits::Element>(key_tiles * Traits::kKeyTileElements);
     consumer_sums = static_cast<int64_t>(layout.num_tiles) * kTileQueries *
-                    (kTileStrides * params.stride / kBlockSize);
+                    (kTileStrides * params.sampling.stride / kBlockSize);
     block_sums = arena.take<float>(num_multiprocessors * Traits::kConsumers * consumer_sums);
-    stride_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(params.stride));
-    tile_bounds =
-        arena.take<RunBounds>(params.visibility.num_run_bounds(params.stride * kTileStrides));
+    stride_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(params.sampling.stride));
+    tile_bounds = arena.take<RunBounds>(
+        params.visibility.num_run_bounds(params.sampling.stride * kTileStrides));
     next_item = arena.take<int>(3 + layout.num_items);
     num_outgrown = next_item + 2;
     outgrown_items = next_item + 3;

@@ -30,7 +30,7 @@ __device__ inline void fill_item(EstimateItem<kConsumers>& item, const EstimateP
   for (RowTile& rows : item.rows) {
     rows.head = item.key_head % num_heads_k * layout.group + row_tile % layout.group;
     rows.first_sample = row_tile / layout.group * kTileQueries;
-    const int phase = static_cast<int>((params.head_offset + rows.head) % kStride);
+    const int phase = static_cast<int>((params.sampling.head_offset + rows.head) % kStride);
     rows.first_token = rows.first_sample * kStride + phase;
     rows.last_token =
         min(rows.first_sample + kTileQueries - 1, (seqlen_q - 1 - phase) / kStride) * kStride +

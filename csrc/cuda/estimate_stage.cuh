@@ -23,7 +23,7 @@ int64_t EstimateStage<kDataType, kHeadDim>::workspace_bytes(const EstimateParams
 template <DataType kDataType, int kHeadDim>
 void EstimateStage<kDataType, kHeadDim>::run(const EstimateParams& params) {
   using Traits = EstimateTraitsFor<kDataType, kHeadDim>;
-  switch (params.stride) {
+  switch (params.sampling.stride) {
     case 2:
       return launch_estimate<Traits, 2>(params);
     case 4:

@@ -95,12 +95,6 @@ struct Cut {
   long long mass_above;
 };
 
-// The bits of a word that stand for blocks before `end`.
-__device__ inline uint32_t bits_before(int end, int word) {
-  const int count = min(max(end - 32 * word, 0), 32);
-  return static_cast<uint32_t>((1ull << count) - 1);
-}
-
 template <int kWarps, int kWords, bool kFlashMask>
 __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
     select_kernel(SelectKernelParams params) {
@@ -120,17 +114,12 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
   const int m_block = row % num_m_blocks;
   const int head = row / num_m_blocks % static_cast<int>(visibility.num_heads);
   const float* scores = select.block_scores + static_cast<int64_t>(row) * num_n_blocks;
-  const float tau = select.head_thresholds
-                        ? select.head_thresholds[head * select.head_threshold_stride]
-                        : select.threshold;
+  const float tau = select.rules.threshold_of(head);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   RowGroup<kWarps> group(of_warps);
 
-  // When causal, the blocks after the one that holds the row's last position are hidden.
-  const int64_t first_row = static_cast<int64_t>(m_block) * kBlockSize;
-  const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-  const int last_own = static_cast<int>((last_row + visibility.shift()) / kBlockSize);
-  const int end_block = visibility.causal ? last_own + 1 : num_n_blocks;
+  const MaskRow mask_row = mask_row_of(visibility, m_block);
+  const int end_block = mask_row.causal ? mask_row.end_own : num_n_blocks;
 
   // Words of this warp in which anything is visible: under the diagonal half of all, on average.
   const int used_words = max(0, ((end_block + 31) / 32 - warp + kWarps - 1) / kWarps);
@@ -282,12 +271,7 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps)
     first_visible = ~group.max(~first);
   }
   if (lane >= kWords || own_word >= num_words) return;
-  if (visibility.causal) {  // the blocks of the row's own positions, and keep_local before them
-    const int64_t first_own = (first_row + visibility.shift()) / kBlockSize;
-    kept_bits |= ~bits_before(static_cast<int>(first_own - select.keep_local), own_word);
-  }
-  if (select.keep_sink && first_visible / 32 == own_word) kept_bits |= 1u << first_visible % 32;
-  if (select.keep_last && m_block == num_m_blocks - 1) kept_bits = ~0u;
+  kept_bits |= kept_by_rule(select.rules, mask_row, static_cast<int>(first_visible), own_word);
   select.block_mask[static_cast<int64_t>(row) * num_words + own_word] =
       (kept_bits | partial_bits) & visible_bits;
 }
@@ -306,6 +290,11 @@ void launch(const SelectKernelParams& params, cudaStream_t stream) {
 }  // namespace
 
 int64_t select_workspace_bytes(const SelectParams& params) {
+  if (params.visibility.num_mask_words() > 8 * kWordsPerWarp) {
+    throw std::invalid_argument("seqlen_k is " + std::to_string(params.visibility.seqlen_k) +
+                                ", but must be at most " +
+                                std::to_string(8 * kWordsPerWarp * 32 * kBlockSize) + " on a GPU");
+  }
   Arena arena;
   arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
   return arena.used();
@@ -321,11 +310,6 @@ void run_select(const SelectParams& params) {
                      const_cast<RunBounds*>(kernel_params.block_bounds), stream);
 
   const int64_t num_words = params.visibility.num_mask_words();
-  if (num_words > 8 * kWordsPerWarp) {
-    throw std::invalid_argument("seqlen_k is " + std::to_string(params.visibility.seqlen_k) +
-                                ", but must be at most " +
-                                std::to_string(8 * kWordsPerWarp * 32 * kBlockSize) + " on a GPU");
-  }
   if (num_words <= 2) return launch<1, 2>(kernel_params, stream);
   if (num_words <= 8) return launch<1, 8>(kernel_params, stream);
   if (num_words <= 32) return launch<2, 16>(kernel_params, stream);

@@ -47,7 +47,7 @@ def attend(query, key, value, block_mask, causal=True):
     """(out, lse) given the words of the block mask."""
     out = torch.full_like(query, float("nan"))
     lse = torch.full((1, query.shape[2], query.shape[1]), float("nan"), device="cuda")
-    with_workspace(direct.block_sparse_attention, query, key, value, block_mask, out, lse, causal=causal)
+    with_workspace(direct.block_sparse_attention, query, key, value, block_mask, out=out, lse=lse, causal=causal)
     return out, lse
 
 
@@ -130,9 +130,9 @@ def prefill(query, key, value, threshold):
     """(block_scores, block_mask, out, lse) of the three stages, without keep_last."""
     scores, mask, out, lse = empty_results(query, key)
     options = {"keep_last": False, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
-    with_workspace(direct.estimate_block_scores, query, key, scores, causal=True)
-    with_workspace(direct.select_blocks, scores, mask, threshold=threshold, causal=True, **options)
-    with_workspace(direct.block_sparse_attention, query, key, value, mask, out, lse, causal=True)
+    with_workspace(direct.estimate_block_scores, query, key, block_scores=scores, causal=True)
+    with_workspace(direct.select_blocks, scores, threshold, block_mask=mask, causal=True, **options)
+    with_workspace(direct.block_sparse_attention, query, key, value, mask, out=out, lse=lse, causal=True)
     return scores, mask, out, lse
 
 
@@ -198,9 +198,8 @@ def test_a_captured_graph_replays_with_other_inputs():
 
     def run():
         options = {"causal": True, "workspace": workspace, "stream": torch.cuda.current_stream().cuda_stream}
-        direct.estimate_block_scores(query, key, scores, **options)
-        direct.select_blocks(scores, mask, threshold=0.5, seqlen_q=1024, seqlen_k=1024, **options)
-        direct.block_sparse_attention(query, key, value, mask, out, lse, **options)
+        outputs = {"block_scores": scores, "block_mask": mask, "out": out, "lse": lse}
+        direct.rr_attention(query, key, value, **outputs, threshold=0.5, **options)
 
     run()  # loads the kernels
     before = [x.clone() for x in results]
@@ -220,7 +219,7 @@ def test_a_workspace_is_required():
     query, key, value = random_inputs(256, 256, 4, 2, 128)
     _, mask, out, lse = empty_results(query, key)
     with pytest.raises(ValueError, match="workspace has 0 bytes, but must have at least"):
-        direct.block_sparse_attention(query, key, value, mask, out, lse, causal=True)
+        direct.block_sparse_attention(query, key, value, mask, out=out, lse=lse, causal=True)
     assert out.isnan().all() and lse.isnan().all()
 
 
@@ -230,10 +229,11 @@ def test_what_the_gpu_does_not_take_is_refused():
     with pytest.raises(ValueError, match="query has dtype float32, but on a GPU must have float16 or bfloat16"):
         with_workspace(
             direct.block_sparse_attention,
-            *(x.float() for x in (query, key, value)), mask, out.float(), lse, causal=True,
+            *(x.float() for x in (query, key, value)), mask, out=out.float(), lse=lse, causal=True,
         )  # fmt: skip
+    outputs = {"out": out, "lse": lse}
     with pytest.raises(ValueError, match="block_mask is on cpu, but query is on cuda:0"):
-        with_workspace(direct.block_sparse_attention, query, key, value, mask.cpu(), out, lse, causal=True)
+        with_workspace(direct.block_sparse_attention, query, key, value, mask.cpu(), **outputs, causal=True)
     with pytest.raises(ValueError, match="value has dtype float16, but must have bfloat16"):
-        with_workspace(direct.block_sparse_attention, query, key, value.half(), mask, out, lse, causal=True)
+        with_workspace(direct.block_sparse_attention, query, key, value.half(), mask, **outputs, causal=True)
     assert out.isnan().all() and lse.isnan().all()

@@ -20,8 +20,9 @@ def backward(inputs, block_mask, grad_out, causal=True, **options):
     """Gradients of (query, key, value) after a forward of its own, given the words of the block mask."""
     out, lse = attend(*inputs, block_mask, causal)
     grads = [torch.full_like(x, float("nan")) for x in inputs]
-    arrays = *inputs, block_mask, out, lse, grad_out, *grads
-    with_workspace(direct.block_sparse_attention_backward, *arrays, causal=causal, **options)
+    arrays = *inputs, block_mask, out, lse, grad_out
+    outputs = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
+    with_workspace(direct.block_sparse_attention_backward, *arrays, **outputs, causal=causal, **options)
     return grads
 
 

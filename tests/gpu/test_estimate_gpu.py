@@ -16,11 +16,11 @@ def long_inputs(seqlen_q, seqlen_k, num_heads=4, num_heads_k=2):
 def estimate(query, key, **options):
     blocks = -(-query.shape[1] // 128), -(-key.shape[1] // 128)
     scores = torch.full((1, query.shape[2], *blocks), float("nan"), device="cuda")
-    arguments = query, key, scores
-    options = {"causal": True, "stream": torch.cuda.current_stream().cuda_stream, **options}
-    size = direct.estimate_block_scores(*arguments, size_only=True, **options)
+    stream = torch.cuda.current_stream().cuda_stream
+    options = {"block_scores": scores, "causal": True, "stream": stream, **options}
+    size = direct.estimate_block_scores(query, key, size_only=True, **options)
     workspace = torch.full([size], 0xFF, dtype=torch.uint8, device="cuda")
-    direct.estimate_block_scores(*arguments, workspace=workspace, **options)
+    direct.estimate_block_scores(query, key, workspace=workspace, **options)
     return scores
 
 
@@ -72,8 +72,8 @@ def test_a_captured_graph_replays_with_other_inputs():
 
     def prefill():
         options = {"causal": True, "workspace": workspace, "stream": torch.cuda.current_stream().cuda_stream}
-        direct.estimate_block_scores(query, key, scores, **options)
-        direct.select_blocks(scores, mask, threshold=0.7, seqlen_q=1024, seqlen_k=1024, **options)
+        direct.estimate_block_scores(query, key, block_scores=scores, **options)
+        direct.select_blocks(scores, 0.7, block_mask=mask, seqlen_q=1024, seqlen_k=1024, **options)
 
     prefill()  # loads the kernels
     graph = torch.cuda.CUDAGraph()
@@ -90,9 +90,10 @@ def test_a_workspace_is_required_and_on_the_device():
     query, key = long_inputs(256, 256)
     scores = torch.full((1, 4, 2, 2), -1.0, device="cuda")
     with pytest.raises(ValueError, match="workspace has 0 bytes, but must have at least"):
-        direct.estimate_block_scores(query, key, scores, causal=True)
+        direct.estimate_block_scores(query, key, block_scores=scores, causal=True)
     with pytest.raises(ValueError, match="workspace is on cpu, but must be on cuda:0"):
-        direct.estimate_block_scores(query, key, scores, causal=True, workspace=np.zeros(1 << 26, np.uint8))
+        workspace = np.zeros(1 << 26, np.uint8)
+        direct.estimate_block_scores(query, key, block_scores=scores, causal=True, workspace=workspace)
     assert (scores == -1).all()
 
 
@@ -100,5 +101,5 @@ def test_float32_is_refused():
     query, key = (x.float() for x in long_inputs(256, 256))
     scores = torch.full((1, 4, 2, 2), -1.0, device="cuda")
     with pytest.raises(ValueError, match="dtype float32, but on a GPU must have float16 or bfloat16"):
-        direct.estimate_block_scores(query, key, scores, causal=True)
+        direct.estimate_block_scores(query, key, block_scores=scores, causal=True)
     assert (scores == -1).all()

@@ -90,6 +90,10 @@ class PaddleKernels(GpuKernels):
         torch.cuda.synchronize()  # Paddle has a stream of its own
         return paddle.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
 
+    def threshold(self, threshold):
+        """One for all heads as it is, those of single heads as a tensor."""
+        return self.tensor(threshold, "float32") if isinstance(threshold, np.ndarray) else threshold
+
     def values(self, tensor):
         """A result as NumPy has it."""
         torch.cuda.synchronize()
@@ -102,15 +106,10 @@ class PaddleKernels(GpuKernels):
         return self.values(scores)
 
     def select(self, block_scores, startend=None, *, threshold, **options):
-        if isinstance(threshold, np.ndarray):
-            threshold = self.tensor(threshold, "float32")
         mask = rrattn.select_blocks(
-            self.tensor(block_scores, "float32"), threshold, self.tensor(startend, "int32"), **options
+            self.tensor(block_scores, "float32"), self.threshold(threshold), self.tensor(startend, "int32"), **options
         )
-        words = self.values(mask)
-        selected = reference.unpack(words, block_scores.shape[-1])
-        assert np.array_equal(reference.pack(selected), words), "bits beyond the last block are set"
-        return selected
+        return harness.unpacked(self.values(mask), block_scores.shape[-1])
 
     def attend(self, query, key, value, block_mask, startend=None, *, dtype="float32", **options):
         out, lse = rrattn.block_sparse_attention(
@@ -135,17 +134,18 @@ class PaddleKernels(GpuKernels):
         grads = paddle.grad(out, leaves, self.tensor(grad_out, dtype))
         return tuple(harness.decode(self.values(grad), dtype) for grad in grads)
 
-    def rr_attention(self, query, key, value, startend=None, *, dtype="float32", **options):
-        """(block_mask, out, lse) of one operator."""
+    def rr_attention(self, query, key, value, startend=None, *, threshold, dtype="float32", **options):
+        """(None, block_mask, out, lse) of one operator, which keeps the scores to itself."""
         out, lse, mask = rrattn.rr_attention(
             *(self.tensor(x, dtype) for x in (query, key, value)),
             self.tensor(startend, "int32"),
+            threshold=self.threshold(threshold),
             return_softmax_lse=True,
             return_block_mask=True,
             **options,
         )
-        selected = reference.unpack(self.values(mask), reference.num_blocks(key.shape[1]))
-        return selected, harness.decode(self.values(out), dtype), self.values(lse)
+        selected = harness.unpacked(self.values(mask), reference.num_blocks(key.shape[1]))
+        return None, selected, harness.decode(self.values(out), dtype), self.values(lse)
 
 
 PLATFORMS = (

@@ -96,8 +96,8 @@ class Kernels:
         direct.estimate_block_scores(
             self.input(query, dtype),
             self.input(key, dtype),
-            scores[1],
             self.input(startend, "int32"),
+            block_scores=scores[1],
             **self.typed(dtype),
             **options,
         )
@@ -111,21 +111,18 @@ class Kernels:
     def select(self, block_scores, startend=None, *, threshold, **options):
         """The selected blocks, bool [B, Hq, Mq, Mk]."""
         num_k_blocks = block_scores.shape[-1]
-        mask = self.place((*block_scores.shape[:3], -(-num_k_blocks // reference.WORD)), "int32", strided=False)
+        mask = self.place(words_shape(block_scores.shape), "int32", strided=False)
         if isinstance(threshold, np.ndarray):
             threshold = self.allocate(threshold)
         direct.select_blocks(
             self.input(block_scores, "float32", strided=False),
-            mask[1],
+            threshold,
             self.input(startend, "int32"),
-            threshold=threshold,
+            block_mask=mask[1],
             **self.options,
             **options,
         )
-        words = self.read(mask, "int32")
-        selected = reference.unpack(words, num_k_blocks)
-        assert np.array_equal(reference.pack(selected), words), "bits beyond the last block are set"
-        return selected
+        return unpacked(self.read(mask, "int32"), num_k_blocks)
 
     def attend(self, query, key, value, block_mask, startend=None, *, dtype="float32", **options):
         """(out [B, Lq, Hq, D], lse [B, Hq, Lq]). The block mask may come as packed words, int32."""
@@ -133,9 +130,9 @@ class Kernels:
         direct.block_sparse_attention(
             *(self.input(x, dtype) for x in (query, key, value)),
             self.input(packed(block_mask), "int32", strided=False),
-            out[1],
-            lse[1],
             self.input(startend, "int32"),
+            out=out[1],
+            lse=lse[1],
             **self.typed(dtype),
             **options,
         )
@@ -145,25 +142,29 @@ class Kernels:
         """(grad_query, grad_key, grad_value) after a forward of its own."""
         forward = {name: option for name, option in options.items() if name != "deterministic"}
         out, lse = self.attend(query, key, value, block_mask, startend, dtype=dtype, **forward)
-        grads = [self.place(x.shape, dtype) for x in (query, key, value)]
+        grads = {
+            name: self.place(x.shape, dtype)
+            for name, x in (("grad_query", query), ("grad_key", key), ("grad_value", value))
+        }
         direct.block_sparse_attention_backward(
             *(self.input(x, dtype) for x in (query, key, value)),
             self.input(reference.pack(block_mask), "int32", strided=False),
             self.input(out, dtype),
             self.input(lse, "float32", strided=False),
             self.input(grad_out, dtype),
-            *(view for _, view in grads),
             self.input(startend, "int32"),
+            **{name: view for name, (_, view) in grads.items()},
             **self.typed(dtype),
             **options,
         )
-        return tuple(self.read(grad, dtype) for grad in grads)
+        return tuple(self.read(grad, dtype) for grad in grads.values())
 
     def dense_mask(self, mask, *, dtype):
         """(bounds [B, H, Lk, 1], verdict) of a dense mask, bool or float32 values of `dtype`."""
         rows = self.place((*mask.shape[:2], mask.shape[3], 1), "int32", strided=False)
         verdict = self.place((2,), "int32", strided=False)
-        direct.startend_rows_from_dense(self.input(mask, dtype), rows[1], verdict[1], **self.typed(dtype))
+        outputs = {"start_rows": rows[1], "verdict": verdict[1]}
+        direct.startend_rows_from_dense(self.input(mask, dtype), **outputs, **self.typed(dtype))
         return self.read(rows, "int32"), self.read(verdict, "int32").tolist()
 
     def prefill(
@@ -177,6 +178,35 @@ class Kernels:
         mask = self.select(scores, startend, causal=causal, threshold=threshold, **lengths, **rules)
         return scores, mask, *self.attend(query, key, value, mask, startend, causal=causal, dtype=dtype)
 
+    def rr_attention(
+        self, query, key, value, startend=None, *, threshold, dtype="float32",
+        outputs=("block_scores", "block_mask", "lse"), **options,
+    ):  # fmt: skip
+        """What `prefill` gives, of one call: None for what is not among the outputs. `out` is always."""
+        num_k_blocks = reference.num_blocks(key.shape[1])
+        scores = query.shape[0], query.shape[2], reference.num_blocks(query.shape[1]), num_k_blocks
+        room = {
+            "block_scores": self.place(scores, "float32", strided=False),
+            "block_mask": self.place(words_shape(scores), "int32", strided=False),
+            "lse": self.place(lse_shape(query), "float32", strided=False),
+        }
+        out = self.place(query.shape, dtype)
+        if isinstance(threshold, np.ndarray):
+            threshold = self.allocate(threshold)
+        direct.rr_attention(
+            *(self.input(x, dtype) for x in (query, key, value)),
+            self.input(startend, "int32"),
+            out=out[1],
+            threshold=threshold,
+            **{name: room[name][1] for name in outputs},
+            **self.typed(dtype),
+            **options,
+        )
+        results = {name: self.read(room[name], "int32" if name == "block_mask" else "float32") for name in outputs}
+        if "block_mask" in outputs:
+            results["block_mask"] = unpacked(results["block_mask"], num_k_blocks)
+        return results.get("block_scores"), results.get("block_mask"), self.read(out, dtype), results.get("lse")
+
     def assert_same(self, actual, expected, dtype):
         """Results of the same rows in two calls, where they lie at other places."""
         assert_identical(actual, np.ascontiguousarray(expected))
@@ -185,6 +215,18 @@ class Kernels:
 def packed(block_mask):
     """The words of a block mask, which may be bool."""
     return reference.pack(block_mask) if block_mask.dtype == bool else block_mask
+
+
+def unpacked(words, num_k_blocks):
+    """The blocks of a block mask, bool [B, Hq, Mq, Mk], once it is clear that there are no others."""
+    selected = reference.unpack(words, num_k_blocks)
+    assert np.array_equal(reference.pack(selected), words), "bits beyond the last block are set"
+    return selected
+
+
+def words_shape(scores):
+    """The shape of the packed block mask of scores of a shape."""
+    return (*scores[:3], -(-scores[3] // reference.WORD))
 
 
 def lse_shape(query):

@@ -49,13 +49,8 @@ ON_ARRAYS = """
 from rrattn import direct
 query = np.random.default_rng(0).standard_normal((1, 512, 4, 32), dtype=np.float32)
 def call():
-    scores = np.zeros((1, 4, 4, 4), np.float32)
-    direct.estimate_block_scores(query, query, scores, causal=True, num_threads=2)
-    mask = np.zeros((1, 4, 4, 1), np.int32)
-    options = {"causal": True, "num_threads": 2}
-    direct.select_blocks(scores, mask, threshold=0.9, seqlen_q=512, seqlen_k=512, **options)
-    out, lse = np.zeros_like(query), np.zeros((1, 4, 512), np.float32)
-    direct.block_sparse_attention(query, query, query, mask, out, lse, **options)
+    out = np.zeros_like(query)
+    direct.rr_attention(query, query, query, out=out, causal=True, num_threads=2)
     return out
 """
 ON_TENSORS = """

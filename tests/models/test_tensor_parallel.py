@@ -132,13 +132,13 @@ def test_the_ranks_together_do_what_one_process_does(model_type, whole, split):
         # The products around the attention add up in another order on several ranks, so that the bits of its output
         # are those of one process on the inputs of the ranks.
         core = rrattn.RRAttention(CONFIG, threshold=CONFIG.threshold[layer])
-        np.testing.assert_array_equal(out, core(*map(paddle.to_tensor, (query, key, value))).numpy())
+        np.testing.assert_array_equal(out, core(*map(paddle.to_tensor, (query, key, value)), causal=True).numpy())
         np.testing.assert_array_equal(mask, core.last_selection.block_mask.numpy())
         # And had a rank counted its heads from 0, it would have selected otherwise.
         last, heads = parts[-1], slice(HEADS - here, HEADS)
         threshold = CONFIG.threshold[layer]
         core = rrattn.RRAttention(SPARSE, threshold=threshold if layer == 0 else threshold[heads])
-        core(*(paddle.to_tensor(last[f"{name}_{layer}"]) for name in ("query", "key", "value")))
+        core(*(paddle.to_tensor(last[f"{name}_{layer}"]) for name in ("query", "key", "value")), causal=True)
         assert (core.last_selection.block_mask.numpy() != mask[:, heads]).any()
 
 

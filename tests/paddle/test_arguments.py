@@ -3,6 +3,7 @@
 What is refused by the functions is in bad_arguments.py and test_errors.py.
 """
 
+import inspect
 import json
 from dataclasses import asdict
 from decimal import Decimal
@@ -84,20 +85,60 @@ def test_direct_takes_any_numbers(kind):
     for convert in (dict, kind):
         scores, mask = np.zeros((1, 4, 2, 2), np.float32), np.zeros((1, 4, 2, 1), np.int32)
         sampling = convert({"stride": 16, "head_offset": 3, "softmax_scale": 0.25, "num_threads": 1, "causal": True})
-        size = direct.estimate_block_scores(query, key, scores, **sampling)
+        size = direct.estimate_block_scores(query, key, block_scores=scores, **sampling)
         keep = convert({"threshold": 0.5, "keep_sink": False, "keep_last": False, "keep_local": 0, "causal": True})
-        direct.select_blocks(scores, mask, seqlen_q=200, seqlen_k=np.int64(200), **keep)
-        results.append((size, scores.tobytes(), mask.tobytes()))
+        threshold = keep.pop("threshold")
+        lengths = {"seqlen_q": 200, "seqlen_k": np.int64(200)}
+        direct.select_blocks(scores, threshold, block_mask=mask, **lengths, **keep)
+        out = np.zeros_like(query)
+        direct.rr_attention(query, key, key, out=out, threshold=threshold, **{**sampling, **keep})
+        results.append((size, scores.tobytes(), mask.tobytes(), out.tobytes()))
     assert results[0] == results[1]
 
 
 @every_kind
 def test_settings_are_kept_as_plain_python(kind, tmp_path):
-    config = rrattn.RRAttentionConfig(**kind(PLAIN), **kind({"min_length": 100}))
-    assert config == rrattn.RRAttentionConfig(**PLAIN, min_length=100)
-    assert [type(value) for value in asdict(config).values()] == [int, float, bool, bool, int, int, float, tuple, int]
+    others = {"min_length": 100, "deterministic": True}
+    config = rrattn.RRAttentionConfig(**kind(PLAIN), **kind(others))
+    assert config == rrattn.RRAttentionConfig(**PLAIN, **others)
+    types = [int, float, bool, bool, int, int, float, tuple, int, bool]
+    assert [type(value) for value in asdict(config).values()] == types
     config.to_json(tmp_path / "config.json")
     assert rrattn.RRAttentionConfig.from_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize("deterministic", (True, False, None))
+def test_deterministic_survives_a_file(deterministic, tmp_path):
+    config = rrattn.RRAttentionConfig(deterministic=deterministic)
+    config.to_json(tmp_path / "config.json")
+    assert rrattn.RRAttentionConfig.from_json(tmp_path / "config.json").deterministic is deterministic
+    (tmp_path / "older.json").write_text("{}")
+    assert rrattn.RRAttentionConfig.from_json(tmp_path / "older.json").deterministic is None
+
+
+def test_the_groups_of_settings_are_keywords_of_the_functions_that_take_them():
+    config = rrattn.RRAttentionConfig(**PLAIN)
+    assert {**config.sampling(), **config.keep_rules(), "threshold": config.threshold} == PLAIN
+    for module in (rrattn, direct):
+        takes = {name: set(inspect.signature(function).parameters) for name, function in vars_of(module).items()}
+        assert set(config.sampling()) < takes["estimate_block_scores"]
+        assert set(config.keep_rules()) < takes["select_blocks"]
+        assert {*config.sampling(), *config.keep_rules()} < takes["rr_attention"]
+
+
+def test_causal_has_one_default():
+    """That of Paddle's own functions."""
+    functions = [*vars_of(rrattn).values(), *vars_of(direct).values(), rrattn.RRAttention.forward]
+    functions += [paddle.nn.functional.flashmask_attention]
+    assert [inspect.signature(function).parameters["causal"].default for function in functions] == [False] * 11
+    assert inspect.signature(paddle.nn.functional.scaled_dot_product_attention).parameters["is_causal"].default is False
+
+
+def vars_of(module):
+    """The functions of a module that attend or select."""
+    names = ("rr_attention", "estimate_block_scores", "select_blocks", "block_sparse_attention")
+    names += ("block_sparse_attention_backward",) if module is direct else ()
+    return {name: getattr(module, name) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +189,7 @@ def test_settings_of_sequences(given, kept, tmp_path):
         ({"dense_layers": iter([0.0])}, r"dense_layers is \[0.0\], but must be a sequence of integers"),
         ({"dense_layers": np.array([True])}, r"dense_layers is \[True\], but must be a sequence of integers"),
         ({"min_length": "4096"}, "min_length is '4096', but must be an integer of at least 0"),
+        ({"deterministic": 1}, "deterministic is 1, but must be True, False or None"),
     ),
     ids=str,
 )
@@ -256,13 +298,26 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
 
 
 @pytest.mark.parametrize(
-    "function, arrays, own",
+    "function, inputs, outputs, own",
     (
-        (direct.estimate_block_scores, 3, "causal, stride, head_offset, softmax_scale, dtype"),
-        (direct.select_blocks, 2, "threshold, causal, seqlen_q, seqlen_k, keep_sink, keep_last, keep_local"),
-        (direct.block_sparse_attention, 6, "causal, softmax_scale, dtype"),
-        (direct.block_sparse_attention_backward, 10, "causal, softmax_scale, dtype, deterministic"),
+        (direct.estimate_block_scores, 2, "block_scores", "causal, stride, head_offset, softmax_scale, dtype"),
+        (direct.select_blocks, 2, "block_mask", "causal, seqlen_q, seqlen_k, keep_sink, keep_last, keep_local"),
+        (direct.block_sparse_attention, 4, "out, lse", "causal, softmax_scale, dtype"),
+        (
+            direct.block_sparse_attention_backward,
+            7,
+            "grad_query, grad_key, grad_value",
+            "causal, softmax_scale, deterministic, dtype",
+        ),
+        (
+            direct.rr_attention,
+            3,
+            "out, lse, block_mask, block_scores",
+            "causal, stride, threshold, head_offset, softmax_scale, keep_sink, keep_last, keep_local, dtype",
+        ),
+        (direct.startend_rows_from_dense, 1, "start_rows, verdict", "dtype"),
     ),
+    ids=lambda x: getattr(x, "__name__", ""),
 )
 @pytest.mark.parametrize(
     "options, message",
@@ -277,14 +332,14 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
     ),
     ids=str,
 )
-def test_options_of_direct(function, arrays, own, options, message):
-    keywords = {"causal": True, **options}
+def test_options_of_direct(function, inputs, outputs, own, options, message):
+    arguments, keywords = [None] * inputs, {**dict.fromkeys(outputs.split(", ")), **options}
     if function is direct.select_blocks:
-        keywords = {"threshold": 0.5, "seqlen_q": 4, "seqlen_k": 4, **keywords}
+        arguments[1], keywords = 0.5, {"seqlen_q": 4, "seqlen_k": 4, **keywords}
     for name in options:
         if name in ("dtype", "deterministic") and name not in own.split(", "):
             message = f"has no argument {name}; by name it takes OWN, num_threads"
-    with pytest.raises((TypeError, ValueError), match=message.replace("OWN", own)) as caught:
-        function(*[None] * arrays, **keywords)
+    with pytest.raises((TypeError, ValueError), match=message.replace("OWN", f"{outputs}, {own}")) as caught:
+        function(*arguments, **keywords)
     if "no argument" in message:
         assert str(caught.value).startswith(f"rrattn.direct.{function.__name__} has")

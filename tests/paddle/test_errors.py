@@ -22,34 +22,42 @@ def parameters(*stages):
     )
 
 
+OUTPUTS = {
+    "estimate": ("block_scores",),
+    "select": ("block_mask",),
+    "attend": ("out", "lse"),
+    "backward": ("grad_query", "grad_key", "grad_value"),
+    "rr_attention": ("out", "lse", "block_mask", "block_scores"),
+}
+
+
 def outputs_of(stage):
-    """Poisoned outputs for the good arguments, in the order of the call."""
-    shapes = {
-        "estimate": [((B, HQ, MQ, MK), "float32")],
-        "select": [((B, HQ, MQ, 1), "int32")],
-        "attend": [((B, LQ, HQ, D), "float32"), ((B, HQ, LQ), "float32")],
-        "backward": [((B, L, H, D), "float32") for L, H in ((LQ, HQ), (LK, HKV), (LK, HKV))],
-    }
-    return [harness.poisoned(*shape) for shape in shapes[stage]]
+    """Poisoned outputs for the good arguments, in the order of OUTPUTS."""
+    query, key = ((B, L, H, D) for L, H in ((LQ, HQ), (LK, HKV)))
+    shapes = {"out": query, "lse": (B, HQ, LQ), "block_scores": (B, HQ, MQ, MK), "block_mask": (B, HQ, MQ, 1)}
+    shapes |= {"grad_query": query, "grad_key": key, "grad_value": key}
+    return [harness.poisoned(shapes[name], "int32" if name == "block_mask" else "float32") for name in OUTPUTS[stage]]
 
 
 def call_direct(stage, outputs, changes):
     a = {**good(), **changes}
     keywords = {name: a[name] for name in ("causal", "dtype", "num_threads", *KEYWORDS[stage]) if name in a}
+    keywords |= dict(zip(OUTPUTS[stage], outputs))
     bounds = a["startend_row_indices"]
     if stage == "estimate":
-        direct.estimate_block_scores(a["query"], a["key"], *outputs, bounds, **keywords)
+        direct.estimate_block_scores(a["query"], a["key"], bounds, **keywords)
     elif stage == "select":
-        keywords = {"threshold": 0.9, "seqlen_q": LQ, "seqlen_k": LK, **keywords}
-        direct.select_blocks(a["block_scores"], *outputs, bounds, **keywords)
-    else:
+        keywords = {"seqlen_q": LQ, "seqlen_k": LK, **keywords}
+        direct.select_blocks(a["block_scores"], keywords.pop("threshold", 0.9), bounds, **keywords)
+    elif stage == "attend":
+        direct.block_sparse_attention(a["query"], a["key"], a["value"], a["block_mask"], bounds, **keywords)
+    elif stage == "backward":
+        forward = {"out": zeros(B, LQ, HQ, D), "lse": zeros(B, HQ, LQ), "grad_out": zeros(B, LQ, HQ, D), **changes}
         inputs = [a[name] for name in ("query", "key", "value", "block_mask")]
-        if stage == "attend":
-            direct.block_sparse_attention(*inputs, *outputs, bounds, **keywords)
-        else:
-            forward = zeros(B, LQ, HQ, D), zeros(B, HQ, LQ), zeros(B, LQ, HQ, D)
-            inputs += [a.get(name, x) for name, x in zip(("out", "lse", "grad_out"), forward)]
-            direct.block_sparse_attention_backward(*inputs, *outputs, bounds, **keywords)
+        inputs += [forward[name] for name in ("out", "lse", "grad_out")]
+        direct.block_sparse_attention_backward(*inputs, bounds, **keywords)
+    else:
+        direct.rr_attention(a["query"], a["key"], a["value"], bounds, **keywords)
 
 
 def call_paddle(stage, changes):
@@ -72,7 +80,7 @@ def assert_untouched(outputs):
         assert output.tobytes() == poison.tobytes()
 
 
-@pytest.mark.parametrize("stage", ("estimate", "select", "attend", "backward"))
+@pytest.mark.parametrize("stage", OUTPUTS)
 def test_good_arguments_are_accepted_directly(stage):
     """Otherwise the tests below could pass for another reason."""
     outputs = outputs_of(stage)
@@ -86,7 +94,7 @@ def test_good_arguments_are_accepted_by_paddle(stage):
     assert np.isfinite(call_paddle(stage, {}).numpy()).all()
 
 
-@parameters("estimate", "select", "attend", "backward")
+@parameters(*OUTPUTS)
 def test_direct(stage, changes, message):
     outputs = outputs_of(stage)
     with pytest.raises(ValueError, match=message):
@@ -100,7 +108,7 @@ def test_paddle(stage, changes, message):
         call_paddle(stage, changes)
 
 
-every_stage = pytest.mark.parametrize("stage", ("estimate", "attend", "backward"))
+every_stage = pytest.mark.parametrize("stage", ("estimate", "attend", "backward", "rr_attention"))
 
 
 @every_stage
@@ -164,6 +172,10 @@ def test_what_the_forward_leaves_for_the_backward(changes, message):
         ("backward", 0, "grad_query", (B, LQ, HKV, D)),
         ("backward", 1, "grad_key", (B, LQ, HKV, D)),
         ("backward", 2, "grad_value", (B, LK, HQ, D)),
+        ("rr_attention", 0, "out", (B, LK, HQ, D)),
+        ("rr_attention", 1, "lse", (B, LQ, HQ)),
+        ("rr_attention", 2, "block_mask", (B, HQ, MQ, 2)),
+        ("rr_attention", 3, "block_scores", (B, HQ, MQ, MK + 1)),
     ),
 )
 def test_direct_outputs_of_the_wrong_shape_dtype_or_layout(stage, index, name, wrong_shape):
@@ -171,7 +183,7 @@ def test_direct_outputs_of_the_wrong_shape_dtype_or_layout(stage, index, name, w
     text = ", ".join(map(str, right.shape))
     wrong = [
         (
-            harness.poisoned(wrong_shape, "int32" if stage == "select" else "float32"),
+            harness.poisoned(wrong_shape, "int32" if name == "block_mask" else "float32"),
             rf"{name} has shape.*\[{text}\]",
         ),
         (np.full(right.shape, np.nan), rf"{name} has dtype float64.*must have {right.dtype}"),
@@ -204,6 +216,10 @@ def test_direct_objects_that_are_no_arrays():
         ("backward", 0, "grad_query"),
         ("backward", 1, "grad_key"),
         ("backward", 2, "grad_value"),
+        ("rr_attention", 0, "out"),
+        ("rr_attention", 1, "lse"),
+        ("rr_attention", 2, "block_mask"),
+        ("rr_attention", 3, "block_scores"),
     ),
 )
 def test_direct_outputs_that_are_read_only_or_whose_elements_share_memory(stage, index, name):
@@ -258,9 +274,34 @@ def test_direct_outputs_over_each_other_or_over_inputs():
         call_direct("backward", [first, *grads[1:]], {"query": first})
     with pytest.raises(ValueError, match="workspace shares memory with query"):
         q = np.zeros((B, LQ + 500, HQ, 64), np.float32)
-        direct.block_sparse_attention(
-            q[:, :LQ, :, :D], x["key"], x["value"], x["block_mask"], expected, lse, causal=True, workspace=q
-        )
+        inputs = q[:, :LQ, :, :D], x["key"], x["value"], x["block_mask"]
+        direct.block_sparse_attention(*inputs, out=expected, lse=lse, causal=True, workspace=q)
+
+
+def test_direct_outputs_of_one_call_over_what_another_stage_reads_or_writes():
+    """Each stage by itself would not see it."""
+    x, (out, lse, block_mask, block_scores) = good(), outputs_of("rr_attention")
+
+    def within(array, like):
+        return array.reshape(-1)[: like.size].view(like.dtype).reshape(like.shape)
+
+    for outputs, message in (
+        ([out, lse, block_mask, within(out, block_scores)], "block_scores shares memory with out"),
+        ([out, lse, block_mask, within(lse, block_scores)], "block_scores shares memory with lse"),
+        ([out, lse, block_mask, within(x["value"], block_scores)], "block_scores shares memory with value"),
+        ([out, lse, within(x["key"], block_mask), block_scores], "block_mask shares memory with key"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}, but must have its own"):
+            call_direct("rr_attention", outputs, {name: x[name] for name in ("key", "value")})
+    workspace = np.zeros(1 << 20, np.float32)
+    with pytest.raises(ValueError, match="workspace shares memory with query, but must have its own"):
+        direct.rr_attention(within(workspace, out), x["key"], x["value"], out=out, causal=True, workspace=workspace)
+    assert_untouched((out, lse, block_mask, block_scores))
+
+    expected = outputs_of("rr_attention")
+    call_direct("rr_attention", expected, {})
+    call_direct("rr_attention", [x["query"], lse, block_mask, block_scores], {"query": x["query"]})
+    assert_identical((x["query"], lse, block_mask, block_scores), expected)
 
 
 def test_direct_takes_what_speaks_dlpack_and_arrays_that_are_read_only():
@@ -341,7 +382,7 @@ def test_the_operator_itself_refuses_a_negative_keep_local():
     """As a saved program may hold it, which no Python looks at."""
     scores = paddle.zeros([B, HQ, MQ, MK])
     with pytest.raises(ValueError, match="keep_local is -1, but must be at least 0"):
-        call("select", scores, None, None, 0.9, True, LQ, LK, True, False, -1)
+        call("select", scores, None, None, True, LQ, LK, 0.9, True, False, -1)
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,29 @@ def test_layer_is_the_function_with_its_config(causal):
     assert float(density.min()) < 1
 
 
+@pytest.mark.parametrize("deterministic", (True, False, None))
+@pytest.mark.parametrize(
+    "settings, function", (({}, "rr_attention"), ({"dense_layers": [0]}, "block_sparse_attention")), ids=str
+)
+def test_the_layer_passes_deterministic_on(settings, function, deterministic, monkeypatch):
+    given, attend = [], getattr(layer_module, function)
+
+    def noted(*tensors, **options):
+        given.append(options)
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(layer_module, function, noted)
+    rrattn.RRAttention(rrattn.RRAttentionConfig(deterministic=deterministic, **settings))(*make_inputs())
+    assert [options["deterministic"] for options in given] == [deterministic]
+
+
 def test_threshold_argument_replaces_the_config():
     query, key, value = make_inputs()
     config = rrattn.RRAttentionConfig(threshold=[0.2, 0.9])
     with pytest.raises(ValueError, match="2"):
         rrattn.RRAttention(config)
-    outputs = [rrattn.RRAttention(config, threshold=threshold)(query, key, value) for threshold in (0.2, 1.0)]
+    layers = [rrattn.RRAttention(config, threshold=threshold) for threshold in (0.2, 1.0)]
+    outputs = [layer(query, key, value, causal=True) for layer in layers]
     np.testing.assert_allclose(outputs[1].numpy(), dense_attention(query, key, value), atol=2e-5)
     assert float((outputs[0] - outputs[1]).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="1.5"):
@@ -63,12 +80,12 @@ def test_threshold_argument_replaces_the_config():
 def test_one_threshold_per_head():
     query, key, value = make_inputs()
     layer = rrattn.RRAttention(threshold=(1.0, 0.1, 1.0, 0.1))
-    out = layer(query, key, value)
+    out = layer(query, key, value, causal=True)
     dense = dense_attention(query, key, value)
     np.testing.assert_allclose(out.numpy()[:, :, ::2], dense[:, :, ::2], atol=2e-5)
     assert (layer.last_density.numpy()[:, ::2] == 1).all()
     assert (layer.last_density.numpy()[:, 1::2] < 1).all()
-    again = layer(query, key, value)  # the tensor of thresholds is reused
+    again = layer(query, key, value, causal=True)  # the tensor of thresholds is reused
     assert (again == out).all()
 
 
@@ -76,7 +93,8 @@ def test_one_threshold_per_head():
 def test_decoding_attends_every_block(seqlen_k):
     query, key, value = make_inputs(seqlen_q=1, seqlen_k=seqlen_k)
     layer = rrattn.RRAttention(threshold=0.01)
-    np.testing.assert_allclose(layer(query, key, value).numpy(), dense_attention(query, key, value), atol=2e-5)
+    out = layer(query, key, value, causal=True)
+    np.testing.assert_allclose(out.numpy(), dense_attention(query, key, value), atol=2e-5)
     assert layer.last_selection is None and layer.last_density is None
 
 
@@ -108,7 +126,7 @@ def test_kept_dense_has_the_gradients_of_threshold_one():
         inputs = make_inputs()
         for tensor in inputs:
             tensor.stop_gradient = False
-        rrattn.RRAttention(config)(*inputs).square().sum().backward()
+        rrattn.RRAttention(config)(*inputs, causal=True).square().sum().backward()
         gradients.append([tensor.grad.numpy() for tensor in inputs])
     for ours, expected in zip(*gradients):
         np.testing.assert_array_equal(ours, expected)
@@ -133,7 +151,8 @@ def test_decoding_honours_row_bounds_and_scale():
     query, key, value = make_inputs(seqlen_q=1, seqlen_k=200)
     keep = paddle.ones([2, 200])
     keep[:, :70] = 0
-    out = rrattn.RRAttention()(query, key, value, masks.padding_startend_rows(keep, seqlen_q=1), softmax_scale=0.3)
+    rows = masks.padding_startend_rows(keep, seqlen_q=1)
+    out = rrattn.RRAttention()(query, key, value, rows, causal=True, softmax_scale=0.3)
     expected = dense_attention(query, key[:, 70:], value[:, 70:], scale=0.3)
     np.testing.assert_allclose(out.numpy(), expected, atol=2e-5)
 
@@ -142,7 +161,7 @@ def test_scale_of_the_config_comes_first():
     query, key, value = make_inputs()
     layer = rrattn.RRAttention(rrattn.RRAttentionConfig(threshold=1.0, softmax_scale=0.5))
     expected = dense_attention(query, key, value, scale=0.5)
-    np.testing.assert_allclose(layer(query, key, value, softmax_scale=0.1).numpy(), expected, atol=2e-5)
+    np.testing.assert_allclose(layer(query, key, value, causal=True, softmax_scale=0.1).numpy(), expected, atol=2e-5)
 
 
 def test_gradients_flow_in_train_and_eval_but_not_under_no_grad():
@@ -153,10 +172,10 @@ def test_gradients_flow_in_train_and_eval_but_not_under_no_grad():
         inputs = make_inputs()
         for tensor in inputs:
             tensor.stop_gradient = False
-        layer(*inputs).square().sum().backward()
+        layer(*inputs, causal=True).square().sum().backward()
         gradients.append([tensor.grad.numpy() for tensor in inputs])
         with paddle.no_grad():
-            assert layer(*inputs).stop_gradient
+            assert layer(*inputs, causal=True).stop_gradient
     for in_train, in_eval in zip(*gradients):
         assert np.abs(in_train).max() > 0
         np.testing.assert_array_equal(in_train, in_eval)
@@ -169,12 +188,12 @@ def test_density_under_row_bounds():
     sizes = {"causal": True, "seqlen_q": 700, "seqlen_k": 700}
     layer = rrattn.RRAttention(threshold=0.4)
     _, mask = rrattn.rr_attention(query, key, value, rows, causal=True, threshold=0.4, return_block_mask=True)
-    layer(query, key, value, rows)
+    layer(query, key, value, rows, causal=True)
     assert (layer.last_density == rrattn.block_density(mask, rows, **sizes)).all()
     assert (layer.last_density > rrattn.block_density(mask, **sizes)).all()
     assert (layer.last_selection.startend_row_indices == rows).all()
     for dense in (rrattn.RRAttention(threshold=1.0), rrattn.RRAttention(rrattn.RRAttentionConfig(dense_layers=(0,)))):
-        dense(query, key, value, rows)
+        dense(query, key, value, rows, causal=True)
         assert (dense.last_density == 1).all()
 
 
@@ -183,7 +202,7 @@ def test_row_bounds_changed_after_the_call_are_not_counted_with(change):
     query, key, value = make_inputs()
     rows = masks.document_startend_rows([[300, 400], [100, 500]])
     layer = rrattn.RRAttention(threshold=1.0)
-    layer(query, key, value, rows)
+    layer(query, key, value, rows, causal=True)
     change(rows)
     assert (layer.last_density == 1).all()
 
@@ -193,14 +212,14 @@ def test_a_large_mask_is_reduced_to_its_density(monkeypatch, packed):
     query, key, value = make_inputs()
     rows = masks.document_startend_rows([[300, 400], [100, 500]]) if packed else None
     layer = rrattn.RRAttention(threshold=0.5)
-    layer(query, key, value, rows)
+    layer(query, key, value, rows, causal=True)
     kept = layer.last_selection
     size = kept.block_mask.size + (rows.size if packed else 0)
     monkeypatch.setattr(layer_module, "MASK_BYTES_KEPT", size * 4)
-    layer(query, key, value, rows)
+    layer(query, key, value, rows, causal=True)
     assert layer.last_selection.block_mask is not None
     monkeypatch.setattr(layer_module, "MASK_BYTES_KEPT", size * 4 - 1)
-    layer(query, key, value, rows)
+    layer(query, key, value, rows, causal=True)
     assert layer.last_selection.block_mask is None and layer.last_selection.startend_row_indices is None
     assert (layer.last_density == kept.density).all()
 

@@ -124,13 +124,13 @@ def test_selections_of_the_check_can_tell():
 # Faults: each takes the function that is made wrong, and returns the wrong one.
 
 
-def spoils(position, change):
-    """Changes the array that is argument number `position`, an output, after the call."""
+def spoils(output, change):
+    """Changes the output of this name after the call."""
 
     def fault(function):
         def wrong(*arguments, **options):
             result = function(*arguments, **options)
-            change(arguments[position])
+            change(options[output])
             return result
 
         return wrong
@@ -160,7 +160,7 @@ def gives_other_bits_each_time(function):
     def wrong(*arguments, **options):
         function(*arguments, **options)
         calls.append(None)
-        arguments[7].reshape(-1).view(np.uint8)[0] ^= len(calls) % 2  # the lowest bit of a gradient of query
+        options["grad_query"].reshape(-1).view(np.uint8)[0] ^= len(calls) % 2  # the lowest bit of one of its numbers
 
     return wrong
 
@@ -201,14 +201,40 @@ DTYPES = ("float32", "float16", "bfloat16")
 @pytest.mark.parametrize(
     ("module", "name", "fault", "failing", "message"),
     [
-        (direct, "estimate_block_scores", spoils(2, scales_first_value), DTYPES, "block scores, largest error: "),
-        (direct, "select_blocks", spoils(1, flips_a_bit), DTYPES, "selection, in words that differ: 1, allowed 0"),
-        (direct, "block_sparse_attention", spoils(4, zeroes_last_value), DTYPES, "output, largest error: "),
-        (direct, "block_sparse_attention", spoils(5, zeroes_last_value), DTYPES, "log-sum-exp, largest error: "),
+        (
+            direct,
+            "estimate_block_scores",
+            spoils("block_scores", scales_first_value),
+            DTYPES,
+            "block scores, largest error: ",
+        ),
+        (
+            direct,
+            "select_blocks",
+            spoils("block_mask", flips_a_bit),
+            DTYPES,
+            "selection, in words that differ: 1, allowed 0",
+        ),
+        (direct, "block_sparse_attention", spoils("out", zeroes_last_value), DTYPES, "output, largest error: "),
+        (direct, "block_sparse_attention", spoils("lse", zeroes_last_value), DTYPES, "log-sum-exp, largest error: "),
+        (
+            direct,
+            "rr_attention",
+            spoils("block_mask", flips_a_bit),
+            DTYPES,
+            "selection of rr_attention, in words that differ",
+        ),
+        (
+            direct,
+            "rr_attention",
+            spoils("out", zeroes_last_value),
+            DTYPES,
+            "output of rr_attention, in words that differ",
+        ),
         (
             direct,
             "block_sparse_attention_backward",
-            spoils(8, zeroes_first_token),
+            spoils("grad_key", zeroes_first_token),
             DTYPES,
             "gradient of key, largest error: ",
         ),

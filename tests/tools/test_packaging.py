@@ -103,7 +103,7 @@ for head_dim in (7, 1234):
         print(error)
     try:
         x = np.zeros((1, 8, 1, head_dim), np.float32)
-        direct.estimate_block_scores(x, x, x, causal=True)
+        direct.estimate_block_scores(x, x, block_scores=x, causal=True)
     except ValueError as error:
         print(error)
 """
@@ -173,7 +173,7 @@ sys.modules["paddle"] = None  # as if it were not installed
 import numpy as np
 from rrattn import direct
 x, scores = np.ones((1, 200, 2, 8), np.float32), np.zeros((1, 2, 2, 2), np.float32)
-direct.estimate_block_scores(x, x, scores, causal=True)
+direct.estimate_block_scores(x, x, block_scores=scores, causal=True)
 print(scores.sum())
 """,
         path=ROOT,

@@ -90,23 +90,25 @@ class Problem:
         self.inputs = self.query, self.key, self.value, self.given
 
     def estimate(self):
-        direct.estimate_block_scores(self.query, self.key, self.block_scores, stride=STRIDE, **self.options)
+        scores = self.block_scores
+        direct.estimate_block_scores(self.query, self.key, block_scores=scores, stride=STRIDE, **self.options)
 
     def select(self):
         lengths = {"seqlen_q": self.tokens, "seqlen_k": self.tokens}
-        options = {"threshold": THRESHOLD, "causal": True, "num_threads": THREADS, **lengths}
-        direct.select_blocks(self.block_scores, self.selected, **options)
+        options = {"causal": True, "num_threads": THREADS, **lengths}
+        direct.select_blocks(self.block_scores, THRESHOLD, block_mask=self.selected, **options)
 
     def estimate_and_select(self):
         self.estimate()
         self.select()
 
     def attend(self):
-        direct.block_sparse_attention(*self.inputs, self.out, self.lse, **self.options)
+        direct.block_sparse_attention(*self.inputs, out=self.out, lse=self.lse, **self.options)
 
     def backward(self):
+        outputs = dict(zip(("grad_query", "grad_key", "grad_value"), self.grads))
         direct.block_sparse_attention_backward(
-            *self.inputs, self.out, self.lse, self.grad_out, *self.grads, **self.options
+            *self.inputs, self.out, self.lse, self.grad_out, **outputs, **self.options
         )
 
     @property

@@ -85,12 +85,12 @@ class Problem:
 
     def call_estimate(self, **options):
         return direct.estimate_block_scores(
-            self.query, self.key, self.scores, causal=True, stride=self.stride, **options
+            self.query, self.key, block_scores=self.scores, causal=True, stride=self.stride, **options
         )
 
     def call_select(self, **options):
-        lengths = {"seqlen_q": self.seqlen_q, "seqlen_k": self.seqlen_k}
-        return direct.select_blocks(self.scores, self.mask, threshold=THRESHOLD, causal=True, **lengths, **options)
+        given = {"block_mask": self.mask, "causal": True, "seqlen_q": self.seqlen_q, "seqlen_k": self.seqlen_k}
+        return direct.select_blocks(self.scores, THRESHOLD, **given, **options)
 
     def run(self, stage):
         options = {"workspace": self.workspace, "stream": torch.cuda.current_stream().cuda_stream}

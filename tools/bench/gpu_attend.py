@@ -62,17 +62,19 @@ class Pipeline:
         return call, num_bytes
 
     def attend(self, block_mask):
-        arrays = self.query, self.key, self.value, block_mask, self.out, self.lse
-        return lambda **options: direct.block_sparse_attention(*arrays, causal=True, **options)
+        arrays, outputs = (self.query, self.key, self.value, block_mask), {"out": self.out, "lse": self.lse}
+        return lambda **options: direct.block_sparse_attention(*arrays, **outputs, causal=True, **options)
 
     def stages(self, scores, block_mask, threshold):
         """All three, through these scores and this block mask."""
 
         def estimate(**options):
-            return direct.estimate_block_scores(self.query, self.key, scores, causal=True, stride=STRIDE, **options)
+            sampling = {"causal": True, "stride": STRIDE}
+            return direct.estimate_block_scores(self.query, self.key, block_scores=scores, **sampling, **options)
 
         def select(**options):
-            return direct.select_blocks(scores, block_mask, threshold=threshold, causal=True, **self.lengths, **options)
+            given = {"block_mask": block_mask, "causal": True, **self.lengths}
+            return direct.select_blocks(scores, threshold, **given, **options)
 
         return [estimate, select, self.attend(block_mask)]
 

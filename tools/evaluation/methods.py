@@ -144,7 +144,7 @@ def rrattn_block_mask(config, query, key, scale, layer, num_layers):
         head_offset=config.head_offset,
         softmax_scale=scale if config.softmax_scale is None else config.softmax_scale,
     )
-    keep = {name: getattr(config, name) for name in ("keep_sink", "keep_last", "keep_local")}
+    keep = config.keep_rules()
     return rrattn.select_blocks(scores, threshold, **sizes, **keep)
 
 
