@@ -129,7 +129,7 @@ def rr_attention(
         block_mask=block_mask,
         block_scores=block_scores,
         causal=arguments.flag(causal, "causal"),
-        **checked_sampling(stride, head_offset, softmax_scale),
+        sampling=_direct.Sampling(**checked_sampling(stride, head_offset, softmax_scale)),
         rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local)),
         dtype=_name(dtype),
         options=_options(rr_attention, options),
@@ -165,7 +165,7 @@ def estimate_block_scores(
         startend_row_indices,
         block_scores=block_scores,
         causal=arguments.flag(causal, "causal"),
-        **checked_sampling(stride, head_offset, softmax_scale),
+        sampling=_direct.Sampling(**checked_sampling(stride, head_offset, softmax_scale)),
         dtype=_name(dtype),
         options=_options(estimate_block_scores, options),
     )

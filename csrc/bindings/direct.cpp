@@ -1,229 +1,14 @@
 // The stages on any arrays that speak DLPack, without Paddle. The caller allocates the outputs.
 // Users call this module through rrattn/direct.py.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <algorithm>
-#include <memory>
-
-#include "../core/overlap.h"
 #include "../cpu/cpu_quota.h"
+#include "arrays.h"
 #include "devices.h"
-#include "dlpack.h"
 #include "settings.h"
 #include "shapes.h"
-
-namespace py = pybind11;
 
 namespace rrattn {
 
 namespace {
-
-ElementType element_type(const std::string& name) {
-  if (name == "float32") return ElementType::kFloat32;
-  if (name == "float16") return ElementType::kFloat16;
-  if (name == "bfloat16") return ElementType::kBFloat16;
-  if (name == "int32") return ElementType::kInt32;
-  if (name == "bool") return ElementType::kBool;
-  return ElementType::kOther;
-}
-
-std::string type_name(const DLDataType& type) {
-  const std::string bits = std::to_string(type.bits);
-  if (type.lanes != 1) return "vectors of " + std::to_string(type.lanes);
-  switch (type.code) {
-    case 0:
-      return "int" + bits;
-    case 1:
-      return "uint" + bits;
-    case 2:
-      return "float" + bits;
-    case 4:
-      return "bfloat" + bits;
-    case 5:
-      return "complex" + bits;
-    case 6:
-      return "bool";
-    default:
-      return "DLPack type " + std::to_string(type.code);
-  }
-}
-
-std::string device_name(const DLDevice& device) {
-  if (device.device_type == 1) return "cpu";
-  if (device.device_type == 2) return "cuda:" + std::to_string(device.device_id);
-  return "DLPack device " + std::to_string(device.device_type);
-}
-
-// An Array over a Python object's memory, which `keeper` keeps alive.
-struct Borrowed {
-  py::object keeper;
-  Array array;
-  int64_t bytes = 0;
-};
-
-enum class Access { kRead, kWrite };
-
-// Completes an array that has its shape. `strides` are in elements; null: contiguous.
-void finish(Borrowed& borrowed, const int64_t* strides) {
-  Array& array = borrowed.array;
-  array.strides.resize(array.shape.size());
-  int64_t contiguous = 1;  // and, at the end, the number of elements
-  for (size_t i = array.shape.size(); i-- > 0; contiguous *= array.shape[i]) {
-    array.strides[i] = strides ? strides[i] : contiguous;
-  }
-  borrowed.bytes = contiguous * array.element_bytes;
-}
-
-// Borrows an array in host memory by NumPy's own protocol. It takes longer than DLPack, but also
-// gives read-only arrays, which NumPy's DLPack does not.
-Borrowed borrow_by_interface(const py::object& object, const char* name, Access access) {
-  const py::dict interface = object.attr("__array_interface__");
-  const auto [data, read_only] = interface["data"].cast<std::pair<uintptr_t, bool>>();
-  if (read_only && access == Access::kWrite) {
-    throw std::invalid_argument(std::string(name) + " is read-only, but is to be written");
-  }
-  Borrowed borrowed{object, {}};
-  Array& array = borrowed.array;
-  array.data = reinterpret_cast<void*>(data);
-  const auto type = interface["typestr"].cast<std::string>();  // such as "<f4"
-  array.element_bytes = std::stoll(type.substr(2));
-  const std::string bits = std::to_string(8 * array.element_bytes);
-  array.type_name = type[0] == '>'   ? type
-                    : type[1] == 'f' ? "float" + bits
-                    : type[1] == 'i' ? "int" + bits
-                    : type[1] == 'u' ? "uint" + bits
-                    : type[1] == 'b' ? "bool"
-                                     : type;
-  array.device = "cpu";
-  array.shape = interface["shape"].cast<std::vector<int64_t>>();
-  std::vector<int64_t> strides;
-  if (interface.contains("strides") && !interface["strides"].is_none()) {
-    strides = interface["strides"].cast<std::vector<int64_t>>();  // in bytes
-    for (int64_t& stride : strides) {
-      if (stride % array.element_bytes != 0) {
-        throw std::invalid_argument(std::string(name) + " has a stride of " +
-                                    std::to_string(stride) + " bytes, but must have multiples of " +
-                                    std::to_string(array.element_bytes));
-      }
-      stride /= array.element_bytes;
-    }
-  }
-  finish(borrowed, strides.empty() ? nullptr : strides.data());
-  return borrowed;
-}
-
-Borrowed borrow_by_dlpack(const py::object& object, bool on_cpu) {
-  using py::literals::operator""_a;
-  // On a GPU, -1 asks the exporter not to wait for any stream: the order of work on streams is up
-  // to the caller.
-  py::capsule capsule =
-      on_cpu ? object.attr("__dlpack__")() : object.attr("__dlpack__")("stream"_a = -1);
-  const auto* managed = static_cast<const DLManagedTensor*>(capsule.get_pointer());
-  const DLTensor& tensor = managed->dl_tensor;
-  Borrowed borrowed{capsule, {}};
-  Array& array = borrowed.array;
-  array.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  array.element_bytes = tensor.dtype.bits * tensor.dtype.lanes / 8;
-  array.type_name = type_name(tensor.dtype);
-  array.device = device_name(tensor.device);
-  if (tensor.device.device_type == 2) array.gpu = tensor.device.device_id;
-  array.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
-  finish(borrowed, tensor.strides);
-  return borrowed;
-}
-
-// `halves` names the 16-bit float type that uint16 stands for, for array libraries without that
-// type. Empty: uint16 stands for itself.
-Borrowed borrow(const py::object& object, const char* name, Access access,
-                const std::string& halves) {
-  if (!py::hasattr(object, "__dlpack__")) {
-    throw py::type_error(std::string(name) + " is a " +
-                         py::type::of(object).attr("__name__").cast<std::string>() +
-                         ", but must be an array with __dlpack__");
-  }
-  Borrowed borrowed;
-  try {
-    // Paddle gives the device type as an enumeration that is not an int.
-    const py::int_ device_type(py::tuple(object.attr("__dlpack_device__")())[0]);
-    const bool on_cpu = device_type.cast<int>() == 1;
-    try {
-      borrowed = borrow_by_dlpack(object, on_cpu);
-    } catch (const py::error_already_set&) {
-      if (!on_cpu || !py::hasattr(object, "__array_interface__")) throw;
-      borrowed = borrow_by_interface(object, name, access);
-    }
-  } catch (const py::error_already_set& error) {
-    throw std::invalid_argument(std::string(name) + " cannot be had in place: " + error.what());
-  }
-  Array& array = borrowed.array;
-  array.name = name;
-  if (reinterpret_cast<intptr_t>(array.data) % std::max<int64_t>(array.element_bytes, 1) != 0) {
-    throw std::invalid_argument(array.name +
-                                " lies at an address that is no multiple of its elements' " +
-                                std::to_string(array.element_bytes) + " bytes");
-  }
-  if (!halves.empty() && array.type_name == "uint16") array.type_name = halves;
-  array.type = element_type(array.type_name);
-  return borrowed;
-}
-
-// All arrays of one call, alive until it ends.
-class Arrays {
- public:
-  explicit Arrays(const std::optional<std::string>& dtype) : dtype_(dtype.value_or("")) {
-    if (dtype && *dtype != "float32" && *dtype != "float16" && *dtype != "bfloat16") {
-      throw std::invalid_argument("dtype is " + *dtype +
-                                  ", but must be float32, float16 or bfloat16");
-    }
-  }
-  const Array& read(const py::object& object, const char* name) {
-    return add(object, name, Access::kRead);
-  }
-  const Array& write(const py::object& object, const char* name) {
-    return add(object, name, Access::kWrite);
-  }
-  // The same for arrays whose elements have the call's dtype.
-  const Array& read_values(const py::object& object, const char* name) {
-    return check_dtype(read(object, name));
-  }
-  const Array& write_values(const py::object& object, const char* name) {
-    return check_dtype(write(object, name));
-  }
-  OptionalArray read_optional(const py::object& object, const char* name) {
-    if (object.is_none()) return std::nullopt;
-    return read(object, name);
-  }
-  OptionalArray write_optional(const py::object& object, const char* name) {
-    if (object.is_none()) return std::nullopt;
-    return write(object, name);
-  }
-  // Throws if the workspace, which is written, shares memory with any of them.
-  void require_apart(const Array& workspace) const {
-    for (const auto& borrowed : borrowed_) {
-      if (share_memory(workspace, borrowed->array)) {
-        throw std::invalid_argument("workspace shares memory with " + borrowed->array.name +
-                                    ", but must have its own");
-      }
-    }
-  }
-
- private:
-  const Array& add(const py::object& object, const char* name, Access access) {
-    borrowed_.push_back(std::make_unique<Borrowed>(borrow(object, name, access, dtype_)));
-    return borrowed_.back()->array;
-  }
-  const Array& check_dtype(const Array& array) const {
-    if (!dtype_.empty() && array.type_name != dtype_) {
-      throw std::invalid_argument(array.name + " has dtype " + array.type_name + ", but dtype is " +
-                                  dtype_);
-    }
-    return array;
-  }
-
-  std::string dtype_;
-  std::vector<std::unique_ptr<Borrowed>> borrowed_;
-};
 
 using Scale = std::optional<float>;  // none: 1 / sqrt(head_dim)
 using Name = std::optional<std::string>;
@@ -231,6 +16,16 @@ using Name = std::optional<std::string>;
 float scale_for(const Array& query, const Scale& softmax_scale) {
   return softmax_scale ? *softmax_scale : default_softmax_scale(query);
 }
+
+// Sampling as it is given, of a query that may still have to tell the scale.
+struct GivenSampling {
+  int64_t stride, head_offset;
+  Scale softmax_scale;
+
+  Sampling of(const Array& query) const {
+    return {stride, head_offset, scale_for(query, softmax_scale)};
+  }
+};
 
 // How a call is to run.
 struct Options {
@@ -296,17 +91,17 @@ int64_t run(const Stage<Params>& stage, Params params, const Arrays& arrays, con
 
 int64_t estimate_block_scores(const py::object& query, const py::object& key,
                               const py::object& startend_row_indices,
-                              const py::object& block_scores, bool causal, int64_t stride,
-                              int64_t head_offset, const Scale& softmax_scale, const Name& dtype,
+                              const py::object& block_scores, bool causal,
+                              const GivenSampling& sampling, const Name& dtype,
                               const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
-  return run(kEstimate,
-             estimate_params(first, arrays.read_values(key, "key"),
-                             arrays.read_optional(startend_row_indices, "startend_row_indices"),
-                             arrays.write(block_scores, "block_scores"), causal,
-                             {stride, head_offset, scale_for(first, softmax_scale)}),
-             arrays, first, options);
+  return run(
+      kEstimate,
+      estimate_params(first, arrays.read_values(key, "key"),
+                      arrays.read_optional(startend_row_indices, "startend_row_indices"),
+                      arrays.write(block_scores, "block_scores"), causal, sampling.of(first)),
+      arrays, first, options);
 }
 
 int64_t select_blocks(const py::object& block_scores, const py::object& head_thresholds,
@@ -394,73 +189,88 @@ class Scratch {
   const Array& like_;
 };
 
-// All three stages. Of what they hand on, block_scores, block_mask and lse, the workspace has what
-// was not asked for, and behind it the workspace of each stage in turn.
+// The parameters of all stages of a call.
+struct Plan {
+  EstimateParams estimate;
+  SelectParams select;
+  AttendParams attend;
+  int64_t scratch_bytes;
+};
+
+// A call of all three stages. Of what they hand on, block_scores, block_mask and lse, the workspace
+// has what was not given, and behind it the workspace of each stage in turn.
+struct Pipeline {
+  const Array &query, &key, &value;
+  OptionalArray head_thresholds, startend_row_indices;
+  const Array& out;
+  OptionalArray lse, block_mask, block_scores;
+  bool causal;
+  Sampling sampling;
+  KeepRules rules;
+  Execution execution;
+
+  // Checks everything, for a workspace that begins at this address.
+  Plan plan_at(intptr_t address) const {
+    Scratch scratch(address, query);
+    const Shape of_scores = scores_shape(query.shape, key.shape);
+    const Array scores =
+        block_scores ? *block_scores
+                     : scratch.take("block_scores", ElementType::kFloat32, "float32", of_scores);
+    const Array mask = block_mask ? *block_mask
+                                  : scratch.take("block_mask", ElementType::kInt32, "int32",
+                                                 mask_shape(of_scores));
+    const Array row_lse =
+        lse ? *lse : scratch.take("lse", ElementType::kFloat32, "float32", lse_shape(query.shape));
+    Plan plan{estimate_params(query, key, startend_row_indices, scores, causal, sampling),
+              select_params(scores, head_thresholds, startend_row_indices, mask, causal,
+                            query.shape[1], key.shape[1], rules),
+              attend_params(query, key, value, mask, startend_row_indices, out, row_lse, causal,
+                            sampling.softmax_scale),
+              scratch.bytes()};
+    // Each of these has looked at the arrays of its own stage.
+    std::vector<const Array*> inputs = {&query, &key, &value};
+    if (head_thresholds) inputs.push_back(&*head_thresholds);
+    if (startend_row_indices) inputs.push_back(&*startend_row_indices);
+    require_own_memory({&out, &row_lse, &mask, &scores}, inputs, &query);
+    plan.estimate.execution = execution;
+    plan.estimate.execution.workspace = scratch.end();
+    plan.select.execution = plan.attend.execution = plan.estimate.execution;
+    return plan;
+  }
+};
+
 int64_t rr_attention(const py::object& query, const py::object& key, const py::object& value,
                      const py::object& head_thresholds, const py::object& startend_row_indices,
                      const py::object& out, const py::object& lse, const py::object& block_mask,
-                     const py::object& block_scores, bool causal, int64_t stride,
-                     int64_t head_offset, const Scale& softmax_scale, const KeepRules& rules,
-                     const Name& dtype, const Options& options) {
+                     const py::object& block_scores, bool causal, const GivenSampling& sampling,
+                     const KeepRules& rules, const Name& dtype, const Options& options) {
   Arrays arrays(dtype);
-  const Array& q = arrays.read_values(query, "query");
-  const Array& k = arrays.read_values(key, "key");
-  const Array& v = arrays.read_values(value, "value");
-  const OptionalArray rows = arrays.read_optional(startend_row_indices, "startend_row_indices");
-  const OptionalArray thresholds = arrays.read_optional(head_thresholds, "threshold");
-  const Array& o = arrays.write_values(out, "out");
-  const OptionalArray given_lse = arrays.write_optional(lse, "lse");
-  const OptionalArray given_mask = arrays.write_optional(block_mask, "block_mask");
-  const OptionalArray given_scores = arrays.write_optional(block_scores, "block_scores");
-  const Kernel<EstimateParams>& estimate = kEstimate.kernel_for(q);
-  const Kernel<SelectParams>& select = kSelect.kernel_for(q);
-  const Kernel<AttendParams>& attend = kAttend.kernel_for(q);
-  const float scale = scale_for(q, softmax_scale);
-
-  struct Plan {
-    EstimateParams estimate;
-    SelectParams select;
-    AttendParams attend;
-    int64_t scratch_bytes;
-  };
-  const auto plan_at = [&](intptr_t workspace) {
-    Scratch scratch(workspace, q);
-    const Shape scores = scores_shape(q.shape, k.shape);
-    const auto taken = [&](const OptionalArray& given, const char* name, ElementType type,
-                           const char* type_name, const Shape& shape) {
-      return given ? *given : scratch.take(name, type, type_name, shape);
-    };
-    const Array block_scores =
-        taken(given_scores, "block_scores", ElementType::kFloat32, "float32", scores);
-    const Array block_mask =
-        taken(given_mask, "block_mask", ElementType::kInt32, "int32", mask_shape(scores));
-    const Array lse = taken(given_lse, "lse", ElementType::kFloat32, "float32", lse_shape(q.shape));
-    Plan plan{estimate_params(q, k, rows, block_scores, causal, {stride, head_offset, scale}),
-              select_params(block_scores, thresholds, rows, block_mask, causal, q.shape[1],
-                            k.shape[1], rules),
-              attend_params(q, k, v, block_mask, rows, o, lse, causal, scale), scratch.bytes()};
-    // A stage looks at its own arrays alone.
-    std::vector<const Array*> inputs = {&q, &k, &v};
-    if (rows) inputs.push_back(&*rows);
-    if (thresholds) inputs.push_back(&*thresholds);
-    require_own_memory({&o, &lse, &block_mask, &block_scores}, inputs, &q);
-    for (Execution* execution :
-         {&plan.estimate.execution, &plan.select.execution, &plan.attend.execution}) {
-      *execution = options.execution();
-      execution->workspace = scratch.end();
-    }
-    return plan;
-  };
-
-  const DeviceGuard guard(q.gpu);
-  // Until there is a workspace, what will lie in it stands at an address where no memory is.
-  const Plan sizes = plan_at(intptr_t{1} << 62);
+  const Array& first = arrays.read_values(query, "query");
+  const Kernel<EstimateParams>& estimate = kEstimate.kernel_for(first);
+  const Kernel<SelectParams>& select = kSelect.kernel_for(first);
+  const Kernel<AttendParams>& attend = kAttend.kernel_for(first);
+  const Pipeline pipeline{first,
+                          arrays.read_values(key, "key"),
+                          arrays.read_values(value, "value"),
+                          arrays.read_optional(head_thresholds, "threshold"),
+                          arrays.read_optional(startend_row_indices, "startend_row_indices"),
+                          arrays.write_values(out, "out"),
+                          arrays.write_optional(lse, "lse"),
+                          arrays.write_optional(block_mask, "block_mask"),
+                          arrays.write_optional(block_scores, "block_scores"),
+                          causal,
+                          sampling.of(first),
+                          rules,
+                          options.execution()};
+  const DeviceGuard guard(first.gpu);
+  // Before there is a workspace, what is to lie in it stands at an address where no memory is.
+  const Plan sizes = pipeline.plan_at(intptr_t{1} << 62);
   const int64_t bytes = sizes.scratch_bytes + std::max({estimate.workspace_bytes(sizes.estimate),
                                                         select.workspace_bytes(sizes.select),
                                                         attend.workspace_bytes(sizes.attend)});
   if (options.size_only) return bytes;
-  const Workspace workspace(bytes, arrays, q, options);
-  const Plan plan = plan_at(reinterpret_cast<intptr_t>(workspace.data()));
+  const Workspace workspace(bytes, arrays, first, options);
+  const Plan plan = pipeline.plan_at(reinterpret_cast<intptr_t>(workspace.data()));
   py::gil_scoped_release unlocked;
   estimate.run(plan.estimate);
   select.run(plan.select);
@@ -497,14 +307,16 @@ PYBIND11_MODULE(_direct, module) {
   const py::none none;
   KeepRules rules;
   add_settings<KeepRules>(module, "KeepRules", settings_of(rules));
+  py::class_<GivenSampling>(module, "Sampling")
+      .def(py::init<int64_t, int64_t, Scale>(), py::kw_only(), py::arg("stride"),
+           py::arg("head_offset") = 0, py::arg("softmax_scale") = none);
   py::class_<Options>(module, "Options")
       .def(py::init<std::optional<int>, py::object, int64_t, bool>(), py::kw_only(),
            py::arg("num_threads") = none, py::arg("workspace") = none, py::arg("stream") = 0,
            py::arg("size_only") = false);
   module.def("estimate_block_scores", &estimate_block_scores, py::arg("query"), py::arg("key"),
              py::arg("startend_row_indices") = none, py::kw_only(), py::arg("block_scores"),
-             py::arg("causal"), py::arg("stride"), py::arg("head_offset") = 0,
-             py::arg("softmax_scale") = none, py::arg("dtype") = none, py::arg("options"));
+             py::arg("causal"), py::arg("sampling"), py::arg("dtype") = none, py::arg("options"));
   module.def("select_blocks", &select_blocks, py::arg("block_scores"),
              py::arg("head_thresholds") = none, py::arg("startend_row_indices") = none,
              py::kw_only(), py::arg("block_mask"), py::arg("causal"), py::arg("seqlen_q"),
@@ -522,9 +334,8 @@ PYBIND11_MODULE(_direct, module) {
   module.def("rr_attention", &rr_attention, py::arg("query"), py::arg("key"), py::arg("value"),
              py::arg("head_thresholds") = none, py::arg("startend_row_indices") = none,
              py::kw_only(), py::arg("out"), py::arg("lse") = none, py::arg("block_mask") = none,
-             py::arg("block_scores") = none, py::arg("causal"), py::arg("stride"),
-             py::arg("head_offset") = 0, py::arg("softmax_scale") = none, py::arg("rules"),
-             py::arg("dtype") = none, py::arg("options"));
+             py::arg("block_scores") = none, py::arg("causal"), py::arg("sampling"),
+             py::arg("rules"), py::arg("dtype") = none, py::arg("options"));
   module.def("startend_rows_from_dense", &startend_rows_from_dense, py::arg("mask"), py::kw_only(),
              py::arg("start_rows"), py::arg("verdict"), py::arg("dtype") = none,
              py::arg("options"));

@@ -32,6 +32,7 @@ from tiny_models import (
 )
 
 import rrattn
+from rrattn import functional
 from rrattn.integrations import common
 
 # Switching over and back
@@ -96,6 +97,18 @@ def test_settings_in_the_config_of_the_model(model, tokens, threshold):
     config = rrattn.RRAttentionConfig(threshold=threshold, stride=16)
     assert (by_model == logits(rrattn.enable(make_model(), config), tokens)).all()
     assert_differs(by_model, logits(rrattn.enable(model, DENSE), tokens))
+
+
+@pytest.mark.parametrize("in_the_model", (False, True))
+def test_deterministic_reaches_the_operator_of_every_layer(model, tokens, in_the_model, monkeypatch):
+    """Of dense layers and of those that select."""
+    config = replace(SPARSE, deterministic=True, dense_layers=[0])
+    if in_the_model:
+        model.config.rrattn_deterministic, model.config.rrattn_dense_layers, config = True, [0], None
+    given, call = [], functional.call
+    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-1])) or call(name, *rest))
+    logits(rrattn.enable(model, config), tokens)
+    assert given == [("attend", True)] + [("rr_attention", True)] * (NUM_LAYERS - 1)
 
 
 def test_unknown_settings_in_the_config_of_the_model(model):

@@ -5,6 +5,7 @@ What is refused by the functions is in bad_arguments.py and test_errors.py.
 
 import inspect
 import json
+import re
 from dataclasses import asdict
 from decimal import Decimal
 from fractions import Fraction
@@ -16,7 +17,7 @@ from cases import make_inputs
 from paddle_harness import CASE, assert_all_identical, run, to_tensors
 
 import rrattn
-from rrattn import direct
+from rrattn import _direct, direct
 
 PLAIN = {
     "stride": 16,
@@ -124,6 +125,12 @@ def test_the_groups_of_settings_are_keywords_of_the_functions_that_take_them():
         assert set(config.sampling()) < takes["estimate_block_scores"]
         assert set(config.keep_rules()) < takes["select_blocks"]
         assert {*config.sampling(), *config.keep_rules()} < takes["rr_attention"]
+
+
+def test_the_kernels_take_the_settings_in_the_order_of_the_config():
+    """Operators take their attributes by position."""
+    taken = re.findall(r"(\w+): ", _direct.KeepRules.__init__.__doc__)
+    assert taken == ["self", "threshold", *rrattn.RRAttentionConfig().keep_rules()]
 
 
 def test_causal_has_one_default():
