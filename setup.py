@@ -111,10 +111,10 @@ try:
 except ValueError:
     print("rrattn._direct raises errors")
 if {with_paddle}:
-    import paddle, rrattn.library
+    import paddle, rrattn.operators
     rows = paddle.to_tensor([[[[0.0] * 7]]], place=paddle.CPUPlace())
     try:
-        rrattn.library.call("estimate", rows, rows, None, True, 8, 0, 1.0)
+        rrattn.operators.call("estimate", rows, rows, None, True, 8, 0, 1.0)
     except ValueError as error:
         assert "head_dim is 7," in str(error), error
         print("rrattn._ops raises errors")

@@ -1,8 +1,14 @@
 """RRAttention for PaddlePaddle: dynamic block-sparse attention for long contexts (arXiv 2602.05853).
 
 Where Paddle is not installed, only :mod:`rrattn.direct` is there, the kernels on plain arrays, and the config.
+
+With Paddle, the import loads rrattn's operators into it and adds an import hook, a finder in `sys.meta_path`: should
+PaddleFormers be imported later, its table of attention functions gets "rrattn" at that moment, so that
+`config._attn_implementation = "rrattn"` works in either order of the imports. All other imports go on as usual, and no
+model library is imported for it. See :mod:`rrattn.integrations`.
 """
 
+import typing as _typing
 from importlib import import_module as _import_module
 from importlib import util as _importlib_util
 
@@ -54,17 +60,22 @@ __all__ = [
 _NEEDS_PADDLE = (*__all__, "functional", "integrations", "layer", "masks", "published", "stats", "visualize")
 
 
-def __getattr__(name):
-    if name in _NEEDS_PADDLE and not _HAS_PADDLE:
-        raise ImportError(
-            f"rrattn.{name} needs Paddle, which is not installed. Install Paddle (pip install paddlepaddle), then "
-            "rrattn again, so that its operators are built for it (pip install --no-build-isolation .). "
-            "rrattn.direct works without."
-        )
-    if name in _LOADED_WHEN_ASKED_FOR:
-        return _import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if _typing.TYPE_CHECKING:  # where a __getattr__ would make every name one of the module's
+    from . import direct as direct
+    from . import visualize as visualize
+else:
+
+    def __getattr__(name):
+        if name in _NEEDS_PADDLE and not _HAS_PADDLE:
+            raise ImportError(
+                f"rrattn.{name} needs Paddle, which is not installed. Install Paddle (pip install paddlepaddle), then "
+                "rrattn again, so that its operators are built for it (pip install --no-build-isolation .). "
+                "rrattn.direct works without."
+            )
+        if name in _LOADED_WHEN_ASKED_FOR:
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_LOADED_WHEN_ASKED_FOR})

@@ -16,6 +16,7 @@ import operator
 import reprlib
 from collections.abc import Iterable, Mapping, Set
 from numbers import Real
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -29,6 +30,9 @@ MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 
 
+ErrorT = TypeVar("ErrorT", bound=Exception)
+
+
 class ArgumentKindError(TypeError, ValueError):
     """An argument of a kind that is never allowed.
 
@@ -37,18 +41,22 @@ class ArgumentKindError(TypeError, ValueError):
     """
 
 
-def refused(value, name, allowed, kind=ArgumentKindError):
+@overload
+def refused(value: object, name: str, allowed: str) -> ArgumentKindError: ...
+@overload
+def refused(value: object, name: str, allowed: str, kind: type[ErrorT]) -> ErrorT: ...
+def refused(value: object, name: str, allowed: str, kind: type[Exception] = ArgumentKindError) -> Exception:
     """The error for a value that is not allowed."""
     return kind(f"{name} is {shown(value)}, but must be {allowed}")
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A value as error messages show it: cut to a readable length, an array by its type alone."""
     value = plain(value)
     return f"a {type(value).__name__}" if _is_array(value) else reprlib.repr(value)
 
 
-def integer(value, name, low=None, high=None) -> int:
+def integer(value: object, name: str, low: int | None = None, high: int | None = None) -> int:
     """Anything that Python takes as an index, from `low` to `high`."""
     allowed = "an integer"
     if low is not None:
@@ -61,31 +69,31 @@ def integer(value, name, low=None, high=None) -> int:
     return found
 
 
-def count(value, name) -> int:
+def count(value: object, name: str) -> int:
     """An integer of at least 0."""
     return integer(value, name, low=0)
 
 
-def int64_count(value, name) -> int:
+def int64_count(value: object, name: str) -> int:
     """The same for the kernels, which take int64: a larger integer becomes the largest of these."""
     return min(count(value, name), MAX_INT64)
 
 
-def counts(value, name) -> tuple[int, ...]:
+def counts(value: object, name: str) -> tuple[int, ...]:
     """Any number of integers of at least 0."""
     given = entries(value)
-    found = [_index(entry) for entry in given or ()]
-    if given is None or any(index is None or index < 0 for index in found):
+    found = [index for index in map(_index, given or ()) if index is not None and index >= 0]
+    if given is None or len(found) < len(given):
         raise refused(value if given is None else given, name, "a sequence of integers of at least 0")
     return tuple(found)
 
 
-def length(value, name) -> int:
+def length(value: object, name: str) -> int:
     """A number of tokens."""
     return integer(value, name, 0, MAX_LENGTH)
 
 
-def head_offset(value) -> int:
+def head_offset(value: object) -> int:
     """The number of a head, below 2^63 since the kernels take int64."""
     offset = count(value, "head_offset")
     if offset > MAX_INT64:
@@ -93,7 +101,7 @@ def head_offset(value) -> int:
     return offset
 
 
-def sample_stride(value) -> int:
+def sample_stride(value: object) -> int:
     """One of STRIDES."""
     stride = _index(value)
     if stride not in STRIDES:
@@ -102,7 +110,7 @@ def sample_stride(value) -> int:
     return stride
 
 
-def flag(value, name, allowed="True or False") -> bool:
+def flag(value: object, name: str, allowed: str = "True or False") -> bool:
     """True or False."""
     if value is True or value is False:
         return value
@@ -112,12 +120,12 @@ def flag(value, name, allowed="True or False") -> bool:
     return value
 
 
-def optional_flag(value, name) -> bool | None:
+def optional_flag(value: object, name: str) -> bool | None:
     """True, False or None."""
     return None if value is None else flag(value, name, "True, False or None")
 
 
-def softmax_scale(value) -> float | None:
+def softmax_scale(value: object) -> float | None:
     """A number that is finite in float32, in which the kernels compute; None stays None."""
     if value is None:
         return None
@@ -129,7 +137,7 @@ def softmax_scale(value) -> float | None:
     return scale
 
 
-def threshold(value, name="threshold", allowed="a number in (0, 1]") -> float:
+def threshold(value: object, name: str = "threshold", allowed: str = "a number in (0, 1]") -> float:
     """A number in (0, 1], in float32 too."""
     share = _float(value)
     if share is None:
@@ -139,7 +147,7 @@ def threshold(value, name="threshold", allowed="a number in (0, 1]") -> float:
     return share
 
 
-def thresholds(value, depth, name="threshold") -> float | tuple:
+def thresholds(value: object, depth: int, name: str = "threshold") -> float | tuple[Any, ...]:
     """A threshold, or tuples of them up to the given depth."""
     given = entries(value) if depth > 0 else None
     if given is None:
@@ -149,7 +157,7 @@ def thresholds(value, depth, name="threshold") -> float | tuple:
     return tuple(thresholds(entry, depth - 1, f"{name}[{i}]") for i, entry in enumerate(given))
 
 
-def entries(value) -> list | None:
+def entries(value: object) -> list[Any] | None:
     """The entries of a sequence, an iterator or a NumPy array, in order; None for anything else.
 
     An iterator can be read only once, so callers go on with this list. Text, sets and mappings are not sequences.
@@ -160,16 +168,16 @@ def entries(value) -> list | None:
     return list(value)
 
 
-def plain(value):
+def plain(value: object) -> Any:
     """NumPy's scalars and arrays as Python's numbers and lists, anything else as it is."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
-def _is_array(value):
+def _is_array(value: object) -> bool:
     return hasattr(value, "shape") and not isinstance(value, (np.generic, type))
 
 
-def _index(value):
+def _index(value: Any) -> int | None:
     """An integer as int; None for anything else."""
     if type(value) is int:
         return value
@@ -182,7 +190,7 @@ def _index(value):
         return None
 
 
-def _float(value):
+def _float(value: Any) -> float | None:
     """A real number as float, infinite beyond its range; None for anything else."""
     if type(value) is float:
         return value
@@ -195,11 +203,11 @@ def _float(value):
         return math.inf if value > 0 else -math.inf
 
 
-def _float32(number):
+def _float32(number: float) -> float:
     return ctypes.c_float(number).value
 
 
-def _in_float32(value, number):
+def _in_float32(value: object, number: float) -> str:
     """The value for an error message, with its value in float32 where that is what is wrong."""
     rounded = _float32(number)
     lost = (rounded == 0 or math.isinf(rounded)) and rounded != plain(value)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Union
+
 import numpy as np
 import paddle
 
 from . import arguments
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def array_of(value, name):
+    from numpy.typing import NDArray
+
+    ArrayLike = Union[paddle.Tensor, NDArray[Any], Sequence[Any]]
+    """A tensor, a NumPy array, or nested lists of numbers or flags."""
+
+
+def array_of(value: object, name: str) -> tuple[NDArray[Any], Any]:
     """(NumPy array, place) of a tensor, a NumPy array or nested lists, of numbers or flags.
 
     The place is where a result belongs: None, which is Paddle's default, unless a tensor was given. bfloat16 becomes
@@ -25,6 +35,7 @@ def array_of(value, name):
         # NumPy would get bfloat16 as integers that hold its bits.
         host = value.cpu()
         return (host.astype("float32") if host.dtype == paddle.bfloat16 else host).numpy(), value.place
+    array: NDArray[Any] | None
     try:
         array = np.asarray(value)
     except ValueError:  # lists of several lengths
@@ -34,7 +45,7 @@ def array_of(value, name):
     return array, None
 
 
-def array_of_dtype(value, name, dtype):
+def array_of_dtype(value: object, name: str, dtype: str) -> tuple[NDArray[Any], Any]:
     """The same, when it has the dtype of this name.
 
     Raises

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Callable, Union
 
 import numpy as np
 
@@ -22,6 +23,15 @@ if _HAS_PADDLE:
 
     from . import functional
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from .reference import Array
+
+    Measured = tuple[str, float, float]  # what, its error, and how much of one is allowed
+    Kernels = Union["DirectKernels", "OperatorKernels"]
+    Outcome = tuple[list[str], str]  # failures and a note
+
 THRESHOLD = 0.6
 NO_RULES = (False, False, 0)
 REPORT = (
@@ -30,7 +40,7 @@ REPORT = (
 )
 
 # FlashMask bounds by their number and causal, of keys that sit at `row` among `seqlen_q` rows.
-BOUNDS = {
+BOUNDS: dict[tuple[int, bool], Callable[[Array, int], tuple[Array, ...]]] = {
     (1, True): lambda row, seqlen_q: ((row // 300 + 1) * 300,),  # packed documents
     (2, True): lambda row, seqlen_q: (row + 100, np.full_like(row, seqlen_q - 50)),  # a window; last rows see all
     (2, False): lambda row, seqlen_q: (row + 131, row - 130),  # a window both ways
@@ -54,11 +64,11 @@ class Case:
     keep: tuple[bool, bool, int] = (True, True, 1)  # sink, last, local
 
     @property
-    def lengths(self):
+    def lengths(self) -> dict[str, Any]:
         return {"seqlen_q": self.seqlen_q, "seqlen_k": self.seqlen_k}
 
     @property
-    def rules(self):
+    def rules(self) -> dict[str, Any]:
         return dict(zip(("keep_sink", "keep_last", "keep_local"), self.keep))
 
 
@@ -80,26 +90,26 @@ CASES = (
 class Expected:
     """A case in a dtype: its inputs, and what the oracle and the naive computation make of them."""
 
-    query: np.ndarray  # [B, Lq, Hq, D]; float32 values of the dtype, as the next three
-    key: np.ndarray  # [B, Lk, Hkv, D]
-    value: np.ndarray  # [B, Lk, Hkv, D]
-    grad_out: np.ndarray  # [B, Lq, Hq, D]
-    startend: np.ndarray | None  # [B, Hkv, Lk, bounds] int32
-    scores: tuple  # oracle and naive on a CPU, for `reference.errors`
-    block_mask: np.ndarray  # [B, Hq, Mq, ceil(Mk / 32)] int32, selected by the oracle's scores in float32
-    outputs: dict  # name: oracle and naive
-    gradients: dict  # name: oracle, naive, terms and stored
+    query: Array  # [B, Lq, Hq, D]; float32 values of the dtype, as the next three
+    key: Array  # [B, Lk, Hkv, D]
+    value: Array  # [B, Lk, Hkv, D]
+    grad_out: Array  # [B, Lq, Hq, D]
+    startend: Array | None  # [B, Hkv, Lk, bounds] int32
+    scores: tuple[Array, Array]  # oracle and naive on a CPU, for `reference.errors`
+    block_mask: Array  # [B, Hq, Mq, ceil(Mk / 32)] int32, selected by the oracle's scores in float32
+    outputs: dict[str, tuple[Array, Array]]  # name: oracle and naive
+    gradients: dict[str, tuple[Array, ...]]  # name: oracle, naive, terms and stored
 
 
 @cache
-def expected(case, dtype):
+def expected(case: Case, dtype: str) -> Expected:
     """What is `Expected` of a case in a dtype, the same on every call."""
     rng = np.random.default_rng(0)
 
-    def normal(seqlen, heads):
+    def normal(seqlen: int, heads: int) -> Array:
         return rng.standard_normal((case.batch, seqlen, heads, case.head_dim))
 
-    query = 2 * normal(case.seqlen_q, case.num_heads)
+    query: Array = 2 * normal(case.seqlen_q, case.num_heads)
     key, value = normal(case.seqlen_k, case.num_heads_k), normal(case.seqlen_k, case.num_heads_k)
     # The keys of a block share a direction, so that each query block has blocks that draw most of its attention.
     shared = normal(reference.num_blocks(case.seqlen_k), case.num_heads_k)
@@ -108,19 +118,21 @@ def expected(case, dtype):
     query, key, value, grad_out = (reference.cast(x, dtype).astype(np.float32) for x in arrays)
     startend = None
     if case.bounds:
-        row = np.arange(case.seqlen_k) - (case.seqlen_k - case.seqlen_q)
+        row: Array = np.arange(case.seqlen_k) - (case.seqlen_k - case.seqlen_q)
         one = np.stack(BOUNDS[case.bounds, case.causal](row, case.seqlen_q), -1)  # [Lk, bounds]
         later = 3 * np.arange(case.batch * case.num_heads_k).reshape(case.batch, case.num_heads_k, 1, 1)
         startend = (one + later).astype(np.int32)  # [B, Hkv, Lk, bounds], each a few rows after the one before
 
-    sampled = {"causal": case.causal, "stride": case.stride}
-    scores = [reference.estimate(query, key, startend, **sampled, dtype=d) for d in ("float64", "float32")]
+    scores, in_float32 = (
+        reference.estimate(query, key, startend, causal=case.causal, stride=case.stride, dtype=d)
+        for d in ("float64", "float32")
+    )
     block_mask = reference.select(
-        scores[0].astype(np.float32), THRESHOLD, startend, causal=case.causal, **case.lengths, **case.rules
+        scores.astype(np.float32), THRESHOLD, startend, causal=case.causal, **case.lengths, **case.rules
     )
     forward = query, key, value, block_mask
     backward = *forward, grad_out
-    options = {"startend": startend, "causal": case.causal}
+    options: dict[str, Any] = {"startend": startend, "causal": case.causal}
     outputs = [reference.attend(*forward, **options, dtype=d) for d in ("float64", dtype)]
     gradients = [
         reference.backward(*backward, **options),
@@ -134,7 +146,7 @@ def expected(case, dtype):
         value,
         grad_out,
         startend,
-        tuple(scores),
+        (scores, in_float32),
         reference.pack(block_mask),
         dict(zip(("output", "log-sum-exp"), zip(*outputs))),
         dict(zip(("gradient of query", "gradient of key", "gradient of value"), zip(*gradients))),
@@ -144,14 +156,14 @@ def expected(case, dtype):
 class DirectKernels:
     """The stages through rrattn.direct with an instruction set of the CPU, from NumPy values to NumPy values."""
 
-    dtypes = ("float32", "float16", "bfloat16")
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     on_gpu = False
 
-    def __init__(self, simd):
+    def __init__(self, simd: str) -> None:
         self.name, self.simd = f"rrattn.direct, {simd}", simd
 
     @contextlib.contextmanager
-    def in_use(self):
+    def in_use(self) -> Iterator[None]:
         before = direct.simd()
         direct.set_simd(self.simd)
         try:
@@ -159,7 +171,7 @@ class DirectKernels:
         finally:
             direct.set_simd(before)
 
-    def estimate(self, query, key, startend, *, dtype, **options):
+    def estimate(self, query: Array, key: Array, startend: Array | None, *, dtype: str, **options: Any) -> Array:
         """block_scores [B, Hq, Mq, Mk] float32."""
         blocks = reference.num_blocks(query.shape[1]), reference.num_blocks(key.shape[1])
         scores = np.full((query.shape[0], query.shape[2], *blocks), np.nan, np.float32)
@@ -167,19 +179,41 @@ class DirectKernels:
         direct.estimate_block_scores(query, key, startend, block_scores=scores, dtype=dtype, **options)
         return scores
 
-    def select(self, block_scores, startend, *, threshold, **options):
+    def select(self, block_scores: Array, startend: Array | None, *, threshold: float, **options: Any) -> Array:
         """block_mask [B, Hq, Mq, ceil(Mk / 32)] int32."""
         block_mask = np.zeros((*block_scores.shape[:3], -(-block_scores.shape[3] // reference.WORD)), np.int32)
         direct.select_blocks(block_scores, threshold, startend, block_mask=block_mask, **options)
         return block_mask
 
-    def attend(self, query, key, value, block_mask, startend, *, dtype, **options):
+    def attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        block_mask: Array,
+        startend: Array | None,
+        *,
+        dtype: str,
+        **options: Any,
+    ) -> tuple[Array, Array]:
         """(out [B, Lq, Hq, D], lse [B, Hq, Lq])."""
         query, key, value = (reference.encode(x, dtype) for x in (query, key, value))
         out, lse = self._attend(query, key, value, block_mask, startend, dtype=dtype, **options)
         return reference.decode(out, dtype), lse
 
-    def backward(self, query, key, value, block_mask, startend, grad_out, *, dtype, deterministic, **options):
+    def backward(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        block_mask: Array,
+        startend: Array | None,
+        grad_out: Array,
+        *,
+        dtype: str,
+        deterministic: bool,
+        **options: Any,
+    ) -> tuple[Array, ...]:
         """(grad_query, grad_key, grad_value), after a forward of its own."""
         query, key, value, grad_out = (reference.encode(x, dtype) for x in (query, key, value, grad_out))
         results = self._attend(query, key, value, block_mask, startend, dtype=dtype, **options)
@@ -192,25 +226,32 @@ class DirectKernels:
             *results,
             grad_out,
             startend,
-            **dict(zip(("grad_query", "grad_key", "grad_value"), grads)),
+            grad_query=grads[0],
+            grad_key=grads[1],
+            grad_value=grads[2],
             dtype=dtype,
             deterministic=deterministic,
             **options,
         )
         return tuple(reference.decode(grad, dtype) for grad in grads)
 
-    def rr_attention(self, query, key, value, startend, *, dtype, **options):
+    def rr_attention(
+        self, query: Array, key: Array, value: Array, startend: Array | None, *, dtype: str, **options: Any
+    ) -> tuple[Array, ...]:
         """(out, lse, block_mask) of one call."""
         query, key, value = (reference.encode(x, dtype) for x in (query, key, value))
         batch, seqlen_q, num_heads, _ = query.shape
         num_words = -(-key.shape[1] // (reference.BLOCK * reference.WORD))
         out, lse = np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
         block_mask = np.zeros((batch, num_heads, reference.num_blocks(seqlen_q), num_words), np.int32)
-        outputs = {"out": out, "lse": lse, "block_mask": block_mask}
-        direct.rr_attention(query, key, value, startend, **outputs, dtype=dtype, **options)
+        direct.rr_attention(
+            query, key, value, startend, out=out, lse=lse, block_mask=block_mask, dtype=dtype, **options
+        )
         return reference.decode(out, dtype), lse, block_mask
 
-    def _attend(self, query, key, value, block_mask, startend, **options):
+    def _attend(
+        self, query: Array, key: Array, value: Array, block_mask: Array, startend: Array | None, **options: Any
+    ) -> tuple[Array, Array]:
         batch, seqlen_q, num_heads, _ = query.shape
         out, lse = np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
         direct.block_sparse_attention(query, key, value, block_mask, startend, out=out, lse=lse, **options)
@@ -220,13 +261,13 @@ class DirectKernels:
 class OperatorKernels:
     """The same through Paddle's operators on a device, by Paddle's name for it."""
 
-    def __init__(self, device):
+    def __init__(self, device: str) -> None:
         self.name, self.device = f"Paddle's operators, {device}", device
         self.on_gpu = device != "cpu"
         self.dtypes = ("float16", "bfloat16") if self.on_gpu else DirectKernels.dtypes
 
     @contextlib.contextmanager
-    def in_use(self):
+    def in_use(self) -> Iterator[None]:
         before = paddle.get_device()
         paddle.set_device(self.device)
         try:
@@ -234,15 +275,25 @@ class OperatorKernels:
         finally:
             paddle.set_device(before)
 
-    def estimate(self, query, key, startend, *, dtype, **options):
+    def estimate(self, query: Any, key: Any, startend: Any, *, dtype: str, **options: Any) -> Array:
         tensors = to_tensor(query, dtype), to_tensor(key, dtype), to_tensor(startend, "int32")
         return functional.estimate_block_scores(*tensors, **options).numpy()
 
-    def select(self, block_scores, startend, *, threshold, **options):
+    def select(self, block_scores: Any, startend: Any, *, threshold: float, **options: Any) -> Array:
         scores, startend = to_tensor(block_scores, "float32"), to_tensor(startend, "int32")
         return functional.select_blocks(scores, threshold, startend, **options).numpy()
 
-    def attend(self, query, key, value, block_mask, startend, *, dtype, **options):
+    def attend(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        block_mask: Any,
+        startend: Any,
+        *,
+        dtype: str,
+        **options: Any,
+    ) -> tuple[Array, Array]:
         query, key, value = (to_tensor(x, dtype) for x in (query, key, value))
         block_mask, startend = to_tensor(block_mask, "int32"), to_tensor(startend, "int32")
         out, lse = functional.block_sparse_attention(
@@ -250,16 +301,30 @@ class OperatorKernels:
         )
         return reference.decode(out.numpy(), dtype), lse.numpy()
 
-    def backward(self, query, key, value, block_mask, startend, grad_out, *, dtype, **options):
+    def backward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        block_mask: Any,
+        startend: Any,
+        grad_out: Any,
+        *,
+        dtype: str,
+        **options: Any,
+    ) -> tuple[Array, ...]:
         leaves = [to_tensor(x, dtype) for x in (query, key, value)]
         for leaf in leaves:
             leaf.stop_gradient = False
         block_mask, startend = to_tensor(block_mask, "int32"), to_tensor(startend, "int32")
-        out = functional.block_sparse_attention(*leaves, block_mask, startend, **options)
+        query, key, value = leaves
+        out = functional.block_sparse_attention(query, key, value, block_mask, startend, **options)
         grads = paddle.grad(out, leaves, to_tensor(grad_out, dtype))
         return tuple(reference.decode(grad.numpy(), dtype) for grad in grads)
 
-    def rr_attention(self, query, key, value, startend, *, dtype, **options):
+    def rr_attention(
+        self, query: Any, key: Any, value: Any, startend: Any, *, dtype: str, **options: Any
+    ) -> tuple[Array, ...]:
         """(out, lse, block_mask) of one operator."""
         query, key, value = (to_tensor(x, dtype) for x in (query, key, value))
         out, lse, block_mask = functional.rr_attention(
@@ -268,16 +333,16 @@ class OperatorKernels:
         return reference.decode(out.numpy(), dtype), lse.numpy(), block_mask.numpy()
 
 
-def to_tensor(values, dtype):
+def to_tensor(values: Array | None, dtype: str) -> Any:
     """Values as a Paddle tensor on the current device, which takes uint16 for bfloat16; None as None."""
     return None if values is None else paddle.to_tensor(reference.encode(values, dtype))
 
 
-def compare(kernels, case, dtype):
+def compare(kernels: Kernels, case: Case, dtype: str) -> Iterator[Measured]:
     """Yields (what, error, allowed) of all that is computed of a case; allowed is 0 where bits must be equal."""
     known = expected(case, dtype)
     forward = known.query, known.key, known.value
-    options = {"causal": case.causal, "dtype": dtype}
+    options: dict[str, Any] = {"causal": case.causal, "dtype": dtype}
 
     sampled = {"stride": case.stride, **options}
     scores = kernels.estimate(known.query, known.key, known.startend, **sampled)
@@ -286,8 +351,8 @@ def compare(kernels, case, dtype):
         exact_and_naive = reference.estimate_on_tensor_cores(known.query, known.key, known.startend, **sampled)
     yield from named("block scores", reference.errors(scores, *exact_and_naive))
 
-    selection = {"threshold": THRESHOLD, **case.rules}
-    lengths = {"causal": case.causal, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+    selection: dict[str, Any] = {"threshold": THRESHOLD, **case.rules}
+    lengths: dict[str, Any] = {"causal": case.causal, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
     by_oracle = known.scores[0].astype(np.float32)
     block_mask = kernels.select(by_oracle, known.startend, **lengths, **selection)
     yield "selection, in words that differ", words_that_differ(block_mask, known.block_mask), 0
@@ -302,33 +367,34 @@ def compare(kernels, case, dtype):
         )
         for deterministic in (False, True, True)
     ]
-    for i, (what, exact_and_naive) in enumerate(known.gradients.items()):
+    for i, (what, bounds) in enumerate(known.gradients.items()):
         usual, first, second = (three[i] for three in gradients)
-        yield from named(what, reference.errors(usual, *exact_and_naive))
-        yield from named(f"deterministic {what}", reference.errors(first, *exact_and_naive))
+        yield from named(what, reference.errors(usual, *bounds))
+        yield from named(f"deterministic {what}", reference.errors(first, *bounds))
         yield f"deterministic {what}, in words that differ from run to run", words_that_differ(second, first), 0
 
-    whole = kernels.rr_attention(*forward, known.startend, **sampled, **selection)
+    whole = kernels.rr_attention(known.query, known.key, known.value, known.startend, **sampled, **selection)
     block_mask = kernels.select(scores, known.startend, **lengths, **selection)
     stages = *kernels.attend(*forward, block_mask, known.startend, **options), block_mask
     for what, one, other in zip(("output", "log-sum-exp", "selection"), whole, stages):
         yield f"{what} of rr_attention, in words that differ from its stages", words_that_differ(one, other), 0
 
 
-def named(what, errors):
+def named(what: str, errors: Iterable[Measured]) -> list[Measured]:
     return [(f"{what}, {measure} error", error, allowed) for measure, error, allowed in errors]
 
 
-def words_that_differ(actual, other):
+def words_that_differ(actual: Array, other: Array) -> float:
     """Elements of two arrays of four bytes each that are not the same bit for bit; infinite where the shapes differ."""
     if actual.shape != other.shape:
         return np.inf
     return np.count_nonzero(np.ascontiguousarray(actual).view(np.int32) != np.ascontiguousarray(other).view(np.int32))
 
 
-def check_dtype(kernels, dtype):
+def check_dtype(kernels: Kernels, dtype: str) -> Outcome:
     """(failures, note) of all cases in a dtype; the note tells the largest error by what is allowed of it."""
-    failures, worst, note = [], -1.0, "nothing was computed"
+    failures: list[str] = []
+    worst, note = -1.0, "nothing was computed"
     for case in CASES:
         try:
             for what, error, allowed in compare(kernels, case, dtype):
@@ -341,7 +407,7 @@ def check_dtype(kernels, dtype):
     return failures, note
 
 
-def check_refusal(kernels):
+def check_refusal(kernels: Kernels) -> Outcome:
     """(failures, note): a head size that no kernel has must be a ValueError."""
     array = np.zeros((1, 8, 1, 7), np.float32)
     try:
@@ -353,9 +419,10 @@ def check_refusal(kernels):
     return ["a head size of 7 raised nothing"], ""
 
 
-def kernels_here():
+def kernels_here() -> tuple[list[Kernels], list[str]]:
     """([kernels], [what of this machine is not checked, and why])."""
-    found, left_out = [DirectKernels(simd) for simd in direct.available_simd()], []
+    found: list[Kernels] = [DirectKernels(simd) for simd in direct.available_simd()]
+    left_out: list[str] = []
     if not _HAS_PADDLE:
         return found, ["Paddle's operators: Paddle is not installed"]
     found.append(OperatorKernels("cpu"))
@@ -373,20 +440,16 @@ def run() -> int:
     """Prints a line for each group, and returns the exit status: 1 where one failed."""
     start = time.perf_counter()
     all_kernels, left_out = kernels_here()
-    groups = [
-        (f"{kernels.name}, {label}", kernels, function, arguments)
-        for kernels in all_kernels
-        for label, function, arguments in (
-            *((dtype, check_dtype, (kernels, dtype)) for dtype in kernels.dtypes),
-            ("bad arguments", check_refusal, (kernels,)),
-        )
-    ]
+    groups: list[tuple[str, Kernels, Callable[[], Outcome]]] = []
+    for kernels in all_kernels:
+        groups += [(f"{kernels.name}, {x}", kernels, partial(check_dtype, kernels, x)) for x in kernels.dtypes]
+        groups.append((f"{kernels.name}, bad arguments", kernels, partial(check_refusal, kernels)))
     num_failed = 0
-    for name, kernels, function, arguments in groups:
+    for name, kernels, check in groups:
         print(f"{name:<40}", end=" ", flush=True)  # before it runs: should it end the process, this tells which
         try:
             with kernels.in_use():
-                failures, note = function(*arguments)
+                failures, note = check()
         except Exception as error:  # as a device that cannot be used may raise; the other groups can still tell
             failures, note = [f"{type(error).__name__}: {error}"], ""
         num_failed += bool(failures)

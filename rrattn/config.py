@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from os import PathLike
 from pathlib import Path
+from typing import Any, TypedDict, cast
 
 from . import arguments
 
@@ -14,6 +16,31 @@ BLOCK_SIZE = 128
 
 CAUSAL = False
 """What calls are that do not say, as `paddle.nn.functional.scaled_dot_product_attention` and `flashmask_attention`."""
+
+
+class Sampling(TypedDict, total=False):
+    """How to estimate: keyword arguments of :func:`rrattn.estimate_block_scores`."""
+
+    stride: int
+    head_offset: int
+    softmax_scale: float | None
+
+
+class KeepRules(TypedDict, total=False):
+    """What to keep by other rules than the threshold: keyword arguments of :func:`rrattn.select_blocks`."""
+
+    keep_sink: bool
+    keep_last: bool
+    keep_local: int
+
+
+class Settings(Sampling, KeepRules, total=False):
+    """Any fields of :class:`RRAttentionConfig`: keyword arguments of :func:`rrattn.enable`."""
+
+    threshold: float | Sequence[float | Sequence[float]]
+    dense_layers: Sequence[int]
+    min_length: int
+    deterministic: bool | None
 
 
 @dataclass(frozen=True)
@@ -73,8 +100,8 @@ class RRAttentionConfig:
     min_length: int = 0
     deterministic: bool | None = None
 
-    def __post_init__(self):
-        checked = {
+    def __post_init__(self) -> None:
+        checked: Settings = {
             **self.sampling(),
             **self.keep_rules(),
             "threshold": arguments.thresholds(self.threshold, depth=2),
@@ -85,16 +112,16 @@ class RRAttentionConfig:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def sampling(self) -> dict:
+    def sampling(self) -> Sampling:
         """How to estimate, as keyword arguments of :func:`rrattn.estimate_block_scores`."""
         return checked_sampling(self.stride, self.head_offset, self.softmax_scale)
 
-    def keep_rules(self) -> dict:
+    def keep_rules(self) -> KeepRules:
         """What to keep by other rules than the threshold, as keyword arguments of :func:`rrattn.select_blocks`."""
         return checked_keep_rules(self.keep_sink, self.keep_last, self.keep_local)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> RRAttentionConfig:
+    def from_json(cls, path: str | PathLike[str]) -> RRAttentionConfig:
         """The settings in a JSON file, an object of any of the fields by name; defaults for the others.
 
         `rrattn calibrate` writes such a file, with a threshold for each layer or head.
@@ -111,18 +138,17 @@ class RRAttentionConfig:
             raise ValueError(f"{path} is not JSON: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        known = [field.name for field in fields(cls)]
         if not isinstance(given, dict):
-            raise ValueError(f"{path} holds a {type(given).__name__}, but must hold an object of {', '.join(known)}")
-        unknown = [name for name in given if name not in known]
+            raise ValueError(f"{path} holds a {type(given).__name__}, but must hold an object of {', '.join(SETTINGS)}")
+        unknown = [name for name in given if name not in SETTINGS]
         if unknown:
-            raise ValueError(f"{path} sets {', '.join(unknown)}, but the settings are {', '.join(known)}")
+            raise ValueError(f"{path} sets {', '.join(unknown)}, but the settings are {', '.join(SETTINGS)}")
         try:
             return cls(**given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def to_json(self, path: str | Path) -> None:
+    def to_json(self, path: str | PathLike[str]) -> None:
         """Writes all settings into a file that `from_json` reads."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
@@ -141,7 +167,7 @@ class RRAttentionConfig:
                 f"threshold has {len(self.threshold)} entries, but the model has {num_layers} layers: "
                 "give one float, or one entry per layer"
             )
-        return self.threshold[layer_index]
+        return cast("float | tuple[float, ...]", self.threshold[layer_index])  # as arguments.thresholds made it
 
     def layer_is_dense(self, layer_index: int, num_layers: int) -> bool:
         """Whether one layer attends every block it sees.
@@ -157,7 +183,11 @@ class RRAttentionConfig:
         return layer_index in self.dense_layers
 
 
-def checked_sampling(stride, head_offset, softmax_scale) -> dict:
+SETTINGS = tuple(field.name for field in fields(RRAttentionConfig))
+"""The names of all settings."""
+
+
+def checked_sampling(stride: object, head_offset: object, softmax_scale: object) -> Sampling:
     """How to estimate, by name, as plain Python."""
     return {
         "stride": arguments.sample_stride(stride),
@@ -166,7 +196,7 @@ def checked_sampling(stride, head_offset, softmax_scale) -> dict:
     }
 
 
-def checked_keep_rules(keep_sink, keep_last, keep_local) -> dict:
+def checked_keep_rules(keep_sink: object, keep_last: object, keep_local: object) -> KeepRules:
     """The keep rules besides the threshold, by name, as plain Python."""
     return {
         "keep_sink": arguments.flag(keep_sink, "keep_sink"),
@@ -175,7 +205,7 @@ def checked_keep_rules(keep_sink, keep_last, keep_local) -> dict:
     }
 
 
-def required_config(config) -> RRAttentionConfig:
+def required_config(config: object) -> RRAttentionConfig:
     """The config itself.
 
     Raises
@@ -192,7 +222,7 @@ def required_config(config) -> RRAttentionConfig:
     return config
 
 
-def _settings_named_once(pairs):
+def _settings_named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as a dict. Refuses a name that stands there twice, of which a dict would keep the last."""
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})

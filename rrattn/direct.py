@@ -27,11 +27,13 @@ size_only : bool
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING, Any, Callable, Protocol, TypedDict, Union, cast
 
 from . import _direct, arguments
 from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, checked_sampling
 
 _DEFAULTS = RRAttentionConfig()
+_DEFAULT_THRESHOLD = cast(float, _DEFAULTS.threshold)  # one number, where a config may have several
 _OPTIONS = ("num_threads", "workspace", "stream", "size_only")
 
 available_simd = _direct.available_simd
@@ -39,7 +41,28 @@ default_num_threads = _direct.default_num_threads
 simd = _direct.simd
 
 
-def set_simd(name):
+class SupportsDlpack(Protocol):
+    """An array of any library that exchanges arrays by DLPack."""
+
+    def __dlpack__(self, *, stream: Any = ...) -> Any: ...
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    Array = Union[NDArray[Any], SupportsDlpack]  # NumPy says that its arrays of bool are none, and they are read
+
+    class Options(TypedDict, total=False):
+        """What all functions take, besides their own arguments."""
+
+        num_threads: int | None
+        workspace: Array | None
+        stream: int
+        size_only: bool
+
+
+def set_simd(name: str) -> None:
     """Makes the CPU stages use the instruction set of this name, one of :func:`available_simd`."""
     if not isinstance(name, str):
         raise TypeError(f"simd is {name!r}, but must be a name, one of {', '.join(available_simd())}")
@@ -47,26 +70,26 @@ def set_simd(name):
 
 
 def rr_attention(
-    query,
-    key,
-    value,
-    startend_row_indices=None,
+    query: Array,
+    key: Array,
+    value: Array,
+    startend_row_indices: Array | None = None,
     *,
-    out,
-    lse=None,
-    block_mask=None,
-    block_scores=None,
-    causal=CAUSAL,
-    stride=_DEFAULTS.stride,
-    threshold=_DEFAULTS.threshold,
-    head_offset=_DEFAULTS.head_offset,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    keep_sink=_DEFAULTS.keep_sink,
-    keep_last=_DEFAULTS.keep_last,
-    keep_local=_DEFAULTS.keep_local,
-    dtype=None,
-    **options,
-):
+    out: Array,
+    lse: Array | None = None,
+    block_mask: Array | None = None,
+    block_scores: Array | None = None,
+    causal: bool = CAUSAL,
+    stride: int = _DEFAULTS.stride,
+    threshold: float | Array = _DEFAULT_THRESHOLD,
+    head_offset: int = _DEFAULTS.head_offset,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    keep_sink: bool = _DEFAULTS.keep_sink,
+    keep_last: bool = _DEFAULTS.keep_last,
+    keep_local: int = _DEFAULTS.keep_local,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
     """All three stages in one call: the attention of :func:`rrattn.rr_attention`, without its gradient.
 
     Parameters
@@ -114,18 +137,18 @@ def rr_attention(
 
 
 def estimate_block_scores(
-    query,
-    key,
-    startend_row_indices=None,
+    query: Array,
+    key: Array,
+    startend_row_indices: Array | None = None,
     *,
-    block_scores,
-    causal=CAUSAL,
-    stride=_DEFAULTS.stride,
-    head_offset=_DEFAULTS.head_offset,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    dtype=None,
-    **options,
-):
+    block_scores: Array,
+    causal: bool = CAUSAL,
+    stride: int = _DEFAULTS.stride,
+    head_offset: int = _DEFAULTS.head_offset,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
     """Estimate how much each query block attends to each key block.
 
     Parameters
@@ -149,19 +172,19 @@ def estimate_block_scores(
 
 
 def select_blocks(
-    block_scores,
-    threshold,
-    startend_row_indices=None,
+    block_scores: Array,
+    threshold: float | Array,
+    startend_row_indices: Array | None = None,
     *,
-    block_mask,
-    causal=CAUSAL,
-    seqlen_q,
-    seqlen_k,
-    keep_sink=_DEFAULTS.keep_sink,
-    keep_last=_DEFAULTS.keep_last,
-    keep_local=_DEFAULTS.keep_local,
-    **options,
-):
+    block_mask: Array,
+    causal: bool = CAUSAL,
+    seqlen_q: int,
+    seqlen_k: int,
+    keep_sink: bool = _DEFAULTS.keep_sink,
+    keep_last: bool = _DEFAULTS.keep_last,
+    keep_local: int = _DEFAULTS.keep_local,
+    **options: Unpack[Options],
+) -> int:
     """Keep the blocks whose scores reach ``threshold`` of their row's sum.
 
     Parameters
@@ -187,19 +210,19 @@ def select_blocks(
 
 
 def block_sparse_attention(
-    query,
-    key,
-    value,
-    block_mask,
-    startend_row_indices=None,
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: Array,
+    startend_row_indices: Array | None = None,
     *,
-    out,
-    lse,
-    causal=CAUSAL,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    dtype=None,
-    **options,
-):
+    out: Array,
+    lse: Array,
+    causal: bool = CAUSAL,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
     """Flash attention over the selected blocks.
 
     Parameters
@@ -227,24 +250,24 @@ def block_sparse_attention(
 
 
 def block_sparse_attention_backward(
-    query,
-    key,
-    value,
-    block_mask,
-    out,
-    lse,
-    grad_out,
-    startend_row_indices=None,
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: Array,
+    out: Array,
+    lse: Array,
+    grad_out: Array,
+    startend_row_indices: Array | None = None,
     *,
-    grad_query,
-    grad_key,
-    grad_value,
-    causal=CAUSAL,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    deterministic=False,
-    dtype=None,
-    **options,
-):
+    grad_query: Array,
+    grad_key: Array,
+    grad_value: Array,
+    causal: bool = CAUSAL,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    deterministic: bool = False,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
     """Gradients of :func:`block_sparse_attention`, given what it was given and what it wrote.
 
     Parameters
@@ -278,7 +301,9 @@ def block_sparse_attention_backward(
     )
 
 
-def startend_rows_from_dense(mask, *, start_rows, verdict, dtype=None, **options):
+def startend_rows_from_dense(
+    mask: Array, *, start_rows: Array, verdict: Array, dtype: str | None = None, **options: Unpack[Options]
+) -> int:
     """FlashMask bounds of a dense causal mask, and a verdict that says whether they are exact.
 
     Parameters
@@ -298,14 +323,14 @@ def startend_rows_from_dense(mask, *, start_rows, verdict, dtype=None, **options
     )
 
 
-def _split_threshold(threshold):
+def _split_threshold(threshold: Any) -> tuple[float, Array | None]:
     """(float, None), or (unused float, array of one element per head)."""
     if hasattr(threshold, "__dlpack__") and getattr(threshold, "shape", None) != ():
         return 1.0, threshold
     return arguments.threshold(threshold, allowed="a number in (0, 1] or a float32 array of one per head"), None
 
 
-def _options(function, given):
+def _options(function: Callable[..., int], given: Options) -> Any:
     """The options that all functions take, for the one that was called."""
     unknown = [name for name in given if name not in _OPTIONS]
     if unknown:
@@ -315,7 +340,7 @@ def _options(function, given):
             f"rrattn.direct.{function.__name__} has no argument {', '.join(unknown)}; "
             f"by name it takes {', '.join([*own, *_OPTIONS])}"
         )
-    checked = dict(given)
+    checked: Options = {**given}
     if given.get("num_threads") is not None:
         checked["num_threads"] = min(arguments.integer(given["num_threads"], "num_threads", low=1), arguments.MAX_INT32)
     if "stream" in given:
@@ -325,7 +350,7 @@ def _options(function, given):
     return _direct.Options(**checked)
 
 
-def _name(dtype):
+def _name(dtype: object) -> str | None:
     """The name of a dtype, which the library checks; None stays None."""
     if dtype is not None and not isinstance(dtype, str):
         raise TypeError(f"dtype is {dtype!r}, but must be a name: 'float32', 'float16' or 'bfloat16'")

@@ -23,47 +23,121 @@ runs; what counts as a number or as True and False is said in :mod:`rrattn.argum
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any, overload
 
 import paddle
 
 from . import arguments, config
 from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, checked_sampling
 from .layout import watch_layout
-from .library import call
+from .operators import call
 
 try:
-    from paddle.jit.marker import unified
+    from paddle.jit.marker import unified as unified
 except ImportError:  # Paddle 2.6, where rrattn runs only eagerly
 
-    def unified(function):
+    def unified(function: Any) -> Any:  # type: ignore[misc]  # the least of what Paddle's takes
         return function
 
 
 paddle.jit.ignore_module([arguments, config])  # to_static would rewrite their plain Python, and fails on it
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
+    from paddle import Tensor
+    from typing_extensions import Unpack
+
+    from .config import KeepRules, Sampling
+
+    class _Options(Sampling, KeepRules, total=False):
+        """What `rr_attention` takes by name, but for what it is to return."""
+
+        causal: bool
+        training: bool
+        threshold: float | Tensor
+        deterministic: bool | None
+
+
 _DEFAULTS = RRAttentionConfig()
 
 
+@overload
+def rr_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    return_softmax_lse: Literal[False] = ...,
+    return_block_mask: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def rr_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    return_softmax_lse: Literal[True],
+    return_block_mask: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rr_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    return_softmax_lse: Literal[False] = ...,
+    return_block_mask: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rr_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    return_softmax_lse: Literal[True],
+    return_block_mask: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def rr_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    return_softmax_lse: bool = ...,
+    return_block_mask: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 @unified  # to_static traces through these as they are
 def rr_attention(
-    query,
-    key,
-    value,
-    startend_row_indices=None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = None,
     *,
-    causal=CAUSAL,
-    training=True,
-    stride=_DEFAULTS.stride,
-    threshold=_DEFAULTS.threshold,
-    head_offset=_DEFAULTS.head_offset,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    keep_sink=_DEFAULTS.keep_sink,
-    keep_last=_DEFAULTS.keep_last,
-    keep_local=_DEFAULTS.keep_local,
-    deterministic=_DEFAULTS.deterministic,
-    return_softmax_lse=False,
-    return_block_mask=False,
-):
+    causal: bool = CAUSAL,
+    training: bool = True,
+    stride: int = _DEFAULTS.stride,
+    threshold: Any = _DEFAULTS.threshold,
+    head_offset: int = _DEFAULTS.head_offset,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    keep_sink: bool = _DEFAULTS.keep_sink,
+    keep_last: bool = _DEFAULTS.keep_last,
+    keep_local: int = _DEFAULTS.keep_local,
+    deterministic: bool | None = _DEFAULTS.deterministic,
+    return_softmax_lse: bool = False,
+    return_block_mask: bool = False,
+) -> Any:
     """Attention over the key blocks that hold most of each query block's attention (arXiv 2602.05853).
 
     Estimates block scores from one query in `stride` and keys summed over `stride`, keeps for each query block the
@@ -148,15 +222,15 @@ def rr_attention(
 
 @unified
 def estimate_block_scores(
-    query,
-    key,
-    startend_row_indices=None,
+    query: Tensor,
+    key: Tensor,
+    startend_row_indices: Tensor | None = None,
     *,
-    causal=CAUSAL,
-    stride=_DEFAULTS.stride,
-    head_offset=_DEFAULTS.head_offset,
-    softmax_scale=_DEFAULTS.softmax_scale,
-):
+    causal: bool = CAUSAL,
+    stride: int = _DEFAULTS.stride,
+    head_offset: int = _DEFAULTS.head_offset,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+) -> Tensor:
     """Estimate how much each query block attends to each key block: the first stage of :func:`rr_attention`.
 
     The parameters are those of :func:`rr_attention`.
@@ -177,22 +251,23 @@ def estimate_block_scores(
     rows = _row_indices(startend_row_indices, key, causal)
     sampling = _sampling(query, stride, head_offset, softmax_scale)
     with paddle.no_grad(), watch_layout(query, key, rows, causal=causal):
-        return call("estimate", query, key, rows, causal, *sampling)
+        block_scores: Tensor = call("estimate", query, key, rows, causal, *sampling)
+    return block_scores
 
 
 @unified
 def select_blocks(
-    block_scores,
-    threshold,
-    startend_row_indices=None,
+    block_scores: Tensor,
+    threshold: float | Tensor,
+    startend_row_indices: Tensor | None = None,
     *,
-    causal=CAUSAL,
-    seqlen_q,
-    seqlen_k,
-    keep_sink=_DEFAULTS.keep_sink,
-    keep_last=_DEFAULTS.keep_last,
-    keep_local=_DEFAULTS.keep_local,
-):
+    causal: bool = CAUSAL,
+    seqlen_q: int,
+    seqlen_k: int,
+    keep_sink: bool = _DEFAULTS.keep_sink,
+    keep_last: bool = _DEFAULTS.keep_last,
+    keep_local: int = _DEFAULTS.keep_local,
+) -> Tensor:
     """Keep the blocks whose scores reach `threshold` of their row's sum: the second stage of :func:`rr_attention`.
 
     Blocks are taken from the largest score down, the lower index first among equals, while the mass before one is below
@@ -225,7 +300,7 @@ def select_blocks(
     causal = arguments.flag(causal, "causal")
     scalar, per_head = _split_threshold(threshold)
     with paddle.no_grad():
-        return call(
+        block_mask: Tensor = call(
             "select",
             block_scores,
             _row_indices(startend_row_indices, block_scores, causal),
@@ -236,21 +311,61 @@ def select_blocks(
             scalar,
             *checked_keep_rules(keep_sink, keep_last, keep_local).values(),
         )
+    return block_mask
 
 
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    deterministic: bool | None = ...,
+    return_softmax_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    deterministic: bool | None = ...,
+    return_softmax_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    deterministic: bool | None = ...,
+    return_softmax_lse: bool = ...,
+) -> Any: ...
 @unified
 def block_sparse_attention(
-    query,
-    key,
-    value,
-    block_mask,
-    startend_row_indices=None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    startend_row_indices: Tensor | None = None,
     *,
-    causal=CAUSAL,
-    softmax_scale=_DEFAULTS.softmax_scale,
-    deterministic=_DEFAULTS.deterministic,
-    return_softmax_lse=False,
-):
+    causal: bool = CAUSAL,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    deterministic: bool | None = _DEFAULTS.deterministic,
+    return_softmax_lse: bool = False,
+) -> Any:
     """Attention over given blocks: the third stage of :func:`rr_attention`, differentiable in query, key and value.
 
     Parameters
@@ -283,7 +398,7 @@ def block_sparse_attention(
     return _results(out, extras, asked)
 
 
-def checked_tensor(tensor, name):
+def checked_tensor(tensor: Any, name: str) -> Tensor:
     """The tensor itself.
 
     Raises
@@ -293,10 +408,11 @@ def checked_tensor(tensor, name):
     """
     if not isinstance(tensor, (paddle.Tensor, paddle.pir.Value)):
         raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a paddle.Tensor")
-    return tensor
+    checked: Tensor = tensor
+    return checked
 
 
-def _row_indices(indices, like, causal):
+def _row_indices(indices: Tensor | None, like: Tensor, causal: bool) -> Tensor | None:
     """FlashMask as it is. An empty tensor is refused here: Paddle would hand it to the operator as an absent one."""
     if indices is None:
         return None
@@ -309,16 +425,14 @@ def _row_indices(indices, like, causal):
     return indices
 
 
-def _attention_inputs(query, key, value=None):
+def _attention_inputs(*tensors: Tensor) -> list[Tensor]:
     """The tensors, in the dtype of auto_cast where that is active."""
-    tensors = [checked_tensor(query, "query"), checked_tensor(key, "key")]
-    if value is not None:
-        tensors.append(checked_tensor(value, "value"))
+    checked = [checked_tensor(tensor, name) for tensor, name in zip(tensors, ("query", "key", "value"))]
     dtype = _autocast_dtype()
-    return tensors if dtype is None else [tensor.astype(dtype) for tensor in tensors]
+    return checked if dtype is None else [tensor.astype(dtype) for tensor in checked]
 
 
-def _autocast_dtype():
+def _autocast_dtype() -> Any:
     """The dtype that auto_cast computes attention in; None where it is not active."""
     if hasattr(paddle.amp, "is_autocast_enabled"):
         return paddle.amp.get_autocast_dtype() if paddle.amp.is_autocast_enabled() else None
@@ -326,7 +440,7 @@ def _autocast_dtype():
     return None if tracer._amp_level == paddle.base.core.AmpLevel.O0 else tracer._amp_dtype
 
 
-def _split_threshold(threshold):
+def _split_threshold(threshold: Any) -> tuple[float, Tensor | None]:
     """(float, None), or (unused float, float32 tensor of one element per head)."""
     if isinstance(threshold, (paddle.Tensor, paddle.pir.Value)):
         if 0 in threshold.shape:  # the operator would see an absent one, see _row_indices
@@ -337,22 +451,22 @@ def _split_threshold(threshold):
     return arguments.threshold(threshold, allowed="a number in (0, 1] or a float32 Tensor of one per head"), None
 
 
-def _deterministic(deterministic):
+def _deterministic(deterministic: object) -> bool:
     """As asked for, or as Paddle's flag says, which builds for the CPU do not have."""
-    deterministic = arguments.optional_flag(deterministic, "deterministic")
-    if deterministic is None:
+    asked = arguments.optional_flag(deterministic, "deterministic")
+    if asked is None:
         flag = "FLAGS_cudnn_deterministic"
         return paddle.is_compiled_with_cuda() and bool(paddle.get_flags(flag)[flag])
-    return deterministic
+    return asked
 
 
-def _sampling(query, stride, head_offset, softmax_scale):
+def _sampling(query: Tensor, stride: object, head_offset: object, softmax_scale: object) -> tuple[object, ...]:
     """(stride, head_offset, softmax_scale), with the scale that the query's head size asks for where none is given."""
-    stride, head_offset, scale = checked_sampling(stride, head_offset, softmax_scale).values()
-    return stride, head_offset, _scale(scale, query)
+    sampling = checked_sampling(stride, head_offset, softmax_scale)
+    return sampling["stride"], sampling["head_offset"], _scale(sampling["softmax_scale"], query)
 
 
-def _scale(softmax_scale, query):
+def _scale(softmax_scale: float | None, query: Tensor) -> float:
     """The scale itself, or 1 / sqrt(D)."""
     if softmax_scale is not None:
         return softmax_scale
@@ -360,7 +474,7 @@ def _scale(softmax_scale, query):
     return 1 / math.sqrt(head_dim) if head_dim > 0 else 1.0  # the operator refuses the others
 
 
-def _results(out, extras, asked):
+def _results(out: Tensor, extras: Sequence[Tensor], asked: Sequence[bool]) -> Any:
     """out alone, or with the extras that were asked for."""
     extras = [extra for extra, wanted in zip(extras, asked) if wanted]
     return (out, *extras) if extras else out

@@ -30,7 +30,7 @@ class Gpu:
     has_kernels: bool
     """Whether this build of the operators has kernels for it."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         major, minor = self.capability
         return f"gpu:{self.index}, {self.name}, compute capability {major}.{minor}"
 
@@ -63,7 +63,7 @@ def lines() -> list[str]:
     ]
 
 
-def _version(package):
+def _version(package: str) -> str | None:
     """As installed, without importing it; None where it is not."""
     try:
         return metadata.version(package)
@@ -71,7 +71,7 @@ def _version(package):
         return None
 
 
-def _paddle_lines():
+def _paddle_lines() -> list[str]:
     if not _HAS_PADDLE:
         return ["Paddle: not installed, so that only rrattn.direct is there"]
     device = f"CUDA {paddle.version.cuda()}" if paddle.is_compiled_with_cuda() else "CPU"
@@ -83,7 +83,7 @@ def _paddle_lines():
     ]
 
 
-def _gpu_lines():
+def _gpu_lines() -> list[str]:
     if not _HAS_PADDLE:
         return ["GPU: none without Paddle"]
     if not paddle.is_compiled_with_cuda():

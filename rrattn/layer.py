@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, Callable
 
 import paddle
 from paddle import nn
@@ -11,6 +12,13 @@ from . import arguments
 from .config import BLOCK_SIZE, CAUSAL, RRAttentionConfig, required_config
 from .functional import block_sparse_attention, checked_tensor, rr_attention, unified
 from .masks import WORD_BITS, block_density
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paddle import Tensor
+
+    from .config import Sampling
 
 # A layer keeps its last block mask, with the row bounds that it was selected under, up to this size, and only the
 # density of larger ones: at 1M tokens and 32 heads a mask takes 268 MB, and a model has many layers.
@@ -31,11 +39,22 @@ class BlockSelection:
     seqlen_q, seqlen_k : int
     """
 
-    def __init__(self, block_mask: paddle.Tensor, startend_row_indices=None, *, causal: bool, seqlen_q, seqlen_k):
+    block_mask: Tensor | None
+    startend_row_indices: Tensor | None
+
+    def __init__(
+        self,
+        block_mask: Tensor,
+        startend_row_indices: Tensor | None = None,
+        *,
+        causal: bool,
+        seqlen_q: int,
+        seqlen_k: int,
+    ) -> None:
         self.causal = causal
         self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
-        self._density = None
+        self._density: Tensor | None = None
         self.block_mask, self.startend_row_indices = block_mask, startend_row_indices
         kept = [block_mask] if startend_row_indices is None else [block_mask, startend_row_indices]
         if sum(tensor.size * 4 for tensor in kept) > MASK_BYTES_KEPT:
@@ -45,9 +64,10 @@ class BlockSelection:
             self.startend_row_indices = startend_row_indices.detach().clone()  # whose owner may change it
 
     @property
-    def density(self) -> paddle.Tensor:
+    def density(self) -> Tensor:
         """float32 [B, Hq]: the share of the visible blocks that were attended. Counted when first read."""
         if self._density is None:
+            assert self.block_mask is not None, "it is dropped for its density"
             self._density = block_density(
                 self.block_mask,
                 self.startend_row_indices,
@@ -89,7 +109,9 @@ class RRAttention(nn.Layer):
         What the last call attended; decoding steps and traced (static graph) calls leave it as it is.
     """
 
-    def __init__(self, config: RRAttentionConfig | None = None, *, threshold=None):
+    def __init__(
+        self, config: RRAttentionConfig | None = None, *, threshold: float | Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         config = RRAttentionConfig() if config is None else required_config(config)
         if threshold is not None:
@@ -97,17 +119,28 @@ class RRAttention(nn.Layer):
         self.config = config
         self.dense = self.config.layer_is_dense(0, 1)
         self.threshold = 1.0 if self.dense else self.config.layer_threshold(0, 1)
-        self.last_selection = None
-        self._threshold_tensor = None
-        self._observer = None  # of rrattn.collect_stats: runs _attend and counts
+        self.last_selection: BlockSelection | None = None
+        self._threshold_tensor: Tensor | None = None
+        self._observer: Callable[..., tuple[Tensor, Tensor | None]] | None = (
+            None  # of rrattn.collect_stats: runs _attend and counts
+        )
 
     @property
-    def last_density(self) -> paddle.Tensor | None:
+    def last_density(self) -> Tensor | None:
         """float32 [B, Hq]: density of the last call that selected blocks; None before the first."""
         return None if self.last_selection is None else self.last_selection.density
 
     @unified  # to_static would make tensors of open sizes, which are -1 here
-    def forward(self, query, key, value, startend_row_indices=None, *, causal=CAUSAL, softmax_scale=None):
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        startend_row_indices: Tensor | None = None,
+        *,
+        causal: bool = CAUSAL,
+        softmax_scale: float | None = None,
+    ) -> Tensor:
         """Attends the selected blocks.
 
         Parameters
@@ -142,7 +175,7 @@ class RRAttention(nn.Layer):
         scale = arguments.softmax_scale(softmax_scale)
         if self.config.softmax_scale is not None:
             scale = self.config.softmax_scale
-        attend = self._attend
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = self._attend
         if self._observer is not None and paddle.in_dynamic_mode():
             attend = self._observer
         out, block_mask = attend(query, key, value, startend_row_indices, causal=causal, softmax_scale=scale)
@@ -152,7 +185,19 @@ class RRAttention(nn.Layer):
             )
         return out
 
-    def _attend(self, query, key, value, startend_row_indices, *, causal, softmax_scale):
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        startend_row_indices: Tensor | None,
+        *,
+        causal: bool,
+        softmax_scale: float | None,
+    ) -> tuple[Tensor, Tensor | None]:
         """(out, block mask); no block mask from decoding steps and while tracing."""
         config = self.config
         eager = paddle.in_dynamic_mode()
@@ -175,6 +220,7 @@ class RRAttention(nn.Layer):
                 deterministic=config.deterministic,
             )
             return out, every_block if eager and not decoding else None
+        sampling: Sampling = {**config.sampling(), "softmax_scale": softmax_scale}
         result = rr_attention(
             query,
             key,
@@ -185,7 +231,7 @@ class RRAttention(nn.Layer):
             threshold=self._threshold_for(query),
             deterministic=config.deterministic,
             return_block_mask=eager,
-            **{**config.sampling(), "softmax_scale": softmax_scale},
+            **sampling,
             **config.keep_rules(),
         )
         return result if eager else (result, None)
@@ -193,7 +239,7 @@ class RRAttention(nn.Layer):
     def extra_repr(self) -> str:
         return "dense" if self.dense else f"threshold={self.threshold}, stride={self.config.stride}"
 
-    def _threshold_for(self, query):
+    def _threshold_for(self, query: Tensor) -> float | Tensor:
         """A float as it is; one per head as a tensor beside the query, made once per device."""
         if isinstance(self.threshold, (int, float)):
             return float(self.threshold)
@@ -204,5 +250,5 @@ class RRAttention(nn.Layer):
         return self._threshold_tensor
 
 
-def _records_gradient(*tensors) -> bool:
+def _records_gradient(*tensors: Tensor) -> bool:
     return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors)

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from paddle import Tensor
 
 # A call that runs gets a warning only if it has more heads than layers of models have (128 in the largest LLaMA), and
 # several times as many heads as keys: a short prompt also has fewer tokens than heads.
@@ -24,7 +30,7 @@ _warned = False
 
 
 @contextlib.contextmanager
-def watch_layout(query, key, startend_row_indices, *, causal):
+def watch_layout(query: Tensor, key: Tensor, startend_row_indices: Tensor | None, *, causal: bool) -> Iterator[None]:
     """Around the call of an operator: where its tensors look transposed, a warning, once in a process, or a hint.
 
     Parameters
@@ -51,14 +57,16 @@ def watch_layout(query, key, startend_row_indices, *, causal):
         raise
 
 
-def _fits(seqlen_q, seqlen_k, num_heads, num_heads_k, bounds, causal):
+def _fits(
+    seqlen_q: int, seqlen_k: int, num_heads: int, num_heads_k: int, bounds: Sequence[int] | None, causal: bool
+) -> bool:
     """Whether attention can have these sizes, with FlashMask's bounds of this shape."""
     if num_heads % num_heads_k or (causal and seqlen_q > seqlen_k):
         return False
     return bounds is None or (len(bounds) == 4 and bounds[1] in (1, num_heads_k, num_heads) and bounds[2] == seqlen_k)
 
 
-def _warn_once(message):
+def _warn_once(message: str) -> None:
     global _warned
     if not _warned:
         _warned = True

@@ -15,14 +15,26 @@ for what is not an array) with the argument, the value and what is allowed.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Union
+
 import numpy as np
 import paddle
 
 from . import arguments
 from .arrays import array_of, array_of_dtype
 from .config import BLOCK_SIZE
-from .library import call
+from .operators import call
 from .visibility import BlockVisibility, checked_sizes, visible_block_array
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+    from paddle import Tensor
+
+    from .arrays import ArrayLike
+
+    Lengths = Union[Tensor, NDArray[np.integer[Any]], Iterable[int]]
 
 WORD_BITS = 32
 
@@ -35,7 +47,7 @@ def _ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-def _pack(bits: np.ndarray) -> np.ndarray:
+def _pack(bits: NDArray[np.bool_]) -> NDArray[np.int32]:
     """bool [..., Mk] -> int32 [..., ceil(Mk / 32)]."""
     missing = -bits.shape[-1] % WORD_BITS
     padded = np.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, missing)])
@@ -43,7 +55,7 @@ def _pack(bits: np.ndarray) -> np.ndarray:
     return octets.view("<i4").astype(np.int32, copy=False)
 
 
-def _popcount(words: np.ndarray) -> int:
+def _popcount(words: NDArray[np.int32]) -> int:
     """Number of set bits in an int32 array."""
     return int(_BITS_IN_HALF_WORD[words.view(np.uint16)].sum(dtype=np.int64))
 
@@ -53,7 +65,7 @@ _BITS_IN_HALF_WORD = np.unpackbits(np.arange(1 << 16, dtype="<u2").view(np.uint8
 )
 
 
-def visible_blocks(*, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tensor:
+def visible_blocks(*, causal: bool, seqlen_q: int, seqlen_k: int) -> Tensor:
     """Which key blocks each query block can see at all, without FlashMask.
 
     Parameters
@@ -72,7 +84,7 @@ def visible_blocks(*, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tens
     return paddle.to_tensor(visible_block_array(**sizes))
 
 
-def pack_block_mask(bool_mask: paddle.Tensor) -> paddle.Tensor:
+def pack_block_mask(bool_mask: ArrayLike) -> Tensor:
     """Packs one bool per key block into 32 blocks per int32 word.
 
     Parameters
@@ -91,7 +103,7 @@ def pack_block_mask(bool_mask: paddle.Tensor) -> paddle.Tensor:
     return paddle.to_tensor(_pack(bits), place=place)
 
 
-def unpack_block_mask(block_mask: paddle.Tensor, num_k_blocks: int) -> paddle.Tensor:
+def unpack_block_mask(block_mask: ArrayLike, num_k_blocks: int) -> Tensor:
     """The inverse of `pack_block_mask`.
 
     Parameters
@@ -110,7 +122,7 @@ def unpack_block_mask(block_mask: paddle.Tensor, num_k_blocks: int) -> paddle.Te
     return paddle.to_tensor(bits, place=block_mask.place if isinstance(block_mask, paddle.Tensor) else None)
 
 
-def unpack_block_array(block_mask: paddle.Tensor, num_k_blocks: int) -> np.ndarray:
+def unpack_block_array(block_mask: ArrayLike, num_k_blocks: int) -> NDArray[np.bool_]:
     """`unpack_block_mask` as a NumPy array, bool [..., Mk]."""
     words, _ = array_of_dtype(block_mask, "block_mask", "int32")
     num_k_blocks = arguments.count(num_k_blocks, "num_k_blocks")
@@ -124,7 +136,7 @@ def unpack_block_array(block_mask: paddle.Tensor, num_k_blocks: int) -> np.ndarr
     return np.unpackbits(octets, axis=-1, count=num_k_blocks, bitorder="little").astype(bool)
 
 
-def dense_block_mask(batch_size: int, num_heads: int, *, causal: bool, seqlen_q: int, seqlen_k: int) -> paddle.Tensor:
+def dense_block_mask(batch_size: int, num_heads: int, *, causal: bool, seqlen_q: int, seqlen_k: int) -> Tensor:
     """The block mask that selects every visible block: attention over it is dense attention.
 
     Returns
@@ -138,17 +150,17 @@ def dense_block_mask(batch_size: int, num_heads: int, *, causal: bool, seqlen_q:
 
 
 def block_counts(
-    block_mask: paddle.Tensor,
-    startend_row_indices: paddle.Tensor | None = None,
+    block_mask: ArrayLike,
+    startend_row_indices: Tensor | None = None,
     *,
     causal: bool,
     seqlen_q: int,
     seqlen_k: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(blocks that a block mask selects, visible blocks), int64 [B, Hq] each; arguments as for `block_density`."""
     words, _ = array_of_dtype(block_mask, "block_mask", "int32")
     sizes = checked_sizes(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    num_q_blocks, num_k_blocks = (_ceil_div(sizes[name], BLOCK_SIZE) for name in ("seqlen_q", "seqlen_k"))
+    num_q_blocks, num_k_blocks = (_ceil_div(length, BLOCK_SIZE) for length in (sizes["seqlen_q"], sizes["seqlen_k"]))
     expected = [num_q_blocks, _ceil_div(num_k_blocks, WORD_BITS)]
     if words.ndim != 4 or list(words.shape[2:]) != expected:
         raise ValueError(
@@ -168,13 +180,13 @@ def block_counts(
 
 
 def block_density(
-    block_mask: paddle.Tensor,
-    startend_row_indices: paddle.Tensor | None = None,
+    block_mask: ArrayLike,
+    startend_row_indices: Tensor | None = None,
     *,
     causal: bool,
     seqlen_q: int,
     seqlen_k: int,
-) -> paddle.Tensor:
+) -> Tensor:
     """The share of the visible blocks that a block mask selects, per head.
 
     Blocks that are hidden as a whole, above the causal diagonal or by FlashMask, count neither as visible nor, should
@@ -207,7 +219,7 @@ def block_density(
     return paddle.to_tensor((num_selected / np.maximum(num_visible, 1)).astype(np.float32))
 
 
-def causal_startend_rows(batch_size: int, seqlen_q: int, seqlen_k: int | None = None) -> paddle.Tensor:
+def causal_startend_rows(batch_size: int, seqlen_q: int, seqlen_k: int | None = None) -> Tensor:
     """FlashMask bounds that hide nothing below the causal diagonal: plain causal attention.
 
     Returns
@@ -223,7 +235,9 @@ def causal_startend_rows(batch_size: int, seqlen_q: int, seqlen_k: int | None = 
     return paddle.full([batch_size, 1, seqlen_k, 1], seqlen_q, dtype="int32")
 
 
-def document_startend_rows(lengths, seqlen: int | None = None, *, causal: bool = True) -> paddle.Tensor:
+def document_startend_rows(
+    lengths: Lengths | Iterable[Lengths], seqlen: int | None = None, *, causal: bool = True
+) -> Tensor:
     """FlashMask bounds for documents packed one after the other, each of which sees itself only.
 
     Documents that start at multiples of 128 tokens select and compute exactly what running them apart does.
@@ -267,26 +281,27 @@ def document_startend_rows(lengths, seqlen: int | None = None, *, causal: bool =
     return paddle.to_tensor(bounds)
 
 
-def _document_lengths(lengths):
+def _document_lengths(lengths: object) -> list[list[int]]:
     """Rows of ints, of what `document_startend_rows` takes: each iterator is read once."""
 
-    def read(value):
+    def read(value: object) -> object:
         return array_of(value, "lengths")[0] if isinstance(value, paddle.Tensor) else value
 
     given = arguments.entries(read(lengths))
     if given is None:
         raise arguments.refused(lengths, "lengths", "a sequence of integers, or of sequences of them")
-    rows = [arguments.entries(read(row)) for row in given]
+    found = [arguments.entries(read(row)) for row in given]
+    rows = [row for row in found if row is not None]
     names = [f"lengths[{i}]" for i in range(len(rows))]
-    if all(row is None for row in rows):
-        rows, names = [given], ["lengths"]
-    if not given or None in rows:
+    if not rows:
+        rows, names, found = [given], ["lengths"], [given]
+    if not given or len(rows) < len(found):
         allowed = "integers or sequences of them, at least one and no mixture"
         raise arguments.refused(given, "lengths", allowed, ValueError)
     return [[arguments.count(read(x), f"{name}[{i}]") for i, x in enumerate(row)] for row, name in zip(rows, names)]
 
 
-def padding_startend_rows(keep: paddle.Tensor, seqlen_q: int | None = None, *, causal: bool = True) -> paddle.Tensor:
+def padding_startend_rows(keep: ArrayLike, seqlen_q: int | None = None, *, causal: bool = True) -> Tensor:
     """FlashMask bounds that hide padded keys from every query, wherever the padding lies.
 
     Parameters
@@ -321,26 +336,26 @@ def padding_startend_rows(keep: paddle.Tensor, seqlen_q: int | None = None, *, c
     return paddle.to_tensor(bounds, place=place)
 
 
-def _tokens(keep):
+def _tokens(keep: ArrayLike) -> tuple[NDArray[np.bool_], Any]:
     """(bool [B, Lk], True for a token; place) of what `padding_startend_rows` takes."""
-    keep, place = array_of(keep, "keep")
-    if keep.ndim != 2:
-        raise ValueError(f"keep must be [B, Lk], got shape {list(keep.shape)}")
-    bad = keep[~(np.isfinite(keep) & (keep >= 0) & (keep == np.floor(keep)))] if keep.dtype != bool else ()
+    array, place = array_of(keep, "keep")
+    if array.ndim != 2:
+        raise ValueError(f"keep must be [B, Lk], got shape {list(array.shape)}")
+    bad = array[~(np.isfinite(array) & (array >= 0) & (array == np.floor(array)))] if array.dtype != bool else array[:0]
     if len(bad):
         raise ValueError(
             f"keep holds {bad[0]:g}, but must hold whole numbers of at least 0, zero for padding: of an additive mask, "
             "where zero is a token, give mask == 0"
         )
-    if keep.dtype.kind == "f" and keep.size and not keep.any():
+    if array.dtype.kind == "f" and array.size and not array.any():
         raise ValueError(
             "keep holds floats that are all zero, which hide every key, but nothing in an additive mask: give a bool "
             "tensor, keep != 0 or, of an additive mask, mask == 0"
         )
-    return keep != 0, place
+    return array != 0, place
 
 
-def _traced_padding_rows(keep, seqlen_q, causal):
+def _traced_padding_rows(keep: Any, seqlen_q: Any, causal: bool) -> Tensor:
     """`padding_startend_rows` in a static graph, where sizes may be open and values are not known."""
     if paddle.is_floating_point(keep):
         raise TypeError(
@@ -356,7 +371,7 @@ def _traced_padding_rows(keep, seqlen_q, causal):
     return start if causal else paddle.concat([start, paddle.zeros_like(start)], axis=-1)
 
 
-def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
+def startend_rows_from_dense(mask: ArrayLike) -> Tensor:
     """FlashMask bounds of a dense causal mask, after a check that they say exactly the same.
 
     A dense mask fits when it is causal (query row r is position r + Lk - Lq) and each key, once hidden from a row,
@@ -383,6 +398,7 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
     if not isinstance(mask, paddle.Tensor):
         mask = paddle.to_tensor(array_of(mask, "mask")[0])
     read = mask if mask.dtype in _READ_AS_THEY_ARE else mask.astype("float32")
+    rows: Tensor
     rows, verdict = call("dense_mask", read)
     faults, bits = verdict.tolist()
     if faults & _NEITHER_SEEN_NOR_HIDDEN:
@@ -398,7 +414,7 @@ def startend_rows_from_dense(mask: paddle.Tensor) -> paddle.Tensor:
     return rows
 
 
-def _value_of(bits: int, dtype) -> float:
+def _value_of(bits: int, dtype: paddle.dtype) -> float:
     """A value of a mask, from the bits that the operator gave."""
     if dtype == paddle.float32:
         return float(np.int32(bits).view(np.float32))

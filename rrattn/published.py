@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import paddle
 
@@ -18,24 +19,39 @@ from .functional import checked_tensor, estimate_block_scores, rr_attention, sel
 from .integrations import enable
 from .masks import block_counts, unpack_block_mask
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from paddle import Tensor
+    from paddle.nn import Layer
+
+    from .config import KeepRules
+
+ModelT = TypeVar("ModelT", bound="Layer")
+
+# These configs have one threshold each, where one may have several.
+_PREFILL_THRESHOLD = cast(float, PUBLISHED_PREFILL.threshold)
+_ESTIMATE_THRESHOLD = cast(float, PUBLISHED_ESTIMATE.threshold)
+_PATCH_THRESHOLD = cast(float, PUBLISHED_PATCH.threshold)
+
 _MEANINGLESS = ("use_triton", "chunk_size", "rrattn_version", "layer_idx", "config", "rrattn_config")
 # Arguments for which the release itself supports one value only.
 _ONE_VALUE = {"block_size": BLOCK_SIZE, "norm": 1, "kdb": 1, "softmax": True, "select_mode": "inverse"}
 
 
 def rrattn_prefill(
-    query_states,
-    key_states,
-    value_states,
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
     *,
-    stride=PUBLISHED_PREFILL.stride,
-    threshold=PUBLISHED_PREFILL.threshold,
-    keep_sink=PUBLISHED_PREFILL.keep_sink,
-    keep_recent=PUBLISHED_PREFILL.keep_last,
-    causal=True,
-    startend_row_indices=None,
-    **others,
-):
+    stride: int = PUBLISHED_PREFILL.stride,
+    threshold: float | Tensor = _PREFILL_THRESHOLD,
+    keep_sink: bool = PUBLISHED_PREFILL.keep_sink,
+    keep_recent: bool = PUBLISHED_PREFILL.keep_last,
+    causal: bool = True,
+    startend_row_indices: Tensor | None = None,
+    **others: object,
+) -> tuple[Tensor, Tensor]:
     """`rr_attention` in the layout of the published release.
 
     Parameters
@@ -67,7 +83,7 @@ def rrattn_prefill(
     _check_others("rrattn_prefill", others)
     query, key = _transposed(query_states, "query_states"), _transposed(key_states, "key_states")
     causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
-    rules = {**PUBLISHED_PREFILL.keep_rules(), "keep_sink": keep_sink, "keep_last": keep_recent}
+    rules: KeepRules = {**PUBLISHED_PREFILL.keep_rules(), "keep_sink": keep_sink, "keep_last": keep_recent}
     out, block_mask = rr_attention(
         query,
         key,
@@ -86,17 +102,17 @@ def rrattn_prefill(
 
 
 def rrattn_estimate(
-    query_states,
-    key_states,
+    query_states: Tensor,
+    key_states: Tensor,
     *,
-    stride=PUBLISHED_ESTIMATE.stride,
-    threshold=PUBLISHED_ESTIMATE.threshold,
-    keep_sink=PUBLISHED_ESTIMATE.keep_sink,
-    keep_recent=PUBLISHED_ESTIMATE.keep_last,
-    causal=True,
-    startend_row_indices=None,
-    **others,
-):
+    stride: int = PUBLISHED_ESTIMATE.stride,
+    threshold: float | Tensor = _ESTIMATE_THRESHOLD,
+    keep_sink: bool = PUBLISHED_ESTIMATE.keep_sink,
+    keep_recent: bool = PUBLISHED_ESTIMATE.keep_last,
+    causal: bool = True,
+    startend_row_indices: Tensor | None = None,
+    **others: object,
+) -> tuple[Tensor, Tensor]:
     """`estimate_block_scores` and `select_blocks` in the layout of the published release.
 
     Parameters
@@ -119,7 +135,7 @@ def rrattn_estimate(
     _check_others("rrattn_estimate", others)
     query, key = _transposed(query_states, "query_states"), _transposed(key_states, "key_states")
     causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
-    rules = {
+    rules: KeepRules = {
         **PUBLISHED_ESTIMATE.keep_rules(),
         "keep_sink": arguments.flag(keep_sink, "keep_sink"),
         "keep_last": keep_recent,
@@ -139,19 +155,35 @@ def rrattn_estimate(
     return scores, unpack_block_mask(block_mask, scores.shape[3])
 
 
-def _patch(name, model_types):
+class Patch(Protocol):
+    """A function of the release that enables RRAttention on models of some types."""
+
+    def __call__(
+        self,
+        model: ModelT,
+        method: str = ...,
+        threshold: float | Sequence[float] = ...,
+        stride: int = ...,
+        *,
+        keep_sink: bool = ...,
+        keep_recent: bool = ...,
+        **others: object,
+    ) -> ModelT: ...
+
+
+def _patch(name: str, model_types: tuple[str, ...]) -> Patch:
     """The release's function of this name, for models of these types."""
 
     def patch(
-        model,
-        method="rrattn",
-        threshold=PUBLISHED_PATCH.threshold,
-        stride=PUBLISHED_PATCH.stride,
+        model: ModelT,
+        method: str = "rrattn",
+        threshold: float | Sequence[float] = _PATCH_THRESHOLD,
+        stride: int = PUBLISHED_PATCH.stride,
         *,
-        keep_sink=PUBLISHED_PATCH.keep_sink,
-        keep_recent=PUBLISHED_PATCH.keep_last,
-        **others,
-    ):
+        keep_sink: bool = PUBLISHED_PATCH.keep_sink,
+        keep_recent: bool = PUBLISHED_PATCH.keep_last,
+        **others: object,
+    ) -> ModelT:
         if method != "rrattn":
             raise ValueError(
                 f"method is {method!r}, but must be 'rrattn': a model that {name} leaves alone runs its own attention, "
@@ -203,7 +235,7 @@ patch_qwen_attention = _patch("patch_qwen_attention", ("qwen2", "qwen3"))
 patch_ernie_attention = _patch("patch_ernie_attention", ("ernie4_5", "ernie4_5_moe"))
 
 
-def _transposed(states, name):
+def _transposed(states: Tensor, name: str) -> Tensor:
     """[B, H, L, D] as [B, L, H, D], a view."""
     shape = list(checked_tensor(states, name).shape)
     if len(shape) != 4:
@@ -213,7 +245,7 @@ def _transposed(states, name):
     return states.transpose([0, 2, 1, 3])
 
 
-def _check_others(function, others):
+def _check_others(function: str, others: Mapping[str, object]) -> None:
     """One warning for arguments without a meaning, and errors for what nothing here can do."""
     unknown = [name for name in others if name not in _MEANINGLESS and name not in _ONE_VALUE]
     if unknown:

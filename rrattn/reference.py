@@ -16,7 +16,17 @@ its storage, for which NumPy has no bfloat16: uint16 arrays hold its bits.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[Any]
+    Intervals = list[tuple[Array, Array]]
 
 BLOCK = 128
 WORD = 32
@@ -28,7 +38,7 @@ STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, 
 # Number formats
 
 
-def to_bfloat16(values):
+def to_bfloat16(values: ArrayLike) -> NDArray[np.uint16]:
     """float32 values as the uint16 bits of bfloat16, rounded to nearest even; NaN stays NaN."""
     values = np.asarray(values, np.float32)
     bits = values.view(np.uint32)
@@ -36,12 +46,12 @@ def to_bfloat16(values):
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
-def from_bfloat16(bits):
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """uint16 bits of bfloat16 as float32, exactly."""
     return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
-def cast(values, dtype):
+def cast(values: ArrayLike, dtype: str) -> Array:
     """Values rounded to `dtype`, in the NumPy type to compute with: float64 for float64, else float32."""
     if dtype == "bfloat16":
         return from_bfloat16(to_bfloat16(values))
@@ -50,33 +60,34 @@ def cast(values, dtype):
     return np.asarray(values, dtype)
 
 
-def encode(values, dtype):
+def encode(values: ArrayLike, dtype: str) -> Array:
     """float32 values as their storage in `dtype`."""
     return to_bfloat16(values) if dtype == "bfloat16" else np.asarray(values, STORAGE[dtype])
 
 
-def decode(storage, dtype):
+def decode(storage: Array, dtype: str) -> Array:
     """The inverse of `encode`: bfloat16 and float16 as float32, the rest as it is."""
     if dtype == "bfloat16":
         return from_bfloat16(storage)
     return storage.astype(np.float32) if dtype == "float16" else storage.copy()
 
 
-def num_blocks(seqlen):
+def num_blocks(seqlen: int) -> int:
     """Blocks of 128 tokens that hold `seqlen` tokens, the last perhaps in part."""
     return -(-seqlen // BLOCK)
 
 
-def pack(mask):
+def pack(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     """bool [..., Mk] to int32 [..., ceil(Mk / 32)]: bit j % 32 of word j / 32 is block j."""
     words = -(-mask.shape[-1] // WORD)
     bits = np.zeros((*mask.shape[:-1], words * WORD), np.uint64)
     bits[..., : mask.shape[-1]] = mask
     bits = bits.reshape(*mask.shape[:-1], words, WORD) << np.arange(WORD, dtype=np.uint64)
-    return bits.sum(-1, dtype=np.uint64).astype(np.uint32).view(np.int32)
+    packed: NDArray[np.int32] = bits.sum(-1, dtype=np.uint64).astype(np.uint32).view(np.int32)
+    return packed
 
 
-def unpack(words, num_k_blocks):
+def unpack(words: NDArray[np.int32], num_k_blocks: int) -> NDArray[np.bool_]:
     """int32 [..., ceil(Mk / 32)] to bool [..., Mk]."""
     bits = np.asarray(words, np.int32).view(np.uint32)[..., None] >> np.arange(WORD, dtype=np.uint32) & 1
     return bits.reshape(*words.shape[:-1], words.shape[-1] * WORD)[..., :num_k_blocks].astype(bool)
@@ -85,7 +96,7 @@ def unpack(words, num_k_blocks):
 # FlashMask
 
 
-def masked_intervals(startend, causal, num_heads):
+def masked_intervals(startend: Array | None, causal: bool, num_heads: int) -> Intervals:
     """The half-open intervals of query rows that each key is hidden from.
 
     startend is None or [B, 1 | Hkv | Hq, Lk, bounds]. Returns a list of (start, end), each [B, Hq, Lk] int64:
@@ -103,7 +114,9 @@ def masked_intervals(startend, causal, num_heads):
     return [(bound[0], bound[1]), (bound[2], bound[3])]
 
 
-def token_mask(startend, *, causal, batch, num_heads, seqlen_q, seqlen_k):
+def token_mask(
+    startend: Array | None, *, causal: bool, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int
+) -> NDArray[np.bool_]:
     """bool [B, Hq, Lq, Lk]: the pairs that may attend to each other, whatever the block mask."""
     row = np.arange(seqlen_q)[:, None]
     visible = np.ones((batch, num_heads, seqlen_q, seqlen_k), bool)
@@ -114,7 +127,9 @@ def token_mask(startend, *, causal, batch, num_heads, seqlen_q, seqlen_k):
     return visible
 
 
-def block_geometry(startend, *, causal, batch, num_heads, seqlen_q, seqlen_k):
+def block_geometry(
+    startend: Array | None, *, causal: bool, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(hidden, touched), bool [B, Hq, Mq, Mk]: blocks that no row sees, and others that FlashMask cuts."""
     first_row = np.arange(0, seqlen_q, BLOCK)[:, None]  # [Mq, 1]
     last_row = np.minimum(first_row + BLOCK, seqlen_q) - 1
@@ -134,7 +149,7 @@ def block_geometry(startend, *, causal, batch, num_heads, seqlen_q, seqlen_k):
     return hidden, touched & ~hidden
 
 
-def extreme(ufunc, bound, group):
+def extreme(ufunc: np.ufunc, bound: Array, group: int) -> Array:
     """ufunc over each group of `group` keys: [B, Hq, Lk] to [B, Hq, 1, groups]."""
     starts = np.arange(0, bound.shape[-1], group)
     return ufunc.reduceat(bound, starts, axis=-1)[:, :, None] if len(starts) else bound[:, :, None]
@@ -143,7 +158,17 @@ def extreme(ufunc, bound, group):
 # The three stages and the backward
 
 
-def estimate(query, key, startend=None, *, causal, stride=8, head_offset=0, softmax_scale=None, dtype="float64"):
+def estimate(
+    query: Array,
+    key: Array,
+    startend: Array | None = None,
+    *,
+    causal: bool,
+    stride: int = 8,
+    head_offset: int = 0,
+    softmax_scale: float | None = None,
+    dtype: str = "float64",
+) -> Array:
     """Stage 1. Block scores [B, Hq, Mq, Mk]: the attention of sampled queries to summed keys, by block."""
     batch, seqlen_q, num_heads, head_dim = query.shape
     seqlen_k, num_heads_k = key.shape[1:3]
@@ -177,7 +202,9 @@ def estimate(query, key, startend=None, *, causal, stride=8, head_offset=0, soft
     return block_scores
 
 
-def estimate_on_tensor_cores(query, key, startend=None, *, stride, dtype, **options):
+def estimate_on_tensor_cores(
+    query: Array, key: Array, startend: Array | None = None, *, stride: int, dtype: str, **options: Any
+) -> tuple[Array, Array]:
     """(oracle, naive) block scores for a GPU, whose tensor cores multiply keys of 16 bits.
 
     So the average of a stride is rounded to the dtype. The naive way rounds there too, and computes the rest exactly,
@@ -195,8 +222,17 @@ def estimate_on_tensor_cores(query, key, startend=None, *, stride, dtype, **opti
 
 
 def select(
-    block_scores, threshold, startend=None, *, causal, seqlen_q, seqlen_k, keep_sink=True, keep_last=True, keep_local=1
-):
+    block_scores: Array,
+    threshold: float | Sequence[float] | Array,
+    startend: Array | None = None,
+    *,
+    causal: bool,
+    seqlen_q: int,
+    seqlen_k: int,
+    keep_sink: bool = True,
+    keep_last: bool = True,
+    keep_local: int = 1,
+) -> NDArray[np.bool_]:
     """Stage 2. The blocks to keep, bool [B, Hq, Mq, Mk], by one threshold or one for each head."""
     batch, num_heads, num_q_blocks, _ = block_scores.shape
     hidden, touched = block_geometry(
@@ -220,7 +256,7 @@ def select(
     return keep & visible
 
 
-def top_tau(scores, visible, tau):
+def top_tau(scores: Array, visible: NDArray[np.bool_], tau: np.float32) -> NDArray[np.bool_]:
     """The fewest visible blocks, largest scores first, that hold tau of the row's mass: bool [Mk]."""
     block = np.flatnonzero(visible)
     score = scores[block]
@@ -235,7 +271,17 @@ def top_tau(scores, visible, tau):
     return keep
 
 
-def attend(query, key, value, block_mask, startend=None, *, causal, softmax_scale=None, dtype="float64"):
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: NDArray[np.bool_],
+    startend: Array | None = None,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    dtype: str = "float64",
+) -> tuple[Array, Array]:
     """Stage 3. Attention over the selected blocks: out [B, Lq, Hq, D] and lse [B, Hq, Lq]."""
     batch, seqlen_q, num_heads, head_dim = query.shape
     group = num_heads // key.shape[2]
@@ -252,9 +298,19 @@ def attend(query, key, value, block_mask, startend=None, *, causal, softmax_scal
 
 
 def backward(
-    query, key, value, block_mask, grad_out, startend=None, *, causal, softmax_scale=None, dtype="float64",
-    stored=None, terms=False,
-):  # fmt: skip
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: NDArray[np.bool_],
+    grad_out: Array,
+    startend: Array | None = None,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    dtype: str = "float64",
+    stored: str | None = None,
+    terms: bool = False,
+) -> tuple[Array, Array, Array]:
     """The gradients of sum(out * grad_out) by query, key and value. The selection is held constant.
 
     `stored` is the type that the forward pass left its result in, if not `dtype`.
@@ -284,7 +340,9 @@ def backward(
     return cast(grad_query, dtype), cast(grad_key, dtype), cast(grad_value, dtype)
 
 
-def selected_tokens(query, key, block_mask, startend, causal):
+def selected_tokens(
+    query: Array, key: Array, block_mask: NDArray[np.bool_], startend: Array | None, causal: bool
+) -> NDArray[np.bool_]:
     """bool [B, Hq, Lq, Lk]: the pairs that attend to each other, in selected blocks and not masked."""
     batch, seqlen_q, num_heads, _ = query.shape
     seqlen_k = key.shape[1]
@@ -294,13 +352,13 @@ def selected_tokens(query, key, block_mask, startend, causal):
     )
 
 
-def scaled_scores(q, k, softmax_scale, dtype):
+def scaled_scores(q: Array, k: Array, softmax_scale: float | None, dtype: str) -> Array:
     """q k^T * softmax_scale: [Lq, D], [Lk, D] to [Lq, Lk]."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return cast(cast(q @ k.T, dtype) * cast(scale, dtype), dtype)
 
 
-def masked_softmax(score, visible):
+def masked_softmax(score: Array, visible: NDArray[np.bool_]) -> tuple[Array, Array]:
     """(probability, lse) over the last axis, in the type of score. A row that sees nothing: zeros, -inf."""
     score = np.where(visible, score, -np.inf)
     row_max = score.max(-1, keepdims=True, initial=-np.inf)
@@ -315,7 +373,9 @@ def masked_softmax(score, visible):
 # How far from the oracle a kernel may be
 
 
-def errors(actual, oracle, naive, terms=None, stored=None):
+def errors(
+    actual: Array, oracle: Array, naive: Array, terms: Array | None = None, stored: Array | None = None
+) -> list[tuple[str, float, float]]:
     """[(measure, error, allowed)] of the largest and the root mean square error against the oracle.
 
     Allowed is twice the naive error, or twice that of `stored`, where it is larger: exact gradients, but for the
@@ -343,5 +403,5 @@ def errors(actual, oracle, naive, terms=None, stored=None):
     ]
 
 
-def rms(x):
+def rms(x: Array) -> float:
     return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0

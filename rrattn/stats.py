@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
@@ -19,7 +20,18 @@ from .functional import estimate_block_scores
 from .integrations import attention_cores
 from .layer import RRAttention
 from .masks import unpack_block_array
-from .visibility import BlockVisibility
+from .visibility import BlockVisibility, Sizes
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from paddle import Tensor
+    from paddle.nn import Layer
+
+    from .config import Sampling
 
 _TABLE = "{:>5}  {:>24}  {:>20}  {:>16}  {:>16}"
 
@@ -44,15 +56,15 @@ class LayerStats:
     decode_seconds: float = 0.0
     # Sums over the prefills, and over their batches, [Hq] float64: blocks that were attended, visible blocks, estimated
     # mass in the former, and all of it.
-    _sums: np.ndarray | None = field(default=None, repr=False)
+    _sums: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @property
-    def density(self) -> np.ndarray | None:
+    def density(self) -> NDArray[np.float64] | None:
         """float64 [Hq]: the share of the visible blocks that the prefills attended; None where there was none."""
         return None if self._sums is None else _ratio(self._sums[0], self._sums[1])
 
     @property
-    def kept_mass(self) -> np.ndarray | None:
+    def kept_mass(self) -> NDArray[np.float64] | None:
         """float64 [Hq]: the share of the estimated mass in the blocks that the prefills attended; None likewise.
 
         The mass is that of the estimate: sums of block scores (see `rrattn.estimate_block_scores`), in which each
@@ -61,7 +73,7 @@ class LayerStats:
         """
         return None if self._sums is None else _ratio(self._sums[2], self._sums[3])
 
-    def _add(self, sums):
+    def _add(self, sums: NDArray[np.float64]) -> None:
         self._sums = sums if self._sums is None else self._sums + sums
 
 
@@ -79,18 +91,18 @@ class ModelStats:
 
     layers: list[LayerStats]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [_TABLE.format("layer", "density: mean, min, max", "kept mass: mean, min", "prefill", "decode")]
         for index, layer in enumerate(self.layers):
             density = kept = "-"
-            if layer.density is not None:
+            if layer.density is not None and layer.kept_mass is not None:
                 density = f"{layer.density.mean():.1%}, {layer.density.min():.1%}, {layer.density.max():.1%}"
                 kept = f"{layer.kept_mass.mean():.1%}, {layer.kept_mass.min():.1%}"
             prefill = _calls(layer.prefills, layer.prefill_seconds)
             rows.append(_TABLE.format(index, density, kept, prefill, _calls(layer.decodings, layer.decode_seconds)))
         return "\n".join(rows)
 
-    def plot(self, path=None, *, title=None):
+    def plot(self, path: str | os.PathLike[str] | None = None, *, title: str | None = None) -> Figure:
         """Draws density, kept mass and time: see `rrattn.visualize.plot_stats`."""
         from .visualize import plot_stats
 
@@ -98,7 +110,7 @@ class ModelStats:
 
 
 @contextlib.contextmanager
-def collect_stats(model):
+def collect_stats(model: Layer) -> Iterator[ModelStats]:
     """Collects what the attention layers of a model do inside a `with` block.
 
     Kept mass takes an estimate of its own after every prefill call, whose scores go to the host: float32 [B, Hq, Mq,
@@ -119,8 +131,9 @@ def collect_stats(model):
     ValueError
         When the model does not run rrattn, or its statistics are being collected already.
     """
-    cores = attention_cores(model)
-    if None in cores:
+    found = attention_cores(model)
+    cores = [core for core in found if core is not None]
+    if len(cores) < len(found):
         raise ValueError("rrattn is not enabled on this model")
     if any(core._observer is not None for core in cores):
         raise ValueError("statistics of this model are being collected already")
@@ -137,31 +150,43 @@ def collect_stats(model):
 class _Observer:
     """Runs the attention calls of one layer in place of its `_attend`, and adds them to its statistics."""
 
-    def __init__(self, core: RRAttention, stats: LayerStats):
+    def __init__(self, core: RRAttention, stats: LayerStats) -> None:
         self.core = core
         self.stats = stats
 
-    def __call__(self, query, key, value, startend_row_indices, *, causal, softmax_scale):
-        options = {"causal": causal, "softmax_scale": softmax_scale}
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        startend_row_indices: Tensor | None,
+        *,
+        causal: bool,
+        softmax_scale: float | None,
+    ) -> tuple[Tensor, Tensor | None]:
         _wait_for(query)
         begin = time.perf_counter()
-        out, block_mask = self.core._attend(query, key, value, startend_row_indices, **options)
+        out, block_mask = self.core._attend(
+            query, key, value, startend_row_indices, causal=causal, softmax_scale=softmax_scale
+        )
         _wait_for(query)
         seconds = time.perf_counter() - begin
         if block_mask is None:
             self.stats.decodings += 1
             self.stats.decode_seconds += seconds
             return out, block_mask
-        sampling = {**self.core.config.sampling(), **options}  # the scale is the call's
-        scores = estimate_block_scores(query, key, startend_row_indices, **sampling)
+        sampling: Sampling = {**self.core.config.sampling(), "softmax_scale": softmax_scale}  # the scale is the call's
+        scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, **sampling)
         self.stats.prefills += 1
         self.stats.prefill_seconds += seconds
-        sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
+        sizes: Sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         self.stats._add(_sums(scores.numpy(), block_mask, startend_row_indices, sizes))
         return out, block_mask
 
 
-def _sums(scores, block_mask, startend_row_indices, sizes):
+def _sums(
+    scores: NDArray[np.float32], block_mask: Tensor, startend_row_indices: Tensor | None, sizes: Sizes
+) -> NDArray[np.float64]:
     """float64 [4, Hq], over the batch: blocks attended and visible, mass in the former and in all; see `LayerStats`."""
     batch_size, num_heads, _, num_k_blocks = scores.shape
     visibility = BlockVisibility(startend_row_indices, **sizes, batch_size=batch_size, num_heads=num_heads)
@@ -175,16 +200,17 @@ def _sums(scores, block_mask, startend_row_indices, sizes):
     return sums
 
 
-def _wait_for(tensor):
+def _wait_for(tensor: Tensor) -> None:
     """Lets the tensor's device finish what it was given."""
     if tensor.place.is_gpu_place():
         paddle.device.synchronize()
 
 
-def _ratio(part, whole):
-    return part / np.where(whole > 0, whole, 1)
+def _ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    ratio: NDArray[np.float64] = part / np.where(whole > 0, whole, 1)
+    return ratio
 
 
-def _calls(count, seconds):
+def _calls(count: int, seconds: float) -> str:
     """'3 x 12.5 ms': how many calls, and the mean time of one."""
     return f"{count} x {1e3 * seconds / count:.2f} ms" if count else "-"

@@ -6,14 +6,27 @@ this is for counts and pictures of what they selected.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypedDict
+
 import numpy as np
 import paddle
 
 from . import arguments
 from .config import BLOCK_SIZE
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def checked_sizes(*, causal, seqlen_q, seqlen_k) -> dict:
+
+class Sizes(TypedDict):
+    """What says, without FlashMask, which blocks are visible."""
+
+    causal: bool
+    seqlen_q: int
+    seqlen_k: int
+
+
+def checked_sizes(*, causal: bool, seqlen_q: int, seqlen_k: int) -> Sizes:
     """The arguments, as plain Python.
 
     Raises
@@ -21,7 +34,7 @@ def checked_sizes(*, causal, seqlen_q, seqlen_k) -> dict:
     ValueError
         For lengths that attention cannot have, with the value and what is allowed.
     """
-    sizes = {
+    sizes: Sizes = {
         "causal": arguments.flag(causal, "causal"),
         "seqlen_q": arguments.length(seqlen_q, "seqlen_q"),
         "seqlen_k": arguments.length(seqlen_k, "seqlen_k"),
@@ -34,7 +47,7 @@ def checked_sizes(*, causal, seqlen_q, seqlen_k) -> dict:
     return sizes
 
 
-def visible_block_array(*, causal: bool, seqlen_q: int, seqlen_k: int) -> np.ndarray:
+def visible_block_array(*, causal: bool, seqlen_q: int, seqlen_k: int) -> NDArray[np.bool_]:
     """Which key blocks each query block can see at all, without FlashMask: bool [Mq, Mk]."""
     num_q_blocks, num_k_blocks = -(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // BLOCK_SIZE)
     if not causal:
@@ -66,14 +79,26 @@ class BlockVisibility:
         With the value and what is allowed.
     """
 
-    def __init__(self, startend_row_indices, *, causal, seqlen_q, seqlen_k, batch_size, num_heads):
+    def __init__(
+        self,
+        startend_row_indices: paddle.Tensor | None,
+        *,
+        causal: bool,
+        seqlen_q: int,
+        seqlen_k: int,
+        batch_size: int,
+        num_heads: int,
+    ) -> None:
         self._without_bounds = visible_block_array(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-        self._hidden = []  # (largest start, smallest end) of an interval, int32 [B, 1|Hkv|Hq, Mk]; None: no such bound
-        self._last = None, None  # the batch entry and head of the bounds that were asked for last, and their blocks
+        # (largest start, smallest end) of an interval, int32 [B, 1|Hkv|Hq, Mk]; None: no such bound
+        self._hidden: list[tuple[NDArray[np.int32] | None, NDArray[np.int32] | None]] = []
+        # the batch entry and head of the bounds that were asked for last, and their blocks
+        self._last: tuple[tuple[int, int], NDArray[np.bool_]] | None = None
         if startend_row_indices is None:
             return
         _check_row_bounds(startend_row_indices, causal, seqlen_k, batch_size, num_heads)
         bounds = np.moveaxis(startend_row_indices.numpy(), 3, 0)  # [1|2|4, B, 1|Hkv|Hq, Lk]
+        intervals: dict[tuple[bool, int], list[tuple[int | None, int | None]]]
         intervals = {(True, 1): [(0, None)], (True, 2): [(0, 1)], (False, 2): [(0, None), (None, 1)]}
         first_key = np.arange(0, seqlen_k, BLOCK_SIZE)
         for start, end in intervals.get((bool(causal), len(bounds)), [(0, 1), (2, 3)]):
@@ -84,12 +109,12 @@ class BlockVisibility:
         self._first_row = np.arange(0, seqlen_q, BLOCK_SIZE)[:, None]  # [Mq, 1]
         self._last_row = np.minimum(self._first_row + BLOCK_SIZE, seqlen_q) - 1
 
-    def of(self, batch, head) -> np.ndarray:
+    def of(self, batch: int, head: int) -> NDArray[np.bool_]:
         """bool [Mq, Mk]; the same array for heads that share their bounds one after the other."""
         if not self._hidden:
             return self._without_bounds
         place = batch, head // self._heads_per_bounds
-        if self._last[0] != place:
+        if self._last is None or self._last[0] != place:
             visible = self._without_bounds.copy()
             for largest_start, smallest_end in self._hidden:
                 hidden = np.ones_like(visible)
@@ -102,7 +127,7 @@ class BlockVisibility:
         return self._last[1]
 
 
-def _check_row_bounds(rows, causal, seqlen_k, batch_size, num_heads):
+def _check_row_bounds(rows: Any, causal: bool, seqlen_k: int, batch_size: int, num_heads: int) -> None:
     """Raises TypeError or ValueError for anything but FlashMask row bounds of these sizes."""
     if not isinstance(rows, paddle.Tensor):
         raise TypeError(f"startend_row_indices is a {type(rows).__name__}, but must be a paddle.Tensor")

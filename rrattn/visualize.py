@@ -11,6 +11,7 @@ imported when they are called, and touch no global state of it.
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 
 import numpy as np
 import paddle
@@ -21,7 +22,26 @@ from .config import BLOCK_SIZE
 from .layer import BlockSelection
 from .masks import unpack_block_array
 from .stats import ModelStats
-from .visibility import BlockVisibility, checked_sizes
+from .visibility import BlockVisibility, Sizes, checked_sizes
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Sequence
+    from types import ModuleType
+
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.ticker import Formatter
+    from numpy.typing import NDArray
+
+    from .arrays import ArrayLike
+
+    Panel = tuple[str, NDArray[np.float64]]  # title and cells
+    Style = tuple[Colormap, Normalize, Optional[Formatter], str]  # the last two of the colour bar: how, and of what
+
+ThingT = TypeVar("ThingT")
 
 CELLS_PER_PANEL = 128  # a side
 MAX_PANELS = 256
@@ -36,18 +56,18 @@ _LOWEST_SHARE_SHOWN = 0.03  # of what each block would hold if all held the same
 
 
 def plot_block_mask(
-    block_mask,
-    startend_row_indices=None,
+    block_mask: ArrayLike,
+    startend_row_indices: paddle.Tensor | None = None,
     *,
-    causal,
-    seqlen_q,
-    seqlen_k,
-    batch=0,
-    heads=None,
-    title=None,
-    path=None,
-    layer=None,
-):
+    causal: bool,
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: int = 0,
+    heads: Iterable[int] | None = None,
+    title: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    layer: int | None = None,
+) -> Figure:
     """Draws which blocks each head attends.
 
     A panel's title says what part of the visible blocks they are.
@@ -91,7 +111,15 @@ def plot_block_mask(
     return _draw(panels, columns, _mask_style(), **sizes, title=title, path=path)
 
 
-def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, path=None):
+def plot_layers(
+    selections: Iterable[BlockSelection | None],
+    *,
+    batch: int = 0,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    title: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
     """Draws which blocks each head of each layer attends: a row of panels per layer.
 
     Parameters
@@ -110,14 +138,15 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
     selections = _one_per_layer(selections, "selections", BlockSelection)
     layers = range(len(selections)) if layers is None else arguments.counts(layers, "layers")
     heads = None if heads is None else arguments.counts(heads, "heads")  # read once, for every layer
-    panels, columns = [], 0
+    panels: list[Panel] = []
+    columns = 0
     for layer in layers:
         if not 0 <= layer < len(selections):
             raise ValueError(f"there is no layer {layer}; the selections are of {len(selections)} layers")
         selection = selections[layer]
         if selection is None or selection.block_mask is None:
             raise ValueError(f"layer {layer} has no block mask: it has not run, or its mask was too large to keep")
-        sizes = {"causal": selection.causal, "seqlen_q": selection.seqlen_q, "seqlen_k": selection.seqlen_k}
+        sizes: Sizes = {"causal": selection.causal, "seqlen_q": selection.seqlen_q, "seqlen_k": selection.seqlen_k}
         rows = selection.startend_row_indices
         selected, visible_to = _selected_of_batch(selection.block_mask, rows, batch, sizes)
         picked = _pick_heads(heads, len(selected))
@@ -131,18 +160,18 @@ def plot_layers(selections, *, batch=0, layers=None, heads=None, title=None, pat
 
 
 def plot_block_scores(
-    block_scores,
-    startend_row_indices=None,
+    block_scores: ArrayLike,
+    startend_row_indices: paddle.Tensor | None = None,
     *,
-    causal,
-    seqlen_q,
-    seqlen_k,
-    batch=0,
-    heads=None,
-    title=None,
-    path=None,
-    layer=None,
-):
+    causal: bool,
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: int = 0,
+    heads: Iterable[int] | None = None,
+    title: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    layer: int | None = None,
+) -> Figure:
     """Draws the estimated share of attention that each block has in its row of blocks, on a logarithmic scale.
 
     A panel's title says what part of the visible blocks it takes to hold 95% of every row.
@@ -174,7 +203,13 @@ def plot_block_scores(
     return _draw(panels, _columns(len(panels)), _score_style(scores.shape[2]), **sizes, title=title, path=path)
 
 
-def plot_densities(densities, *, batch=0, title=None, path=None):
+def plot_densities(
+    densities: Iterable[paddle.Tensor | None],
+    *,
+    batch: int = 0,
+    title: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
     """Draws the density of every head of every layer as one table of colours.
 
     Parameters
@@ -192,25 +227,26 @@ def plot_densities(densities, *, batch=0, title=None, path=None):
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    densities = _one_per_layer(densities, "densities", paddle.Tensor)
-    if any(density is None for density in densities) or not densities:
+    found = _one_per_layer(densities, "densities", paddle.Tensor)
+    present = [density for density in found if density is not None]
+    if len(present) < len(found) or not present:
         raise ValueError("there is a layer that has not run yet, or no layer at all")
-    shapes = sorted({tuple(density.shape) for density in densities})
+    shapes = sorted({tuple(density.shape) for density in present})
     if len(shapes) > 1 or len(shapes[0]) != 2:
         raise ValueError(f"densities has tensors of the shapes {shapes}, but all must be of one shape [B, Hq]")
-    batch = _checked_batch(batch, densities[0])
-    table = np.stack([density.numpy()[batch] for density in densities])  # [layers, Hq]
+    batch = _checked_batch(batch, present[0])
+    table = np.stack([density.numpy()[batch] for density in present])  # [layers, Hq]
     num_layers, num_heads = table.shape
     figure = Figure(figsize=(2.2 + 0.42 * num_heads, 1.4 + 0.36 * num_layers), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     image = _draw_table(axes, table)
     axes.set(xlabel="query head", ylabel="layer", title=title)
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), label="visible blocks attended")
-    bar.outline.set_visible(False)
+    bar.outline.set_visible(False)  # type: ignore[operator]  # matplotlib has it typed as a mapping
     return _finish(figure, path)
 
 
-def plot_stats(stats, *, title=None, path=None):
+def plot_stats(stats: ModelStats, *, title: str | None = None, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws density and kept mass of every head of every layer as tables of colours, and each layer's time as a bar.
 
     Parameters
@@ -230,10 +266,11 @@ def plot_stats(stats, *, title=None, path=None):
 
     if not isinstance(stats, ModelStats):
         raise arguments.refused(stats, "stats", "a ModelStats, from rrattn.collect_stats")
-    if not stats.layers or any(layer.density is None for layer in stats.layers):
+    densities = [layer.density for layer in stats.layers if layer.density is not None]
+    masses = [layer.kept_mass for layer in stats.layers if layer.kept_mass is not None]
+    if not stats.layers or len(densities) < len(stats.layers):
         raise ValueError("there is a layer that has not run a prefill, or no layer at all")
-    density = np.stack([layer.density for layer in stats.layers])  # [layers, Hq]
-    kept_mass = np.stack([layer.kept_mass for layer in stats.layers])
+    density, kept_mass = np.stack(densities), np.stack(masses)  # [layers, Hq]
     num_layers, num_heads = density.shape
     table_width = 1.6 + 0.36 * num_heads
     figure = Figure(figsize=(2 * table_width + 3.2, 1.5 + 0.36 * num_layers), dpi=150, layout="constrained")
@@ -265,7 +302,7 @@ def plot_stats(stats, *, title=None, path=None):
     return _finish(figure, path)
 
 
-def _draw_table(axes, table):
+def _draw_table(axes: Axes, table: NDArray[Any]) -> AxesImage:
     """Shares [layers, heads] as colours from 0 to 1, with their percentages where these can be read."""
     from matplotlib.ticker import MaxNLocator
 
@@ -280,7 +317,7 @@ def _draw_table(axes, table):
     return image
 
 
-def _matplotlib():
+def _matplotlib() -> ModuleType:
     try:
         import matplotlib
     except ImportError as error:
@@ -288,13 +325,13 @@ def _matplotlib():
     return matplotlib
 
 
-def _colormap(colors):
+def _colormap(colors: list[str]) -> Colormap:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("rrattn", colors).with_extremes(bad=_HIDDEN_COLOR)
 
 
-def _mask_style():
+def _mask_style() -> Style:
     _matplotlib()
     from matplotlib.colors import Normalize
     from matplotlib.ticker import PercentFormatter
@@ -302,7 +339,7 @@ def _mask_style():
     return _colormap(_MASK_COLORS), Normalize(0, 1), PercentFormatter(1.0), "blocks attended"
 
 
-def _score_style(num_k_blocks):
+def _score_style(num_k_blocks: int) -> Style:
     _matplotlib()
     from matplotlib.colors import LogNorm
 
@@ -314,18 +351,22 @@ def _score_style(num_k_blocks):
     )
 
 
-def _selected_of_batch(block_mask, startend_row_indices, batch, sizes):
+def _selected_of_batch(
+    block_mask: ArrayLike, startend_row_indices: paddle.Tensor | None, batch: int, sizes: Sizes
+) -> tuple[NDArray[Any], Callable[[int], NDArray[np.bool_]]]:
     """`_of_batch` of a packed block mask, bool [Hq, Mq, Mk]."""
     selected = unpack_block_array(block_mask, -(-sizes["seqlen_k"] // BLOCK_SIZE))
     return _of_batch(selected, startend_row_indices, batch, sizes)
 
 
-def _of_batch(array, startend_row_indices, batch, sizes):
+def _of_batch(
+    array: NDArray[Any], startend_row_indices: paddle.Tensor | None, batch: int, sizes: Sizes
+) -> tuple[NDArray[Any], Callable[[int], NDArray[np.bool_]]]:
     """(array [Hq, Mq, Mk] of one sequence, function from a head to its visible blocks [Mq, Mk]), checked.
 
     array is [B, Hq, Mq, Mk]; sizes are causal, seqlen_q and seqlen_k.
     """
-    blocks = tuple(-(-sizes[name] // BLOCK_SIZE) for name in ("seqlen_q", "seqlen_k"))
+    blocks = tuple(-(-length // BLOCK_SIZE) for length in (sizes["seqlen_q"], sizes["seqlen_k"]))
     if array.ndim != 4 or array.shape[2:] != blocks:
         raise ValueError(
             f"expected {blocks[0]} query blocks and {blocks[1]} key blocks for these lengths, "
@@ -338,7 +379,7 @@ def _of_batch(array, startend_row_indices, batch, sizes):
     return array[batch], partial(visibility.of, batch)
 
 
-def _checked_batch(batch, array):
+def _checked_batch(batch: int, array: NDArray[Any] | paddle.Tensor) -> int:
     """The number of a sequence in the batch of array [B, ...]."""
     batch = arguments.count(batch, "batch")
     if batch >= array.shape[0]:
@@ -346,7 +387,7 @@ def _checked_batch(batch, array):
     return batch
 
 
-def _one_per_layer(things, name, kind):
+def _one_per_layer(things: object, name: str, kind: type[ThingT]) -> list[ThingT | None]:
     """A sequence or an iterator of things of this kind, or None, as a list."""
     found = arguments.entries(things)
     if found is None or not all(thing is None or isinstance(thing, kind) for thing in found):
@@ -354,7 +395,7 @@ def _one_per_layer(things, name, kind):
     return found
 
 
-def _pick_heads(heads, num_heads):
+def _pick_heads(heads: Iterable[int] | None, num_heads: int) -> Sequence[int]:
     heads = range(num_heads) if heads is None else arguments.counts(heads, "heads")
     absent = [head for head in heads if head >= num_heads]
     if absent or not heads:
@@ -362,23 +403,23 @@ def _pick_heads(heads, num_heads):
     return heads
 
 
-def _columns(num_panels):
+def _columns(num_panels: int) -> int:
     """Columns of a near-square grid, eight at most."""
     return min(num_panels, 4 if num_panels <= 8 else 8)
 
 
-def _panel_name(head, layer):
+def _panel_name(head: int, layer: int | None) -> str:
     return f"head {head}" if layer is None else f"layer {layer}, head {head}"
 
 
-def _mask_panel(selected, visible, head, layer):
+def _mask_panel(selected: NDArray[np.bool_], visible: NDArray[np.bool_], head: int, layer: int | None) -> Panel:
     """(title, cells) of one head; selected and visible are bool [Mq, Mk]."""
     kept = selected & visible
     density = kept.sum() / max(visible.sum(), 1)
     return f"{_panel_name(head, layer)}  ·  {density:.1%}", _mean_cells(kept.astype(np.float64), visible)
 
 
-def _mean_cells(values, visible):
+def _mean_cells(values: NDArray[np.float64], visible: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Means over the visible blocks of each cell, NaN where there is none; values are 0 where nothing is visible.
 
     [Mq, Mk] -> [at most CELLS_PER_PANEL, at most CELLS_PER_PANEL].
@@ -386,16 +427,27 @@ def _mean_cells(values, visible):
     side = -(-max(values.shape) // CELLS_PER_PANEL)
     padding = [(0, -size % side) for size in values.shape]
 
-    def cell_sums(array):
+    def cell_sums(array: NDArray[Any]) -> NDArray[np.float64]:
         padded = np.pad(array.astype(np.float64), padding)
         rows, columns = padded.shape
-        return padded.reshape(rows // side, side, columns // side, side).sum(axis=(1, 3))
+        sums: NDArray[np.float64] = padded.reshape(rows // side, side, columns // side, side).sum(axis=(1, 3))
+        return sums
 
     counts = cell_sums(visible)
     return np.where(counts > 0, cell_sums(values) / np.maximum(counts, 1), np.nan)
 
 
-def _draw(panels, columns, style, seqlen_q, seqlen_k, causal, title, path):
+def _draw(
+    panels: list[Panel],
+    columns: int,
+    style: Style,
+    *,
+    causal: bool,
+    seqlen_q: int,
+    seqlen_k: int,
+    title: str | None,
+    path: str | os.PathLike[str] | None,
+) -> Figure:
     """A grid of (title, cells) panels with shared axes and one colour bar."""
     _matplotlib()
     from matplotlib.figure import Figure
@@ -448,7 +500,7 @@ def _draw(panels, columns, style, seqlen_q, seqlen_k, causal, title, path):
     bar = figure.colorbar(image, ax=axes, format=bar_format, fraction=0.03, pad=0.015, aspect=30)
     bar.set_label(bar_label, fontsize=9, color=_INK)
     bar.ax.tick_params(labelsize=8, labelcolor=_INK, color=_INK)
-    bar.outline.set_visible(False)
+    bar.outline.set_visible(False)  # type: ignore[operator]  # matplotlib has it typed as a mapping
     figure.legend(
         handles=[Patch(color=_HIDDEN_COLOR, label="not visible")],
         loc="outside lower right",
@@ -461,13 +513,13 @@ def _draw(panels, columns, style, seqlen_q, seqlen_k, causal, title, path):
     return _finish(figure, path)
 
 
-def _token_label(tokens):
+def _token_label(tokens: float) -> str:
     if tokens >= 1024 and tokens % 1024 == 0:
         return f"{tokens / 1024:.0f}K"
     return f"{tokens:.0f}"
 
 
-def _finish(figure, path):
+def _finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     if path is not None:
         figure.savefig(path)
     return figure

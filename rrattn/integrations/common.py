@@ -6,39 +6,58 @@ checkpoints stay what they are.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import paddle
 from paddle.distributed import fleet
 
-from ..config import RRAttentionConfig
+from ..config import SETTINGS, RRAttentionConfig
 from ..layer import RRAttention
 from ..masks import startend_rows_from_dense
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from paddle import Tensor
+    from paddle.nn import Layer
+
+    from ..config import Settings
+
 _CORE = "_rrattn"  # the RRAttention of an attention layer
+_REPLACED = "_rrattn_replaced"  # of an enabled layer: names of its attributes, and what its __dict__ held under them
 _SETTING = "rrattn_"  # settings of rrattn in a model's config: rrattn_threshold, rrattn_stride, ...
-_KNOWN_SETTINGS = [_SETTING + field.name for field in fields(RRAttentionConfig)]
+_KNOWN_SETTINGS = [_SETTING + name for name in SETTINGS]
 
 
 # Settings and layers
 
 
-def settings_of(model_config) -> RRAttentionConfig:
+def settings_of(model_config: Any, given: Settings | None = None) -> RRAttentionConfig:
     """The settings that a model's config carries as `rrattn_<field of RRAttentionConfig>`; defaults for the others.
+
+    Parameters
+    ----------
+    model_config
+        Its attributes are read.
+    given : dict, optional
+        Settings that come before those of the model's config.
 
     Raises
     ------
     ValueError
         For an attribute `rrattn_...` that names no setting, or a value that is not allowed.
     """
-    given = {name: setting for name, setting in vars(model_config).items() if name.startswith(_SETTING)}
-    unknown = [name for name in given if name not in _KNOWN_SETTINGS]
+    carried = {name: setting for name, setting in vars(model_config).items() if name.startswith(_SETTING)}
+    unknown = [name for name in carried if name not in _KNOWN_SETTINGS]
     if unknown:
         raise ValueError(f"the model's config has {', '.join(unknown)}, but rrattn knows {', '.join(_KNOWN_SETTINGS)}")
-    return RRAttentionConfig(**{name[len(_SETTING) :]: setting for name, setting in given.items()})
+    return RRAttentionConfig(
+        **{**{name[len(_SETTING) :]: setting for name, setting in carried.items()}, **(given or {})}
+    )
 
 
-def refuse_settings(model_config, unsupported, library) -> None:
+def refuse_settings(model_config: Any, unsupported: Mapping[str, int], library: str) -> None:
     """Raises ValueError for a field of a model's config whose value is above the one in `unsupported`."""
     for name, off in unsupported.items():
         setting = getattr(model_config, name, off)
@@ -46,48 +65,68 @@ def refuse_settings(model_config, unsupported, library) -> None:
             raise ValueError(f"rrattn does not support {name}={setting} in {library} models; it must be {off}")
 
 
-def refuse_settings_of_a_part(model, layers, num_layers, config: RRAttentionConfig) -> None:
-    """Raises ValueError for settings per layer where this process has only some of the model's attention layers."""
-    if len(layers) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
+@dataclass(frozen=True)
+class Place:
+    """Where an attention layer is in its model, and among the ranks that share its heads."""
+
+    num_layers: int
+    """Attention layers of the whole model."""
+    num_heads: int
+    """Query heads of the layer, on all ranks together."""
+    ranks: int = 1
+    """Ranks that the heads are split over."""
+    rank: int = 0
+    """Which of them this one is."""
+    layer_index: int | None = None
+    """Number of the layer in the model, from 0; None where the layer does not know it, and is counted."""
+
+
+def layer_indices(places: Sequence[Place], config: RRAttentionConfig, model_name: str) -> list[int]:
+    """The numbers of a model's attention layers, which are given in order.
+
+    Raises
+    ------
+    ValueError
+        For settings per layer where layers do not know their number and not all of the model's are here to be counted.
+    """
+    known = [place.layer_index for place in places if place.layer_index is not None]
+    if len(known) == len(places):
+        return known
+    num_layers = places[0].num_layers
+    if len(places) != num_layers and (config.dense_layers or not isinstance(config.threshold, float)):
         raise ValueError(
-            f"{type(model).__name__} has {len(layers)} of its {num_layers} attention layers here, so rrattn cannot "
+            f"{model_name} has {len(places)} of its {num_layers} attention layers here, so rrattn cannot "
             "tell which settings per layer are theirs: give one threshold and no dense_layers"
         )
+    return list(range(len(places)))
 
 
-def make_core(config: RRAttentionConfig, *, layer_index, num_layers, num_heads, ranks, rank) -> RRAttention:
-    """The RRAttention of an attention layer: with its own threshold, and for this rank's heads.
-
-    Parameters
-    ----------
-    layer_index, num_layers : int
-        Place among all attention layers of the model.
-    num_heads : int
-        Query heads of the layer on all ranks together.
-    ranks, rank : int
-        Ranks that the heads are split over, and which of them this one is.
+def make_core(config: RRAttentionConfig, place: Place, layer_index: int) -> RRAttention:
+    """The RRAttention of the attention layer of this number: with its own threshold, and for this rank's heads.
 
     Raises
     ------
     ValueError
         When the config does not fit the number of layers or heads.
     """
-    heads_here = num_heads // ranks
-    first_head = heads_here * rank
-    threshold = config.layer_threshold(layer_index, num_layers)
+    heads_here = place.num_heads // place.ranks
+    first_head = heads_here * place.rank
+    threshold = config.layer_threshold(layer_index, place.num_layers)
     if not isinstance(threshold, float):
-        if len(threshold) != num_heads:
+        if len(threshold) != place.num_heads:
             raise ValueError(
                 f"the config gives {len(threshold)} thresholds to layer {layer_index}, "
-                f"which has {num_heads} query heads"
+                f"which has {place.num_heads} query heads"
             )
         threshold = threshold[first_head : first_head + heads_here]
-    dense_layers = (0,) if config.layer_is_dense(layer_index, num_layers) else ()  # for a model of this layer alone
+    dense_layers = (
+        (0,) if config.layer_is_dense(layer_index, place.num_layers) else ()
+    )  # of a model of this layer alone
     config = replace(config, head_offset=config.head_offset + first_head, dense_layers=dense_layers)
     return RRAttention(config, threshold=threshold)
 
 
-def fleet_rank(ranks) -> int:
+def fleet_rank(ranks: int) -> int:
     """Which of a model's tensor-parallel ranks this process is: 0 where there is one.
 
     It comes from the group that fleet set up, over which the model's layers split their weights. The rank in a model's
@@ -104,15 +143,16 @@ def fleet_rank(ranks) -> int:
     if group is None or group.get_model_parallel_world_size() != ranks:
         found = "was not initialized" if group is None else f"has {group.get_model_parallel_world_size()}"
         raise ValueError(f"the model's heads are split over {ranks} ranks, but paddle.distributed.fleet {found}")
-    return group.get_model_parallel_rank()
+    rank: int = group.get_model_parallel_rank()
+    return rank
 
 
-def core_of(layer) -> RRAttention | None:
+def core_of(layer: Layer) -> RRAttention | None:
     """The RRAttention that an attention layer carries, if any."""
     return layer.__dict__.get(_CORE)
 
 
-def set_core(layer, core: RRAttention | None) -> None:
+def set_core(layer: Layer, core: RRAttention | None) -> None:
     """Gives an attention layer its RRAttention, or takes it away."""
     if core is None:
         layer.__dict__.pop(_CORE, None)
@@ -120,7 +160,7 @@ def set_core(layer, core: RRAttention | None) -> None:
         layer.__dict__[_CORE] = core
 
 
-def set_cores(layers, cores) -> None:
+def set_cores(layers: Iterable[Layer], cores: Iterable[RRAttention | None]) -> None:
     """Gives each attention layer its RRAttention, or takes it away where that is None.
 
     Raises
@@ -128,6 +168,7 @@ def set_cores(layers, cores) -> None:
     ValueError
         While `rrattn.collect_stats` observes one of them: it would miss what the new one does.
     """
+    layers = list(layers)
     held = [core for core in map(core_of, layers) if core is not None]
     if any(core._observer is not None for core in held):
         raise ValueError(
@@ -136,6 +177,27 @@ def set_cores(layers, cores) -> None:
         )
     for layer, core in zip(layers, cores):
         set_core(layer, core)
+
+
+def swap_in(layer: Layer, attributes: Mapping[str, object]) -> None:
+    """Makes an attention layer an enabled one, with these attributes until `restore`."""
+    held = vars(layer)
+    held[_REPLACED] = tuple(attributes), {name: held[name] for name in attributes if name in held}
+    held.update(attributes)
+
+
+def restore(layer: Layer) -> None:
+    """Undoes `swap_in`."""
+    held = vars(layer)
+    names, before = held.pop(_REPLACED)
+    for name in names:
+        held.pop(name, None)
+    held.update(before)
+
+
+def is_enabled(layer: Layer) -> bool:
+    """Whether an attention layer is between `swap_in` and `restore`."""
+    return _REPLACED in vars(layer)
 
 
 def report(model_name: str, library: str, config: RRAttentionConfig, num_layers: int) -> str:
@@ -152,7 +214,17 @@ def report(model_name: str, library: str, config: RRAttentionConfig, num_layers:
 # Masks
 
 
-def attend(core, query, key, value, attention_mask, startend_rows, *, causal, softmax_scale=None):
+def attend(
+    core: RRAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    startend_rows: Tensor | None,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+) -> Tensor:
     """Runs a layer's RRAttention under the masks that a model library passes.
 
     Parameters
@@ -193,10 +265,11 @@ def attend(core, query, key, value, attention_mask, startend_rows, *, causal, so
         causal = {1: True, 4: False}.get(rows.shape[-1], causal)
     elif attention_mask is not None:
         rows, causal = _rows_of_keys(attention_mask, query, key), True
-    return core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale)
+    out: Tensor = core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale)
+    return out
 
 
-def _rows_of_keys(mask, query, key):
+def _rows_of_keys(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The row bounds that a dense mask gives to the keys, int32 [B, 1|Hq, Lk, 1].
 
     A library makes a mask for all positions so far, also for a layer with a sliding window, whose cache holds the last
@@ -224,7 +297,7 @@ def _rows_of_keys(mask, query, key):
     return rows[:, :, surplus:]
 
 
-def rows_of_mask(mask, batch_size):
+def rows_of_mask(mask: Tensor, batch_size: int) -> Tensor:
     """startend_rows_from_dense(mask), int32 [B, 1|Hq, Lk, 1].
 
     Each layer reads the mask again: only its values tell whether it is still the mask of the layer before. That takes

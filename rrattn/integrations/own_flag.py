@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from typing import Any, SupportsIndex
 
 from paddle import nn
 
 _SHARED = "_rrattn_shared"  # slot of a view: the config that it is a view on
 
 
-def give_own_flag(model, config_class, flag, value, *, keep) -> None:
+def give_own_flag(model: nn.Layer, config_class: type, flag: str, value: object, *, keep: bool) -> None:
     """Gives a model a flag of its own, in every config that its layers hold.
 
     Parameters
@@ -44,23 +45,23 @@ def give_own_flag(model, config_class, flag, value, *, keep) -> None:
         setattr(view, flag, value)
 
 
-def take_own_flag(model, config_class) -> None:
+def take_own_flag(model: nn.Layer, config_class: type) -> None:
     """Undoes `give_own_flag`: the model holds the shared configs again."""
     for layer, name, config in _held(model, config_class):
         vars(layer)[name] = shared_of(config)
 
 
-def is_view(config) -> bool:
+def is_view(config: object) -> bool:
     """Whether a config was put in place by `give_own_flag`."""
     return isinstance(config, _View)
 
 
-def shared_of(config):
+def shared_of(config: Any) -> Any:
     """The config that a view is on; any other config as it is."""
     return getattr(config, _SHARED) if is_view(config) else config
 
 
-def _held(model, config_class):
+def _held(model: nn.Layer, config_class: type) -> list[tuple[nn.Layer, str, Any]]:
     """(layer, attribute, config) for every config that a layer of the model holds."""
     return [
         (layer, name, held)
@@ -75,34 +76,34 @@ class _View:
 
     __slots__ = ()
 
-    def __copy__(self):
+    def __copy__(self) -> Any:
         return copy.copy(shared_of(self))
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         shared = copy.deepcopy(shared_of(self), memo)
         with_its_model = any(isinstance(copied, nn.Layer) for copied in memo.values())
         return _view(shared, *_own(self)) if with_its_model else shared
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _view, (shared_of(self), *_own(self))
 
 
 @cache
-def _class_of_views(config_class, flag):
+def _class_of_views(config_class: type, flag: str) -> type:
     """A class of configs that keeps the flag in a slot, which comes before what a config's __dict__ says."""
     members = {"__slots__": (_SHARED, flag), "__module__": config_class.__module__, "__doc__": config_class.__doc__}
     return type(config_class.__name__, (_View, config_class), members)
 
 
-def _view(shared, flag, value):
-    view = object.__new__(_class_of_views(type(shared), flag))
+def _view(shared: Any, flag: str, value: object) -> Any:
+    view: Any = object.__new__(_class_of_views(type(shared), flag))  # type: ignore[arg-type]  # classes are hashable
     object.__setattr__(view, "__dict__", vars(shared))  # the same, not a copy
     object.__setattr__(view, _SHARED, shared)
     object.__setattr__(view, flag, value)
     return view
 
 
-def _own(view):
+def _own(view: Any) -> tuple[str, object]:
     """(flag, value) of a view."""
     _, flag = type(view).__slots__
     return flag, getattr(view, flag)

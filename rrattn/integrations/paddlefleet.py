@@ -14,23 +14,13 @@ the threshold, which is 1 there by default.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING, Any
 
 import paddle
 from paddle.distributed import fleet
 
-from ..config import RRAttentionConfig
-from ..layer import RRAttention
-from .common import (
-    attend,
-    core_of,
-    make_core,
-    refuse_settings,
-    refuse_settings_of_a_part,
-    report,
-    set_core,
-    set_cores,
-    settings_of,
-)
+from .common import Place, attend, core_of, make_core, refuse_settings, set_core, settings_of, swap_in
+from .model_library import ModelLibrary
 
 try:
     from paddlefleet.context_parallel_utils import UlyssesAlltoAll
@@ -43,6 +33,10 @@ except ImportError as error:
         f"github.com/PaddlePaddle/PaddleFleet ({error})"
     ) from error
 
+if TYPE_CHECKING:
+    from paddle import Tensor
+    from paddle.nn import Layer
+
 logger = logging.getLogger(__name__)
 
 # Fields of a model's config that rrattn does not support above these values.
@@ -52,7 +46,7 @@ _UNSUPPORTED = ("attention_bias", "packed_seq_params", "use_rr_flash_attention")
 _ALL_TO_ALL = "contiguous_a2a"
 
 
-class RRCoreAttention(DotProductAttention):
+class RRCoreAttention(DotProductAttention):  # type: ignore[misc]  # PaddleFleet ships no types
     """A core attention of PaddleFleet's layer specs that attends selected blocks.
 
     Its constructor takes what DotProductAttention's takes, by name, as layer specs give it. The layer's place among the
@@ -67,7 +61,16 @@ class RRCoreAttention(DotProductAttention):
         not allowed or differ per layer, which takes `rrattn.enable`.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, *, pg_collection=None, **options):
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        *,
+        pg_collection: ProcessGroupCollection | None = None,
+        **options: Any,
+    ) -> None:
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         super().__init__(
@@ -87,7 +90,7 @@ class RRCoreAttention(DotProductAttention):
             raise ValueError(
                 f"rrattn does not support values of another head size than keys ({self.v_channels}, {self.k_channels})"
             )
-        self._cp_group = None
+        self._cp_group: Any = None
         if self.context_parallel_size > 1:
             mode = self.hybrid_mla_cp_mode or config.cp_balance_mode
             if mode != _ALL_TO_ALL:
@@ -95,45 +98,42 @@ class RRCoreAttention(DotProductAttention):
                     f"cp_balance_mode is {mode!r}, in which a rank holds some of the queries and all keys; rrattn "
                     f"supports {_ALL_TO_ALL!r}, in which it holds some of the heads and whole sequences"
                 )
-            self._cp_group = fleet.get_hybrid_communicate_group().get_context_parallel_group()
-        # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
-        tp_ranks, tp_rank = _place(pg_collection.tp)
-        cp_ranks, cp_rank = _place(self._cp_group)
-        self._ranks, self._rank = tp_ranks * cp_ranks, tp_rank * cp_ranks + cp_rank
+            groups: Any = fleet.get_hybrid_communicate_group()
+            self._cp_group = groups.get_context_parallel_group()
         settings = settings_of(config)
         if settings.dense_layers or not isinstance(settings.threshold, float):
             raise ValueError(
                 "a layer cannot tell which of the settings per layer are its own: "
                 "give these to rrattn.enable(model, config), which counts the layers"
             )
-        set_core(self, self._make_core(settings, 0, 1))
-
-    def _make_core(self, config, layer_index, num_layers):
-        return make_core(
-            config,
-            layer_index=layer_index,
-            num_layers=num_layers,
+        # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
+        tp_ranks, tp_rank = _ranks_and_rank(pg_collection.tp)
+        cp_ranks, cp_rank = _ranks_and_rank(self._cp_group)
+        self._place = Place(
+            num_layers=config.num_hidden_layers,
             num_heads=self.num_attention_heads,
-            ranks=self._ranks,
-            rank=self._rank,
+            ranks=tp_ranks * cp_ranks,
+            rank=tp_rank * cp_ranks + cp_rank,
         )
+        set_core(self, make_core(settings, self._place, 0))  # these settings are every layer's
+        swap_in(self, {})
 
     def forward(
         self,
-        query,
-        key,
-        value,
-        attention_mask,
-        attn_mask_startend_row_indices=None,
-        attn_mask_type=None,
-        attention_bias=None,
-        packed_seq_params=None,
-        use_rr_flash_attention=False,
-        past_key_values=None,
-        layer_idx=None,
-        use_cache=False,
-        **others,
-    ):
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_startend_row_indices: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: object = None,
+        packed_seq_params: object = None,
+        use_rr_flash_attention: object = False,
+        past_key_values: Any = None,
+        layer_idx: int | None = None,
+        use_cache: bool = False,
+        **others: object,
+    ) -> Tensor:
         """Attends the selected blocks; after `rrattn.disable`, DotProductAttention's own attention.
 
         Parameters
@@ -164,12 +164,14 @@ class RRCoreAttention(DotProductAttention):
         ValueError
             For what is not supported, dropout in training among it, and for masks that rrattn cannot express.
         """
-        own = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+        own: dict[str, object] = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
         own |= {"use_rr_flash_attention": use_rr_flash_attention, **others}
-        if core_of(self) is None:
+        core = core_of(self)
+        if core is None:
             cache = {"past_key_values": past_key_values, "layer_idx": layer_idx, "use_cache": use_cache}
             masks = (attention_mask, attn_mask_startend_row_indices, attn_mask_type)
-            return super().forward(query, key, value, *masks, **own, **cache)
+            dense: Tensor = super().forward(query, key, value, *masks, **own, **cache)
+            return dense
         for name, given in own.items():
             if given is not None and given is not False:
                 raise ValueError(f"rrattn does not support {name} in PaddleFleet layers")
@@ -191,24 +193,25 @@ class RRCoreAttention(DotProductAttention):
             if rows is not None and rows.ndim == 4 and rows.shape[1] > 1:
                 rows = paddle.split(rows, self.context_parallel_size, axis=1)[self._cp_group.rank]
         mask = _additive_or_visible(attention_mask)
-        out = attend(core_of(self), query, key, value, mask, rows, causal=causal, softmax_scale=self.softmax_scale)
+        out = attend(core, query, key, value, mask, rows, causal=causal, softmax_scale=self.softmax_scale)
         if self._cp_group is not None:
             out = self._exchange(out, scatter=1, gather=2)
         return out.reshape([0, 0, out.shape[2] * out.shape[3]])
 
-    def _exchange(self, tensor, *, scatter, gather):
+    def _exchange(self, tensor: Tensor, *, scatter: int, gather: int) -> Tensor:
         """All-to-all over the context-parallel ranks: dimension `scatter` is split over them, `gather` put together."""
-        return UlyssesAlltoAll.apply(
+        exchanged: Tensor = UlyssesAlltoAll.apply(
             tensor, scatter_idx=scatter, gather_idx=gather, batch_dim_idx=0, group=self._cp_group
         )
+        return exchanged
 
 
-def _place(group):
+def _ranks_and_rank(group: Any) -> tuple[int, int]:
     """(number of ranks, which of them this one is) of a process group; (1, 0) where there is none."""
     return (1, 0) if group is None or group.world_size <= 1 else (group.world_size, group.rank)
 
 
-def _additive_or_visible(mask):
+def _additive_or_visible(mask: Tensor | None) -> Tensor | None:
     """A dense mask of PaddleFleet as `common.attend` takes it: bool with True for visible, or additive."""
     if mask is None:
         return None
@@ -218,39 +221,28 @@ def _additive_or_visible(mask):
     return ones if bool((ones | (mask == 0)).all()) and bool(ones.any()) else mask
 
 
-def enable(model, config: RRAttentionConfig | None = None):
-    """See `rrattn.enable`."""
-    layers = _core_attentions(model)
-    model_config = layers[0].config
-    config = settings_of(model_config) if config is None else config
-    num_layers = model_config.num_hidden_layers
-    refuse_settings_of_a_part(model, layers, num_layers, config)
-    cores = [layer._make_core(config, index, num_layers) for index, layer in enumerate(layers)]
-    set_cores(layers, cores)
-    logger.info(report(type(model).__name__, "PaddleFleet", config, len(layers)))
-    return model
+class PaddleFleet(ModelLibrary):
+    """Its layers are rrattn's own from the start, and call DotProductAttention's attention where rrattn is disabled."""
+
+    name = "PaddleFleet"
+
+    def attention_layers(self, model: Layer) -> list[Layer]:
+        layers: list[Layer] = [
+            layer for layer in model.sublayers(include_self=True) if isinstance(layer, RRCoreAttention)
+        ]
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__} has no layer of rrattn.integrations.paddlefleet.RRCoreAttention: "
+                "name it as core_attention in the layer spec that the model is built from"
+            )
+        return layers
+
+    def place(self, layer: Layer) -> Place:
+        place: Place = layer._place
+        return place
+
+    def log(self, line: str) -> None:
+        logger.info(line)
 
 
-def disable(model):
-    """See `rrattn.disable`."""
-    layers = _core_attentions(model)
-    if all(core_of(layer) is None for layer in layers):
-        raise ValueError("rrattn is not enabled on this model")
-    set_cores(layers, [None] * len(layers))
-    return model
-
-
-def attention_cores(model) -> list[RRAttention | None]:
-    """The RRAttention of each attention layer in order; None where rrattn is not enabled."""
-    return [core_of(layer) for layer in _core_attentions(model)]
-
-
-def _core_attentions(model) -> list[RRCoreAttention]:
-    """A model's core attentions of this kind, in order."""
-    layers = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, RRCoreAttention)]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no layer of rrattn.integrations.paddlefleet.RRCoreAttention: "
-            "name it as core_attention in the layer spec that the model is built from"
-        )
-    return layers
+LIBRARY = PaddleFleet()

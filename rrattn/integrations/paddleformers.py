@@ -20,11 +20,31 @@ from __future__ import annotations
 import functools
 import weakref
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..config import RRAttentionConfig
-from ..layer import RRAttention
-from .common import attend, core_of, fleet_rank, make_core, refuse_settings, report, set_cores, settings_of
-from .own_flag import give_own_flag, is_view, take_own_flag
+from .common import (
+    Place,
+    attend,
+    core_of,
+    fleet_rank,
+    is_enabled,
+    make_core,
+    refuse_settings,
+    report,
+    set_cores,
+    settings_of,
+)
+from .model_library import ModelLibrary, OwnFlag
+from .own_flag import is_view
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from paddle import Tensor
+    from paddle.nn import Layer
+
+    from ..config import RRAttentionConfig
+    from ..layer import RRAttention
 
 NAME = "rrattn"
 FLAG = "_attn_implementation"
@@ -33,27 +53,26 @@ SUPPORTED_MODELS = ("llama", "qwen2", "qwen3", "ernie4_5", "ernie4_5_moe")
 # Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
 _LAYER_FLAG = "attn_implementation"  # of layers that read the config's flag once, when they are built
-_PREVIOUS = "_rrattn_previous"  # that flag before enable, or None; an attention layer has it while enabled
-_SETTINGS = "_rrattn_settings"  # of a layer that runs by the flag: what its config said when its core was made
+_SETTINGS = "_rrattn_settings"  # of a core that was made by the flag: what the layer's config said then
 
 
 # The flag
 
 
-def register(interface_module) -> None:
+def register(interface_module: ModuleType) -> None:
     """Adds "rrattn" to the table in `paddleformers.nn.attention.interface`, and guards what else is in it."""
     table = interface_module.AttentionInterface
     table.register(NAME, rrattn_attention_forward)
     lookup = table.__getitem__
 
-    def guarded_lookup(self, name):
-        function = lookup(self, name)
+    def guarded_lookup(self: Any, name: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = lookup(self, name)
         return function if name == NAME else functools.partial(_other_attention, name, function)
 
     table.__getitem__ = guarded_lookup
 
 
-def _other_attention(_name, _function, module, *args, **kwargs):
+def _other_attention(_name: str, _function: Callable[..., Any], module: Layer, *args: Any, **kwargs: Any) -> Any:
     """Calls another attention function of the table, unless the layer's config says that rrattn runs."""
     if getattr(getattr(module, "config", None), FLAG, None) == NAME:
         raise ValueError(
@@ -68,15 +87,15 @@ def _other_attention(_name, _function, module, *args, **kwargs):
 
 
 _in_a_model = ContextVar("rrattn: in the call of a model", default=False)
-_came_here = weakref.WeakSet()  # models that were seen to run rrattn by their config's flag
+_came_here: weakref.WeakSet[Layer] = weakref.WeakSet()  # models that were seen to run rrattn by their config's flag
 
 
-def watch(model_module) -> None:
+def watch(model_module: ModuleType) -> None:
     """Makes calls of models in `paddleformers.transformers.model_utils` notice that the flag had no effect."""
     call = model_module.PretrainedModel.__call__
 
     @functools.wraps(call)
-    def watched_call(self, *args, **kwargs):
+    def watched_call(self: Layer, *args: Any, **kwargs: Any) -> Any:
         flag = getattr(getattr(self, "config", None), FLAG, None)
         if flag != NAME or _in_a_model.get() or self in _came_here:
             return call(self, *args, **kwargs)
@@ -96,18 +115,18 @@ def watch(model_module) -> None:
 
 
 def rrattn_attention_forward(
-    module,
-    query,
-    key,
-    value,
-    attention_mask=None,
-    attn_mask_startend_row_indices=None,
-    dropout=0.0,
-    sink=None,
-    scaling=None,
-    is_causal=None,
-    **kwargs,
-):
+    module: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    attn_mask_startend_row_indices: Tensor | None = None,
+    dropout: float = 0.0,
+    sink: Tensor | None = None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
     """The attention function, in PaddleFormers' calling convention.
 
     Parameters
@@ -170,73 +189,68 @@ def rrattn_attention_forward(
     return out.reshape([0, 0, out.shape[2] * out.shape[3]]), None
 
 
-def enable(model, config: RRAttentionConfig | None = None):
-    """See `rrattn.enable`."""
-    from paddleformers.transformers import PretrainedConfig
-    from paddleformers.utils.log import logger
+class PaddleFormers(ModelLibrary):
+    """Its models look the attention function up by their config's flag, some layers by a copy that they took of it."""
 
-    config = settings_of(model.config) if config is None else config
-    model_type = model.config.model_type
-    if model_type not in SUPPORTED_MODELS:
-        raise ValueError(
-            f"rrattn supports the PaddleFormers models {', '.join(SUPPORTED_MODELS)}; "
-            f"the model_type of this one is {model_type!r}"
+    name = "PaddleFormers"
+
+    def config_of(self, model: Layer) -> Any:
+        if model.config.model_type not in SUPPORTED_MODELS:
+            raise ValueError(
+                f"rrattn supports the PaddleFormers models {', '.join(SUPPORTED_MODELS)}; "
+                f"the model_type of this one is {model.config.model_type!r}"
+            )
+        return model.config
+
+    def attention_layers(self, model: Layer) -> list[Layer]:
+        """They are known by the layer_idx and scaling that they pass on."""
+        layers = [layer for layer in model.sublayers() if hasattr(layer, "layer_idx") and hasattr(layer, "scaling")]
+        if not layers:
+            raise ValueError(f"found no attention layers in {type(model).__name__}")
+        return sorted(layers, key=lambda layer: layer.layer_idx)
+
+    def place(self, layer: Layer) -> Place:
+        config = layer.config
+        refuse_settings(config, _UNSUPPORTED_CONFIG, self.name)
+        ranks = config.tensor_model_parallel_size
+        return Place(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            ranks=ranks,
+            rank=fleet_rank(ranks),
+            layer_index=layer.layer_idx,
         )
-    layers = _attention_layers(model)
-    enabled = any(map(_is_enabled, layers))
-    set_cores(layers, [_make_core(layer, config) for layer in layers])
-    for layer in layers:
-        vars(layer).pop(_SETTINGS, None)
-        vars(layer).setdefault(_PREVIOUS, getattr(layer, _LAYER_FLAG, None))
-        if hasattr(layer, _LAYER_FLAG):
-            setattr(layer, _LAYER_FLAG, NAME)
-    give_own_flag(model, PretrainedConfig, FLAG, NAME, keep=enabled)
-    logger.info(report(type(model).__name__, "PaddleFormers", config, len(layers)))
-    return model
+
+    def replacements(self, layer: Layer) -> dict[str, object]:
+        return {_LAYER_FLAG: NAME} if hasattr(layer, _LAYER_FLAG) else {}
+
+    def own_flag(self) -> OwnFlag:
+        from paddleformers.transformers import PretrainedConfig
+
+        return OwnFlag(PretrainedConfig, FLAG, NAME)
+
+    def running_core(self, layer: Layer) -> RRAttention | None:
+        return _core_of(layer) if _runs(layer) else None
+
+    def log(self, line: str) -> None:
+        from paddleformers.utils.log import logger
+
+        logger.info(line)
 
 
-def disable(model):
-    """See `rrattn.disable`."""
-    from paddleformers.transformers import PretrainedConfig
-
-    layers = list(filter(_is_enabled, _attention_layers(model)))
-    if not layers:
-        raise ValueError("rrattn is not enabled on this model")
-    set_cores(layers, [None] * len(layers))
-    for layer in layers:
-        flag = vars(layer).pop(_PREVIOUS)
-        if hasattr(layer, _LAYER_FLAG):
-            setattr(layer, _LAYER_FLAG, flag)
-    take_own_flag(model, PretrainedConfig)
-    return model
+LIBRARY = PaddleFormers()
 
 
-def attention_cores(model) -> list[RRAttention | None]:
-    """The RRAttention of each attention layer in order; None where it does not run, by `enable` or by the flag."""
-    return [_core_of(layer) if _runs(layer) else None for layer in _attention_layers(model)]
-
-
-def _attention_layers(model):
-    """A model's attention layers in order, known by the layer_idx and scaling that they pass on."""
-    layers = [layer for layer in model.sublayers() if hasattr(layer, "layer_idx") and hasattr(layer, "scaling")]
-    if not layers:
-        raise ValueError(f"found no attention layers in {type(model).__name__}")
-    return sorted(layers, key=lambda layer: layer.layer_idx)
-
-
-def _is_enabled(layer) -> bool:
-    return _PREVIOUS in vars(layer)
-
-
-def _runs(layer) -> bool:
+def _runs(layer: Layer) -> bool:
     """Whether the layer's flag, its config's and its own where it has one, says that rrattn runs."""
-    return getattr(layer.config, FLAG) == NAME == getattr(layer, _LAYER_FLAG, NAME)
+    return bool(getattr(layer.config, FLAG) == NAME == getattr(layer, _LAYER_FLAG, NAME))
 
 
-def _core_of(layer) -> RRAttention:
+def _core_of(layer: Layer) -> RRAttention:
     """The layer's RRAttention: as `enable` made it, or by what the config says now."""
-    if _is_enabled(layer):
-        return core_of(layer)
+    core = core_of(layer)
+    if core is not None and is_enabled(layer):
+        return core
     if not (hasattr(layer, "config") and hasattr(layer, "layer_idx")):
         raise ValueError(
             f"{type(layer).__name__} has no config and layer_idx, by which rrattn knows its settings: rrattn does not "
@@ -248,33 +262,20 @@ def _core_of(layer) -> RRAttention:
             "enable rrattn on it as well, or build it from a copy of that config"
         )
     settings = settings_of(layer.config)
-    if settings != vars(layer).get(_SETTINGS):
-        set_cores([layer], [_make_core(layer, settings)])
-        vars(layer)[_SETTINGS] = settings
+    if core is None or settings != vars(core).get(_SETTINGS):
+        core = make_core(settings, LIBRARY.place(layer), layer.layer_idx)
+        vars(core)[_SETTINGS] = settings
+        set_cores([layer], [core])
         _report_once(layer.config, settings)
-    return core_of(layer)
+    return core
 
 
-_last_report = None
+_last_report: tuple[weakref.ref[Any], RRAttentionConfig] | None = None
 
 
-def _report_once(config, settings) -> None:
+def _report_once(config: Any, settings: RRAttentionConfig) -> None:
     """Logs what the flag runs, for the first layer of a model and not for each."""
-    from paddleformers.utils.log import logger
-
     global _last_report
     if _last_report is None or _last_report[0]() is not config or _last_report[1] != settings:
-        logger.info(report(f"a {config.model_type} model", "PaddleFormers", settings, config.num_hidden_layers))
+        LIBRARY.log(report(f"a {config.model_type} model", LIBRARY.name, settings, config.num_hidden_layers))
         _last_report = weakref.ref(config), settings
-
-
-def _make_core(layer, config: RRAttentionConfig) -> RRAttention:
-    refuse_settings(layer.config, _UNSUPPORTED_CONFIG, "PaddleFormers")
-    return make_core(
-        config,
-        layer_index=layer.layer_idx,
-        num_layers=layer.config.num_hidden_layers,
-        num_heads=layer.config.num_attention_heads,
-        ranks=layer.config.tensor_model_parallel_size,
-        rank=fleet_rank(layer.config.tensor_model_parallel_size),
-    )

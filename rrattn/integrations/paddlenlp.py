@@ -16,21 +16,16 @@ from __future__ import annotations
 
 import inspect
 from types import FunctionType
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..config import RRAttentionConfig
-from ..layer import RRAttention
-from .common import (
-    attend,
-    core_of,
-    fleet_rank,
-    make_core,
-    refuse_settings,
-    refuse_settings_of_a_part,
-    report,
-    set_cores,
-    settings_of,
-)
-from .own_flag import give_own_flag, take_own_flag
+from .common import Place, attend, core_of, fleet_rank, refuse_settings
+from .model_library import ModelLibrary, OwnFlag
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+    from paddle.nn import Layer
+
+    from ..layer import RRAttention
 
 FLAG = "use_rrattn"
 SUPPORTED_LAYERS = {
@@ -39,8 +34,6 @@ SUPPORTED_LAYERS = {
 }
 
 _FUNCTION = "scaled_dot_product_attention"  # by which name the modules know it
-_PREVIOUS = "_rrattn_previous"  # (attribute of the layer that was replaced, what its __dict__ held or _ABSENT)
-_ABSENT = "absent"
 
 # Arguments of scaled_dot_product_attention that rrattn does not support, unless they are None, False or 0.
 _UNSUPPORTED = ("output_attentions", "alibi", "reshard_layer")
@@ -59,12 +52,12 @@ class LayerAttention:
         The `scaled_dot_product_attention` that the layer called before, perhaps with arguments bound.
     """
 
-    def __init__(self, layer, original):
+    def __init__(self, layer: Layer, original: Callable[..., Any]) -> None:
         self.layer = layer
         self.original = original
         self.__signature__ = inspect.signature(original)  # recompute orders arguments by it
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Attends; the arguments are those of the original.
 
         query_states is [B, Lq, Hq, D], the last Lq positions of the keys; key_states and value_states are
@@ -80,9 +73,12 @@ class LayerAttention:
         ValueError
             For attention weights, dropout, ALiBi, resharding, or a mask that rrattn cannot express.
         """
+        core = core_of(self.layer)
+        assert core is not None, "a layer has this function while it is enabled"
         if not _runs(self.layer):
-            core_of(self.layer).last_selection = None  # no longer what the layer attended last
-            return self.original(*args, **kwargs)
+            core.last_selection = None  # no longer what the layer attended last
+            out: Tensor = self.original(*args, **kwargs)
+            return out
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -94,7 +90,7 @@ class LayerAttention:
             raise ValueError(f"rrattn does not support attention dropout; set attention_dropout to 0.0, got {dropout}")
 
         out = attend(
-            core_of(self.layer),
+            core,
             given["query_states"],
             self._own_heads(given["key_states"]),
             self._own_heads(given["value_states"]),
@@ -105,7 +101,7 @@ class LayerAttention:
         hidden_size = out.shape[2] * out.shape[3]
         return out.reshape([-1, hidden_size] if given["sequence_parallel"] else [0, 0, hidden_size])
 
-    def _own_heads(self, states):
+    def _own_heads(self, states: Tensor) -> Tensor:
         """Keys or values without the repetition of their heads: [B, Lk, Hkv, D], bit for bit the same attention.
 
         A layer repeats each of its heads num_key_value_groups times in a row unless flash attention is on, and
@@ -121,7 +117,7 @@ class LayerAttention:
 class _ForwardWithOwnAttention:
     """A layer's forward in which the name `scaled_dot_product_attention` means `attention`."""
 
-    def __init__(self, layer, attention):
+    def __init__(self, layer: Layer, attention: LayerAttention) -> None:
         forward = type(layer).forward
         names = {**forward.__globals__, _FUNCTION: attention}
         self._layer, self._attention = layer, attention
@@ -130,96 +126,63 @@ class _ForwardWithOwnAttention:
         )
         self.__signature__ = inspect.signature(forward.__get__(layer))
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(self._layer, *args, **kwargs)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # The function itself cannot be copied or pickled.
         return type(self), (self._layer, self._attention)
 
 
-def enable(model, config: RRAttentionConfig | None = None):
-    """See `rrattn.enable`."""
-    from paddlenlp.transformers import PretrainedConfig
-    from paddlenlp.utils.log import logger
+class PaddleNLP(ModelLibrary):
+    """Its layers call a function that each enabled one gets of its own."""
 
-    layers = _attention_layers(model)
-    model_config = layers[0].config
-    config = settings_of(model_config) if config is None else config
-    refuse_settings(model_config, _UNSUPPORTED_CONFIG, "PaddleNLP")
-    num_layers = model_config.num_hidden_layers
-    refuse_settings_of_a_part(model, layers, num_layers, config)
-    ranks = max(model_config.tensor_parallel_degree, 1)
-    cores = [
-        make_core(
-            config,
-            layer_index=index,
-            num_layers=num_layers,
-            num_heads=model_config.num_attention_heads,
-            ranks=ranks,
-            rank=fleet_rank(ranks),
-        )
-        for index in range(len(layers))
-    ]
-    others = [layer for layer in layers if core_of(layer) is None]
-    hooks = list(map(_hook, others))
-    set_cores(layers, cores)
-    for layer, (name, own) in zip(others, hooks):
-        vars(layer)[_PREVIOUS] = name, vars(layer).get(name, _ABSENT)
-        vars(layer)[name] = own
-    give_own_flag(model, PretrainedConfig, FLAG, True, keep=len(others) < len(layers))
-    logger.info(report(type(model).__name__, "PaddleNLP", config, len(layers)))
-    return model
+    name = "PaddleNLP"
 
+    def attention_layers(self, model: Layer) -> list[Layer]:
+        layers = [
+            layer
+            for layer in model.sublayers(include_self=True)
+            if any(SUPPORTED_LAYERS.get(base.__module__) == base.__name__ for base in type(layer).__mro__)
+        ]
+        if not layers:
+            raise ValueError(
+                f"found no attention layers in {type(model).__name__}: rrattn supports the PaddleNLP layers "
+                f"{', '.join(SUPPORTED_LAYERS.values())}"
+            )
+        return layers
 
-def disable(model):
-    """See `rrattn.disable`."""
-    from paddlenlp.transformers import PretrainedConfig
+    def place(self, layer: Layer) -> Place:
+        config = layer.config
+        refuse_settings(config, _UNSUPPORTED_CONFIG, self.name)
+        ranks = max(config.tensor_parallel_degree, 1)
+        return Place(config.num_hidden_layers, config.num_attention_heads, ranks, fleet_rank(ranks))
 
-    layers = [layer for layer in _attention_layers(model) if core_of(layer) is not None]
-    if not layers:
-        raise ValueError("rrattn is not enabled on this model")
-    set_cores(layers, [None] * len(layers))
-    for layer in layers:
-        name, previous = vars(layer).pop(_PREVIOUS)
-        if isinstance(previous, str) and previous == _ABSENT:
-            del vars(layer)[name]
-        else:
-            vars(layer)[name] = previous
-    take_own_flag(model, PretrainedConfig)
-    return model
+    def replacements(self, layer: Layer) -> dict[str, object]:
+        if hasattr(layer, "attn_func"):
+            return {"attn_func": LayerAttention(layer, layer.attn_func)}
+        forward = type(layer).forward
+        if _FUNCTION not in forward.__code__.co_names:
+            raise ValueError(f"{type(layer).__name__} calls no {_FUNCTION}: rrattn does not know this PaddleNLP")
+        return {"forward": _ForwardWithOwnAttention(layer, LayerAttention(layer, forward.__globals__[_FUNCTION]))}
+
+    def own_flag(self) -> OwnFlag:
+        from paddlenlp.transformers import PretrainedConfig
+
+        return OwnFlag(PretrainedConfig, FLAG, True)
+
+    def running_core(self, layer: Layer) -> RRAttention | None:
+        return core_of(layer) if _runs(layer) else None
+
+    def log(self, line: str) -> None:
+        from paddlenlp.utils.log import logger
+
+        logger.info(line)
 
 
-def attention_cores(model) -> list[RRAttention | None]:
-    """The RRAttention of each attention layer in order; None where it does not run."""
-    return [core_of(layer) if _runs(layer) else None for layer in _attention_layers(model)]
+LIBRARY = PaddleNLP()
 
 
-def _attention_layers(model):
-    """A model's attention layers, in order."""
-    layers = [
-        layer
-        for layer in model.sublayers(include_self=True)
-        if any(SUPPORTED_LAYERS.get(base.__module__) == base.__name__ for base in type(layer).__mro__)
-    ]
-    if not layers:
-        raise ValueError(
-            f"found no attention layers in {type(model).__name__}: rrattn supports the PaddleNLP layers "
-            f"{', '.join(SUPPORTED_LAYERS.values())}"
-        )
-    return layers
-
-
-def _runs(layer) -> bool:
+def _runs(layer: Layer) -> bool:
     """Whether the layer, if enabled, runs rrattn: the flag of its config."""
-    return getattr(layer.config, FLAG, True)
-
-
-def _hook(layer):
-    """(attribute of the layer, what to set it to), so that its own attention function is called."""
-    if hasattr(layer, "attn_func"):
-        return "attn_func", LayerAttention(layer, layer.attn_func)
-    forward = type(layer).forward
-    if _FUNCTION not in forward.__code__.co_names:
-        raise ValueError(f"{type(layer).__name__} calls no {_FUNCTION}: rrattn does not know this PaddleNLP")
-    return "forward", _ForwardWithOwnAttention(layer, LayerAttention(layer, forward.__globals__[_FUNCTION]))
+    return bool(getattr(layer.config, FLAG, True))

@@ -122,7 +122,7 @@ class PaddleKernels(GpuKernels):
         return harness.decode(self.values(out), dtype), self.values(lse)
 
     def dense_mask(self, mask, *, dtype):
-        rows, verdict = rrattn.library.call("dense_mask", self.tensor(mask, dtype))
+        rows, verdict = rrattn.operators.call("dense_mask", self.tensor(mask, dtype))
         return self.values(rows), self.values(verdict).tolist()
 
     def backward(self, query, key, value, block_mask, grad_out, startend=None, *, dtype="float32", **options):

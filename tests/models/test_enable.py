@@ -3,7 +3,7 @@
 import copy
 import importlib
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import paddle
@@ -23,6 +23,8 @@ from tiny_models import (
 )
 
 import rrattn
+from rrattn.config import SETTINGS, Settings
+from rrattn.integrations import attention_cores
 
 FLAG, OFF = {"paddleformers": ("_attn_implementation", "eager"), "paddlenlp": ("use_rrattn", False)}[LIBRARY]
 SPARSER = replace(SPARSE, threshold=0.2)
@@ -147,6 +149,72 @@ def test_a_model_built_from_the_config_of_an_enabled_one(tokens):
     assert (logits(rrattn.disable(other), tokens) == dense).all() and flag_of(other) in (None, OFF)
 
 
+# Settings by keyword
+
+
+def state_of(model):
+    """All that `enable` could change of a model."""
+    config = model.config
+    layers = [dict(vars(layer)) for layer in model.sublayers(include_self=True)]
+    return layers, config, dict(vars(config)), flag_of(model)
+
+
+def configs(model):
+    """The settings that its layers run with, other than per layer."""
+    return {replace(core.config, threshold=core.threshold) for core in attention_cores(model)}
+
+
+def test_settings_by_keyword_are_those_of_a_config(model, tokens):
+    expected = logits(rrattn.enable(make_model(), SPARSE), tokens)
+    assert rrattn.enable(model, threshold=0.5, keep_last=False) is model
+    assert (logits(model, tokens) == expected).all()
+    assert configs(model) == {SPARSE}
+    rrattn.enable(model, threshold=[1.0, 0.5], dense_layers=np.array([0]))
+    assert [core.dense for core in attention_cores(model)] == [True, False]
+    rrattn.enable(model)  # nothing of an earlier call is left
+    assert configs(model) == {rrattn.RRAttentionConfig()}
+
+
+def test_settings_by_keyword_win_over_those_of_the_model(model):
+    model.config.rrattn_threshold, model.config.rrattn_stride = 0.25, 16
+    rrattn.enable(model, threshold=0.5, keep_local=2)
+    expected = rrattn.RRAttentionConfig(threshold=0.5, stride=16, keep_local=2)
+    assert configs(model) == {expected}
+    assert (model.config.rrattn_threshold, model.config.rrattn_stride) == (0.25, 16)
+    rrattn.enable(model, SPARSE)  # a config leaves nothing for the model's to say
+    assert configs(model) == {SPARSE}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "error", "message"),
+    [
+        (SPARSE, {"threshold": 0.9, "stride": 8}, TypeError, "either a config or settings.*a config and threshold, st"),
+        (None, {"treshold": 0.9, "threshold": 0.8}, TypeError, "no setting treshold;.* stride, threshold, keep_sink,"),
+        (0.9, {}, TypeError, r"config is 0\.9, but must be an RRAttentionConfig"),
+        (None, {"threshold": 1.5}, ValueError, r"threshold is 1\.5, but must be in \(0, 1\]"),
+        (None, {"threshold": "0.9"}, TypeError, "threshold is '0.9', but must be a number"),
+        (None, {"stride": 3}, ValueError, "stride is 3, but must be an integer and a divisor of 128"),
+        (None, {"threshold": [0.5] * 5}, ValueError, "threshold has 5 entries, but the model has 2 layers"),
+        (None, {"threshold": [[0.5] * 3] * NUM_LAYERS}, ValueError, "3 thresholds to layer 0, which has 4 query heads"),
+        (None, {"dense_layers": [NUM_LAYERS]}, ValueError, "dense_layers names layer 2"),
+    ],
+)
+@pytest.mark.parametrize("enabled", [False, True])
+def test_bad_settings_change_nothing_of_the_model(config, settings, error, message, enabled, model):
+    if enabled:
+        rrattn.enable(model, SPARSER)
+    before = state_of(model)
+    with pytest.raises(error, match=message):
+        rrattn.enable(model, config, **settings)
+    assert state_of(model) == before and model.config is before[1]
+
+
+def test_the_keywords_are_the_fields_of_the_config():
+    assert (
+        tuple(Settings.__annotations__) == SETTINGS == tuple(field.name for field in fields(rrattn.RRAttentionConfig))
+    )
+
+
 # Copied, pickled, saved
 
 
@@ -246,7 +314,7 @@ def test_parts_of_a_model_are_enabled_and_disabled_in_any_order(model, tokens):
     first, second = (layer for layer in model.sublayers() if type(layer).__name__.endswith("DecoderLayer"))
     rrattn.disable(second)
     assert_differs(logits(model, tokens), both)
-    assert [core is None for core in rrattn.integrations.attention_cores(model)] == [False, True]
+    assert [core is None for core in attention_cores(model)] == [False, True]
     rrattn.enable(second, SPARSE)
     assert (logits(model, tokens) == both).all()
     rrattn.disable(first)

@@ -76,8 +76,8 @@ def bare_layer(kv_heads, config):
     layer = paddle.nn.Layer()
     layer.config, layer.num_key_value_groups = settings, 2
     layer.num_key_value_heads, layer.kv_indices = kv_heads, None
-    place = {"layer_index": 0, "num_layers": 1, "num_heads": NUM_HEADS, "ranks": 1, "rank": 0}
-    common.set_core(layer, common.make_core(config, **place))
+    place = common.Place(num_layers=1, num_heads=NUM_HEADS)
+    common.set_core(layer, common.make_core(config, place, 0))
     original = sys.modules["paddlenlp.transformers.llama.modeling"].scaled_dot_product_attention
     return layer, integration.LayerAttention(layer, original)
 

@@ -12,7 +12,7 @@ from harness import assert_identical
 
 import rrattn
 from rrattn import direct, reference
-from rrattn.library import call
+from rrattn.operators import call
 
 
 def parameters(*stages):

@@ -79,7 +79,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     libraries = sorted(name.split(".")[0] for name in names if name.endswith(".so"))
     assert libraries == ["rrattn/_direct", "rrattn/_ops"]
-    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("rrattn/**/*.py")}
+    kinds = ("*.py", "*.pyi", "py.typed")
+    sources = {path.relative_to(ROOT).as_posix() for kind in kinds for path in ROOT.glob(f"rrattn/**/{kind}")}
+    assert "rrattn/py.typed" in sources
     assert sources | {"rrattn/_build_info.py"} == {name for name in names if not name.endswith(".so")}
 
 
@@ -98,6 +100,26 @@ def test_wheel_works_by_itself(wheel, tmp_path):
             [command, name, "--help"], env=environment, capture_output=True, text=True, timeout=120, cwd="/"
         )
         assert process.returncode == 0 and option in process.stdout, process.stderr
+
+
+def test_mypy_checks_the_calls_of_who_installs_the_wheel(wheel, tmp_path, pytestconfig):
+    pip("install", "--no-deps", "--no-index", "--target", str(tmp_path / "installed"), str(wheel))
+    calls = ROOT / "tests" / "tools" / "typed_calls.py"
+    shutil.copy(calls, tmp_path)
+    search_path = [str(tmp_path / "installed"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    process = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", pytestconfig.cache.mkdir("mypy"), calls.name],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search_path))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode in (0, 1), process.stdout + process.stderr
+    found = set(re.findall(rf"^{calls.name}:(\d+): error: .*\[(.*)\]$", process.stdout, flags=re.MULTILINE))
+    lines = enumerate(calls.read_text().splitlines(), start=1)
+    wrong = {(str(number), line.partition("# wrong: ")[2]) for number, line in lines if "# wrong: " in line}
+    assert len(wrong) > 20 and found == wrong, process.stdout
 
 
 RAISE = """
@@ -259,8 +281,10 @@ def test_pre_commit_runs_what_ci_checks_of_the_style():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     entries = [hook["entry"] for repository in config["repos"] for hook in repository["hooks"]]
     on_files = r"(\.venv/bin/(?:ruff|clang-format) .*) (?:\.|\"\$\{sources\[@\]\}\")$"
-    style = re.findall(on_files, (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
-    assert len(style) == 3 and sorted(entries) == sorted(style)
+    on_the_package = r"(\.venv/bin/mypy)$"
+    checks = (ROOT / ".ci" / "run").read_text()
+    style = [command for kind in (on_files, on_the_package) for command in re.findall(kind, checks, flags=re.MULTILINE)]
+    assert len(style) == 4 and sorted(entries) == sorted(style)
 
 
 def test_constraints_pin_all_that_paddle_and_the_model_library_bring():

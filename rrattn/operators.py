@@ -1,9 +1,10 @@
-"""Loads the operator library into Paddle and calls its operators."""
+"""The operators of rrattn in Paddle: loads the library that holds them, and calls them."""
 
 from __future__ import annotations
 
 import importlib.machinery
 from pathlib import Path
+from typing import Any
 
 import paddle
 from paddle import _C_ops
@@ -40,7 +41,7 @@ _load()
 _run_custom_op = getattr(_C_ops, "_run_custom_op", None) or paddle.base.core.eager._run_custom_op
 
 
-def call(name, *arguments):
+def call(name: str, *arguments: object) -> Any:
     """Runs the operator rrattn_<name>: its inputs (None for an absent one), then its attributes, in order.
 
     Gradients flow to its first output alone, and to none where Paddle records none.
