@@ -7,7 +7,7 @@
 //
 // Probabilities are relative to a base of their row: its largest score in the first tile in which
 // it sees anything. Later tiles need no maximum and no rescaling, because floats have room for
-// larger probabilities. A tile in which they outgrow that room is computed again, on larger bases.
+// larger probabilities. A tile in which they may not fit is computed again, on larger bases.
 //
 // That is faster than a maximum for each tile, and so are the turns faster than none: figures of
 // these and other variants are in docs/tuning.md.
@@ -105,7 +105,7 @@ class Consumer {
       release_value();
       exponentiate<kEarlyScores, kRowScores>(scores, sums);
       convert(scores, probabilities);
-      if (outgrow_base(sums)) {
+      if (may_not_fit(sums)) {
         raise_bases(row, tile, scores, sums, out);
         convert(scores, probabilities);
       }
@@ -170,7 +170,7 @@ class Consumer {
 
   // Whether a score of the warp is so far above its row's base that its probability may not fit the
   // type, or is NaN. Rare.
-  __device__ static bool outgrow_base(const ChainSums& sums) {
+  __device__ static bool may_not_fit(const ChainSums& sums) {
     return __any_sync(~0u, !(row_total(sums[0]) <= kLargestFittingSum &&
                              row_total(sums[1]) <= kLargestFittingSum));
   }

@@ -38,7 +38,7 @@ class Finisher {
   // Divides by the row sums, adds up the rows of each query block, and writes whole rows of
   // block_scores, for the item's consumers [first, end).
   //
-  // The sums come back in chunks of whole tiles, by bulk copies that run kChunkSlots ahead.
+  // The sums come back in chunks of whole tiles, by bulk copies kChunkSlots ahead.
   __device__ void finish(int slot, int first, int end) {
     const Item& item = shared_.item[slot];
     const int consumers = end - first;
