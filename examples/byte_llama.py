@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from command_line import check_input_file
 from paddleformers.transformers import LlamaForCausalLM
+
+from rrattn.command_line import check_input_file
 
 NUM_BYTES = 256
 MAX_TOKENS = 16384  # the probe's context

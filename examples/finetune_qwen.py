@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 from byte_llama import NUM_BYTES, choose_document, read_tokens, use_all_cores
-from command_line import check_at_least, check_checkpoint, check_output_folder
 from paddleformers.transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rrattn
+from rrattn.command_line import check_at_least, check_checkpoint, check_output_folder
 
 
 def parse_arguments():

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import paddle
 from byte_llama import MAX_TOKENS, choose_document, load_probe, read_document, use_all_cores
-from command_line import check_at_least
 
 import rrattn
+from rrattn.command_line import check_at_least
 
 
 def parse_arguments():

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 from byte_llama import MAX_TOKENS, choose_document, load_probe, read_document, use_all_cores
-from command_line import check_picture
 from tqdm import tqdm
 
 import rrattn
 from rrattn import visualize
+from rrattn.command_line import check_picture
 
 
 def parse_arguments():

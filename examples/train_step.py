@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 from byte_llama import NUM_BYTES, choose_document, read_tokens, use_all_cores
-from command_line import check_at_least
 from paddleformers.transformers import LlamaConfig, LlamaForCausalLM
 from tqdm import tqdm
 
 import rrattn
+from rrattn.command_line import check_at_least
 
 
 def parse_arguments():

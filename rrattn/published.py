@@ -1,7 +1,7 @@
 """The functions of RRAttention's published release, for programs written for it.
 
 The release is Research/RRAttention of github.com/PaddlePaddle/PaddleFleet. Its tensors are [B, H, L, D]. Arguments that
-chose among its kernels mean nothing here; a DeprecationWarning names them. examples/migration.md has what to write
+chose among its kernels mean nothing here; a DeprecationWarning names them. docs/migration.md has what to write
 instead.
 """
 

@@ -1,6 +1,7 @@
 """Fixtures of the kernel tests, of the tests of builds, and of the model tests at the end.
 
-tests/gpu overrides the kernels and the dtypes and keeps the rest.
+A test of `kernels` runs on the CPU and, where they are, on a GPU and through Paddle's operators there: `-k gpu` runs
+these alone. What a GPU cannot do is marked cpu_only; it takes no float32.
 """
 
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import gpu_harness
 import harness
 import numpy as np
 import pytest
@@ -15,21 +17,51 @@ from cases import DTYPES
 
 from rrattn import direct
 
+PLATFORMS = {"cpu": harness.Kernels, **gpu_harness.PLATFORMS}
+
+
+def pytest_report_header():
+    if gpu_harness.WHY_NOT:
+        return f"no kernels run on a GPU: {gpu_harness.WHY_NOT}"
+    return f"Paddle's operators run on no GPU: {gpu_harness.WHY_NOT_PADDLE}" if gpu_harness.WHY_NOT_PADDLE else None
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = [item for item in items if not runs(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def runs(item):
+    """Whether the platform of a test does what it tests."""
+    parameters = getattr(item, "callspec", None) and item.callspec.params
+    platform = parameters and parameters.get("platform")
+    if platform in (None, "cpu"):
+        return True
+    dtypes = PLATFORMS[platform].dtypes
+    return item.get_closest_marker("cpu_only") is None and parameters.get("dtype", dtypes[0]) in dtypes
+
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture(scope="session")
-def make_kernels():
-    """make_kernels(layout=, num_threads=): the stages through rrattn.direct on poisoned outputs."""
-    return harness.Kernels
+@pytest.fixture(scope="session", params=PLATFORMS)
+def platform(request):
+    """Where the kernels run: "cpu", "gpu" or "paddle-gpu"."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
-def kernels(make_kernels):
-    return make_kernels()
+def make_kernels(platform):
+    """make_kernels(layout=): the stages through rrattn.direct on poisoned outputs; on a CPU also with num_threads=."""
+    return harness.Kernels if platform == "cpu" else gpu_harness.GpuKernels
+
+
+@pytest.fixture(scope="session")
+def kernels(platform):
+    return PLATFORMS[platform]()
 
 
 @pytest.fixture(params=DTYPES)
@@ -39,9 +71,9 @@ def dtype(request):
 
 
 @pytest.fixture
-def main_dtype():
+def main_dtype(kernels):
     """The dtype of tests that need no more than one."""
-    return "float32"
+    return kernels.dtypes[0]
 
 
 @pytest.fixture(params=direct.available_simd())

@@ -23,12 +23,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))  # for evaluate, evaluation and probe
 from evaluate import prompts_of, read_text_for  # noqa: E402
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from command_line import check_at_least, check_checkpoint, check_output_file  # noqa: E402
+from rrattn.command_line import check_at_least, check_checkpoint, check_output_file  # noqa: E402
 
 QUESTIONS = 12  # about each context
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99,

@@ -1,10 +1,10 @@
 """Evaluates ways to choose attention blocks on a checkpoint: quality, density and kept attention mass.
 
-    python tools/evaluate.py run MODEL RESULTS.jsonl --text FILE [--tasks ...] [--methods ...] [--lengths ...]
-    python tools/evaluate.py mass MODEL RESULTS.jsonl --text FILE [...]
-    python tools/evaluate.py many MODEL RESULTS.jsonl --text FILE [--contexts 10] [...]
-    python tools/evaluate.py report RESULTS.jsonl [--plots FOLDER]
-    python tools/evaluate.py helmet MODEL FILE.jsonl ... / video-mme MODEL FOLDER ... [--methods ...]
+    python -m tools.evaluate run MODEL RESULTS.jsonl --text FILE [--tasks ...] [--methods ...] [--lengths ...]
+    python -m tools.evaluate mass MODEL RESULTS.jsonl --text FILE [...]
+    python -m tools.evaluate many MODEL RESULTS.jsonl --text FILE [--contexts 10] [...]
+    python -m tools.evaluate report RESULTS.jsonl [--plots FOLDER]
+    python -m tools.evaluate helmet MODEL FILE.jsonl ... / video-mme MODEL FOLDER ... [--methods ...]
 
 MODEL is a checkpoint directory of PaddleFormers or PaddleNLP, such as examples/probe. Results are JSON lines; a run
 that was interrupted goes on where it stopped. Tasks are told in evaluation/prompts.py, methods in
@@ -18,13 +18,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for evaluation and probe
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from command_line import (  # noqa: E402
+from rrattn.command_line import (
     check_at_least,
     check_checkpoint,
     check_input_file,
@@ -68,9 +65,9 @@ def add_common(parser, lengths):
 def parse_arguments():
     """The arguments, checked; in place of the files that they name stands what was read from these: `results` are
     Results (but for a report), `text` is uint8 [bytes], `data` are the samples of a benchmark."""
-    from evaluation.methods import Method
-    from evaluation.prompts import CONTEXTS, make_prompt
-    from evaluation.records import BEST, Results
+    from .evaluation.methods import Method
+    from .evaluation.prompts import CONTEXTS, make_prompt
+    from .evaluation.records import BEST, Results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -145,8 +142,9 @@ def parse_arguments():
 def check_many(arguments):
     """Raises ValueError for what `many` cannot do with these methods, this checkpoint or this device, which it sets."""
     import torch
-    from evaluation.many import chosen
-    from evaluation.torch_model import read_config
+
+    from .evaluation.many import chosen
+    from .evaluation.torch_model import read_config
 
     for method in [*arguments.methods, *arguments.mass]:
         chosen(method)
@@ -160,8 +158,8 @@ def check_many(arguments):
 
 def prompts_of(parser, folder):
     """Function that makes prompts, as `evaluation.prompts.make_prompt`, in the tokens of a checkpoint."""
-    from evaluation.model import codec_of
-    from evaluation.run import sized_prompt
+    from .evaluation.model import codec_of
+    from .evaluation.run import sized_prompt
 
     try:
         return partial(sized_prompt, codec_of(folder))
@@ -171,7 +169,7 @@ def prompts_of(parser, folder):
 
 def read_text_for(parser, name, path, make, kinds, lengths, contexts, num_questions):
     """The text of an option, uint8 [bytes], after a check that it has room for every prompt; see `check_prompts`."""
-    from evaluation.prompts import check_prompts
+    from .evaluation.prompts import check_prompts
 
     check_input_file(parser, name, path)
     try:
@@ -184,7 +182,7 @@ def read_text_for(parser, name, path, make, kinds, lengths, contexts, num_questi
 
 def read_benchmark(parser, arguments):
     """The samples of --data, at most --samples."""
-    from evaluation.benchmarks import read_helmet, read_video_mme
+    from .evaluation.benchmarks import read_helmet, read_video_mme
 
     path = arguments.data
     if arguments.command == "helmet":
@@ -204,7 +202,8 @@ def read_benchmark(parser, arguments):
 def read_text(path):
     """A text as uint8 [bytes]; .xz is unpacked."""
     import numpy as np
-    from probe.tasks import load_text
+
+    from .probe.tasks import load_text
 
     return load_text(path) if path.suffix == ".xz" else np.frombuffer(path.read_bytes(), np.uint8)
 
@@ -212,12 +211,12 @@ def read_text(path):
 def main():
     arguments = parse_arguments()
     if arguments.command == "report":
-        from evaluation.report import write_report
+        from .evaluation.report import write_report
 
         print(write_report(arguments.results, arguments.plots))
         return
     if arguments.command == "many":
-        from evaluation.many import run_many
+        from .evaluation.many import run_many
 
         run_many(
             arguments.model,
@@ -233,8 +232,9 @@ def main():
         )
         return
     import paddle
-    from evaluation.model import Model
-    from evaluation.run import measure_mass, run_tasks
+
+    from .evaluation.model import Model
+    from .evaluation.run import measure_mass, run_tasks
 
     paddle.base.core.set_num_threads(os.cpu_count())  # or Paddle's own products run on one core
     model = Model(arguments.model)
@@ -251,7 +251,7 @@ def main():
             arguments.questions,
         )
         return
-    from evaluation.benchmarks import run_benchmark
+    from .evaluation.benchmarks import run_benchmark
 
     run_benchmark(model, arguments.results, arguments.command, arguments.data, arguments.methods, arguments.longest)
 

@@ -1,6 +1,6 @@
 """Loss curves of a small byte-level LLaMA trained twice on real text, dense and with RRAttention.
 
-    python tools/training_curves.py [FILE] [--steps 300] [--tokens 1536] [--threshold 0.7] [--stride 8] [--seed 0]
+    python -m tools.training_curves [FILE] [--steps 300] [--tokens 1536] [--threshold 0.7] [--stride 8] [--seed 0]
 
 Both runs start from the same weights and see the same sequences in the same order. Dense is PaddleFormers' own "sdpa"
 attention, with nothing of this package in it. A step trains on one sequence, and no sequence comes twice, so each loss
@@ -27,11 +27,10 @@ from paddleformers.transformers import LlamaConfig, LlamaForCausalLM
 from tqdm import tqdm
 
 import rrattn
+from examples.byte_llama import NUM_BYTES, choose_document, read_tokens
+from rrattn.command_line import check_at_least, check_output_file, check_picture
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "examples"))
-from byte_llama import NUM_BYTES, choose_document, read_tokens  # noqa: E402
-from command_line import check_at_least, check_output_file, check_picture  # noqa: E402
 
 FINAL_STEPS = 20  # the final loss is the mean over these
 TOLERANCE = 0.02  # how far the final losses may be apart, relative to dense
@@ -222,7 +221,7 @@ def describe_run():
     """What it takes to run this again."""
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     return {
-        "command": shlex.join(["python", str(Path(__file__).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
         "commit": revision.stdout.strip(),
         "paddle": paddle.__version__,
     }

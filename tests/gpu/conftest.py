@@ -1,169 +1,31 @@
-"""The kernel tests on a GPU: torch tensors through rrattn.direct and Paddle's operators, in place of NumPy arrays.
+"""What there is on a GPU alone: large sizes, graphs, streams, devices, and the errors of what it does not take.
 
-They need torch, a Hopper GPU, and rrattn built with the GPU kernels (see setup.py), and are left out elsewhere; so are
-those through Paddle where there is no GPU build of it.
+The tests of every kernel, tests/kernels, run on a GPU by themselves.
 """
 
-import harness
-import numpy as np
+import gpu_harness
 import pytest
 
-from rrattn import reference
-
-try:
-    import torch
-
-    WHY_NOT = None if torch.cuda.is_available() else "torch sees no GPU"
-except ImportError:
-    WHY_NOT = "torch is not installed"
-try:
-    import paddle
-
-    import rrattn
-
-    WHY_NOT_PADDLE = None if paddle.is_compiled_with_cuda() else "Paddle is a build for the CPU"
-except ImportError:
-    WHY_NOT_PADDLE = "Paddle is not installed"
-
-collect_ignore_glob = ["test_*.py"] if WHY_NOT else ["test_paddle_*.py"] if WHY_NOT_PADDLE else []
-
-WORKSPACE_BYTES = 1 << 28
+collect_ignore_glob = (
+    ["test_*.py"] if gpu_harness.WHY_NOT else ["test_paddle_*.py"] if gpu_harness.WHY_NOT_PADDLE else []
+)
 
 
-def pytest_report_header():
-    if WHY_NOT:
-        return f"tests/gpu is left out: {WHY_NOT}"
-    return f"tests/gpu runs without Paddle's operators: {WHY_NOT_PADDLE}" if WHY_NOT_PADDLE else None
-
-
-class GpuKernels(harness.Kernels):
-    """Kernels on torch tensors, with a workspace full of NaN; the GPU has no thread count."""
-
-    def __init__(self, layout="contiguous"):
-        super().__init__(layout)
-        workspace = torch.full([WORKSPACE_BYTES // 4], float("nan"), device="cuda")
-        self.options = {"workspace": workspace, "stream": torch.cuda.current_stream().cuda_stream}
-
-    def allocate(self, storage):
-        if storage.dtype == np.uint16:  # the bits of bfloat16
-            return torch.from_numpy(storage.view(np.int16)).cuda().view(torch.bfloat16)
-        return torch.from_numpy(storage).cuda()
-
-    def download(self, array):
-        if array.dtype == torch.bfloat16:
-            return array.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
-        return array.cpu().numpy()
-
-    def typed(self, dtype):
-        return self.options
-
-    def assert_same(self, actual, expected, dtype):
-        """Up to two roundings: another place among the tiles may mean another order of additions."""
-        rounding = {"float32": 2.0**-20, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]  # the sums': in float32
-        largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
-        np.testing.assert_allclose(actual, expected, rtol=2 * rounding, atol=rounding * largest)
-
-
-class PaddleKernels(GpuKernels):
-    """The stages through Paddle's operators.
-
-    The newest GPU wheel of Paddle on PyPI, 2.6.2, has no kernels for Hopper: its own fills, casts and copies of strided
-    tensors give garbage there, without an error. So torch makes every input and hands it over by DLPack, contiguous
-    (2.6.2 reads no strides), and results are only copied to the host.
-    """
-
-    def tensor(self, values, dtype):
-        """Values as a Paddle tensor on the GPU, None as None."""
-        if values is None:
-            return None
-        if 0 in values.shape:
-            pytest.skip("Paddle 2.6 takes no empty tensors in custom operators")
-        if dtype == "bool":  # which it does not take over DLPack
-            return paddle.to_tensor(values, place=paddle.CUDAPlace(0))
-        tensor = self.input(values, dtype)
-        torch.cuda.synchronize()  # Paddle has a stream of its own
-        return paddle.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
-
-    def values(self, tensor):
-        """A result as NumPy has it."""
-        torch.cuda.synchronize()
-        return tensor.numpy()
-
-    def estimate(self, query, key, startend=None, *, dtype="float32", **options):
-        scores = rrattn.estimate_block_scores(
-            self.tensor(query, dtype), self.tensor(key, dtype), self.tensor(startend, "int32"), **options
-        )
-        return self.values(scores)
-
-    def select(self, block_scores, startend=None, *, threshold, **options):
-        if isinstance(threshold, np.ndarray):
-            threshold = self.tensor(threshold, "float32")
-        mask = rrattn.select_blocks(
-            self.tensor(block_scores, "float32"), threshold, self.tensor(startend, "int32"), **options
-        )
-        words = self.values(mask)
-        selected = reference.unpack(words, block_scores.shape[-1])
-        assert np.array_equal(reference.pack(selected), words), "bits beyond the last block are set"
-        return selected
-
-    def attend(self, query, key, value, block_mask, startend=None, *, dtype="float32", **options):
-        out, lse = rrattn.block_sparse_attention(
-            *(self.tensor(x, dtype) for x in (query, key, value)),
-            self.tensor(harness.packed(block_mask), "int32"),
-            self.tensor(startend, "int32"),
-            return_softmax_lse=True,
-            **options,
-        )
-        return harness.decode(self.values(out), dtype), self.values(lse)
-
-    def dense_mask(self, mask, *, dtype):
-        rows, verdict = rrattn.library.call("dense_mask", self.tensor(mask, dtype))
-        return self.values(rows), self.values(verdict).tolist()
-
-    def backward(self, query, key, value, block_mask, grad_out, startend=None, *, dtype="float32", **options):
-        leaves = [self.tensor(x, dtype) for x in (query, key, value)]
-        for leaf in leaves:
-            leaf.stop_gradient = False
-        mask, startend = self.tensor(harness.packed(block_mask), "int32"), self.tensor(startend, "int32")
-        out = rrattn.block_sparse_attention(*leaves, mask, startend, **options)
-        grads = paddle.grad(out, leaves, self.tensor(grad_out, dtype))
-        return tuple(harness.decode(self.values(grad), dtype) for grad in grads)
-
-    def rr_attention(self, query, key, value, startend=None, *, dtype="float32", **options):
-        """(block_mask, out, lse) of one operator."""
-        out, lse, mask = rrattn.rr_attention(
-            *(self.tensor(x, dtype) for x in (query, key, value)),
-            self.tensor(startend, "int32"),
-            return_softmax_lse=True,
-            return_block_mask=True,
-            **options,
-        )
-        selected = reference.unpack(self.values(mask), reference.num_blocks(key.shape[1]))
-        return selected, harness.decode(self.values(out), dtype), self.values(lse)
-
-
-@pytest.fixture(params=("bfloat16", "float16"))
-def dtype(request):
+@pytest.fixture(scope="session", params=gpu_harness.PLATFORMS)
+def platform(request):
     return request.param
-
-
-@pytest.fixture
-def main_dtype():
-    return "bfloat16"
 
 
 @pytest.fixture(scope="session")
 def make_kernels():
-    return GpuKernels
+    return gpu_harness.GpuKernels
+
+
+@pytest.fixture(params=gpu_harness.GpuKernels.dtypes)
+def dtype(request):
+    return request.param
 
 
 @pytest.fixture(scope="session")
 def paddle_kernels():
-    if WHY_NOT_PADDLE:
-        pytest.skip(WHY_NOT_PADDLE)
-    return PaddleKernels()
-
-
-@pytest.fixture(scope="session", params=["direct", "paddle"])
-def kernels(request):
-    return GpuKernels() if request.param == "direct" else request.getfixturevalue("paddle_kernels")
+    return gpu_harness.PaddleKernels()

@@ -1,4 +1,4 @@
-"""Stage 3 on the GPU: the CPU's tests of attend and of the invariants, and what is too large for their oracle.
+"""Stage 3 on a GPU at sizes that are too large for the oracle, and what a GPU does not take.
 
 Long sequences are held against torch in float32, by the same rule: at most twice the error of torch in the dtype.
 """
@@ -8,32 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import assert_as_good_as_naive
-from test_attend import (  # noqa: F401  (collected here with this folder's fixtures)
-    test_bits_of_hidden_blocks_are_harmless,
-    test_densities,
-    test_identical_keys,
-    test_large_logits,
-    test_layouts_are_read_and_written_in_place,
-    test_nan_stays_in_its_row,
-    test_nothing_selected,
-    test_one_block_a_row,
-    test_out_and_lse,
-    test_rows_that_see_nothing_are_zero,
-    test_scores_beyond_the_range_of_float16,
-    test_scores_far_above_those_before,
-    test_sizes_of_zero,
-    test_softmax_scale,
-    test_unselected_blocks_are_not_read,
-)
-from test_invariants import (  # noqa: F401
-    test_batch_entries_are_independent,
-    test_grouped_heads_equal_repeated_keys_and_values,
-    test_growing_tau_never_removes_a_block,
-    test_heads_split_over_ranks,
-    test_packed_sequences_run_as_if_apart,
-    test_prefill_in_chunks_is_one_prefill,
-    test_tau_of_one_is_dense_attention,
-)
 
 from rrattn import direct, reference
 

@@ -1,26 +1,12 @@
-"""The gradients on the GPU: the CPU's tests, and sizes that are too large for their oracle."""
+"""The gradients on a GPU at sizes that are too large for the oracle, and what a GPU does not take."""
 
 import numpy as np
 import pytest
-import test_backward
 import torch
-from cases import ATTENTION_CASES
 from harness import assert_as_good_as_naive
 from test_attend_gpu import attend, random_inputs, random_mask, torch_attend, with_workspace, words
-from test_backward import (  # noqa: F401  (collected here with this folder's fixtures)
-    test_densities,
-    test_large_logits,
-    test_nothing_selected,
-    test_sizes_of_zero,
-    test_softmax_scale,
-)
 
 from rrattn import direct
-
-
-@pytest.mark.parametrize("case", [case for case in ATTENTION_CASES if case.head_dim <= 128], ids=str)
-def test_gradients(kernels, case, dtype):
-    test_backward.test_gradients(kernels, case, dtype)
 
 
 def test_head_sizes_above_128_are_refused():

@@ -1,14 +1,7 @@
-"""Dense masks on the GPU: the CPU's tests, and one that is longer than a thread block reads."""
+"""Dense masks on a GPU: one that is longer than a thread block reads."""
 
 import numpy as np
-from test_dense_mask import (  # noqa: F401  (collected here with this folder's fixtures)
-    additive,
-    causal_mask,
-    test_a_bias_is_found_with_its_value,
-    test_bounds_mean_what_the_mask_does,
-    test_masks_are_read_in_place,
-    test_one_value_out_of_place_is_found,
-)
+from test_dense_mask import additive, causal_mask
 
 from rrattn import reference
 

@@ -18,6 +18,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from cases import DTYPES
 
 from rrattn import direct, reference
 from rrattn.reference import STORAGE, decode, encode
@@ -33,11 +34,19 @@ def poisoned(shape, dtype):
 
 
 class Kernels:
-    """The stages through rrattn.direct. A GPU suite overrides `allocate` and `download`."""
+    """The stages through rrattn.direct. gpu_harness.py overrides what another memory and other units change."""
+
+    dtypes = DTYPES
+    max_gradient_head_dim = 256
 
     def __init__(self, layout="contiguous", num_threads=None):
         self.layout = layout
-        self.options = {} if num_threads is None else {"num_threads": num_threads}
+        self.num_threads = num_threads
+
+    @property
+    def options(self):
+        """Keywords of every call."""
+        return {} if self.num_threads is None else {"num_threads": self.num_threads}
 
     def allocate(self, storage):
         """A copy of a NumPy array in the memory of the kernels."""
@@ -93,6 +102,11 @@ class Kernels:
             **options,
         )
         return self.read(scores, "float32")
+
+    def estimate_reference(self, query, key, startend=None, *, dtype, **options):
+        """(oracle, naive) block scores: as the definition says, and in float32."""
+        arguments = query, key, startend
+        return reference.estimate(*arguments, **options), reference.estimate(*arguments, **options, dtype="float32")
 
     def select(self, block_scores, startend=None, *, threshold, **options):
         """The selected blocks, bool [B, Hq, Mq, Mk]."""

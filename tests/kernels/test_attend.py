@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import ATTENTION_CASES, DTYPES, FEW_CASES, Case, make_inputs
+from cases import ATTENTION_CASES, FEW_CASES, Case, make_inputs
 from harness import LAYOUTS, assert_as_good_as_naive, assert_identical, assert_same_in_two_threads
 
 from rrattn import reference
@@ -39,6 +39,7 @@ def test_out_and_lse(kernels, case, dtype):
     check(kernels, case, dtype)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_every_simd_level(kernels, simd, case, dtype):
     check(kernels, case, dtype)
@@ -179,6 +180,7 @@ def test_layouts_are_read_and_written_in_place(kernels, make_kernels, case, layo
     assert_identical(run(make_kernels(layout), case, dtype), run(kernels, case, dtype))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_thread_count_and_repetition_change_nothing(kernels, make_kernels, case):
     expected = run(kernels, case)
@@ -188,10 +190,15 @@ def test_thread_count_and_repetition_change_nothing(kernels, make_kernels, case)
 
 def test_two_threads_at_once(kernels):
     assert_same_in_two_threads(
-        *(lambda case=case, dtype=dtype: run(kernels, case, dtype) for case in FEW_CASES[1:] for dtype in DTYPES)
+        *(
+            lambda case=case, dtype=dtype: run(kernels, case, dtype)
+            for case in FEW_CASES[1:]
+            for dtype in kernels.dtypes
+        )
     )
 
 
+@pytest.mark.cpu_only
 def test_other_python_threads_run_meanwhile(make_kernels):
     """A call holds the interpreter lock for less than its whole length."""
     case = Case(2048, 2048, causal=False, num_heads=4)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import ATTENTION_CASES, DTYPES, FEW_CASES, Case, make_inputs
+from cases import ATTENTION_CASES, FEW_CASES, Case, make_inputs
 from harness import LAYOUTS, assert_as_good_as_naive, assert_identical, assert_same_in_two_threads
 
 from rrattn import reference
@@ -23,6 +23,8 @@ def run(kernels, case, dtype="float32", inputs=None, **options):
 
 def check(kernels, case, dtype="float32", inputs=None, **options):
     """Gradients of the kernel, found as good as the naive implementation's in the same dtype."""
+    if case.head_dim > kernels.max_gradient_head_dim:
+        pytest.skip("refused here, see test_support.py")
     inputs = inputs or make_inputs(case, dtype)
     grads = run(kernels, case, dtype, inputs, **options)
     arguments = *inputs.forward, inputs.block_mask, inputs.grad_out, inputs.startend
@@ -46,6 +48,7 @@ def test_gradients(kernels, case, dtype):
         assert not grad.swapaxes(1, 2)[~reached].any()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_every_simd_level(kernels, simd, case, dtype):
     check(kernels, case, dtype)
@@ -73,26 +76,30 @@ def test_nothing_selected(kernels, main_dtype):
         assert grad.size and not grad.any()
 
 
-def test_unselected_blocks_are_not_read(kernels):
+def test_unselected_blocks_are_not_read(kernels, main_dtype):
     """NaN in keys and values that no query block selects leaves no trace."""
     case = Case(300, 600, num_heads=4, num_heads_k=2, causal=False)
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, main_dtype)
+    options = {"dtype": main_dtype, "causal": False}
     block_mask = inputs.block_mask.copy()
     block_mask[:, :2, :, 3] = False
     _, key, value = (x.copy() for x in inputs.forward)
     key[:, 384:512, 0], value[:, 384:512, 0] = np.nan, np.nan
-    poisoned = kernels.backward(inputs.query, key, value, block_mask, inputs.grad_out, causal=False)
-    clean = kernels.backward(*inputs.forward, block_mask, inputs.grad_out, causal=False)
-    assert_identical(poisoned, clean)
+    poisoned = kernels.backward(inputs.query, key, value, block_mask, inputs.grad_out, **options)
+    clean = kernels.backward(*inputs.forward, block_mask, inputs.grad_out, **options)
+    for one, other in zip(poisoned, clean):
+        kernels.assert_same(one, other, main_dtype)
     assert not clean[1][:, 384:512, 0].any() and not clean[2][:, 384:512, 0].any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_layouts_are_read_and_written_in_place(kernels, make_kernels, case, layout, dtype):
-    assert_identical(run(make_kernels(layout), case, dtype), run(kernels, case, dtype))
+    strided, contiguous = (run(one, case, dtype, deterministic=True) for one in (make_kernels(layout), kernels))
+    assert_identical(strided, contiguous)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_thread_count_and_repetition_change_nothing(kernels, make_kernels, case):
     expected = run(kernels, case)
@@ -102,7 +109,11 @@ def test_thread_count_and_repetition_change_nothing(kernels, make_kernels, case)
 
 def test_two_threads_at_once(kernels):
     assert_same_in_two_threads(
-        *(lambda case=case, dtype=dtype: run(kernels, case, dtype) for case in FEW_CASES[1:] for dtype in DTYPES)
+        *(
+            lambda case=case, dtype=dtype: run(kernels, case, dtype, deterministic=True)
+            for case in FEW_CASES[1:]
+            for dtype in kernels.dtypes
+        )
     )
 
 

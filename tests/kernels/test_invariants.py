@@ -154,7 +154,6 @@ def test_grouped_heads_equal_repeated_keys_and_values(kernels, num_heads_k, dtyp
     assert_identical(kernels.prefill(*repeated, **options), kernels.prefill(*inputs.forward, **options))
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("num_heads_k", (1, 2, 4))
 def test_gradients_of_grouped_heads_equal_those_of_repeated_ones(kernels, num_heads_k, dtype):
     inputs, repeated = grouped_and_repeated(num_heads_k, dtype)
@@ -162,7 +161,7 @@ def test_gradients_of_grouped_heads_equal_those_of_repeated_ones(kernels, num_he
     block_mask = inputs.block_mask
     grads = kernels.backward(*inputs.forward, block_mask, inputs.grad_out, **options)
     repeated_grads = kernels.backward(*repeated, block_mask, inputs.grad_out, **options)
-    assert_identical(repeated_grads[0], grads[0])
+    kernels.assert_same(repeated_grads[0], grads[0], dtype)
     tolerance = 1e-5 if dtype == "float32" else 2e-2  # the repeated ones are rounded before they are summed
     for grad, parts in zip(grads[1:], repeated_grads[1:]):
         summed = parts.reshape(1, 500, num_heads_k, 8 // num_heads_k, 32).sum(3)

@@ -101,6 +101,7 @@ def test_rows_of_many_blocks(kernels, rng, num_k_blocks, make_scores, tau):
     check(kernels, scores, threshold=tau, **NO_RULES, **wide(num_k_blocks))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("make_scores", SCORES)
 def test_every_simd_level(kernels, simd, rng, make_scores):
     for num_k_blocks in (5, 33, 200):
@@ -297,6 +298,7 @@ def test_bounds_are_read_in_place(kernels, make_kernels, rng, case, layout):
     assert_identical(make_kernels(layout).select(scores, startend, **options), expected)
 
 
+@pytest.mark.cpu_only
 def test_thread_count_and_repetition_change_nothing(kernels, make_kernels, rng):
     scores = attention_like(rng, (2, 3, 5, 300))
     options = {"threshold": 0.7, **wide(300, 5, causal=True)}

@@ -11,7 +11,7 @@ import pytest
 import rrattn
 from rrattn import reference
 
-PAGE = Path(__file__).parents[2] / "examples" / "migration.md"
+PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
 
 
 @pytest.fixture

@@ -1,16 +1,16 @@
 """The checks that the examples and tools share, and those of the tools whose work takes more than is here."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "examples"))
+from rrattn import command_line
 
-import command_line  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -72,14 +72,15 @@ def test_pictures(fails, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
-        ("bench/cpu.py", ["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        ("bench/cpu.py", ["--json", "no/x.json"], "there is no folder no for --json"),
-        ("probe/corpus.py", ["file"], "FOLDER must be a folder, but"),
-        ("probe/corpus.py", ["--megabytes", "nan"], "--megabytes must be above 0 and finite, got nan"),
+        ("bench.cpu", ["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        ("bench.cpu", ["--json", "no/x.json"], "there is no folder no for --json"),
+        ("probe.corpus", ["file"], "FOLDER must be a folder, but"),
+        ("probe.corpus", ["--megabytes", "nan"], "--megabytes must be above 0 and finite, got nan"),
     ],
 )
 def test_tools(tmp_path, tool, arguments, message):
     (tmp_path / "file").touch()
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    command = [sys.executable, "-W", "ignore", "-m", f"tools.{tool}", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr

@@ -16,7 +16,6 @@ import rrattn
 paddleformers = pytest.importorskip("paddleformers.transformers")
 pytest.importorskip("matplotlib")
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
 
 import calibrate  # noqa: E402
 import evaluate  # noqa: E402

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,6 @@ def run(name, *arguments, folder):
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """example(name): the module of an example."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return lambda name: __import__(name)
 
 
 def test_prefill_of_the_default_document(tmp_path):
@@ -98,10 +92,10 @@ def test_finetuning_lowers_the_loss_and_goes_on_from_its_checkpoint(tmp_path):
 
 
 @paddle.no_grad()
-def test_the_probe_completes_what_it_has_seen(example):
+def test_the_probe_completes_what_it_has_seen():
     text = np.random.default_rng(0).integers(97, 123, 500)  # nothing to guess in the first copy
     tokens = paddle.to_tensor(np.concatenate([[0], np.tile(text, 3)])[None])
-    model = rrattn.enable(example("byte_llama").load_probe(), rrattn.RRAttentionConfig())
+    model = rrattn.enable(import_module("byte_llama").load_probe(), rrattn.RRAttentionConfig())
     guesses = model(tokens, return_dict=True).logits[0, :-1].argmax(-1).numpy()
     right = guesses == tokens.numpy()[0, 1:]
     assert right[:499].mean() < 0.1
@@ -131,28 +125,28 @@ def test_the_probe_completes_what_it_has_seen(example):
         ("finetune_qwen", ["--output", __file__], "--output must be a folder, but .*test_examples.py is none"),
     ],
 )
-def test_bad_options_are_named(example, monkeypatch, capsys, name, arguments, message):
+def test_bad_options_are_named(monkeypatch, capsys, name, arguments, message):
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit) as stop:
-        example(name).main()
+        import_module(name).main()
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["prefill_document", "train_step", "generate_llama", "finetune_qwen"])
-def test_a_text_that_is_too_short_is_named(example, monkeypatch, capsys, tmp_path, name):
+def test_a_text_that_is_too_short_is_named(monkeypatch, capsys, tmp_path, name):
     short = tmp_path / "short"
     short.write_text("a few words")
     monkeypatch.setattr(sys, "argv", [name, str(short), "--tokens", "1000"])
     with pytest.raises(SystemExit) as stop:
-        example(name).main()
+        import_module(name).main()
     assert stop.value.code == 2
     assert re.search(r"FILE .*short holds 11 bytes, fewer than .* for --tokens 1000", capsys.readouterr().err)
 
 
-def test_an_installation_without_such_a_text_is_named(example, monkeypatch, capsys):
+def test_an_installation_without_such_a_text_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_step", "--tokens", "1000000000000"])
     with pytest.raises(SystemExit) as stop:
-        example("train_step").main()
+        import_module("train_step").main()
     assert stop.value.code == 2
     assert "no text of the 1,000,000,000,001 bytes for --tokens" in capsys.readouterr().err

@@ -1,7 +1,6 @@
-"""tools/evaluate.py many: in PyTorch, what the harness in Paddle does. Skipped where PyTorch is not installed."""
+"""`tools.evaluate many`: in PyTorch, what the harness in Paddle does. Skipped where PyTorch is not installed."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,10 @@ import rrattn
 torch = pytest.importorskip("torch")
 pytest.importorskip("paddleformers")
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-from evaluation import many, records, run, torch_attention, torch_model, torch_selection  # noqa: E402
-from evaluation.methods import Method  # noqa: E402
-from evaluation.model import Model  # noqa: E402
+from tools.evaluation import many, records, run, torch_attention, torch_model, torch_selection  # noqa: E402
+from tools.evaluation.methods import Method  # noqa: E402
+from tools.evaluation.model import Model  # noqa: E402
 
 PROBE = ROOT / "examples" / "probe"
 METHODS = ["dense", "rrattn:0.6:16", "rrattn+last+near:0.5", "xattention:0.6", "exact+near:0.5", "group-mean:0.5"]

@@ -3,7 +3,6 @@
 import email
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 import rrattn
+from tools.bench import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTEND = """
@@ -255,13 +255,12 @@ def test_pre_commit_runs_what_ci_checks_of_the_style():
     assert len(style) == 3 and sorted(entries) == sorted(style)
 
 
-def test_readme_tables_match_the_figures():
-    script = ROOT / "tools" / "bench" / "readme_tables.py"
-    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0
+def test_tables_match_the_figures():
+    command = [sys.executable, "-m", "tools.bench.tables", "--check"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
-def test_readme_tables_show_the_gpu_stages_that_were_measured():
-    script = runpy.run_path(str(ROOT / "tools" / "bench" / "readme_tables.py"))
+def test_tables_show_the_gpu_stages_that_were_measured():
     common = {"gpu": "H200", "cuda": "13.0", "dtype": "bfloat16", "num_heads": 32, "num_heads_k": 8, "head_dim": 128}
     common.update(commit="abc", command="python gpu.py", seqlen_q=8192, seqlen_k=8192, density=0.254, tflops=500.0)
     attend = {"stage": "attend", "ms": 2.0, "baselines": {"cudnn dense": 5.0, "fa4": 3.0}, **common}
@@ -270,18 +269,18 @@ def test_readme_tables_show_the_gpu_stages_that_were_measured():
     whole["data"] = "structured"
     quick = {"stage": "backward", "ms": 4.0, "baselines": {"cudnn dense": 6.0}, "deterministic": False, **common}
     same_bits = {**quick, "ms": 4.5, "deterministic": True}
-    assert script["gpu_tables"]([]) == ""
-    (table,) = script["gpu_tables"]([attend, alone]).split("\n\n|")[1:]
+    assert tables.gpu_tables([]) == ""
+    (table,) = tables.gpu_tables([attend, alone]).split("\n\n|")[1:]
     assert table.splitlines() == [
         " queries | keys | blocks | attend | TFLOP/s | cuDNN, dense | FlashAttention-4 |",
         "|---|---|---|---|---|---|---|",
         "| 8,192 | 8,192 | 25% | 2.000 ms | 500 | 5.000 ms, 2.50 x | 3.000 ms, 1.50 x |",
         "| 8,192 | 8,192 | 25% | 4.000 ms | 500 | 5.000 ms, 1.25 x | not measured |",
     ]
-    both = script["gpu_tables"]([whole, attend])
-    assert both.startswith(script["gpu_tables"]([attend]))
+    both = tables.gpu_tables([whole, attend])
+    assert both.startswith(tables.gpu_tables([attend]))
     assert both.splitlines()[-1] == "| 8,192 | structured | 0.90 | 25.4% | 2.500 ms | 5.000 ms, 2.00 x |"
-    assert script["gpu_tables"]([quick, same_bits]).splitlines()[-3:] == [
+    assert tables.gpu_tables([quick, same_bits]).splitlines()[-3:] == [
         "| tokens | blocks | backward | TFLOP/s | deterministic | cuDNN, dense |",
         "|---|---|---|---|---|---|",
         "| 8,192 | 25% | 4.000 ms | 500 | 4.500 ms | 6.000 ms, 1.50 x |",

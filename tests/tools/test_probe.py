@@ -1,7 +1,6 @@
 """The trained probe in the repository is what its card says, in PaddleFormers, dense and sparse."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,10 @@ import pytest
 
 pytest.importorskip("paddleformers")
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
-from evaluation import prompts, run  # noqa: E402
-from evaluation.methods import Method  # noqa: E402
-from evaluation.model import Model  # noqa: E402
+from tools.evaluation import prompts, run  # noqa: E402
+from tools.evaluation.methods import Method  # noqa: E402
+from tools.evaluation.model import Model  # noqa: E402
 
 PROBE = ROOT / "examples" / "probe"
 LENGTH, QUESTIONS = 3000, 10
@@ -28,8 +26,8 @@ def probe():
 
 @pytest.fixture(scope="module")
 def text():
-    """A file that the model has seen or not, of this repository, as one document."""
-    source = (ROOT / "rrattn" / "reference.py").read_bytes() + (ROOT / "README.md").read_bytes()
+    """A file that the model has seen or not, of this repository, as one document, the licence among them."""
+    source = (ROOT / "rrattn" / "reference.py").read_bytes() + (ROOT / "LICENSE").read_bytes()
     return np.frombuffer(b"\0" + source, np.uint8)
 
 

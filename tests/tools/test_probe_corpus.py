@@ -3,14 +3,11 @@
 import hashlib
 import json
 import lzma
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "probe"))
-import corpus  # noqa: E402
+from tools.probe import corpus
 
 
 def line(i):

@@ -1,14 +1,11 @@
 """The probe's tasks: every answer stands in the context, once, and is what the question asks for."""
 
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "probe"))
-import tasks  # noqa: E402
+from tools.probe import tasks
 
 LENGTHS = (512, 1024, 3000)
 

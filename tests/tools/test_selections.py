@@ -1,7 +1,4 @@
-"""How tools/evaluate.py chooses blocks: the baselines against plain definitions, and what holds for every method."""
-
-import sys
-from pathlib import Path
+"""How tools.evaluate chooses blocks: the baselines against plain definitions, and what holds for every method."""
 
 import numpy as np
 import paddle
@@ -9,11 +6,8 @@ import pytest
 
 import rrattn
 from rrattn import reference
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from evaluation import baselines  # noqa: E402
-from evaluation.methods import Method  # noqa: E402
+from tools.evaluation import baselines
+from tools.evaluation.methods import Method
 
 BASELINES = [
     "xattention:0.7",

@@ -1,6 +1,7 @@
-"""tools/training_curves.py trains for real at a small size, and its figures, files and exit status hold."""
+"""tools.training_curves trains for real at a small size, and its figures, files and exit status hold."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,27 +16,31 @@ import rrattn
 pytest.importorskip("paddleformers")
 pytest.importorskip("matplotlib")
 
+from tools import training_curves as tool  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "training_curves.py"
 LINE = "One line of text, and then the next one follows. "
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """The tool's module."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    return __import__("training_curves")
 
 
 def test_a_short_run(tmp_path):
     sizes = "--steps 20 --tokens 500 --threshold 0.3 --stride 16 --no-keep-last --keep-local 0 --seed 5".split()
-    command = [sys.executable, str(TOOL), *sizes, "--json", "curves.json", "--picture", "curves.png"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "tools.training_curves",
+        *sizes,
+        "--json",
+        "curves.json",
+        "--picture",
+        "curves.png",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment)
     results = json.loads((tmp_path / "curves.json").read_text())
     settings = {"steps": 20, "tokens": 500, "threshold": 0.3, "stride": 16, "seed": 5}
     settings |= {"keep_last": False, "keep_local": 0}
     assert settings.items() <= results.items()
-    assert results["run"]["command"].startswith("python tools/training_curves.py --steps 20")
+    assert results["run"]["command"].startswith("python -m tools.training_curves --steps 20")
     means = []
     for name in ("dense", "rrattn"):
         losses = np.array(results[name]["loss"])
@@ -53,7 +58,7 @@ def test_a_short_run(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_dense_and_every_block_train_alike(tool):
+def test_dense_and_every_block_train_alike():
     text = paddle.to_tensor(np.frombuffer((LINE * 40).encode(), np.uint8).astype(np.int64)[None])
     sequences = tool.cut_sequences(text, steps=5, tokens=300, seed=0)
     config = rrattn.RRAttentionConfig(threshold=1.0)
@@ -65,7 +70,7 @@ def test_dense_and_every_block_train_alike(tool):
     assert abs(other["loss"][0] / dense["loss"][0] - 1) > 1e-3
 
 
-def test_sequences_are_different_stretches_of_the_text(tool):
+def test_sequences_are_different_stretches_of_the_text():
     text = paddle.arange(1000).unsqueeze(0)
     sequences = [x.numpy()[0] for x in tool.cut_sequences(text, steps=9, tokens=111, seed=3)]
     assert sorted(x[0] for x in sequences) == list(range(0, 999, 111))
@@ -77,7 +82,7 @@ def test_sequences_are_different_stretches_of_the_text(tool):
 @pytest.mark.parametrize(
     ("final_loss", "status"), [(2.039, 0), (1.961, 0), (2.041, 1), (1.959, 1), (float("nan"), 1), (float("inf"), 1)]
 )
-def test_the_exit_status_tells_whether_the_final_losses_agree(tool, monkeypatch, tmp_path, capsys, final_loss, status):
+def test_the_exit_status_tells_whether_the_final_losses_agree(monkeypatch, tmp_path, capsys, final_loss, status):
     def train(model, sequences, name):
         """Made-up curves that are apart before the last 20 steps in any case."""
         assert len(sequences) == 25
@@ -110,7 +115,7 @@ def test_the_exit_status_tells_whether_the_final_losses_agree(tool, monkeypatch,
         (["--picture", "curves"], r"--picture must end in \.png or .*, got curves"),
     ],
 )
-def test_bad_options_are_named(tool, monkeypatch, capsys, arguments, message):
+def test_bad_options_are_named(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["training_curves.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         tool.main()
@@ -118,7 +123,7 @@ def test_bad_options_are_named(tool, monkeypatch, capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_text_that_is_too_short_is_named(tool, monkeypatch, capsys, tmp_path):
+def test_a_text_that_is_too_short_is_named(monkeypatch, capsys, tmp_path):
     (tmp_path / "short").write_text("x" * 600)
     monkeypatch.setattr(sys, "argv", ["training_curves.py", str(tmp_path / "short"), "--steps", "20", "--tokens", "30"])
     with pytest.raises(SystemExit) as stop:
@@ -127,7 +132,7 @@ def test_a_text_that_is_too_short_is_named(tool, monkeypatch, capsys, tmp_path):
     assert "short holds 600 bytes, fewer than the 601 for --steps 20 of --tokens 30" in capsys.readouterr().err
 
 
-def test_the_readme_tells_what_was_recorded():
+def test_the_page_on_training_tells_what_was_recorded():
     def recorded(name):
         return json.loads((ROOT / "tools/bench/results" / name).read_text())
 
@@ -137,17 +142,17 @@ def test_the_readme_tells_what_was_recorded():
     results = recorded("training_curves.json")
     dense, sparse = final(results, "dense"), final(results, "rrattn")
     density = results["rrattn"]["density"]
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{results['steps']} steps of {results['tokens']:,} bytes" in readme
-    assert f"threshold {results['threshold']:g}" in readme
-    assert f"{sparse:.3f} nats per byte with RRAttention, {dense:.3f} dense ({sparse / dense - 1:+.2%})" in readme
-    assert f"{np.mean(density):.0%} of the blocks on average, {np.mean(density[-20:]):.0%} in the end" in readme
+    page = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    assert f"{results['steps']} steps of {results['tokens']:,} bytes" in page
+    assert f"threshold {results['threshold']:g}" in page
+    assert f"{sparse:.3f} nats per byte with RRAttention, {dense:.3f} dense ({sparse / dense - 1:+.2%})" in page
+    assert f"{np.mean(density):.0%} of the blocks on average, {np.mean(density[-20:]):.0%} in the end" in page
     floor = recorded("training_curves_floor.json")
     assert floor["dense"]["loss"] == results["dense"]["loss"]  # nothing but the threshold was another
-    assert f"`--threshold {floor['threshold']:.4f}`" in readme
-    assert f"it came to {final(floor, 'rrattn'):.3f}, below dense" in readme
+    assert f"`--threshold {floor['threshold']:.4f}`" in page
+    assert f"it came to {final(floor, 'rrattn'):.3f}, below dense" in page
     defaults = [recorded(f"training_curves_default_{seed}.json") for seed in range(3)]
     assert all(run["keep_last"] and run["keep_local"] == 1 and run["seed"] == i for i, run in enumerate(defaults))
     first, second, third = (final(run, "rrattn") / final(run, "dense") - 1 for run in defaults)
-    assert f"differed from dense by {first:+.1%}, {second:+.1%} and {third:+.1%}, the first" in readme
-    assert f"came to {dense:.3f} on one CPU and {final(defaults[0], 'dense'):.3f} on another" in readme
+    assert f"differed from dense by {first:+.1%}, {second:+.1%} and {third:+.1%}, the first" in page
+    assert f"came to {dense:.3f} on one CPU and {final(defaults[0], 'dense'):.3f} on another" in page

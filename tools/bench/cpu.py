@@ -1,8 +1,8 @@
 """Speed and memory of the CPU kernels, beside Paddle's dense attention and against the targets below.
 
-    python tools/bench/cpu.py                 the table: stage | ms | GFLOP/s | cores | ratio
-    python tools/bench/cpu.py --memory        peak memory over inputs and outputs as well
-    python tools/bench/cpu.py --check --json results.json
+    python -m tools.bench.cpu                 the table: stage | ms | GFLOP/s | cores | ratio
+    python -m tools.bench.cpu --memory        peak memory over inputs and outputs as well
+    python -m tools.bench.cpu --check --json results.json
 
 L = 16,384 tokens, 8 query heads over 2 key heads, D = 64, causal, sample stride 8, 2 threads. Every row runs once to
 warm up and then once in each of several rounds, so that rows share whatever else the machine does; times are medians.
@@ -36,9 +36,7 @@ import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 
 from rrattn import BLOCK_SIZE, block_density, direct, rr_attention  # noqa: E402
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
-from command_line import check_at_least, check_output_file  # noqa: E402
+from rrattn.command_line import check_at_least, check_output_file  # noqa: E402
 
 # Row, what it is compared with, the bound on row time / compared time.
 SPEED_TARGETS = [
@@ -307,7 +305,7 @@ def measure_memory(tokens):
     for name in MEMORY_STAGES:
         sizes = []
         for length in (tokens // 2, tokens):
-            command = [sys.executable, __file__, "--stage", name, "--tokens", str(length)]
+            command = [sys.executable, "-m", __spec__.name, "--stage", name, "--tokens", str(length)]
             process = subprocess.run(command, capture_output=True, text=True)
             if process.returncode != 0:
                 raise RuntimeError(f"{name} at {length} tokens failed:\n{process.stderr}")
@@ -346,7 +344,7 @@ def describe_machine():
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", "-m", __spec__.name, *sys.argv[1:]]),
     }
 
 

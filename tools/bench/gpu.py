@@ -1,7 +1,7 @@
 """Times the GPU stages through rrattn.direct, beside other implementations in the same process.
 
-    python tools/bench/gpu.py --stage estimate+select --json tools/bench/results/h200.json
-    python tools/bench/gpu.py --stage attend --tokens 8192 32768 --density 0.5 0.1
+    python -m tools.bench.gpu --stage estimate+select --json tools/bench/results/h200.json
+    python -m tools.bench.gpu --stage attend --tokens 8192 32768 --density 0.5 0.1
 
 Needs torch, a Hopper GPU, and rrattn.direct built with the GPU kernels (RRATTN_CUDA_ARCHS=90a, see setup.py). bfloat16,
 batch 1, 32 query heads over 8 key heads, D 128, causal; random data except where rr_attention says otherwise.
@@ -38,16 +38,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_attend
-import gpu_backward
 import torch
-from gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
-from gpu_rivals import DENSE, elapsed_ms
 
 from rrattn import direct
+from rrattn.command_line import check_output_file
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
-from command_line import check_output_file  # noqa: E402
+from . import gpu_attend, gpu_backward
+from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
+from .gpu_rivals import DENSE, elapsed_ms
 
 SAMPLING_STAGES = ("estimate", "select", "estimate+select")
 STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention")
@@ -220,7 +218,7 @@ def main():
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "commit": arguments.commit or revision.stdout.strip(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
     }
     print(f"{common['gpu']}, CUDA {common['cuda']}, {NUM_HEADS} heads over {NUM_HEADS_K}, D {HEAD_DIM}, bf16, causal")
     stages = arguments.stage

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
-from gpu_inputs import (
+
+from rrattn import direct
+
+from .gpu_inputs import (
     NUM_HEADS,
     NUM_HEADS_K,
     attend_flops,
@@ -14,9 +17,7 @@ from gpu_inputs import (
     structured,
     visible_blocks,
 )
-from gpu_rivals import DENSE, SPARSE, interleaved_ms, make
-
-from rrattn import direct
+from .gpu_rivals import DENSE, SPARSE, interleaved_ms, make
 
 # seqlen_q, seqlen_k: densities
 ATTEND_SHAPES = {

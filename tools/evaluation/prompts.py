@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from probe import tasks
+
+from ..probe import tasks
 
 SCORED_INSIDE = ("copy", "inside", "text")
 # Which tasks share a context.

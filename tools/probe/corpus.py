@@ -1,6 +1,6 @@
 """Builds the probe's corpus: the text of packages that tools/requirements.txt installs, as bytes, in two files.
 
-    .venv/bin/python tools/probe/corpus.py [FOLDER] [--seed 0] [--megabytes 6]
+    .venv/bin/python -m tools.probe.corpus [FOLDER] [--seed 0] [--megabytes 6]
 
 FOLDER (default: build/probe) gets
 
@@ -19,15 +19,13 @@ import hashlib
 import json
 import lzma
 import math
-import sys
 import sysconfig
 from importlib import metadata, util
 from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
-from command_line import check_output_folder  # noqa: E402
+from rrattn.command_line import check_output_folder
 
 DOCUMENT_START = b"\0"
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt", ".h", ".hpp", ".cuh")

@@ -15,8 +15,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tasks import KINDS
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .tasks import KINDS
 
 HEAD_DIM = 64
 ANSWER_WEIGHT = 4.0  # of a byte of an answer in the loss; a byte of text counts 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tasks import CUE, KINDS, TEXT, copy, hops, lookup, needle, padded, training_sequence
+
+from .tasks import CUE, KINDS, TEXT, copy, hops, lookup, needle, padded, training_sequence
 
 LENGTHS = (2048, 4096, 8192, 16384)
 QUESTIONS = 24  # a sequence

@@ -1,6 +1,6 @@
 """Trains the probe: a byte-level LLaMA on real text and retrieval tasks, for a given time. PyTorch, one GPU.
 
-    python tools/probe/train.py OUT [--corpus build/probe] [--minutes 8] [--resume FOLDER]
+    python -m tools.probe.train OUT [--corpus build/probe] [--minutes 8] [--resume FOLDER]
 
 OUT gets the model as a Hugging Face LLaMA directory (config.json, model.safetensors), training.json (settings, progress
 and quality), and checkpoint/. What share of the time is spent decides the length of the sequences and the learning
@@ -15,18 +15,17 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from model import Probe, Shape, load_checkpoint, save_checkpoint
-from quality import measure, table
-from tasks import KINDS, MIXTURE, load_text, training_batch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
-from command_line import check_at_least, check_input_file, check_output_folder  # noqa: E402
+from rrattn.command_line import check_at_least, check_input_file, check_output_folder
+
+from .model import Probe, Shape, load_checkpoint, save_checkpoint
+from .quality import measure, table
+from .tasks import KINDS, MIXTURE, load_text, training_batch
 
 # From which share of the training on, the length of the sequences.
 STAGES = ((0.0, 512), (0.10, 1024), (0.24, 2048), (0.42, 4096), (0.57, 8192), (0.73, 16384))
@@ -115,7 +114,7 @@ def parse_arguments():
         check_input_file(parser, "--resume", arguments.resume / "state.json")
     for name in ("train.xz", "heldout.xz", "manifest.json"):
         if not (arguments.corpus / name).is_file():
-            parser.error(f"--corpus {arguments.corpus} holds no {name}: make it by tools/probe/corpus.py")
+            parser.error(f"--corpus {arguments.corpus} holds no {name}: make it by python -m tools.probe.corpus")
     try:
         arguments.texts = [load_text(arguments.corpus / f"{part}.xz") for part in ("train", "heldout")]
     except ValueError as error:

@@ -1,12 +1,13 @@
-"""Writes the README's tables from the figures in tools/bench/results/.
+"""Writes the tables of docs/performance.md, and the README's figure of them, from the figures in tools/bench/results/.
 
-python tools/bench/readme_tables.py            rewrites README.md
-python tools/bench/readme_tables.py --check    exits with 1 when README.md does not match the figures
+python -m tools.bench.tables            rewrites both
+python -m tools.bench.tables --check    exits with 1 when one does not match the figures
 """
 
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,22 +156,50 @@ def milliseconds(row):
     return f"{row['ms']:,.0f} ms" if row["ms"] >= 100 else f"{row['ms']:.1f} ms"
 
 
+def headline(records):
+    """The largest factor over cuDNN's dense attention among whole calls."""
+    rows = [row for row in records if row["stage"] == "rr_attention"]
+    row = max(rows, key=lambda row: row["baselines"]["cudnn dense"] / row["ms"])
+    dense = row["baselines"]["cudnn dense"]
+    text = (
+        f"- **{dense / row['ms']:.0f} times as fast as cuDNN's dense attention** over {row['seqlen_q']:,} tokens:"
+        f" {row['ms']:.1f} ms in place of {dense:.0f} ms, at a threshold of {row['threshold']:.2f} on {row['data']}"
+        f" data, which takes {100 * row['density']:.1f}% of the blocks ({row['gpu']}, {row['dtype']},"
+        f" {row['num_heads']} query heads over {row['num_heads_k']} key heads, head size {row['head_dim']}, causal)."
+        " [Performance](docs/performance.md) has other lengths, densities and rivals, gradients, and CPUs."
+    )
+    return textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def with_sections(text, sections):
+    """The text with what stands between <!-- name --> and <!-- /name --> replaced."""
+    for name, section in sections.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        first, last = text.index(begin) + len(begin), text.index(end)
+        text = f"{text[:first]}{section}\n{text[last:]}"
+    return text
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = before
     records = json.loads((ROOT / "tools/bench/results/h200.json").read_text())
-    for name, table in (("cpu", cpu_table()), ("gpu", gpu_tables(records))):
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        first, last = after.index(begin) + len(begin), after.index(end)
-        after = after[:first] + table + after[last:]
-    if arguments.check:
-        return int(before != after)
-    readme.write_text(after)
-    return 0
+    pages = {
+        "docs/performance.md": {"cpu": cpu_table(), "gpu": gpu_tables(records)},
+        "README.md": {"headline": headline(records)},
+    }
+    differing = []
+    for name, sections in pages.items():
+        before = (ROOT / name).read_text()
+        after = with_sections(before, sections)
+        if before != after:
+            differing.append(name)
+        if not arguments.check:
+            (ROOT / name).write_text(after)
+    if arguments.check and differing:
+        print(f"not as in tools/bench/results: {', '.join(differing)}; python -m tools.bench.tables writes them")
+    return int(arguments.check and bool(differing))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""What docs/support.md says about devices, dtypes and head sizes, on the devices that there are."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import test_attend
+import test_backward
+import test_estimate
+from cases import DTYPES, Case
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
+PLATFORMS = {"CPU": ("cpu",), "Hopper": ("gpu", "paddle-gpu")}
+
+
+@dataclass(frozen=True)
+class Row:
+    device: str
+    dtypes: tuple
+    head_sizes: range
+    forward: bool
+    gradients: bool
+
+
+def read_row(line):
+    device, dtypes, head_sizes, forward, gradients = (cell.strip() for cell in line.strip("|\n").split("|"))
+    step, first, last = map(int, re.fullmatch(r"multiples of (\d+), (\d+) to (\d+)", head_sizes).groups())
+    allowed = {"yes": True, "no": False}
+    return Row(device, tuple(dtypes.split(", ")), range(first, last + 1, step), allowed[forward], allowed[gradients])
+
+
+def read_table():
+    lines = PAGE.read_text().splitlines()
+    first = lines.index("| device | dtype | head size | forward | gradients |") + 2
+    end = lines.index("", first)
+    return [read_row(line) for line in lines[first:end]]
+
+
+def row_of(platform, dtype, head_size):
+    """The row that has it, or None."""
+    rows = [
+        row
+        for row in read_table()
+        if platform in PLATFORMS[row.device] and dtype in row.dtypes and head_size in row.head_sizes
+    ]
+    assert len(rows) <= 1, "two rows have it"
+    return rows[0] if rows else None
+
+
+def test_the_table_has_every_platform():
+    assert {row.device for row in read_table()} == set(PLATFORMS)
+
+
+@pytest.mark.parametrize("any_dtype", DTYPES)
+@pytest.mark.parametrize("head_size", (4, 8, 12, 64, 96, 128, 130, 136, 192, 256, 264))
+def test_what_is_in_the_table_runs_and_nothing_else_does(kernels, platform, any_dtype, head_size):
+    row = row_of(platform, any_dtype, head_size)
+    case = Case(130, 260, num_heads=2, num_heads_k=1, head_dim=head_size)
+    culprit = "head_dim" if any_dtype in kernels.dtypes else "head_dim|dtype"
+    for stage, runs in (
+        (test_estimate, row is not None and row.forward),
+        (test_attend, row is not None and row.forward),
+        (test_backward, row is not None and row.gradients),
+    ):
+        if runs:
+            stage.check(kernels, case, any_dtype)
+        else:
+            with pytest.raises(ValueError, match=culprit):
+                stage.run(kernels, case, any_dtype)

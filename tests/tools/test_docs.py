@@ -1,0 +1,115 @@
+"""What the README and the pages in docs/ tell users to run does run, and what they name is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rrattn
+
+pytest.importorskip("paddleformers")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN_ELSEWHERE = {"migration.md": "tests/paddle/test_published.py"}
+# Constants, and the names of the first release, which docs/migration.md has.
+UNDOCUMENTED = (
+    "BLOCK_SIZE",
+    "patch_ernie_attention",
+    "patch_llama_attention",
+    "patch_qwen_attention",
+    "rrattn_estimate",
+    "rrattn_prefill",
+)
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder where what the pages read lies, and what they write may lie."""
+    for name in ("examples", "LICENSE"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    rrattn.RRAttentionConfig(threshold=[0.9] * 6).to_json(tmp_path / "config.json")  # what rrattn calibrate writes
+    return tmp_path
+
+
+def run_python(page, folder):
+    """What the Python of a page prints, from its first line to its last."""
+    process = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks(page, "python"))],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_the_python_of_the_readme(checkout):
+    densities = [float(line) for line in run_python(PAGES[0], checkout).splitlines() if re.fullmatch(r"0\.\d+", line)]
+    assert len(densities) == 6  # those of the probe's layers
+
+
+@pytest.mark.parametrize("name", sorted(page.name for page in PAGES[1:] if blocks(page, "python")))
+def test_the_python_of_a_page(name, checkout):
+    if name in RUN_ELSEWHERE:
+        pytest.skip(f"{RUN_ELSEWHERE[name]} runs it")
+    run_python(ROOT / "docs" / name, checkout)
+
+
+def test_the_readmes_commands():
+    lines = [line.split("#")[0].strip() for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    assert lines == ["rrattn check", "rrattn info", "bash tools/demo", "bash tools/test"]
+    for command in lines[:2]:
+        process = subprocess.run(
+            [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+    for command in lines[2:]:  # the latter runs this test, and tests/tools/test_examples.py what the former starts
+        assert (ROOT / command.split()[1]).is_file()
+    assert 'examples/prefill_document.py" "$@"' in (ROOT / "tools" / "demo").read_text()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 130
+
+
+def test_the_readme_installs_what_the_build_asks_for():
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(r'^BUILD_TOOLS = "(.*)"$', (ROOT / "setup.py").read_text(), re.MULTILINE).group(1) in readme
+    required = re.search(r"paddlepaddle==[\d.]+", (ROOT / "pyproject.toml").read_text()).group()
+    assert f"`pip install {required}`" in readme
+
+
+def test_the_readmes_quality_is_that_of_the_page():
+    quality, density = re.search(
+        r"\*\*(\S+ ± \S+) of dense quality at (\S+) of the blocks", (ROOT / "README.md").read_text()
+    ).groups()
+    assert f"| S = 8, 0.95 (the defaults) | {quality} | {density} |" in (ROOT / "docs" / "quality.md").read_text()
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = page.read_text()
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
+    assert not [target for target in targets if not (page.parent / target).exists()]
+    named = re.findall(r"`((?:csrc|tests|tools|docs|examples|rrattn)/[\w./-]+)`", text)
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_pages_and_the_api_reference_build_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx")
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "sphinx", "-q", "-W", "--keep-going", "docs", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    reference = (tmp_path / "api.html").read_text()
+    assert not [name for name in rrattn.__all__ if f'id="rrattn.{name}"' not in reference and name not in UNDOCUMENTED]
