@@ -104,7 +104,6 @@ HEADERS = find_sources("**/*.h") + find_sources("**/*.cuh")
 EXPORTS = "csrc/bindings/exports.map"
 
 
-
 def architecture_flags(source, archs):
     """nvcc's, for those of the architectures that the folder of a CUDA source is for."""
     folder = Path(source).relative_to("csrc/cuda").parts[0]

@@ -149,7 +149,7 @@ def flags_of(*archs):
 
 
 def support_another_architecture(checkout):
-    """As when kernels for Ampere join those of csrc/cuda/sm90: all that is in no folder of its own is built for both."""
+    """When kernels for Ampere join those of csrc/cuda/sm90: what is in no architecture's folder is built for both."""
     setup = checkout.folder / "setup.py"
     text, line = setup.read_text(), 'SUPPORTED_CUDA_ARCHS = ["90a"]'
     assert text.count(line) == 1

@@ -1,4 +1,5 @@
-// Pieces of a softmax over rows that the four lanes of a quad share, as in accumulators of wgmma.
+// Pieces of a softmax over rows that the four lanes of a quad share, as in accumulators of
+// tensor cores.
 #pragma once
 
 namespace rrattn::cuda {

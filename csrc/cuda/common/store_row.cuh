@@ -1,4 +1,4 @@
-// From the accumulators of a wgmma to rows in memory.
+// From the accumulators of a product on tensor cores to rows in memory.
 #pragma once
 
 #include <cute/tensor.hpp>
