@@ -170,6 +170,14 @@ def test_sources_are_built_for_the_architectures_of_their_folder(checkout):
     }
 
 
+def test_sources_of_one_name_in_two_folders_have_objects_of_their_own(checkout):
+    shutil.copy(checkout.folder / "csrc/cuda/select/select.cu", checkout.folder / "csrc/cuda/common")
+    checkout.build(archs="90a")
+    commands = [note.split() for note in checkout.notes() if "-gencode=" in note]
+    objects = {words[words.index("-o") + 1] for words in commands}
+    assert len(objects) == len(commands) == len(list(ROOT.glob("csrc/cuda/**/*.cu"))) + 1
+
+
 def ci(checkout, *checks):
     return subprocess.run(
         ["bash", ".ci/run", *checks],
