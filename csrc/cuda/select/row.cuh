@@ -16,7 +16,7 @@ class WarpWords {
   static constexpr int kTogether = 4;  // words between two checks for more
 
  public:
-  // Before `end_block` anything may be visible: under the diagonal in half of all words, on average.
+  // Anything before `end_block` may be visible: under the diagonal half of all, on average.
   __device__ explicit WarpWords(int end_block)
       : used_(max(0, ((end_block + 31) / 32 - warp() + kWarps - 1) / kWarps)) {}
 

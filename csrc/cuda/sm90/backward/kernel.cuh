@@ -5,8 +5,8 @@
 //
 // The kernels before this one prepare what it reads: what S and dP start from, -lse / scale and
 // -delta = -rowsum(dO * O) (prepare_rows.cuh); if deterministic, the units of the sums of dQ
-// (bound_keys.cuh); the transposed block mask (transpose_mask.cuh). The one after it writes the sums
-// of dQ, scaled, as grad_query (finish_grad_query.cuh).
+// (bound_keys.cuh); the transposed block mask (transpose_mask.cuh). The one after it writes the
+// sums of dQ, scaled, as grad_query (finish_grad_query.cuh).
 //
 // The kernel is persistent. A thread block takes a key block of a key head, walks the query blocks
 // of the group's heads that selected it, keeps dK and dV in registers, and adds its share of dQ to

@@ -7,8 +7,8 @@
 
 namespace rrattn::cuda::sm90 {
 
-// Starts result = A B, or with ScaleOut::One result += A B, of a thread's fragments. Whoever uses the
-// result waits for it (warpgroup_wait) first. An A that lies in registers is fenced by the caller.
+// Starts result = A B, or with ScaleOut::One result += A B, of a thread's fragments. Whoever uses
+// the result waits for it (warpgroup_wait) first. The caller fences an A that lies in registers.
 template <cute::GMMA::ScaleOut kScaleOut, typename Mma, typename A, typename B, typename Result>
 __device__ inline void start_product(Mma& mma, const A& a, const B& b, Result& result) {
   mma.accumulate_ = kScaleOut;

@@ -6,10 +6,10 @@
 // tensor cores want them in shared memory, so that a tile of 128 strides is one contiguous bulk
 // copy.
 //
-// estimate_kernel is persistent. An item of work is up to kConsumers row tiles of 64 sampled queries
-// that share a key head, one for each consumer warp group. One more warp group serves them: its
-// first thread hands out the items and streams the tiles of pooled keys past all consumers, and its
-// other three warps finish the last item. The consumers gather their queries themselves.
+// estimate_kernel is persistent. An item is up to kConsumers row tiles of 64 sampled queries that
+// share a key head, one for each consumer. One more warp group serves them: its first thread hands
+// out the items and streams the tiles of pooled keys past all consumers, and its other three warps
+// finish the last item. The consumers gather their queries themselves.
 //
 // A consumer computes S = Q K^T of a tile (wgmma), takes 2^(S - reference) and sums it over the
 // strides of each key block. The reference of a row is its maximum over the first tile in which it
