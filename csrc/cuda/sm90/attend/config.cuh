@@ -19,7 +19,7 @@ constexpr int kConsumerThreads = kConsumers * kWarpGroup;
 constexpr int kConsumerRows = kBlockSize / kConsumers;
 
 // The item of work: one row of the block mask.
-struct MaskRow {
+struct RowItem {
   int index;  // in [B, Hq, Mq]; < 0: no row is left
   int m_block, head, batch;
   bool nothing_selected;
@@ -80,7 +80,7 @@ struct KernelTraits {
     Barrier query_full[kConsumers], query_empty[kConsumers];
     Barrier key_full[kSlots], key_empty[kSlots], value_full[kSlots], value_empty[kSlots];
     Barrier value_uncleared[kSlots];  // values that are there, but still to be cleared
-    MaskRow row;
+    RowItem row;
     KeyTile tile[kSlots];  // in the key slot
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);

@@ -57,7 +57,7 @@ class Consumer {
   __device__ void consume_rows() {
     for (RingPosition<1> rows;; rows.advance()) {
       shared_.row_full.wait(rows.parity);
-      const MaskRow row = shared_.row;
+      const RowItem row = shared_.row;
       shared_.row_empty.arrive();
       if (row.index < 0) return;
       Out out;
@@ -71,7 +71,7 @@ class Consumer {
   }
 
  private:
-  __device__ void attend(const MaskRow& row, Out& out) {
+  __device__ void attend(const RowItem& row, Out& out) {
     Scores scores;
     Probabilities probabilities;
     shared_.query_full[consumer_].wait(queries_.parity);
@@ -157,7 +157,7 @@ class Consumer {
 
   // Scales and hides scores, and gives rows that have seen nothing before their largest score as a
   // base.
-  __device__ void start_bases(const MaskRow& row, const KeyTile& tile, Scores& scores) {
+  __device__ void start_bases(const RowItem& row, const KeyTile& tile, Scores& scores) {
     if (!tile.plain) adjust(row, tile, scores);
     if (!unseen_) return;
 #pragma unroll
@@ -176,7 +176,7 @@ class Consumer {
   }
 
   // Computes the warp's part of the tile again, with the largest score so far as each row's base.
-  __device__ void raise_bases(const MaskRow& row, const KeyTile& tile, Scores& scores,
+  __device__ void raise_bases(const RowItem& row, const KeyTile& tile, Scores& scores,
                               ChainSums& sums, Out& out) {
     multiply_keys_again(scores);
     if (!tile.plain) adjust(row, tile, scores);
@@ -259,7 +259,7 @@ class Consumer {
   __device__ static float finite(float base) { return base == -INFINITY ? 0 : base; }
 
   // Scales products by a scale that is not positive, and makes hidden scores -infinity.
-  __device__ void adjust(const MaskRow& row, const KeyTile& tile, Scores& scores) const {
+  __device__ void adjust(const RowItem& row, const KeyTile& tile, Scores& scores) const {
     const Visibility& visibility = params_.attend.visibility;
     const RowBounds& layout = visibility.row_bounds;
     const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
@@ -305,7 +305,7 @@ class Consumer {
   }
 
   // Divides by the row sums and writes out and lse.
-  __device__ void write(const MaskRow& row, Out& out) {
+  __device__ void write(const RowItem& row, Out& out) {
     const AttendParams& attend = params_.attend;
     const Visibility& visibility = attend.visibility;
     const int head_dim = static_cast<int>(attend.heads.head_dim);
@@ -326,7 +326,7 @@ class Consumer {
     }
   }
 
-  __device__ int row_token(const MaskRow& row, int half) const {
+  __device__ int row_token(const RowItem& row, int half) const {
     return row.m_block * kBlockSize + consumer_ * kConsumerRows +
            static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
   }

@@ -25,7 +25,7 @@ struct KernelParams {
 
 // The mask row of an item; whether it selects anything is not known yet. Query blocks go from the
 // last, under the diagonal the longest, to the first.
-__device__ inline MaskRow mask_row_of(const KernelParams& params, int item) {
+__device__ inline RowItem row_of_item(const KernelParams& params, int item) {
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
   const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
   const WorkPlace place =
@@ -39,7 +39,7 @@ __device__ inline MaskRow mask_row_of(const KernelParams& params, int item) {
 // of a warp call it together.
 class RowBlocks {
  public:
-  __device__ RowBlocks(const KernelParams& params, const MaskRow& row)
+  __device__ RowBlocks(const KernelParams& params, const RowItem& row)
       : visibility_(params.attend.visibility),
         bounds_(run_bounds_of(visibility_, kBlockSize, params.block_bounds, row.batch, row.head)),
         m_block_(row.m_block),
@@ -117,7 +117,7 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
       }
       return;
     }
-    MaskRow row = mask_row_of(params, item);
+    RowItem row = row_of_item(params, item);
     const int key_head = row.head / group;
     RowBlocks blocks(params, row);
     int n_block = blocks.next();
@@ -149,7 +149,7 @@ template <typename SharedStorage, typename Produce>
 __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
   for (RingPosition<1> rows;; rows.advance()) {
     shared.row_full.wait(rows.parity);
-    const MaskRow row = shared.row;
+    const RowItem row = shared.row;
     shared.row_empty.arrive();
     if (row.index < 0) return;
     if (!row.nothing_selected) produce(row);
@@ -161,7 +161,7 @@ template <typename Traits, bool kUnseenKeys>
 __device__ void produce_values(const KernelParams& params, typename Traits::SharedStorage& shared) {
   const int group = static_cast<int>(group_size(params.attend.visibility, params.attend.heads));
   RingPosition<Traits::kSlots> values;
-  follow_rows(shared, [&](const MaskRow& row) {
+  follow_rows(shared, [&](const RowItem& row) {
     const int key_head = row.head / group;
     RowBlocks blocks(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
@@ -187,7 +187,7 @@ __device__ void clear_values(const KernelParams& params, typename Traits::Shared
   const Visibility& visibility = params.attend.visibility;
   RingPosition<Traits::kSlots> values;
   uint32_t parities = 0;  // of value_uncleared, a bit for each slot
-  follow_rows(shared, [&](const MaskRow& row) {
+  follow_rows(shared, [&](const RowItem& row) {
     const int32_t* bounds =
         visibility.row_bounds.data
             ? row_bounds_of(visibility.row_bounds, row.batch, visibility.bounds_head(row.head))
@@ -228,7 +228,7 @@ __device__ void produce_queries(const KernelParams& params,
   constexpr uint32_t kBytes = kConsumerRows * Traits::kHeadDim * sizeof(typename Traits::Element);
   const bool leader = threadIdx.x % 32 == 0;
   RingPosition<1> queries;
-  follow_rows(shared, [&](const MaskRow& row) {
+  follow_rows(shared, [&](const RowItem& row) {
     const auto first_query = [&](int consumer) {
       return row.m_block * kBlockSize + consumer * kConsumerRows;
     };
