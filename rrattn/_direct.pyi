@@ -2,6 +2,9 @@
 
 from typing import Any
 
+class Sampling:
+    def __init__(self, **sampling: Any) -> None: ...
+
 class KeepRules:
     def __init__(self, **rules: Any) -> None: ...
 
