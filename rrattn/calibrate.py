@@ -13,7 +13,7 @@ import numpy as np
 from . import _HAS_PADDLE
 from .arguments import STRIDES
 from .command_line import check_at_least, check_checkpoint, check_output_file, quiet_libraries, read_text
-from .config import RRAttentionConfig
+from .config import RRAttentionConfig, Sampling
 
 if TYPE_CHECKING:
     import paddle
@@ -150,10 +150,9 @@ class _Measurement:
         """(out, block mask). The prefills are plain causal, so bounds that the library makes of that say no more."""
         config, sizes = self.config, {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         mass = exact_block_mass(query, key, softmax_scale)
-        scores = estimate_block_scores(
-            query, key, causal=causal, stride=config.stride, head_offset=config.head_offset, softmax_scale=softmax_scale
-        )
-        rules = {name: getattr(config, name) for name in ("keep_sink", "keep_last", "keep_local")}
+        sampling: Sampling = {**config.sampling(), "softmax_scale": softmax_scale}  # the scale is the call's
+        scores = estimate_block_scores(query, key, causal=causal, **sampling)
+        rules = config.keep_rules()
         measured = []
         for threshold in THRESHOLDS:
             block_mask = select_blocks(scores, threshold, **sizes, **rules)
@@ -171,7 +170,7 @@ def measure(
     """(kept, density), float64 [thresholds, layers, heads]: means over samples of the true attention mass in the blocks
     that a threshold chooses, on the queries and keys of dense prefills, and of the share of the visible blocks that
     they are. The model is one that rrattn is enabled on, whose settings but for the threshold they are chosen by."""
-    cores = attention_cores(model)
+    cores = [core for core in attention_cores(model) if core is not None]  # which is all
     measurements = [_Measurement(core.config) for core in cores]
     for core, measurement in zip(cores, measurements):
         core._observer = measurement

@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     checkpoint.prefill(model, arguments.text)
     seconds = time.perf_counter() - begin
-    densities = [density.numpy()[0] for density in layer_densities(model)]  # [Hq] each
+    densities = [density.numpy()[0] for density in layer_densities(model) if density is not None]  # [Hq] of each layer
     for layer, density in enumerate(densities):
         print(f"layer {layer:3}  density {density.mean():6.1%}, of a head {density.min():6.1%} to {density.max():6.1%}")
     mean = sum(density.mean() for density in densities) / len(densities)
