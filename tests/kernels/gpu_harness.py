@@ -78,6 +78,8 @@ class PaddleKernels(GpuKernels):
     (2.6.2 reads no strides), and results are only copied to the host.
     """
 
+    grad_lock = threading.Lock()  # paddle.grad keeps its state in one place for all threads
+
     def tensor(self, values, dtype):
         """Values as a Paddle tensor on the GPU, None as None."""
         if values is None:
@@ -131,7 +133,8 @@ class PaddleKernels(GpuKernels):
             leaf.stop_gradient = False
         mask, startend = self.tensor(harness.packed(block_mask), "int32"), self.tensor(startend, "int32")
         out = rrattn.block_sparse_attention(*leaves, mask, startend, **options)
-        grads = paddle.grad(out, leaves, self.tensor(grad_out, dtype))
+        with self.grad_lock:
+            grads = paddle.grad(out, leaves, self.tensor(grad_out, dtype))
         return tuple(harness.decode(self.values(grad), dtype) for grad in grads)
 
     def rr_attention(self, query, key, value, startend=None, *, threshold, dtype="float32", **options):

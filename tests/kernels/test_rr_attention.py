@@ -76,7 +76,7 @@ def test_every_setting_reaches_its_stage(kernels, main_dtype, changes):
     case, settings = Case(1000, 1256, num_heads=4, num_heads_k=2), {**SETTINGS, **changes}
     before, after = (one_call(kernels, case, main_dtype, each) for each in (SETTINGS, settings))
     assert_all_given_are(three_stages(kernels, case, main_dtype, settings), after)
-    assert any((a != b).any() for a, b in zip(after, before))
+    assert any((a != b).any() for a, b in zip(after, before) if a is not None)
 
 
 @pytest.mark.parametrize("outputs", SUBSETS, ids="+".join)
