@@ -43,6 +43,8 @@ COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "
 STRICT = ["-Wall", "-Wextra", "-Werror"]
 WITHOUT_GPU = "to build without the GPU kernels, set RRATTN_CUDA_ARCHS to nothing"
 SUPPORTED_CUDA_ARCHS = ["90a"]
+# Folders of csrc/cuda whose kernels are for some of these architectures. All others are for all.
+CUDA_ARCHS_OF_FOLDER = {"sm90": ["90a"]}
 
 paddle = importlib.import_module("paddle") if importlib.util.find_spec("paddle") else None
 paddle_is_gpu_build = paddle is not None and paddle.is_compiled_with_cuda()
@@ -100,6 +102,14 @@ CUDA_SOURCES = find_sources("cuda/**/*.cu")
 LIBRARY_SOURCES = CORE_SOURCES + (DISPATCH_SOURCES + CUDA_SOURCES if CUDA_ARCHS else [])
 HEADERS = find_sources("**/*.h") + find_sources("**/*.cuh")
 EXPORTS = "csrc/bindings/exports.map"
+
+
+def architecture_flags(source, archs):
+    """nvcc's, for those of the architectures that the folder of a CUDA source is for."""
+    folder = Path(source).relative_to("csrc/cuda").parts[0]
+    built = [arch for arch in archs if arch in CUDA_ARCHS_OF_FOLDER.get(folder, archs)]
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in built]
+
 
 # What the libraries must be able to do where they are loaded: raise an error that is formatted in C++.
 RAISE_AN_ERROR = """
@@ -208,27 +218,32 @@ class BuildLibraries(build_clib):
         super().run()
         if not CUDA_ARCHS:
             return
+        with ThreadPoolExecutor(compilers_at_once(gigabytes_each=4)) as pool:
+            jobs = [pool.submit(self.compile_cuda, source) for source in CUDA_SOURCES]
+            objects = [job.result() for job in jobs]
+        self.compiler.create_static_lib(objects, "rrattn_cuda", output_dir=self.build_clib)
+
+    def compile_cuda(self, source):
+        """Makes the object again where the source, a header or the command is another one; returns its path."""
+        target = Path(self.build_temp, source).with_suffix(".o")
         command = [
             str(find_cuda() / "bin/nvcc"),
             "-std=c++17",
             "-O3",
             "--expt-relaxed-constexpr",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *architecture_flags(source, CUDA_ARCHS),
+            f"-I{find_cutlass()}",
+            "-c",
+            source,
+            "-o",
+            str(target),
         ]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS] + [f"-I{find_cutlass()}"]
-        folder = Path(self.build_temp, "cuda")
-        configuration = folder / "command"
+        configuration = target.with_suffix(".command")
         write_if_changed(configuration, shlex.join(command))
-        objects = [str(folder / Path(source).with_suffix(".o").name) for source in CUDA_SOURCES]
-        with ThreadPoolExecutor(compilers_at_once(gigabytes_each=4)) as pool:
-            jobs = [
-                pool.submit(self.spawn, [*command, "-c", source, "-o", target])
-                for source, target in zip(CUDA_SOURCES, objects)
-                if is_stale(target, [source, *HEADERS, configuration])
-            ]
-            for job in jobs:
-                job.result()
-        self.compiler.create_static_lib(objects, "rrattn_cuda", output_dir=self.build_clib)
+        if is_stale(target, [source, *HEADERS, configuration]):
+            self.spawn(command)
+        return str(target)
 
 
 class BuildExtensions(build_ext):

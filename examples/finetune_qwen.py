@@ -6,6 +6,9 @@ A step accumulates the gradients of --accumulate sequences of --tokens bytes. A 
 from what the first run has saved with --output FOLDER, on another text or on the same.
 """
 
+if __name__ == "__main__":
+    import quiet  # noqa: F401
+
 import argparse
 from pathlib import Path
 

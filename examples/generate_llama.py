@@ -6,6 +6,9 @@ The prompt is the beginning of a text; the model, the probe of examples/probe, w
 does so twice, with every block attended and with the selected ones.
 """
 
+if __name__ == "__main__":
+    import quiet  # noqa: F401
+
 import argparse
 import time
 from pathlib import Path

@@ -5,6 +5,9 @@
 The backward pass visits the blocks that the forward pass selected; the selection itself carries no gradient.
 """
 
+if __name__ == "__main__":
+    import quiet  # noqa: F401
+
 import argparse
 import time
 from pathlib import Path

@@ -66,7 +66,7 @@ class RRAttentionConfig:
         are kept anyway; 0: none. Tokens at the start of a block look back over its edge, but are too few to count much
         in its mass. No effect when not causal, where a row has no own positions. With this rule and keep_last a small
         model came to 99.9% of dense quality, with keep_last alone to 96.0%, with this alone to 93.3%, with neither to
-        89.5% (tools/evaluate.md).
+        89.5% (docs/quality.md).
     head_offset : int
         Number of the first query head, for heads sharded over ranks: the sampled positions depend on it.
     softmax_scale : float, optional
@@ -124,7 +124,7 @@ class RRAttentionConfig:
     def from_json(cls, path: str | PathLike[str]) -> RRAttentionConfig:
         """The settings in a JSON file, an object of any of the fields by name; defaults for the others.
 
-        `tools/calibrate.py` writes such a file, with a threshold for each layer or head.
+        `rrattn calibrate` writes such a file, with a threshold for each layer or head.
 
         Raises
         ------

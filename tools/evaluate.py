@@ -158,7 +158,8 @@ def check_many(arguments):
 
 def prompts_of(parser, folder):
     """Function that makes prompts, as `evaluation.prompts.make_prompt`, in the tokens of a checkpoint."""
-    from .evaluation.model import codec_of
+    from rrattn.checkpoint import codec_of
+
     from .evaluation.run import sized_prompt
 
     try:

@@ -8,7 +8,7 @@
 #include "../cpu/kernels.h"
 #include "../cpu/parallel.h"
 #if defined(RRATTN_WITH_CUDA)
-#include "../cuda/device_guard.h"
+#include "../cuda/common/device.h"
 #include "../cuda/stages.h"
 #endif
 

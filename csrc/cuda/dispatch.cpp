@@ -1,19 +1,41 @@
-// The one dispatch site of the GPU stages: from run-time types and head sizes to template
-// instances.
+// The one dispatch site of the GPU stages: from the device's architecture, types, head sizes and
+// whatever else kernels are compiled for to their instances.
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
-#include "attend_stage.h"
-#include "backward_stage.h"
-#include "estimate_stage.h"
+#include "common/device.h"
+#include "select/stage.h"
+#include "sm90/attend/stage.h"
+#include "sm90/backward/stage.h"
+#include "sm90/estimate/stage.h"
 #include "stages.h"
 
 namespace rrattn::cuda {
 
 namespace {
 
-// Calls `use` with std::integral_constant of the element type.
+// The stages of an architecture.
+struct Sm90 {
+  template <DataType kDataType, int kHeadDim, int kStride>
+  using EstimateStage = sm90::estimate::Stage<kDataType, kHeadDim, kStride>;
+  template <DataType kDataType, int kHeadDim>
+  using AttendStage = sm90::attend::Stage<kDataType, kHeadDim>;
+  template <DataType kDataType, bool kDeterministic>
+  using BackwardStage = sm90::backward::Stage<kDataType, kDeterministic>;
+};
+
+// Each function calls `use` with a value as std::integral_constant, or the type that stands for it.
+
+template <typename Use>
+auto with_architecture(const Use& use) {
+  const ComputeCapability capability = current_compute_capability();
+  if (capability.major == 9 && capability.minor == 0) return use(Sm90());
+  throw std::invalid_argument("the GPU has compute capability " + std::to_string(capability.major) +
+                              "." + std::to_string(capability.minor) +
+                              ", but this build of rrattn supports: 9.0 (Hopper)");
+}
+
 template <typename Use>
 auto with_data_type(const Heads& heads, const Use& use) {
   switch (heads.dtype) {
@@ -27,63 +49,125 @@ auto with_data_type(const Heads& heads, const Use& use) {
   }
 }
 
-// Calls `use` with the Stage for these heads.
-template <template <DataType, int> class Stage, typename Use>
-auto with_stage(const Heads& heads, const Use& use) {
-  return with_data_type(heads, [&](auto type) {
-    if (heads.head_dim <= 64) return use(Stage<type(), 64>());
-    if (heads.head_dim <= 128) return use(Stage<type(), 128>());
-    return use(Stage<type(), 256>());
+// The head size that kernels are built for, and that has room for these heads.
+template <typename Use>
+auto with_head_dim(const Heads& heads, const Use& use) {
+  if (heads.head_dim <= 64) return use(std::integral_constant<int, 64>());
+  if (heads.head_dim <= 128) return use(std::integral_constant<int, 128>());
+  if (heads.head_dim <= 256) return use(std::integral_constant<int, 256>());
+  throw std::invalid_argument("query has head_dim " + std::to_string(heads.head_dim) +
+                              ", but on a GPU must have at most 256");
+}
+
+template <typename Use>
+auto with_stride(int stride, const Use& use) {
+  switch (stride) {
+    case 2:
+      return use(std::integral_constant<int, 2>());
+    case 4:
+      return use(std::integral_constant<int, 4>());
+    case 8:
+      return use(std::integral_constant<int, 8>());
+    case 16:
+      return use(std::integral_constant<int, 16>());
+    case 32:
+      return use(std::integral_constant<int, 32>());
+    case 64:
+      return use(std::integral_constant<int, 64>());
+    default:
+      throw std::invalid_argument("stride is " + std::to_string(stride) +
+                                  ", but on a GPU must be one of 2, 4, 8, 16, 32, 64");
+  }
+}
+
+template <typename Use>
+auto with_bool(bool value, const Use& use) {
+  return value ? use(std::true_type()) : use(std::false_type());
+}
+
+// Each calls `use` with the Stage for a call's parameters.
+
+template <typename Use>
+auto with_stage(const EstimateParams& params, const Use& use) {
+  return with_architecture([&](auto architecture) {
+    return with_data_type(params.heads, [&](auto data_type) {
+      return with_head_dim(params.heads, [&](auto head_dim) {
+        return with_stride(params.sampling.stride, [&](auto stride) {
+          return use(
+              typename decltype(architecture)::template EstimateStage<decltype(data_type)::value,
+                                                                      decltype(head_dim)::value,
+                                                                      decltype(stride)::value>());
+        });
+      });
+    });
+  });
+}
+
+// Rows of the mask by their words, up to 1M tokens. The kernels are those of all architectures.
+template <typename Use>
+auto with_stage(const SelectParams& params, const Use& use) {
+  return with_architecture([&](auto) {
+    const int64_t num_words = params.visibility.num_mask_words();
+    if (num_words <= 2) return use(select::Stage<1, 2>());
+    if (num_words <= 8) return use(select::Stage<1, 8>());
+    if (num_words <= 32) return use(select::Stage<2, 16>());
+    if (num_words <= 64) return use(select::Stage<4, 16>());
+    if (num_words <= 256) return use(select::Stage<8, 32>());
+    throw std::invalid_argument("seqlen_k is " + std::to_string(params.visibility.seqlen_k) +
+                                ", but must be at most " +
+                                std::to_string(256 * kMaskWordBits * kBlockSize) + " on a GPU");
   });
 }
 
 template <typename Use>
-auto with_backward_stage(const Heads& heads, const Use& use) {
-  if (heads.head_dim > 128) {
-    throw std::invalid_argument("query has head_dim " + std::to_string(heads.head_dim) +
-                                ", but for gradients on a GPU must have at most 128");
-  }
-  return with_data_type(heads, [&](auto type) { return use(BackwardStage<type()>()); });
+auto with_stage(const AttendParams& params, const Use& use) {
+  return with_architecture([&](auto architecture) {
+    return with_data_type(params.heads, [&](auto data_type) {
+      return with_head_dim(params.heads, [&](auto head_dim) {
+        return use(
+            typename decltype(architecture)::template AttendStage<decltype(data_type)::value,
+                                                                  decltype(head_dim)::value>());
+      });
+    });
+  });
 }
 
-bool has_no_rows(const Visibility& visibility) {
-  return visibility.batch == 0 || visibility.num_heads == 0 || visibility.seqlen_q == 0 ||
-         visibility.seqlen_k == 0;
+template <typename Use>
+auto with_stage(const BackwardParams& params, const Use& use) {
+  if (params.heads.head_dim > 128) {
+    throw std::invalid_argument("query has head_dim " + std::to_string(params.heads.head_dim) +
+                                ", but for gradients on a GPU must have at most 128");
+  }
+  return with_architecture([&](auto architecture) {
+    return with_data_type(params.heads, [&](auto data_type) {
+      return with_bool(params.deterministic, [&](auto deterministic) {
+        return use(typename decltype(architecture)::template BackwardStage<
+                   decltype(data_type)::value, decltype(deterministic)::value>());
+      });
+    });
+  });
+}
+
+template <typename Params>
+int64_t workspace_bytes(const Params& params) {
+  return with_stage(params, [&](auto stage) { return stage.workspace_bytes(params); });
+}
+
+template <typename Params>
+void launch(const Params& params) {
+  with_stage(params, [&](auto stage) { stage.launch(params); });
 }
 
 }  // namespace
 
-int64_t estimate_workspace_bytes(const EstimateParams& params) {
-  return with_stage<EstimateStage>(params.heads,
-                                   [&](auto stage) { return stage.workspace_bytes(params); });
-}
+int64_t estimate_workspace_bytes(const EstimateParams& params) { return workspace_bytes(params); }
+int64_t select_workspace_bytes(const SelectParams& params) { return workspace_bytes(params); }
+int64_t attend_workspace_bytes(const AttendParams& params) { return workspace_bytes(params); }
+int64_t backward_workspace_bytes(const BackwardParams& params) { return workspace_bytes(params); }
 
-void run_estimate(const EstimateParams& params) {
-  with_stage<EstimateStage>(params.heads, [&](auto stage) {
-    if (!has_no_rows(params.visibility)) stage.run(params);
-  });
-}
-
-int64_t attend_workspace_bytes(const AttendParams& params) {
-  return with_stage<AttendStage>(params.heads,
-                                 [&](auto stage) { return stage.workspace_bytes(params); });
-}
-
-void run_attend(const AttendParams& params) {
-  with_stage<AttendStage>(params.heads, [&](auto stage) {
-    if (params.visibility.batch * params.visibility.num_heads * params.visibility.seqlen_q > 0) {
-      stage.run(params);
-    }
-  });
-}
-
-int64_t backward_workspace_bytes(const BackwardParams& params) {
-  return with_backward_stage(params.heads,
-                             [&](auto stage) { return stage.workspace_bytes(params); });
-}
-
-void run_backward(const BackwardParams& params) {
-  with_backward_stage(params.heads, [&](auto stage) { stage.run(params); });
-}
+void run_estimate(const EstimateParams& params) { launch(params); }
+void run_select(const SelectParams& params) { launch(params); }
+void run_attend(const AttendParams& params) { launch(params); }
+void run_backward(const BackwardParams& params) { launch(params); }
 
 }  // namespace rrattn::cuda

@@ -1,4 +1,4 @@
-// The stages on the GPU (sm_90a). Everything runs on execution.stream, in order. Nothing is
+// The stages on the GPU. Everything runs on execution.stream, in order. Nothing is
 // allocated and the host waits for nothing, so any sequence of stages can be captured in a CUDA
 // graph.
 #pragma once

@@ -1,9 +1,10 @@
-"""PaddleFormers' own trainer runs rrattn when its YAML says so: a few steps of pretraining, each run a process."""
+"""PaddleFormers' own trainer runs rrattn when its YAML says so: examples/pretrain.yaml, each run a process."""
 
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +12,7 @@ pytest.importorskip("paddleformers")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-SCRIPT = """
-import rrattn
-from paddleformers.cli.launcher import launch
-
-launch()
-"""
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -30,41 +26,17 @@ LLAMA = {
     "max_position_embeddings": 2048,
     "torch_dtype": "float32",
 }
-RUN = """
-stage: PT
-continue_training: false
-model_name_or_path: {folder}
-attn_impl: {attn_impl}
-train_dataset_path: {folder}/text.jsonl
-train_dataset_type: erniekit
-train_dataset_prob: "1.0"
-eval_dataset_path: {folder}/text.jsonl
-eval_dataset_type: erniekit
-eval_dataset_prob: "1.0"
-max_seq_len: 1024
-packing: true
-do_train: true
-max_steps: 3
-per_device_train_batch_size: 1
-learning_rate: 1.0e-2
-logging_steps: 1
-output_dir: {folder}/out
-device: cpu
-fp16_opt_level: O1
-template_backend: jinja
-report_to: none
-seed: 1
-"""
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model without weights, a tokenizer of bytes, and text."""
+    """A current folder for the trainer: a model without weights, whose tokenizer is one of bytes, and text."""
+    model = tmp_path / "model"
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(model)
     lines = ({"text": " ".join(str(i * i) for i in range(n, n + 400))} for n in range(20))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
@@ -72,9 +44,11 @@ def folder(tmp_path):
 
 def losses(folder, attn_impl, **settings):
     """The loss of each step."""
-    (folder / "config.json").write_text(json.dumps({**LLAMA, **settings}))
-    (folder / "run.yaml").write_text(RUN.format(folder=folder, attn_impl=attn_impl))
-    command = [sys.executable, "-c", SCRIPT, "train", str(folder / "run.yaml")]
+    (folder / "model" / "config.json").write_text(json.dumps({**LLAMA, **settings}))
+    run, named = (EXAMPLES / "pretrain.yaml").read_text(), "attn_impl: rrattn\n"
+    assert named in run
+    (folder / "run.yaml").write_text(run.replace(named, f"attn_impl: {attn_impl}\n"))
+    command = [sys.executable, str(EXAMPLES / "pretrain.py"), "train", "run.yaml"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     return [float(loss) for loss in re.findall(r" loss: ([\d.]+),", run.stdout + run.stderr)]

@@ -85,6 +85,11 @@ check.CASES = check.CASES[:1]
 assert main(["info"]) == 0
 print("--")
 assert main(["check"]) == 0
+for command in ("calibrate model config --text file --held-out file", "visualize model --text file --output file.png"):
+    try:
+        main(command.split())
+    except SystemExit as stop:
+        assert stop.code == 2
 """
     process = run_python("-c", code)
     assert process.returncode == 0, process.stderr
@@ -93,6 +98,8 @@ assert main(["check"]) == 0
     assert "GPU: none without Paddle" in told.splitlines()
     assert "not checked: Paddle's operators: Paddle is not installed" in checked.splitlines()
     assert checked.splitlines()[-1].startswith(f"all {4 * len(direct.available_simd())} groups passed")
+    for name in ("calibrate", "visualize"):
+        assert f"rrattn {name}: error: needs Paddle, which is not installed" in process.stderr
 
 
 def test_check_passes_here():
@@ -303,7 +310,9 @@ def test_what_is_allowed_on_a_gpu(monkeypatch, dtype):
     assert any(failure.startswith("block scores, largest error: ") for failure in failures)
 
 
-@pytest.mark.parametrize("arguments", ([], ["chekc"], ["check", "--fast"]))
+@pytest.mark.parametrize(
+    "arguments", ([], ["chekc"], ["check", "--fast"], ["calibrate", "model"], ["visualize", "model"])
+)
 def test_other_commands_are_refused(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

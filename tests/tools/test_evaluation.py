@@ -1,10 +1,10 @@
-"""tools/evaluate.py and tools/calibrate.py: methods, tasks, results, formats and calibration, on a tiny byte model."""
+"""tools.evaluate: methods, tasks, results and formats, on a tiny byte-level model."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,11 @@ import rrattn
 
 paddleformers = pytest.importorskip("paddleformers.transformers")
 pytest.importorskip("matplotlib")
-TOOLS = Path(__file__).parents[2] / "tools"
 
-import calibrate  # noqa: E402
-import evaluate  # noqa: E402
-from evaluation import benchmarks, prompts, records, report, run  # noqa: E402
-from evaluation.methods import Method  # noqa: E402
-from evaluation.model import Model, length_of, log_probabilities  # noqa: E402
+from tools import evaluate  # noqa: E402
+from tools.evaluation import benchmarks, prompts, records, report, run  # noqa: E402
+from tools.evaluation.methods import Method  # noqa: E402
+from tools.evaluation.model import Model, length_of, log_probabilities  # noqa: E402
 
 KINDS = ["lookup", "needle", "hops", "copy", "inside", "text"]
 
@@ -227,8 +225,9 @@ def test_command_line(checkpoint, text, tmp_path):
     (tmp_path / "text").write_bytes(text.tobytes())
 
     def evaluate(*arguments):
-        command = [sys.executable, "-W", "ignore", str(TOOLS / "evaluate.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        command = [sys.executable, "-W", "ignore", "-m", "tools.evaluate", *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
 
     common = ("--text", "text", "--lengths", 1024, "--questions", 2)
     ran = evaluate(
@@ -307,113 +306,32 @@ def test_benchmark_scores(model, tmp_path):
 # Calibration
 
 
-def curves(rng, layers=3, heads=4):
-    """(kept, density) [thresholds, layers, heads] of heads with different curves; both grow with the threshold."""
-    tau = np.asarray(calibrate.THRESHOLDS)[:, None, None]
-    sharpness = rng.uniform(0.5, 6, (layers, heads))
-    return 1 - (1 - tau) ** rng.uniform(0.7, 1.6, (layers, heads)), tau**sharpness
-
-
-@pytest.mark.parametrize("per", ["head", "layer"])
-@pytest.mark.parametrize("loss", [0.02, 0.1, 0.3])
-def test_calibration_meets_its_bounds(rng, per, loss):
-    kept, density = curves(rng)
-    groups = 12 if per == "head" else 3
-    of_groups = calibrate.grouped(kept, per), calibrate.grouped(density, per)
-    each = calibrate.calibrate(kept, density, Namespace(per=per, bound="each", loss=loss))
-    assert each.shape == (groups,)
-    for group, chosen in enumerate(each):
-        assert 1 - of_groups[0][chosen, group] <= loss
-        assert chosen == 0 or 1 - of_groups[0][chosen - 1, group] > loss
-    mean = calibrate.calibrate(kept, density, Namespace(per=per, bound="mean", loss=loss))
-    assert 1 - calibrate.at(of_groups[0], mean) <= loss
-    same_loss = calibrate.global_density(*of_groups, calibrate.at(of_groups[0], mean))
-    assert calibrate.at(of_groups[1], mean) < same_loss
-
-
-def test_fewest_blocks_against_every_choice(rng):
-    """Of all combinations of thresholds with the bound kept, none has clearly fewer blocks."""
-    kept, density = (calibrate.grouped(x, "head")[::4, :3] for x in curves(rng))
-    chosen = calibrate.fewest_blocks(kept, density, 0.15)
-    best = min(
-        calibrate.at(density, choice)
-        for choice in np.ndindex(*[len(kept)] * 3)
-        if 1 - calibrate.at(kept, choice) <= 0.15
-    )
-    assert calibrate.at(density, chosen) <= best + 0.08
-
-
-def test_calibration_writes_a_config_that_enable_reads(checkpoint, text, tmp_path):
-    (tmp_path / "text").write_bytes(text.tobytes())
-    command = [sys.executable, "-W", "ignore", str(TOOLS / "calibrate.py"), str(checkpoint), "out.json"]
-    options = ["--text", "text", "--held-out", "text", "--length", "1024", "--samples", "1", "--loss", "0.1"]
-    ran = subprocess.run(command + options, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert "bound on mean: 10.00%" in ran.stdout
-    config = rrattn.RRAttentionConfig.from_json(tmp_path / "out.json")
-    assert np.shape(config.threshold) == (2, 4) and config.stride == 8
-    rrattn.enable(paddleformers.LlamaForCausalLM.from_pretrained(str(checkpoint), dtype="float32"), config)
-    model = Model(checkpoint)
-    model.method = Method(f"rrattn:{tmp_path / 'out.json'}")
+def test_a_method_may_be_a_file_of_settings(model, tmp_path):
+    path = tmp_path / "out.json"
+    rrattn.RRAttentionConfig(threshold=[[0.2, 0.4, 0.6, 0.8], 1.0]).to_json(path)
+    model.method = Method(f"rrattn:{path}")
     model.prefill(np.arange(1000) % 250)
-    with pytest.raises(ValueError, match="stride and keep rules are in the file"):
-        Method(f"rrattn:{tmp_path / 'out.json'}:16")
-    with pytest.raises(ValueError, match="stride and keep rules are in the file"):
-        Method(f"rrattn+near:{tmp_path / 'out.json'}")
-
-
-@pytest.mark.parametrize(
-    ("bound", "held_out", "message"),
-    [
-        ("mean", 0.90, None),
-        ("mean", 0.88, r"it loses 12\.000% of the mass, more than --loss 10\.000%"),
-        ("each", 0.90, r"the worst head loses 18\.000% of the mass"),
-    ],
-)
-def test_a_loss_above_the_bound_on_held_out_text_is_said(
-    checkpoint, text, tmp_path, monkeypatch, capsys, bound, held_out, message
-):
-    (tmp_path / "text").write_bytes(text.tobytes())
-    tau = np.linspace(0.5, 1, len(calibrate.THRESHOLDS))[:, None, None]
-    of_sample = np.broadcast_to(tau, (len(tau), 2, 4)).copy()
-    of_held_out = of_sample + held_out - of_sample[np.argmax(of_sample[:, 0, 0] >= 0.9)]
-    of_held_out[:, 0, 0] -= 0.08  # a head that loses more, and one that loses less
-    of_held_out[:, 0, 1] += 0.08
-    measured = iter([(of_sample, of_sample), (of_held_out, of_sample)])
-    monkeypatch.setattr(calibrate, "measure", lambda *_: next(measured))
-    options = ["--text", str(tmp_path / "text"), "--held-out", str(tmp_path / "text"), "--length", "1024"]
-    arguments = [str(checkpoint), str(tmp_path / "out.json"), *options, "--loss", "0.1", "--bound", bound]
-    monkeypatch.setattr(sys, "argv", ["calibrate.py", *arguments])
-    assert calibrate.main() == (0 if message is None else 1)
-    said = capsys.readouterr().err
-    assert re.search(message, said) and "out.json was written all the same" in said if message else not said
-    assert rrattn.RRAttentionConfig.from_json(tmp_path / "out.json").threshold[0][0] == calibrate.THRESHOLDS[16]
+    assert (model.densities[1] == 1).all() and (np.diff(model.densities[0]) >= 0).any() and model.densities[0][0] < 1
+    for method in (f"rrattn:{path}:16", f"rrattn+near:{path}"):
+        with pytest.raises(ValueError, match="stride and keep rules are in the file"):
+            Method(method)
 
 
 # What is checked before anything is loaded or computed
 
-CALIBRATE = "calibrate MODEL out.json --text long --held-out long --length 1024"
 RUN = "evaluate run MODEL out.jsonl --text long --lengths 1024 --methods dense --tasks lookup text"
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (f"{CALIBRATE} --text none", "there is no file none for --text"),
-        (f"{CALIBRATE} --text short", "--text short: .* kind text and the length 1,024"),
-        (f"{CALIBRATE} --held-out short", "--held-out short: .* kind text .* no document .* 1,023 bytes"),
+        (f"{RUN} --text none", "there is no file none for --text"),
+        (f"{RUN} --text bad.xz", r"--text bad\.xz: bad\.xz is no \.xz file"),
         (
-            f"{CALIBRATE} --held-out short --length 2048 --tasks needle",
-            "--held-out short: .* kind needle .* the text is of 13 bytes",
+            f"{RUN} --text short --lengths 2048 --tasks needle",
+            "--text short: .* kind needle .* the text is of 13 bytes",
         ),
-        (f"{CALIBRATE} --held-out short --tasks copy", "--held-out short: .* kind copy .* the text is of 13 bytes"),
-        (f"{CALIBRATE} --text bad.xz", r"--text bad\.xz: bad\.xz is no \.xz file"),
-        (f"{CALIBRATE} --loss nan", "--loss must be between 0 and 1, got nan"),
-        (f"{CALIBRATE} --samples 0", "--samples must be at least 1, got 0"),
-        (f"{CALIBRATE} --length 511", "--length must be at least 512, got 511"),
-        (CALIBRATE.replace("out.json", "no/out.json"), "there is no folder no for CONFIG"),
-        (CALIBRATE.replace("out.json", "."), r"CONFIG must be a file, but \. is a folder"),
-        (CALIBRATE.replace("MODEL", "no"), "there is no checkpoint in no for MODEL"),
+        (f"{RUN} --text short --tasks copy", "--text short: .* kind copy .* the text is of 13 bytes"),
         (RUN.replace("MODEL", "no"), "there is no checkpoint in no for MODEL"),
         (RUN.replace("out.jsonl", "no/out.jsonl"), "there is no folder no for RESULTS"),
         (RUN.replace("out.jsonl", "long"), "long is no file of results: line 1 is not JSON"),
@@ -448,7 +366,7 @@ def test_everything_is_checked_first(checkpoint, text, tmp_path, monkeypatch, ca
     tool, *arguments = command.replace("MODEL", str(checkpoint)).split()
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        {"calibrate": calibrate, "evaluate": evaluate}[tool].main()
+        evaluate.main()
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert f"{tool}.py: error: " in said and re.search(message, said), said

@@ -20,14 +20,22 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run(name, *arguments, folder):
     """Output of an example, run as a user does, in `folder`."""
+    return run_with_errors(name, *arguments, folder=folder)[0]
+
+
+def run_with_errors(name, *arguments, folder):
+    """(stdout, stderr) of an example, without progress bars."""
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return result.stdout, [line for line in re.split(r"[\r\n]+", result.stderr) if line and "|" not in line]
 
 
 def test_prefill_of_the_default_document(tmp_path):
-    output = run("prefill_document.py", "--tokens", 2000, "--threshold", 0.8, folder=tmp_path)
+    output, errors = run_with_errors(
+        "prefill_document.py", "--tokens", 2000, "--own-tokens", 600, "--threshold", 0.8, folder=tmp_path
+    )
+    assert errors == []  # nothing of what the libraries tell
     document = re.search(r"from the beginning of (.+)", output).group(1)
     assert Path(document).stat().st_size >= 2000
     densities = re.findall(r"density of layer (\d) +100\.0% +([\d.]+)% +heads((?: +\d+){6}) %", output)
@@ -35,11 +43,18 @@ def test_prefill_of_the_default_document(tmp_path):
     for _, mean, heads in densities:
         heads = [float(head) for head in heads.split()]
         assert 0 < min(heads) and max(heads) <= 100 and float(mean) == pytest.approx(np.mean(heads), abs=0.6)
+    total = float(re.search(r"^density +100\.0% +([\d.]+)% +of all layers and heads$", output, re.MULTILINE).group(1))
+    assert total == pytest.approx(np.mean([float(mean) for _, mean, _ in densities]), abs=0.06)
     dense, sparse = map(float, re.search(r"guessed right +([\d.]+)% +([\d.]+)%", output).groups())
     assert dense > 30 and abs(dense - sparse) < 10
-    assert float(re.search(r"output difference: (\S+)", output).group(1)) > 0
-    for line in ("time", "  in the attention layers", "peak memory"):
-        assert re.search(rf"^{line} +[\d.]+ G?[sB] +[\d.]+ ", output, re.MULTILINE), output
+    assert float(re.search(r"own and dense differ by (\S+) at 600 tokens", output).group(1)) < 1e-4
+    assert 1e-4 < float(re.search(r"output difference: ([^ ,]+),", output).group(1)) < 0.5
+    times = re.findall(r"^time, ([\d,]+) tokens +(not run|[\d.]+ s) +[\d.]+ s +[\d.]+ s +(.+)", output, re.MULTILINE)
+    assert [(tokens, own != "not run") for tokens, own, _ in times] == [("600", True), ("2,000", False)]
+    assert re.fullmatch(r"[\d.]+x as fast as own, [\d.]+x as fast as dense", times[0][2])
+    assert re.fullmatch(r"[\d.]+x as fast as dense", times[1][2])
+    for line in ("  in the attention layers", "  peak memory"):
+        assert len(re.findall(rf"^{line} +(?:not run|[\d.]+ G?[sB]) +[\d.]+ ", output, re.MULTILINE)) == 2, output
     assert (tmp_path / "selected_blocks.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -47,7 +62,10 @@ def test_prefill_of_a_file_with_every_block(tmp_path):
     (tmp_path / "text").write_text("One line and then another. " * 40)
     output = run("prefill_document.py", "text", "--tokens", 1000, "--threshold", 1, folder=tmp_path)
     assert "1,000 tokens, from the beginning of text" in output
+    assert output.count("time, ") == 1 and "at 1,000 tokens: they compute the same" in output  # own runs on all of it
     assert "output difference: 0.00e+00" in output and "at 100.0% of the positions" in output
+    output = run("prefill_document.py", "text", "--tokens", 300, "--own-tokens", 0, folder=tmp_path)
+    assert output.count("time, 300 tokens") == 1 and "x as fast as own" not in output
 
 
 def test_training_lowers_the_loss(tmp_path):
@@ -106,6 +124,8 @@ def test_the_probe_completes_what_it_has_seen():
     ("name", "arguments", "message"),
     [
         ("prefill_document", ["--tokens", "1"], "--tokens.*1"),
+        ("prefill_document", ["--own-tokens", "1"], "--own-tokens.*1"),
+        ("prefill_document", ["--tokens", "900", "--own-tokens", "901"], "--own-tokens.*900.*901"),
         ("prefill_document", ["--threshold", "0"], r"threshold.*0\.0"),
         ("prefill_document", ["--stride", "7"], "stride.*7.*16"),
         ("prefill_document", ["no/such/file"], "no/such/file"),

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata as installed
 from pathlib import Path
 
 import paddle
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import rrattn
 from tools.bench import tables
@@ -92,6 +95,11 @@ def test_wheel_works_by_itself(wheel, tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[0].endswith(f", in {tmp_path / 'rrattn'}")
     assert f"operators: built for Paddle {paddle.__version__}, " in process.stdout
+    for name, option in (("calibrate", "--held-out"), ("visualize", "--output")):
+        process = subprocess.run(
+            [command, name, "--help"], env=environment, capture_output=True, text=True, timeout=120, cwd="/"
+        )
+        assert process.returncode == 0 and option in process.stdout, process.stderr
 
 
 def test_mypy_checks_the_calls_of_who_installs_the_wheel(wheel, tmp_path, pytestconfig):
@@ -277,6 +285,28 @@ def test_pre_commit_runs_what_ci_checks_of_the_style():
     checks = (ROOT / ".ci" / "run").read_text()
     style = [command for kind in (on_files, on_the_package) for command in re.findall(kind, checks, flags=re.MULTILINE)]
     assert len(style) == 4 and sorted(entries) == sorted(style)
+
+
+def test_constraints_pin_all_that_paddle_and_the_model_library_bring():
+    """So that `pip install -c tools/constraints.txt paddlepaddle paddleformers` gives the versions that are tested."""
+    lines = (ROOT / "tools" / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all([spec.operator for spec in pin.specifier] == ["=="] for pin in pins)
+    here = {canonicalize_name(pin.name): pin for pin in pins if pin.marker is None or pin.marker.evaluate()}
+    todo, seen = ["paddlepaddle", "paddleformers"], set()
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        if sys.version_info >= (3, 11) or name in here:  # older Pythons take what still supports them
+            assert here[name].specifier.contains(installed.version(name)), f"{name} {installed.version(name)}"
+        needed = map(Requirement, installed.requires(name) or ())
+        todo += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    assert len(seen) > 50
+    for line in (ROOT / "tools" / "requirements.txt").read_text().splitlines():
+        if line and line[0] not in "#-":
+            assert canonicalize_name(line) in here, line
 
 
 def test_tables_match_the_figures():

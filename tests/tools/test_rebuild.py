@@ -135,6 +135,76 @@ def test_gpu_kernels_come_and_go_with_the_architectures(checkout):
     assert "estimate_bf16_64" in checkout.build(archs="90a", environment={"RRATTN_CUTLASS": str(moved)})
 
 
+def architectures_of(notes):
+    """For each CUDA source that a compiler noted, the architectures that it was to be compiled for."""
+    commands = [note.split() for note in notes if "-gencode=" in note]
+    sources = [next(word for word in words if word.endswith(".cu")) for words in commands]
+    flags = [[word for word in words if word.startswith("-gencode=")] for words in commands]
+    assert len(set(sources)) == len(sources)
+    return dict(zip(sources, flags))
+
+
+def flags_of(*archs):
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+
+
+def support_another_architecture(checkout):
+    """When kernels for Ampere join those of csrc/cuda/sm90: what is in no architecture's folder is built for both."""
+    setup = checkout.folder / "setup.py"
+    text, line = setup.read_text(), 'SUPPORTED_CUDA_ARCHS = ["90a"]'
+    assert text.count(line) == 1
+    setup.write_text(text.replace(line, 'SUPPORTED_CUDA_ARCHS = ["80", "90a"]'))
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/**/*.cu")}
+    of_hopper = {source for source in sources if source.startswith("csrc/cuda/sm90/")}
+    assert of_hopper and sources - of_hopper
+    return {source: flags_of("90a") if source in of_hopper else flags_of("80", "90a") for source in sources}
+
+
+def test_sources_are_built_for_the_architectures_of_their_folder(checkout):
+    expected = support_another_architecture(checkout)
+    checkout.build(archs="80 90a")
+    assert architectures_of(checkout.notes()) == expected
+    checkout.build(archs="90a")  # again, for one fewer: those of Hopper alone are as they were
+    assert architectures_of(checkout.notes()) == {
+        source: flags_of("90a") for source, flags in expected.items() if flags != flags_of("90a")
+    }
+
+
+def test_sources_of_one_name_in_two_folders_have_objects_of_their_own(checkout):
+    shutil.copy(checkout.folder / "csrc/cuda/select/select.cu", checkout.folder / "csrc/cuda/common")
+    checkout.build(archs="90a")
+    commands = [note.split() for note in checkout.notes() if "-gencode=" in note]
+    objects = {words[words.index("-o") + 1] for words in commands}
+    assert len(objects) == len(commands) == len(list(ROOT.glob("csrc/cuda/**/*.cu"))) + 1
+
+
+def ci(checkout, *checks):
+    return subprocess.run(
+        ["bash", ".ci/run", *checks],
+        cwd=checkout.folder,
+        env={**checkout.environment, "PATH": f"{checkout.folder.parent}/cuda/bin:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_ci_compiles_sources_for_the_architectures_of_their_folder(checkout):
+    expected = support_another_architecture(checkout)
+    write_program(checkout.folder / ".venv/bin/python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    process = ci(checkout, "CUDA sources")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.splitlines()[-1] == "all checks passed"
+    assert architectures_of(checkout.notes()) == expected
+    assert len({Path(source).stem for source in expected}) == len(expected)  # the objects lie in one folder
+
+
+def test_ci_knows_no_other_check(checkout):
+    process = ci(checkout, "CUDA source")
+    assert process.returncode != 0
+    assert "failed: CUDA source, which is none of the checks" in process.stdout
+
+
 def test_the_record_has_the_architectures_of_the_operators(checkout):
     checkout.build(archs="90a")
     assert 'CUDA_ARCHS = ""' in checkout.record()  # the GPU kernels are in rrattn._direct alone

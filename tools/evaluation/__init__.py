@@ -1,1 +1,1 @@
-"""What tools/evaluate.py and tools/calibrate.py are made of."""
+"""What tools.evaluate is made of."""

@@ -5,67 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import importlib
 import time
-from importlib import util
-from pathlib import Path
 
 import numpy as np
 import paddle
 
 import rrattn
+from rrattn.checkpoint import codec_of, load_model
 from rrattn.integrations import attention_cores
-
-LIBRARIES = ("paddleformers", "paddlenlp")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-
-
-class Bytes:
-    """Tokens of a byte-level model, which has no tokenizer: the bytes themselves."""
-
-    def encode(self, text):
-        return np.frombuffer(text, np.uint8).astype(np.int64)
-
-    def decode(self, tokens):
-        return bytes(int(token) for token in tokens if token < 256)
-
-
-class Tokenizer:
-    """The tokenizer of a checkpoint, without special tokens."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-
-    def encode(self, text):
-        ids = self._tokenizer(text.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"]
-        return np.asarray(ids, np.int64).reshape(-1)
-
-    def decode(self, tokens):
-        return self._tokenizer.decode([int(token) for token in tokens]).encode()
-
-
-def codec_of(folder):
-    """The tokens of a checkpoint, whose weights are left alone: its tokenizer's, or bytes.
-
-    Raises
-    ------
-    ValueError
-        Where there is no tokenizer, and more than 512 tokens.
-    """
-    if any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
-        return Tokenizer(_transformers().AutoTokenizer.from_pretrained(str(folder)))
-    vocab_size = _transformers().AutoConfig.from_pretrained(str(folder)).vocab_size
-    if vocab_size > 512:
-        raise ValueError(f"{folder} has {vocab_size} tokens, but no tokenizer")
-    return Bytes()
-
-
-def _transformers():
-    """The `transformers` of the library that is installed."""
-    library = next((name for name in LIBRARIES if util.find_spec(name)), None)
-    if library is None:
-        raise SystemExit(f"neither {' nor '.join(LIBRARIES)} is installed")
-    return importlib.import_module(f"{library}.transformers")
 
 
 class Model:
@@ -86,9 +33,7 @@ class Model:
 
     def __init__(self, folder):
         self.codec = codec_of(folder)
-        self.model = _transformers().AutoModelForCausalLM.from_pretrained(str(folder), dtype="float32")
-        self.model.config.fuse_rms_norm = False  # an operator for GPUs
-        self.model.eval()
+        self.model = load_model(folder, "float32")
         rrattn.enable(self.model, rrattn.RRAttentionConfig())
         self.cores = attention_cores(self.model)
         for layer, core in enumerate(self.cores):

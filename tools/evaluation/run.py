@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from tqdm import tqdm
 
+from rrattn.attention_mass import density_and_kept, exact_block_mass
+
 from . import baselines
 from .methods import Method
 from .model import Timer, log_probabilities
@@ -141,8 +143,7 @@ def capture(model, tokens):
         model.on_attend = None
     masses = []
     for query, key, scale in tqdm(inputs, desc="exact mass", unit="layer", leave=False):
-        scale = scale or query.shape[3] ** -0.5
-        masses.append(baselines.exact_mass(query[0].numpy(), key[0].numpy(), scale))
+        masses.append(exact_block_mass(query, key, scale))
     return inputs, masses
 
 
@@ -163,10 +164,7 @@ def mass_in_blocks(model, inputs, masses, block_mask):
     for layer, ((query, key, scale), mass) in enumerate(zip(inputs, masses)):
         packed = block_mask(query, key, scale, layer, model.num_layers)
         mask = rrattn.unpack_block_mask(packed, mass.shape[2]).numpy()[0]
-        visible = np.tril(np.ones(mask.shape[1:], bool))
-        density = (mask & visible).sum((1, 2)) / visible.sum()
-        kept = (mass * mask).sum((1, 2)) / mass.sum((1, 2))
-        by_layer.append([[round(float(d), 5), round(float(k), 5)] for d, k in zip(density, kept)])
+        by_layer.append([[round(float(d), 5), round(float(k), 5)] for d, k in zip(*density_and_kept(mask, mass))])
     density, kept = np.asarray(by_layer).mean((0, 1))
     return {"density": float(density), "kept": float(kept), "by_layer": by_layer}
 

@@ -1,3 +1,0 @@
-#include "attend_stage.cuh"
-
-template struct rrattn::cuda::AttendStage<rrattn::DataType::kFloat16, 256>;

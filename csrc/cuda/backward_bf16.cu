@@ -1,3 +1,0 @@
-#include "backward_stage.cuh"
-
-template struct rrattn::cuda::BackwardStage<rrattn::DataType::kBFloat16>;

@@ -1,0 +1,25 @@
+// The GPU that is the current one of this thread. Needs no header of CUDA.
+#pragma once
+
+namespace rrattn::cuda {
+
+struct ComputeCapability {
+  int major, minor;
+};
+
+ComputeCapability current_compute_capability();
+
+// Makes a GPU the current one of this thread, as launches on its streams demand, and the former
+// one again at the end of the scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);  // -1, no GPU: changes nothing
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int former_ = -1;
+};
+
+}  // namespace rrattn::cuda

@@ -1,0 +1,34 @@
+#include "kernel.cuh"
+#include "stage.h"
+
+namespace rrattn::cuda::select {
+
+template <int kWarps, int kWords>
+int64_t Stage<kWarps, kWords>::workspace_bytes(const SelectParams& params) {
+  Arena arena;
+  arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+  return arena.used();
+}
+
+template <int kWarps, int kWords>
+void Stage<kWarps, kWords>::launch(const SelectParams& params) {
+  const Visibility& visibility = params.visibility;
+  const int64_t num_rows = visibility.batch * visibility.num_heads * visibility.num_m_blocks();
+  if (num_rows == 0) return;
+  const cudaStream_t stream = stream_of(params.execution);
+  Arena arena(params.execution.workspace);
+  auto* block_bounds = arena.take<RunBounds>(visibility.num_run_bounds(kBlockSize));
+  compute_run_bounds(visibility, kBlockSize, block_bounds, stream);
+  const auto kernel = visibility.row_bounds.data ? select_kernel<kWarps, kWords, true>
+                                                 : select_kernel<kWarps, kWords, false>;
+  kernel<<<static_cast<unsigned>(num_rows), kWarps * 32, 0, stream>>>({params, block_bounds});
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template struct Stage<1, 2>;
+template struct Stage<1, 8>;
+template struct Stage<2, 16>;
+template struct Stage<4, 16>;
+template struct Stage<8, 32>;
+
+}  // namespace rrattn::cuda::select

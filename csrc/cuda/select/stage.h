@@ -1,0 +1,15 @@
+// The selection by thread blocks of kWarps warps, for rows of at most kWarps * kWords words of the
+// mask, instantiated in select.cu.
+#pragma once
+
+#include "../../core/params.h"
+
+namespace rrattn::cuda::select {
+
+template <int kWarps, int kWords>
+struct Stage {
+  static int64_t workspace_bytes(const SelectParams& params);
+  static void launch(const SelectParams& params);
+};
+
+}  // namespace rrattn::cuda::select

@@ -1,0 +1,353 @@
+// A consumer warp group of block-sparse attention: 64 rows of a query block, against the tiles that
+// the producer brings.
+//
+// While the softmax of one tile is computed, the tensor cores multiply the previous tile's
+// probabilities by its values. The two consumers also take turns at the tensor cores, so that the
+// softmax of one overlaps the products of the other.
+//
+// Probabilities are relative to a base of their row: its largest score in the first tile in which
+// it sees anything. Later tiles need no maximum and no rescaling, because floats have room for
+// larger probabilities. A tile in which they may not fit is computed again, on larger bases.
+//
+// That is faster than a maximum for each tile, and so are the turns faster than none: figures of
+// these and other variants are in docs/tuning.md.
+#pragma once
+
+#include "../../common/softmax.cuh"
+#include "../../common/store_row.cuh"
+#include "../common/wgmma.cuh"
+#include "producer.cuh"
+
+namespace rrattn::cuda::sm90::attend {
+
+// The largest sum of a thread's probabilities of one row in a tile that still counts as fitting:
+// below float16's largest number, and far above 1.
+constexpr float kLargestFittingSum = 0x1p12f;
+
+// kUnseenKeys: whether some blocks may hold keys that no row sees.
+template <typename Traits, bool kUnseenKeys>
+class Consumer {
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
+                                               Shape<Int<kConsumerRows>, Int<Traits::kTileN>>{}));
+  using Out = decltype(partition_fragment_C(typename Traits::OutMma{},
+                                            Shape<Int<kConsumerRows>, Int<Traits::kHeadDim>>{}));
+  static constexpr int kRowScores = Traits::kTileN / 4;  // of a row, in one thread
+  static constexpr int kEarlyScores = kRowScores / 4;    // exponentiated before the wait for P V
+  static constexpr int kChains = 4;  // of additions, side by side to hide their latency
+  using ChainSums = float[2][kChains];
+  static constexpr int kRowOuts = Traits::kHeadDim / 4;
+  // The first operand of the second product lies in registers, in the order of the scores.
+  using Probabilities = decltype(typename Traits::OutMma{}.get_thread_slice(0).partition_fragment_A(
+      make_tensor(static_cast<Element*>(nullptr),
+                  make_layout(Shape<Int<kConsumerRows>, Int<Traits::kTileN>>{}))));
+
+ public:
+  __device__ Consumer(const KernelParams& params, SharedStorage& shared, int consumer)
+      : params_(params), shared_(shared), consumer_(consumer) {
+    // With a scale that is not positive the largest product is not the largest score, so there the
+    // products are scaled first.
+    const float scale = params.attend.softmax_scale;
+    product_scale_ = scale > 0 ? 1 : scale;
+    score_scale_ = (scale > 0 ? scale : 1) * kLog2E;
+    if (consumer == 1) give_turn(0);
+  }
+
+  __device__ void consume_rows() {
+    for (RingPosition<1> rows;; rows.advance()) {
+      shared_.row_full.wait(rows.parity);
+      const RowItem row = shared_.row;
+      shared_.row_empty.arrive();
+      if (row.index < 0) return;
+      Out out;
+      clear(out);
+      row_base_[0] = row_base_[1] = -INFINITY;
+      unseen_ = true;
+      row_sum_[0] = row_sum_[1] = 0;
+      if (!row.nothing_selected) attend(row, out);
+      write(row, out);
+    }
+  }
+
+ private:
+  __device__ void attend(const RowItem& row, Out& out) {
+    Scores scores;
+    Probabilities probabilities;
+    shared_.query_full[consumer_].wait(queries_.parity);
+    queries_.advance();
+    shared_.key_full[keys_.slot].wait(keys_.parity);
+    KeyTile tile = shared_.tile[keys_.slot];
+    multiply_keys(scores);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(scores);
+    start_bases(row, tile, scores);
+    ChainSums sums;
+    exponentiate<0, kRowScores>(scores, sums);
+    add_sums(sums);
+    convert(scores, probabilities);
+    release_key(tile);
+    while (!tile.last) {
+      shared_.key_full[keys_.slot].wait(keys_.parity);
+      tile = shared_.tile[keys_.slot];
+      take_turn();
+      multiply_keys(scores);
+      shared_.value_full[values_.slot].wait(values_.parity);
+      multiply_values(probabilities, out);
+      give_turn(1 - consumer_);
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(scores);
+      if (!tile.plain || unseen_) start_bases(row, tile, scores);
+      exponentiate<0, kEarlyScores>(scores, sums);
+      compute_here(sums[0][kChains - 1] + sums[1][kChains - 1]);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(out);
+      release_value();
+      exponentiate<kEarlyScores, kRowScores>(scores, sums);
+      convert(scores, probabilities);
+      if (may_not_fit(sums)) {
+        raise_bases(row, tile, scores, sums, out);
+        convert(scores, probabilities);
+      }
+      add_sums(sums);
+      release_key(tile);
+    }
+    shared_.value_full[values_.slot].wait(values_.parity);
+    multiply_values(probabilities, out);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    release_value();
+  }
+
+  // Starts scores = Q K^T of the current slot.
+  __device__ void multiply_keys(Scores& scores) {
+    typename Traits::ScoreMma mma;
+    auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
+    start_product<GMMA::ScaleOut::Zero>(
+        mma,
+        thread_mma.partition_fragment_A(
+            make_tensor(make_smem_ptr(shared_.query[consumer_]), typename Traits::QueryLayout{})),
+        thread_mma.partition_fragment_B(
+            make_tensor(make_smem_ptr(shared_.key[keys_.slot]), typename Traits::KeyLayout{})),
+        scores);
+  }
+
+  // Starts out += P V of the current slot.
+  __device__ void multiply_values(Probabilities& probabilities, Out& out) {
+    typename Traits::OutMma mma;
+    auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
+    warpgroup_fence_operand(probabilities);
+    start_product<GMMA::ScaleOut::One>(
+        mma, probabilities,
+        thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(shared_.value[values_.slot]),
+                                                    typename Traits::ValueLayout{})),
+        out);
+  }
+
+  __device__ void release_key(const KeyTile& tile) {
+    shared_.key_empty[keys_.slot].arrive();
+    if (tile.last) shared_.query_empty[consumer_].arrive();
+    keys_.advance();
+  }
+
+  __device__ void release_value() {
+    if (threadIdx.x % 32 == 0) shared_.value_empty[values_.slot].arrive();
+    values_.advance();
+  }
+
+  // Scales and hides scores, and gives rows that have seen nothing before their largest score as a
+  // base.
+  __device__ void start_bases(const RowItem& row, const KeyTile& tile, Scores& scores) {
+    if (!tile.plain) adjust(row, tile, scores);
+    if (!unseen_) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float largest = score_scale_ * largest_score(scores, half);
+      if (row_base_[half] == -INFINITY) row_base_[half] = largest;
+    }
+    unseen_ = __any_sync(~0u, row_base_[0] == -INFINITY || row_base_[1] == -INFINITY);
+  }
+
+  // Whether a score of the warp is so far above its row's base that its probability may not fit the
+  // type, or is NaN. Rare.
+  __device__ static bool may_not_fit(const ChainSums& sums) {
+    return __any_sync(~0u, !(row_total(sums[0]) <= kLargestFittingSum &&
+                             row_total(sums[1]) <= kLargestFittingSum));
+  }
+
+  // Computes the warp's part of the tile again, with the largest score so far as each row's base.
+  __device__ void raise_bases(const RowItem& row, const KeyTile& tile, Scores& scores,
+                              ChainSums& sums, Out& out) {
+    multiply_keys_again(scores);
+    if (!tile.plain) adjust(row, tile, scores);
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float base = fmaxf(row_base_[half], score_scale_ * largest_score(scores, half));
+      factor[half] = exp2_approx(row_base_[half] - finite(base));
+      row_base_[half] = base;
+      row_sum_[half] *= factor[half];
+    }
+#pragma unroll
+    for (int i = 0; i < kRowOuts; ++i) {
+      out(accumulator_index(0, i)) *= factor[0];
+      out(accumulator_index(1, i)) *= factor[1];
+    }
+    exponentiate<0, kRowScores>(scores, sums);
+  }
+
+  __device__ static float largest_score(const Scores& scores, int half) {
+    float largest = scores(accumulator_index(half, 0));
+#pragma unroll
+    for (int i = 1; i < kRowScores; ++i)
+      largest = fmaxf(largest, scores(accumulator_index(half, i)));
+    return quad_max(largest);
+  }
+
+  // The scores of one warp, by its own products: those of the warp group (wgmma) need all four
+  // warps.
+  __device__ void multiply_keys_again(Scores& scores) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int first = static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + lane / 4;
+    const auto query = [&](int row, int column) {
+      return *reinterpret_cast<const uint32_t*>(shared_.query[consumer_] +
+                                                typename Traits::QueryOffsets{}(row, column));
+    };
+    const auto key = [&](int row, int column) {
+      return *reinterpret_cast<const uint32_t*>(shared_.key[keys_.slot] +
+                                                typename Traits::KeyOffsets{}(row, column));
+    };
+    clear(scores);
+#pragma unroll 1
+    for (int k = lane % 4 * 2; k < Traits::kHeadDim; k += 16) {
+      const uint32_t a[4] = {query(first, k), query(first + 8, k), query(first, k + 8),
+                             query(first + 8, k + 8)};
+#pragma unroll
+      for (int n = 0; n < Traits::kTileN; n += 8) {
+        Traits::WarpScoreMma::fma(scores(n / 2), scores(n / 2 + 1), scores(n / 2 + 2),
+                                  scores(n / 2 + 3), a[0], a[1], a[2], a[3], key(n + lane / 4, k),
+                                  key(n + lane / 4, k + 8), scores(n / 2), scores(n / 2 + 1),
+                                  scores(n / 2 + 2), scores(n / 2 + 3));
+      }
+    }
+  }
+
+  // Turns scores into probabilities, and adds these up.
+  template <int kBegin, int kEnd>
+  __device__ void exponentiate(Scores& scores, ChainSums& sums) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float base = finite(row_base_[half]);
+#pragma unroll
+      for (int i = kBegin; i < kEnd; ++i) {
+        float& score = scores(accumulator_index(half, i));
+        score = exp2_approx(fmaf(score, score_scale_, -base));
+        float& sum = sums[half][i % kChains];
+        sum = i < kChains ? score : sum + score;
+      }
+    }
+  }
+
+  __device__ static float row_total(const float (&sums)[kChains]) {
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+  __device__ void add_sums(const ChainSums& sums) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) row_sum_[half] += row_total(sums[half]);
+  }
+
+  __device__ static float finite(float base) { return base == -INFINITY ? 0 : base; }
+
+  // Scales products by a scale that is not positive, and makes hidden scores -infinity.
+  __device__ void adjust(const RowItem& row, const KeyTile& tile, Scores& scores) const {
+    const Visibility& visibility = params_.attend.visibility;
+    const RowBounds& layout = visibility.row_bounds;
+    const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
+    const int end_key = static_cast<int>(visibility.seqlen_k);
+    uint32_t hidden[2];  // bit i: score i is hidden
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = row_token(row, half);
+      int end = visibility.causal ? min(token + static_cast<int>(visibility.shift()) + 1, end_key)
+                                  : end_key;
+      // Rows past the end see nothing: what an unseen key holds must not show in their warp.
+      if (kUnseenKeys && token >= static_cast<int>(visibility.seqlen_q)) end = 0;
+      const int keys = max(end - first, 0);
+      const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
+      hidden[half] = visible < 32 ? ~0u << visible : 0;
+    }
+    if (layout.data != nullptr) {
+      const int32_t* bounds = row_bounds_of(layout, row.batch, visibility.bounds_head(row.head));
+#pragma unroll 4
+      for (int i = 0; i < kRowScores; ++i) {
+        const int key = first + accumulator_column(i);
+        if (key >= end_key) break;
+        const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, bounds, key);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          hidden[half] |= static_cast<uint32_t>(key_bounds.mask(row_token(row, half))) << i;
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kRowScores; ++i) {
+        float& score = scores(accumulator_index(half, i));
+        score = hidden[half] >> i & 1 ? -INFINITY : score * product_scale_;
+      }
+    }
+  }
+
+  __device__ static void convert(const Scores& scores, Probabilities& probabilities) {
+#pragma unroll
+    for (int i = 0; i < size(scores); ++i) probabilities(i) = static_cast<Element>(scores(i));
+  }
+
+  // Divides by the row sums and writes out and lse.
+  __device__ void write(const RowItem& row, Out& out) {
+    const AttendParams& attend = params_.attend;
+    const Visibility& visibility = attend.visibility;
+    const int head_dim = static_cast<int>(attend.heads.head_dim);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(row_sum_[half]);
+      const float scale = sum == 0 ? 0 : 1 / sum;
+      const int64_t token = row_token(row, half);
+      Element* out_row = static_cast<Element*>(attend.out.data) +
+                         row.batch * attend.out.batch_stride + row.head * attend.out.head_stride +
+                         token * attend.out.row_stride;
+      if (token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
+        attend.lse[(row.batch * visibility.num_heads + row.head) * visibility.seqlen_q + token] =
+            sum == 0 ? -INFINITY : (row_base_[half] + log2f(sum)) * kLn2;
+      }
+      store_row(out, half, scale, out_row, token < visibility.seqlen_q, head_dim,
+                params_.aligned_out);
+    }
+  }
+
+  __device__ int row_token(const RowItem& row, int half) const {
+    return row.m_block * kBlockSize + consumer_ * kConsumerRows +
+           static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
+  }
+
+  // At the tensor cores.
+  __device__ void take_turn() const {
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads, consumer_);
+  }
+  __device__ static void give_turn(int consumer) {
+    cutlass::arch::NamedBarrier::arrive(kConsumerThreads, consumer);
+  }
+
+  const KernelParams& params_;
+  SharedStorage& shared_;
+  const int consumer_;
+  float product_scale_, score_scale_;  // the latter in units of log2
+  RingPosition<1> queries_;
+  RingPosition<Traits::kSlots> keys_, values_;
+  float row_base_[2];  // that the sums are relative to
+  bool unseen_;        // some row of the warp has not seen a score
+  float row_sum_[2];   // the thread's share
+};
+
+}  // namespace rrattn::cuda::sm90::attend

@@ -1,0 +1,57 @@
+// Block-sparse flash attention on Hopper.
+//
+//   query [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
+//     ->  out [B, Lq, Hq, D], lse [B, Hq, Lq]
+//
+// The kernel is persistent. A thread block takes one row of the block mask at a time: 128 queries
+// of a head, 64 for each of two consumer warp groups. Producer warps walk the row's bits and copy
+// the queries and the selected tiles of keys and values to shared memory (TMA). Only the producers
+// read the mask; they tell the consumers which tiles have hidden scores.
+#pragma once
+
+#include "consumer.cuh"
+
+namespace rrattn::cuda::sm90::attend {
+
+template <typename Traits, bool kUnseenKeys>
+__device__ inline void init_shared(typename Traits::SharedStorage& shared) {
+  constexpr int kConsumerWarps = kConsumerThreads / 32;  // a lane of each arrives
+  shared.row_full.init(1);
+  shared.row_empty.init(kConsumerThreads + (kUnseenKeys ? 3 : 2) * 32);
+  for (int consumer = 0; consumer < kConsumers; ++consumer) {
+    shared.query_full[consumer].init(1);
+    shared.query_empty[consumer].init(kWarpGroup);
+  }
+  for (int slot = 0; slot < Traits::kSlots; ++slot) {
+    shared.key_full[slot].init(1);
+    shared.key_empty[slot].init(kConsumerThreads);
+    shared.value_full[slot].init(1);
+    shared.value_uncleared[slot].init(1);
+    shared.value_empty[slot].init(kConsumerWarps);
+  }
+  cutlass::arch::fence_barrier_init();
+}
+
+// kUnseenKeys: whether some blocks may hold keys that no row sees. Their values are then zeroed.
+template <typename Traits, bool kUnseenKeys>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attend_kernel(const __grid_constant__ KernelParams params) {
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  const int warp_group = warp_group_index();
+  if (threadIdx.x == 0) init_shared<Traits, kUnseenKeys>(shared);
+  __syncthreads();
+  if (warp_group == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (warp == 0) produce_keys<Traits>(params, shared);
+    if (warp == 1) produce_values<Traits, kUnseenKeys>(params, shared);
+    if (warp == 2) produce_queries<Traits>(params, shared);
+    if (kUnseenKeys && warp == 3) clear_values<Traits>(params, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    Consumer<Traits, kUnseenKeys>(params, shared, warp_group - 1).consume_rows();
+  }
+}
+
+}  // namespace rrattn::cuda::sm90::attend

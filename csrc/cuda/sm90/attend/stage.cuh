@@ -1,0 +1,56 @@
+// Defines Stage: the launch of the kernel.
+#pragma once
+
+#include "../../common/element.cuh"
+#include "../../common/rows.cuh"
+#include "kernel.cuh"
+#include "stage.h"
+
+namespace rrattn::cuda::sm90::attend {
+
+// Bytes of the keys and values of a section: well below the H200's 50 MB of L2. All heads in one
+// section are slower at long lengths: see docs/tuning.md.
+constexpr int64_t kSectionBytes = 32 << 20;
+
+template <DataType kDataType, int kHeadDim>
+int64_t Stage<kDataType, kHeadDim>::workspace_bytes(const AttendParams& params) {
+  Arena arena;
+  Workspace(arena, params);
+  return arena.used();
+}
+
+template <DataType kDataType, int kHeadDim>
+void Stage<kDataType, kHeadDim>::launch(const AttendParams& attend) {
+  using Traits = KernelTraits<ElementOf<kDataType>, kHeadDim>;
+  const cudaStream_t stream = stream_of(attend.execution);
+  const Visibility& visibility = attend.visibility;
+  if (visibility.batch * visibility.num_heads * visibility.seqlen_q == 0) return;
+  Arena arena(attend.execution.workspace);
+  const Workspace workspace(arena, attend);
+  compute_run_bounds(visibility, kBlockSize, workspace.block_bounds, stream);
+  RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.next_item, 0, sizeof(int), stream));
+
+  KernelParams params;
+  params.attend = attend;
+  const TensorShape query_shape = query_shape_of(visibility, attend.heads);
+  const TensorShape key_shape = key_shape_of(visibility, attend.heads);
+  params.query = map_rows(attend.query, query_shape, workspace.query, kConsumerRows, stream);
+  params.key = map_rows(attend.key, key_shape, workspace.key, Traits::kTileN, stream);
+  params.value = map_rows(attend.value, key_shape, workspace.value, Traits::kTileN, stream);
+  params.block_bounds = workspace.block_bounds;
+  params.next_item = workspace.next_item;
+  params.num_items =
+      static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
+  const int64_t head_bytes =
+      2 * visibility.seqlen_k * attend.heads.head_dim * size_of(attend.heads.dtype);
+  const int64_t key_heads = visibility.batch * attend.heads.num_heads_k;
+  params.section_heads = heads_in_section(kSectionBytes, head_bytes, key_heads) *
+                         static_cast<int>(group_size(visibility, attend.heads));
+  params.aligned_out = aligned_rows(attend.out);
+
+  const auto kernel = may_leave_unseen_keys(visibility) ? attend_kernel<Traits, true>
+                                                        : attend_kernel<Traits, false>;
+  launch_persistent<Traits>(kernel, params.num_items, stream, params);
+}
+
+}  // namespace rrattn::cuda::sm90::attend

@@ -1,0 +1,59 @@
+// Gradients of block-sparse attention on Hopper.
+//
+//   query, grad_out [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
+//     ->  grad_query [B, Lq, Hq, D], grad_key, grad_value [B, Lk, Hkv, D]
+//
+// The kernels before this one prepare what it reads: what S and dP start from, -lse / scale and
+// -delta = -rowsum(dO * O) (prepare_rows.cuh); if deterministic, the units of the sums of dQ
+// (bound_keys.cuh); the transposed block mask (transpose_mask.cuh). The one after it writes the
+// sums of dQ, scaled, as grad_query (finish_grad_query.cuh).
+//
+// The kernel is persistent. A thread block takes a key block of a key head, walks the query blocks
+// of the group's heads that selected it, keeps dK and dV in registers, and adds its share of dQ to
+// the sums in the workspace.
+#pragma once
+
+#include "consumer.cuh"
+#include "producer.cuh"
+#include "writer.cuh"
+
+namespace rrattn::cuda::sm90::backward {
+
+template <typename Traits>
+__device__ inline void init_shared(typename Traits::SharedStorage& shared) {
+  shared.any_not_finite = false;
+  shared.item_full.init(1);
+  shared.item_empty.init(kConsumerThreads);
+  for (int slot = 0; slot < Traits::kQuerySlots; ++slot) {
+    shared.query_full[slot].init(1);
+    shared.query_empty[slot].init(kConsumerThreads);
+  }
+  for (int slot = 0; slot < Traits::kGradOutSlots; ++slot) {
+    shared.grad_out_full[slot].init(1);
+    shared.grad_out_empty[slot].init(kConsumerThreads);
+  }
+  for (Barrier& full : shared.grad_scores_full) full.init(kConsumerThreads);
+  shared.sums_full.init(kConsumerThreads);
+  shared.sums_empty.init(32);  // the writer
+  cutlass::arch::fence_barrier_init();
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    backward_kernel(const __grid_constant__ KernelParams params) {
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  const int warp_group = warp_group_index();
+  if (threadIdx.x == 0) init_shared<Traits>(shared);
+  __syncthreads();
+  if (warp_group == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x < 32) produce_steps<Traits>(params, shared);
+    if (threadIdx.x / 32 == 1) add_sums<Traits>(params, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    Consumer<Traits>(params, shared, warp_group - 1).consume_items();
+  }
+}
+
+}  // namespace rrattn::cuda::sm90::backward

@@ -1,0 +1,79 @@
+// What S, dP and the sums of dQ start from, and in deterministic mode the units of these sums.
+#pragma once
+
+#include "preparation.cuh"
+
+namespace rrattn::cuda::sm90::backward {
+
+// The power of 2 that scales numbers of at most `bound` to at most `target`, which is a power of 2
+// too. NaN for a bound that is NaN or at least 2^60: then all sums in this unit come out as NaN.
+// Bounds below 2^least count as 2^least, so that products of scales stay in the range of float32.
+__device__ inline float scale_to(float bound, float target, int least) {
+  if (!(bound < 0x1p60f)) return NAN;
+  int exponent;
+  frexpf(bound, &exponent);  // bound < 2^exponent
+  return target * exp2f(static_cast<float>(-max(exponent, least)));
+}
+
+// The scale of a query's sums, in deterministic mode. The bound is doubled, for what rounding adds.
+// NaN also where lse is not a number: P is not one either then.
+__device__ inline float query_scale(float grad_out_norm, float value_norm, float delta, float lse) {
+  const float bound = 2 * (sqrtf(grad_out_norm) * sqrtf(value_norm) + fabsf(delta));
+  return scale_to(lse < INFINITY ? bound : NAN, 1 << 30, -60);
+}
+
+// For every row, rows past the end included. The heads of a token, which lie side by side in
+// memory, are read at about the same time.
+template <typename Element>
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_rows_kernel(const __grid_constant__ KernelParams params, bool aligned) {
+  const BackwardParams& backward = params.backward;
+  const Workspace& workspace = params.workspace;
+  const Visibility& visibility = backward.visibility;
+  const auto num_heads = static_cast<unsigned>(visibility.num_heads);
+  const auto padded = static_cast<unsigned>(visibility.num_m_blocks()) * kBlockSize;
+  const unsigned head = blockIdx.x % num_heads, tile = blockIdx.x / num_heads;
+  const int64_t batch = tile / (padded / kPrepareRows);
+  const unsigned token = tile % (padded / kPrepareRows) * kPrepareRows + threadIdx.x / kRowLanes;
+  const int64_t row = (batch * num_heads + head) * padded + token;
+  const int lane = static_cast<int>(threadIdx.x) % kRowLanes, column = lane * 8;
+  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * 128) + lane;
+  sums[0] = sums[kRowLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's 128
+  float delta = 0, norm = 0;
+  if (token < visibility.seqlen_q) {
+    const auto eight = [&](const Rows& rows) {
+      return load_part<Element>(rows, batch, head, token, column,
+                                static_cast<int>(backward.heads.head_dim), aligned);
+    };
+    const uint4 out = eight(backward.out), grad_out = eight(backward.grad_out);
+    for (int e = 0; e < 8; ++e) {
+      const float grad = element<Element>(grad_out, e);
+      delta += element<Element>(out, e) * grad;
+      norm += grad * grad;
+    }
+  }
+  for (int lanes = kRowLanes / 2; lanes > 0; lanes /= 2) {
+    delta += __shfl_xor_sync(~0u, delta, lanes);
+    norm += __shfl_xor_sync(~0u, norm, lanes);
+  }
+  const unsigned group = num_heads / static_cast<unsigned>(backward.heads.num_heads_k);
+  const int64_t key_head = batch * backward.heads.num_heads_k + head / group;
+  if (backward.deterministic && token < 128 / kRowLanes && head % group == 0) {
+    const int64_t at = key_head * 128 + token * kRowLanes + lane;
+    workspace.key_scale[at] = scale_to(__uint_as_float(workspace.key_column[at]), 1, -30);
+  }
+  if (lane != 0) return;
+  const float lse = token < visibility.seqlen_q
+                        ? backward.lse[(batch * num_heads + head) * visibility.seqlen_q + token]
+                        : -INFINITY;
+  const bool sees_nothing = lse == -INFINITY;
+  workspace.score_start[row] =
+      (sees_nothing ? -INFINITY : -lse) / usable_scale(backward.softmax_scale);
+  workspace.grad_score_start[row] = sees_nothing ? 0 : -delta;
+  if (backward.deterministic) {
+    workspace.query_scale[row] =
+        query_scale(norm, __uint_as_float(workspace.value_norm[key_head]), delta, lse);
+  }
+}
+
+}  // namespace rrattn::cuda::sm90::backward

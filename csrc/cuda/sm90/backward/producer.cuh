@@ -1,0 +1,128 @@
+// The producer warp of the gradients: it takes key blocks, walks the query blocks that selected
+// them, of all heads of the group, and copies both.
+#pragma once
+
+#include "../../common/bit_walk.cuh"
+#include "../../common/block_masking.cuh"
+#include "../common/tensor_copy.cuh"
+#include "config.cuh"
+
+namespace rrattn::cuda::sm90::backward {
+
+template <typename Traits>
+__device__ void produce_steps(const KernelParams& params, typename Traits::SharedStorage& shared) {
+  const Visibility& visibility = params.backward.visibility;
+  const Workspace& workspace = params.workspace;
+  const int group = static_cast<int>(group_size(visibility, params.backward.heads));
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+  const int64_t num_words = ceil_div(num_m_blocks, kMaskWordBits);
+  const bool leader = threadIdx.x == 0;
+  RingPosition<1> items;
+  RingPosition<Traits::kQuerySlots> queries;
+  RingPosition<Traits::kGradOutSlots> grads;
+  RingPosition<Traits::kSumsSlots> sums;
+
+  for (;;) {
+    const int item = take_item(workspace.next_item);
+    shared.item_empty.wait(items.parity ^ 1);  // until the consumers are done with the last item
+    items.advance();
+    if (item >= params.num_items) {
+      if (leader) {
+        shared.item.index = -1;
+        shared.sums_tile[sums.slot] = -1;
+        shared.item_full.arrive();
+      }
+      return;
+    }
+    const Place place(params, item);
+
+    // The query blocks that selected the key block and see it, head by head.
+    int head = place.key_head * group - 1, m_block = -1;
+    BlockKind kind = BlockKind::kHidden;
+    const RunBounds* bounds = nullptr;
+    BitWalk walk(nullptr, 0);
+    const auto next_block = [&] {
+      for (;;) {
+        m_block = walk.next();
+        if (m_block < 0) {
+          if (++head == (place.key_head + 1) * group) return false;
+          bounds = run_bounds_of(visibility, kBlockSize, workspace.block_bounds, place.batch, head);
+          walk = BitWalk(workspace.transposed_mask + ((place.batch * visibility.num_heads + head) *
+                                                          visibility.num_n_blocks() +
+                                                      place.n_block) *
+                                                         num_words,
+                         num_m_blocks);
+          continue;
+        }
+        kind = classify_block(visibility, bounds, m_block, place.n_block);
+        if (kind != BlockKind::kHidden) return true;
+      }
+    };
+    bool more = next_block();
+    if (leader) {
+      shared.item = {item, !more};
+      if (more) {
+        constexpr uint32_t kScaleBytes = Traits::kHeadDim * sizeof(float);
+        shared.item_full.arrive_and_expect(2 * Traits::kKeyBytes +
+                                           (Traits::kDeterministic ? kScaleBytes : 0));
+        if constexpr (Traits::kDeterministic) {
+          SM90_BULK_COPY_G2S::copy(
+              workspace.key_scale +
+                  (place.batch * params.backward.heads.num_heads_k + place.key_head) *
+                      Traits::kHeadDim,
+              shared.item_full.raw(), shared.key_scale, kScaleBytes);
+        }
+        const int first_key = place.n_block * kBlockSize;
+        copy_rows<Traits::kPanels>(shared.key, params.key, kBlockSize, first_key, place.key_head,
+                                   place.batch, shared.item_full);
+        copy_rows<Traits::kPanels>(shared.value, params.value, kBlockSize, first_key,
+                                   place.key_head, place.batch, shared.item_full);
+      } else {
+        shared.item_full.arrive();
+      }
+    }
+    while (more) {
+      const int block = m_block, block_head = head;
+      const bool masked = has_hidden_scores(visibility, kind, block, place.n_block);
+      more = next_block();
+      for (int t = kQueryTiles - 1; t >= 0; --t) {
+        const int first_query = block * kBlockSize + t * kQueryTile;
+        const int tile = static_cast<int>(
+            ((place.batch * visibility.num_heads + block_head) * num_m_blocks + block) *
+                kQueryTiles +
+            t);
+        const int64_t statistics = static_cast<int64_t>(tile) * kQueryTile;
+        shared.query_empty[queries.slot].wait(queries.parity ^ 1);
+        if (leader) {
+          shared.step[queries.slot] = {first_query, block_head, masked, !more && t == 0};
+          shared.sums_tile[sums.slot] = tile;
+          Barrier& full = shared.query_full[queries.slot];
+          full.arrive_and_expect(Traits::kQueryBytes +
+                                 Traits::kStatisticsBytes * (Traits::kDeterministic ? 2 : 1));
+          copy_rows<Traits::kPanels>(shared.query[queries.slot], params.query, kQueryTile,
+                                     first_query, block_head, place.batch, full);
+          SM90_BULK_COPY_G2S::copy(workspace.score_start + statistics, full.raw(),
+                                   shared.score_start[queries.slot], Traits::kStatisticsBytes);
+          if constexpr (Traits::kDeterministic) {
+            SM90_BULK_COPY_G2S::copy(workspace.query_scale + statistics, full.raw(),
+                                     shared.query_scale[queries.slot], Traits::kStatisticsBytes);
+          }
+        }
+        queries.advance();
+        sums.advance();
+        shared.grad_out_empty[grads.slot].wait(grads.parity ^ 1);
+        if (leader) {
+          Barrier& full = shared.grad_out_full[grads.slot];
+          full.arrive_and_expect(Traits::kQueryBytes + Traits::kStatisticsBytes);
+          copy_rows<Traits::kPanels>(shared.grad_out[grads.slot], params.grad_out, kQueryTile,
+                                     first_query, block_head, place.batch, full);
+          SM90_BULK_COPY_G2S::copy(workspace.grad_score_start + statistics, full.raw(),
+                                   shared.grad_score_start[grads.slot], Traits::kStatisticsBytes);
+        }
+        grads.advance();
+      }
+    }
+  }
+}
+
+}  // namespace rrattn::cuda::sm90::backward

@@ -1,0 +1,146 @@
+// Tile sizes, shared memory and workspace of the estimate on Hopper.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/tensor.hpp>
+
+#include "../../common/heads.cuh"
+#include "../../common/run_bounds.cuh"
+#include "../../common/softmax.cuh"
+#include "../common/wgmma.cuh"
+
+namespace rrattn::cuda::sm90::estimate {
+
+using namespace cute;
+
+constexpr int kTileStrides = 128;  // pooled keys of a tile
+constexpr int kTileQueries = 64;   // sampled queries of a consumer warp group: the m of wgmma
+
+constexpr int kItemSlots = 2;  // items under way: one at the consumers, one before or after them
+
+// The 64 sampled queries of one consumer in one item.
+struct RowTile {
+  bool active;
+  int head;  // query head
+  int first_sample;
+  int first_token, last_token;
+};
+
+// The item of work: up to kConsumers row tiles that share a key head.
+template <int kConsumers>
+struct WorkItem {
+  int index;      // < 0: no item is left
+  int num_tiles;  // of strides that any of the rows sees under the diagonal
+  int batch;
+  int key_head;  // over all batch entries
+  RowTile rows[kConsumers];
+};
+
+// The tile sizes by head size. Shared memory (227 KB): kConsumers query tiles, kKeySlots key tiles
+// and kChunkSlots chunks of sums on their way back. Four consumers beat fewer, since what is short
+// is warps to hide latency with: see docs/tuning.md.
+template <typename Element_, int kHeadDim_>
+struct KernelTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kConsumers = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kKeySlots = kHeadDim == 64 ? 8 : kHeadDim == 128 ? 4 : 2;
+  static constexpr int kChunkSlots = 2;
+  static constexpr int kChunkBytes = 16384;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
+  // A thread block starts with 65,536 / kThreads registers a thread, rounded down to a multiple of
+  // 8; the warp groups share these out again. A group that asks for more than are left waits
+  // forever.
+  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kServiceRegisters = 56;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : 216;
+  static_assert(kServiceRegisters + kConsumers * kConsumerRegisters <=
+                (kConsumers + 1) * kStartRegisters);
+
+  using Mma = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float,
+                           Shape<Int<kTileQueries>, Int<kTileStrides>, Int<kHeadDim>>>()));
+  using SmemAtom = GMMA::Layout_K_SW128_Atom<Element>;
+  using QueryLayout =
+      decltype(tile_to_shape(SmemAtom{}, Shape<Int<kTileQueries>, Int<kHeadDim>>{}));
+  using KeyLayout = decltype(tile_to_shape(SmemAtom{}, Shape<Int<kTileStrides>, Int<kHeadDim>>{}));
+  // Where an element lies in such a tile, for stores that do not go through a CuTe tensor.
+  using QueryOffsets = decltype(as_position_independent_swizzle_layout(QueryLayout{}));
+  using KeyOffsets = decltype(as_position_independent_swizzle_layout(KeyLayout{}));
+  static constexpr int kKeyTileElements = kTileStrides * kHeadDim;
+  static constexpr uint32_t kKeyTileBytes = kKeyTileElements * sizeof(Element);
+
+  using Chunk = float[kChunkBytes / sizeof(float)];
+
+  struct SharedStorage {
+    alignas(1024) Element query[kConsumers][kTileQueries * kHeadDim];
+    alignas(1024) Element key[kKeySlots][kKeyTileElements];
+    alignas(128) Chunk chunk[kChunkSlots];
+    float row_factor[kItemSlots][kConsumers][kTileQueries];  // 1 / the sum of the row
+    Barrier key_full[kKeySlots], key_empty[kKeySlots];
+    Barrier item_full[kItemSlots], item_empty[kItemSlots], sums_full[kItemSlots];
+    Barrier chunk_full[kConsumers + 1][kChunkSlots];
+    int tile[kKeySlots];  // in that slot; < 0: none, the pass is over
+    WorkItem<kConsumers> item[kItemSlots];
+    bool outgrown[kItemSlots];       // a row sum has reached kOutgrown
+    volatile int64_t sums_position;  // up to here sums have been read back
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+  static_assert(kKeySlots * kKeyTileBytes >= kConsumers * kChunkSlots * kChunkBytes);
+};
+
+// Counts of strides, rows and items. They are below 2^30, so that index arithmetic on the GPU stays
+// in 32 bits.
+struct WorkLayout {
+  int num_strides;    // of the keys
+  int num_tiles;      // of kTileStrides strides
+  int num_row_tiles;  // of kTileQueries sampled queries, of one head
+  int group_size;     // query heads of a key head
+  int key_heads;      // over all batch entries
+  int num_items;
+  float score_scale;  // brings products to scores in units of log2
+
+  WorkLayout(const EstimateParams& params, int consumers)
+      : num_strides(static_cast<int>(ceil_div(params.visibility.seqlen_k, params.sampling.stride))),
+        num_tiles(static_cast<int>(ceil_div(num_strides, kTileStrides))),
+        num_row_tiles(static_cast<int>(
+            ceil_div(ceil_div(params.visibility.seqlen_q, params.sampling.stride), kTileQueries))),
+        group_size(static_cast<int>(cuda::group_size(params.visibility, params.heads))),
+        key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)),
+        num_items(key_heads * static_cast<int>(ceil_div(num_row_tiles * group_size, consumers))),
+        score_scale(params.sampling.softmax_scale * kLog2E) {}
+};
+
+template <typename Traits>
+struct Workspace {
+  typename Traits::Element* pooled_keys;  // [B, Hkv, num_tiles] images of KeyLayout
+  float* block_sums;  // [multiprocessors, kConsumers, num_tiles, kTileQueries, blocks of a tile]
+  int64_t consumer_sums;     // elements of these for one consumer
+  RunBounds* stride_bounds;  // [B, bounds heads, num_strides]
+  RunBounds* tile_bounds;    // [B, bounds heads, num_tiles]
+  int* next_item;            // [2]: of the first launch, of the one for outgrown items
+  int* num_outgrown;
+  int* outgrown_items;  // [num_items]
+
+  Workspace(Arena& arena, const EstimateParams& params, int num_multiprocessors) {
+    const WorkLayout layout(params, Traits::kConsumers);
+    const int64_t key_tiles = static_cast<int64_t>(layout.key_heads) * layout.num_tiles;
+    pooled_keys = arena.take<typename Traits::Element>(key_tiles * Traits::kKeyTileElements);
+    consumer_sums = static_cast<int64_t>(layout.num_tiles) * kTileQueries *
+                    (kTileStrides * params.sampling.stride / kBlockSize);
+    block_sums = arena.take<float>(num_multiprocessors * Traits::kConsumers * consumer_sums);
+    stride_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(params.sampling.stride));
+    tile_bounds = arena.take<RunBounds>(
+        params.visibility.num_run_bounds(params.sampling.stride * kTileStrides));
+    next_item = arena.take<int>(3 + layout.num_items);
+    num_outgrown = next_item + 2;
+    outgrown_items = next_item + 3;
+  }
+  __device__ float* sums_of(int consumer) const {
+    return block_sums +
+           (static_cast<int64_t>(blockIdx.x) * Traits::kConsumers + consumer) * consumer_sums;
+  }
+};
+
+}  // namespace rrattn::cuda::sm90::estimate

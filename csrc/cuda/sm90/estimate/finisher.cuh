@@ -1,0 +1,160 @@
+// From sums of exponentials to block scores. Three warps of the estimate do this while the
+// consumers are at the next item. The last item of a thread block is finished by the consumers
+// themselves.
+#pragma once
+
+#include "consumer.cuh"
+
+namespace rrattn::cuda::sm90::estimate {
+
+constexpr int kFinisherThreads = kWarpGroup - 32;  // the producer has the first warp of the group
+
+// A team of kThreads threads, with its own ring of chunks in shared memory.
+template <typename Traits, int kStride, int kThreads>
+class Finisher {
+  using Sums = BlockSums<kStride>;
+  using Item = WorkItem<Traits::kConsumers>;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Chunk = typename Traits::Chunk;
+  static constexpr int kRows = kBlockSize / kStride;  // sampled queries of a query block
+  static constexpr int kTileElements = kTileQueries * Sums::kBlocks;
+  static constexpr int kTileBytes = kTileElements * sizeof(float);
+  static constexpr int kChunkTiles = Traits::kChunkBytes / kTileBytes;
+  static_assert(kChunkTiles > 0);
+
+ public:
+  __device__ Finisher(const EstimateParams& params, const Workspace<Traits>& workspace,
+                      SharedStorage& shared, int thread, int team)
+      : params_(params),
+        workspace_(workspace),
+        shared_(shared),
+        thread_(thread),
+        team_(team),
+        // Consumers use the memory of the key tiles, once all of them are done with these.
+        chunks_(team == Traits::kConsumers
+                    ? shared.chunk
+                    : reinterpret_cast<Chunk*>(shared.key) + team * Traits::kChunkSlots) {}
+
+  // Divides by the row sums, adds up the rows of each query block, and writes whole rows of
+  // block_scores, for the item's consumers [first, end).
+  //
+  // The sums come back in chunks of whole tiles, by bulk copies kChunkSlots ahead.
+  __device__ void finish(int slot, int first, int end) {
+    const Item& item = shared_.item[slot];
+    const int consumers = end - first;
+    const int num_chunks = (item.num_tiles + kChunkTiles - 1) / kChunkTiles * consumers;
+    const auto load = [&](int chunk) {
+      if (chunk >= num_chunks) return;
+      if (thread_ == 0) {
+        const int first_tile = chunk / consumers * kChunkTiles;
+        const uint32_t bytes = min(kChunkTiles, item.num_tiles - first_tile) * kTileBytes;
+        Barrier& full = shared_.chunk_full[team_][loading_.slot];
+        full.arrive_and_expect(bytes);
+        SM90_BULK_COPY_G2S::copy(workspace_.sums_of(first + chunk % consumers) +
+                                     static_cast<int64_t>(first_tile) * kTileElements,
+                                 full.raw(), chunks_[loading_.slot], bytes);
+      }
+      loading_.advance();
+    };
+    for (int chunk = 0; chunk < Traits::kChunkSlots; ++chunk) load(chunk);
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      const int first_tile = chunk / consumers * kChunkTiles;
+      const int consumer = first + chunk % consumers;
+      shared_.chunk_full[team_][reading_.slot].wait(reading_.parity);
+      if (team_ == Traits::kConsumers && consumer == end - 1) {
+        free_sums(position_ + first_tile + kChunkTiles);
+      }
+      if (item.rows[consumer].active) {
+        write_chunk(item, item.rows[consumer], first_tile, chunks_[reading_.slot],
+                    shared_.row_factor[slot][consumer]);
+      }
+      cutlass::arch::NamedBarrier::sync(kThreads, team_);  // all have read it
+      load(chunk + Traits::kChunkSlots);
+      reading_.advance();
+    }
+    for (int consumer = first; consumer < end; ++consumer) {
+      if (item.rows[consumer].active) clear_rest(item, item.rows[consumer]);
+    }
+  }
+
+  // Frees all sums of the item, used or not.
+  __device__ void free_item_sums() {
+    position_ += kItemPosition;
+    free_sums(position_);
+  }
+
+ private:
+  // Lets the consumers overwrite the sums before this position.
+  __device__ void free_sums(int64_t position) {
+    if (thread_ == 0) shared_.sums_position = position;
+  }
+
+  // Row m_block of block_scores.
+  __device__ float* scores_of(const Item& item, int head, int m_block) const {
+    const Visibility& visibility = params_.visibility;
+    return params_.block_scores +
+           ((item.batch * visibility.num_heads + head) * visibility.num_m_blocks() + m_block) *
+               visibility.num_n_blocks();
+  }
+
+  // Writes the scores of a chunk. `sums` are those of the tiles from first_tile on.
+  __device__ void write_chunk(const Item& item, const RowTile& rows, int first_tile,
+                              const float* sums, const float* row_factor) const {
+    constexpr int kVector = Sums::kBlocks < 4 ? Sums::kBlocks : 4;  // key blocks of a thread
+    constexpr int kVectors = kChunkTiles * Sums::kBlocks / kVector;
+    using Vector = std::conditional_t<kVector == 4, float4, float2>;
+    const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
+    const int num_m_blocks = static_cast<int>(params_.visibility.num_m_blocks());
+    for (int i = thread_; i < kTileQueries / kRows * kVectors; i += kThreads) {
+      const int m = i / kVectors, m_block = rows.first_sample / kRows + m;
+      const int block = i % kVectors * kVector, tile = first_tile + block / Sums::kBlocks;
+      const int n_block = first_tile * Sums::kBlocks + block;
+      if (m_block >= num_m_blocks || tile >= item.num_tiles) continue;
+      const float* column = sums + block / Sums::kBlocks * kTileElements +
+                            m * kRows * Sums::kBlocks + block % Sums::kBlocks;
+      float scores[kVector] = {};
+      if (!hides<kStride>(item, params_, workspace_, tile)) {
+#pragma unroll 8
+        for (int step = 0; step < kRows; ++step) {
+          const int r = (step + i) % kRows;  // neighbouring threads on different banks
+          const Vector of_row = *reinterpret_cast<const Vector*>(column + r * Sums::kBlocks);
+          const float factor = row_factor[m * kRows + r];
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) {
+            scores[j] += reinterpret_cast<const float*>(&of_row)[j] * factor;
+          }
+        }
+      }
+      float* out = scores_of(item, rows.head, m_block);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        if (n_block + j < num_n_blocks) out[n_block + j] = scores[j];
+      }
+    }
+  }
+
+  // Writes zeros past the last tile.
+  __device__ void clear_rest(const Item& item, const RowTile& rows) const {
+    const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
+    for (int m = 0; m < kTileQueries / kRows; ++m) {
+      const int m_block = rows.first_sample / kRows + m;
+      if (m_block >= params_.visibility.num_m_blocks()) break;
+      float* out = scores_of(item, rows.head, m_block);
+      for (int n_block = item.num_tiles * Sums::kBlocks + thread_; n_block < num_n_blocks;
+           n_block += kThreads) {
+        out[n_block] = 0;
+      }
+    }
+  }
+
+  const EstimateParams& params_;
+  const Workspace<Traits>& workspace_;
+  SharedStorage& shared_;
+  const int thread_;
+  const int team_;  // number of a consumer; kConsumers: the three warps
+  Chunk* chunks_;
+  RingPosition<Traits::kChunkSlots> loading_, reading_;
+  int64_t position_ = 0;
+};
+
+}  // namespace rrattn::cuda::sm90::estimate

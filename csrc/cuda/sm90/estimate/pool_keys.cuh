@@ -1,0 +1,82 @@
+// Averages the keys of each stride, and writes tiles of the averages as shared memory is to hold
+// them. A NaN or infinity in a key that no query sees counts as zero.
+#pragma once
+
+#include "../../common/rows.cuh"
+#include "block_sums.cuh"
+
+namespace rrattn::cuda::sm90::estimate {
+
+constexpr int kPoolThreads = 256;
+constexpr int kPoolStrides = 32;  // strides of a thread block
+
+__device__ inline bool all_finite(const float (&values)[8]) {
+  bool finite = true;
+#pragma unroll
+  for (const float value : values) finite &= isfinite(value);
+  return finite;
+}
+
+// A thread averages 8 columns of one stride, with up to 8 loads in flight.
+template <typename Traits, int kStride, bool kFlashMask>
+__global__ void __launch_bounds__(kPoolThreads)
+    pool_keys_kernel(EstimateParams params, WorkLayout layout, Workspace<Traits> workspace,
+                     bool aligned) {
+  using Element = typename Traits::Element;
+  constexpr int kChunks = Traits::kHeadDim / 8;
+  constexpr int kLoads = kStride < 8 ? kStride : 8;
+  const int64_t head = blockIdx.y, batch = blockIdx.z;
+  if (blockIdx.x == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
+    workspace.next_item[0] = workspace.next_item[1] = *workspace.num_outgrown = 0;
+  }
+  const auto* keys = static_cast<const Element*>(params.key.data) +
+                     batch * params.key.batch_stride + head * params.key.head_stride;
+  const int head_dim = static_cast<int>(params.heads.head_dim);
+  const int64_t group = group_size(params.visibility, params.heads);
+  for (int i = threadIdx.x; i < kPoolStrides * kChunks; i += kPoolThreads) {
+    const int64_t stride = static_cast<int64_t>(blockIdx.x) * kPoolStrides + i / kChunks;
+    const int column = i % kChunks * 8;
+    float sum[8] = {};
+#pragma unroll 1
+    for (int64_t key = stride * kStride; key < (stride + 1) * kStride; key += kLoads) {
+      uint4 rows[kLoads];
+#pragma unroll
+      for (int r = 0; r < kLoads; ++r) {
+        rows[r] = make_uint4(0, 0, 0, 0);
+        if (key + r < params.visibility.seqlen_k) {
+          rows[r] = load_eight(keys + (key + r) * params.key.row_stride, column, head_dim, aligned);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kLoads; ++r) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          sum[e] += static_cast<float>(reinterpret_cast<const Element*>(&rows[r])[e]);
+      }
+    }
+    if (kFlashMask && !all_finite(sum)) {
+      for (float& value : sum) value = 0;
+#pragma unroll 1
+      for (int64_t key = stride * kStride;
+           key < min((stride + 1) * kStride, params.visibility.seqlen_k); ++key) {
+        const uint4 row = load_eight(keys + key * params.key.row_stride, column, head_dim, aligned);
+        const bool seen = seen_by_group(params.visibility, group, batch, head, key);
+        for (int e = 0; e < 8; ++e) {
+          const auto value = static_cast<float>(reinterpret_cast<const Element*>(&row)[e]);
+          if (seen || isfinite(value)) sum[e] += value;
+        }
+      }
+    }
+    alignas(16) Element mean[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) mean[e] = static_cast<Element>(sum[e] / kStride);
+    const int64_t tile =
+        (batch * params.heads.num_heads_k + head) * layout.num_tiles + stride / kTileStrides;
+    const int offset =
+        typename Traits::KeyOffsets{}(column_of(static_cast<int>(stride % kTileStrides)), column);
+    *reinterpret_cast<uint4*>(workspace.pooled_keys + tile * Traits::kKeyTileElements + offset) =
+        *reinterpret_cast<const uint4*>(mean);
+  }
+}
+
+}  // namespace rrattn::cuda::sm90::estimate
