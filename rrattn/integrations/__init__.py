@@ -18,6 +18,8 @@ instance of a subclass of `model_library.ModelLibrary`, whose methods say
 - `own_flag`, `config_of`, `running_core`: the library's flag for attention functions, where it has one,
 - `log`: where its messages go.
 
+If it has a table of attention functions to register in, that is one of the _HOOKS.
+
 What a layer then calls hands query, key, value and masks to `common.attend`, and refuses by name what the library asks
 for beyond that. `paddlenlp.py` is an example of a library with a function to replace, `paddleformers.py` of one with a
 table of functions, `paddlefleet.py` of one that takes a class of ours.
