@@ -1,7 +1,7 @@
 // What the values of a dense mask mean, and which masks are FlashMask bounds.
 //
-// Query row r stands at position r + Lk - Lq of the keys. A mask fits when each key is seen by a
-// run of rows, or by none: the run begins at the row of the key's own position (at row 0 for a
+// Query row r stands at position r + Lk - Lq of the keys. A mask fits when the rows that see a key
+// lie side by side, or are none: they begin at the row of the key's own position (at row 0 for a
 // cached key, which lies before all rows), and once the key is hidden from a row, it stays hidden
 // from all later ones. Then the number of rows that see a key says which rows they are.
 #pragma once

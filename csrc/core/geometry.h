@@ -1,7 +1,7 @@
 // Block geometry: which key blocks a query block can see, under the causal diagonal and FlashMask.
 //
 // FlashMask gives each key two half-open row intervals, [lower_start, lower_end) and
-// [upper_start, upper_end); a row inside either does not see the key. Over a run of keys (a block,
+// [upper_start, upper_end); a row inside either does not see the key. Over a span of keys (a block,
 // or a sample stride) only the extremes of these bounds count. To the rows of a query block a key
 // block is
 //
@@ -79,7 +79,7 @@ RRATTN_HOST_DEVICE inline bool seen_by_group(const Visibility& visibility, int64
   return false;
 }
 
-// The extremes of one of the two intervals over a run of keys. Rows in [max_start, min_end) are
+// The extremes of one of the two intervals over a span of keys. Rows in [max_start, min_end) are
 // masked for every key; rows outside [min_start, max_end) are masked for none.
 struct IntervalExtremes {
   int32_t max_start = kRowMinusInfinity, min_end = kRowInfinity;
@@ -99,7 +99,7 @@ struct IntervalExtremes {
   }
 };
 
-struct RunBounds {
+struct SpanBounds {
   IntervalExtremes lower, upper;
 
   RRATTN_HOST_DEVICE bool hides(int64_t first_row, int64_t last_row) const {
@@ -110,28 +110,28 @@ struct RunBounds {
   }
 };
 
-RRATTN_HOST_DEVICE inline RunBounds run_bounds(const RowBounds& layout, bool causal,
-                                               const int32_t* bounds, int64_t first_key,
-                                               int64_t end_key) {
-  RunBounds run;
+RRATTN_HOST_DEVICE inline SpanBounds span_bounds(const RowBounds& layout, bool causal,
+                                                 const int32_t* bounds, int64_t first_key,
+                                                 int64_t end_key) {
+  SpanBounds span;
   for (int64_t key = first_key; key < end_key; ++key) {
     const KeyBounds at = load_key_bounds(layout, causal, bounds, key);
-    run.lower.add(at.lower);
-    run.upper.add(at.upper);
+    span.lower.add(at.lower);
+    span.upper.add(at.upper);
   }
-  return run;
+  return span;
 }
 
-// The part of `bounds`, [B, bounds heads, runs], that applies to one query head; null without
+// The part of `bounds`, [B, bounds heads, spans], that applies to one query head; null without
 // FlashMask.
-RRATTN_HOST_DEVICE inline const RunBounds* run_bounds_of(const Visibility& visibility,
-                                                         int64_t run_length,
-                                                         const RunBounds* bounds, int64_t batch,
-                                                         int64_t head) {
+RRATTN_HOST_DEVICE inline const SpanBounds* span_bounds_of(const Visibility& visibility,
+                                                           int64_t span_length,
+                                                           const SpanBounds* bounds, int64_t batch,
+                                                           int64_t head) {
   const RowBounds& layout = visibility.row_bounds;
   if (layout.data == nullptr) return nullptr;
   return bounds + (batch * layout.num_heads + visibility.bounds_head(head)) *
-                      ceil_div(visibility.seqlen_k, run_length);
+                      ceil_div(visibility.seqlen_k, span_length);
 }
 
 // Where a query block's row of the block mask is, among the rows and among the key blocks.
@@ -176,7 +176,7 @@ enum class BlockKind { kHidden, kPartial, kOpen };
 // `block_bounds` has the bounds of each key block for one batch entry and head; null without
 // FlashMask.
 RRATTN_HOST_DEVICE inline BlockKind classify_block(const Visibility& visibility,
-                                                   const RunBounds* block_bounds, int64_t m_block,
+                                                   const SpanBounds* block_bounds, int64_t m_block,
                                                    int64_t n_block) {
   const int64_t first_row = m_block * kBlockSize;
   const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;

@@ -66,9 +66,9 @@ struct Visibility {
   RRATTN_HOST_DEVICE int64_t num_mask_words() const {
     return ceil_div(num_n_blocks(), kMaskWordBits);
   }
-  // How many runs of run_length keys have FlashMask bounds, [B, bounds heads, runs]: 0 without it.
-  RRATTN_HOST_DEVICE int64_t num_run_bounds(int64_t run_length) const {
-    return row_bounds.data ? batch * row_bounds.num_heads * ceil_div(seqlen_k, run_length) : 0;
+  // How many spans of span_length keys have bounds, [B, bounds heads, spans]: 0 without FlashMask.
+  RRATTN_HOST_DEVICE int64_t num_span_bounds(int64_t span_length) const {
+    return row_bounds.data ? batch * row_bounds.num_heads * ceil_div(seqlen_k, span_length) : 0;
   }
   // The FlashMask head that applies to query head h (heads of a group lie side by side).
   RRATTN_HOST_DEVICE int64_t bounds_head(int64_t h) const {

@@ -91,7 +91,7 @@ inline void attend_strip(const AttendParams& params, const HeadMask& mask, bool 
 }
 
 // Heads [first_head, first_head + num_heads), which share key head `key_head`, of one query block.
-inline void attend_item(const AttendParams& params, const RunBounds* block_bounds, int64_t batch,
+inline void attend_item(const AttendParams& params, const SpanBounds* block_bounds, int64_t batch,
                         int64_t key_head, int64_t first_head, int64_t num_heads, int64_t m_block,
                         AttendScratch& scratch) {
   const Visibility& visibility = params.visibility;
@@ -165,7 +165,7 @@ inline void attend_item(const AttendParams& params, const RunBounds* block_bound
 
 inline int64_t attend_workspace_bytes(const AttendParams& params) {
   Arena arena;
-  arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+  arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
   return workspace_bytes<AttendScratch>(arena, params);
 }
 
@@ -173,8 +173,8 @@ inline void run_attend(const AttendParams& params) {
   const Visibility& visibility = params.visibility;
   const int num_threads = params.execution.num_threads;
   Arena arena(params.execution.workspace);
-  RunBounds* block_bounds = arena.take<RunBounds>(visibility.num_run_bounds(kBlockSize));
-  compute_run_bounds(visibility, kBlockSize, num_threads, block_bounds);
+  SpanBounds* block_bounds = arena.take<SpanBounds>(visibility.num_span_bounds(kBlockSize));
+  compute_span_bounds(visibility, kBlockSize, num_threads, block_bounds);
 
   const int64_t group = visibility.num_heads / params.heads.num_heads_k;
   const int64_t chunks = ceil_div(group, kHeadsPerItem);

@@ -98,7 +98,7 @@ inline void fill(float* to, int64_t count, float value) {
 }
 
 // Computes dQ of one query block of one head.
-inline void grad_query_item(const BackwardParams& params, const RunBounds* block_bounds,
+inline void grad_query_item(const BackwardParams& params, const SpanBounds* block_bounds,
                             const SoftmaxState& state, int64_t batch, int64_t head, int64_t m_block,
                             const BackwardScratch& scratch) {
   const Visibility& visibility = params.visibility;
@@ -223,7 +223,7 @@ inline void grad_key_value_tile(const BackwardParams& params, const HeadMask& ma
 }
 
 // Computes dK and dV of one key block of one key head, over all query heads of its group.
-inline void grad_key_value_item(const BackwardParams& params, const RunBounds* block_bounds,
+inline void grad_key_value_item(const BackwardParams& params, const SpanBounds* block_bounds,
                                 const SoftmaxState& state, int64_t batch, int64_t key_head,
                                 int64_t n_block, const BackwardScratch& scratch) {
   const Visibility& visibility = params.visibility;
@@ -274,7 +274,7 @@ inline void grad_key_value_item(const BackwardParams& params, const RunBounds* b
 
 inline int64_t backward_workspace_bytes(const BackwardParams& params) {
   Arena arena;
-  arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+  arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
   SoftmaxState(arena, params.visibility);
   return workspace_bytes<BackwardScratch>(arena, params);
 }
@@ -283,9 +283,9 @@ inline void run_backward(const BackwardParams& params) {
   const Visibility& visibility = params.visibility;
   const int num_threads = params.execution.num_threads;
   Arena arena(params.execution.workspace);
-  RunBounds* block_bounds = arena.take<RunBounds>(visibility.num_run_bounds(kBlockSize));
+  SpanBounds* block_bounds = arena.take<SpanBounds>(visibility.num_span_bounds(kBlockSize));
   const SoftmaxState state(arena, visibility);
-  compute_run_bounds(visibility, kBlockSize, num_threads, block_bounds);
+  compute_span_bounds(visibility, kBlockSize, num_threads, block_bounds);
   compute_softmax_state(params, state, arena);
 
   const int64_t query_heads = visibility.batch * visibility.num_heads;

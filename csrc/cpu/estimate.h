@@ -35,8 +35,8 @@ struct EstimateShape {
 
 // Shared by all threads, written before the walk.
 struct PooledKeys {
-  float* keys;        // [B, Hkv, num_strides, D], and room for a last tile that reads past the end
-  RunBounds* bounds;  // [B, bounds heads, num_strides]; nothing without FlashMask
+  float* keys;         // [B, Hkv, num_strides, D], and room for a last tile that reads past the end
+  SpanBounds* bounds;  // [B, bounds heads, num_strides]; nothing without FlashMask
 
   PooledKeys(Arena& arena, const EstimateParams& params) {
     const EstimateShape shape(params);
@@ -44,7 +44,7 @@ struct PooledKeys {
     const int64_t rows =
         visibility.batch * params.heads.num_heads_k * shape.num_strides + kStridesPerTile;
     keys = arena.take<float>(rows * params.heads.head_dim);
-    bounds = arena.take<RunBounds>(visibility.num_run_bounds(params.sampling.stride));
+    bounds = arena.take<SpanBounds>(visibility.num_span_bounds(params.sampling.stride));
   }
 };
 
@@ -129,7 +129,7 @@ struct SampledQueries {
 };
 
 // Makes scores -inf where the sampled query does not see the stride.
-inline void mask_strides(const SampledQueries& queries, const RunBounds* bounds,
+inline void mask_strides(const SampledQueries& queries, const SpanBounds* bounds,
                          int64_t first_stride, int64_t end_stride, int64_t rows, float* scores) {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t j = first_stride + i;
@@ -147,7 +147,7 @@ inline void mask_strides(const SampledQueries& queries, const RunBounds* bounds,
   }
 }
 
-inline bool hides_all(const RunBounds* bounds, int64_t first_stride, int64_t end_stride,
+inline bool hides_all(const SpanBounds* bounds, int64_t first_stride, int64_t end_stride,
                       int64_t first_token, int64_t last_token) {
   for (int64_t j = first_stride; j < end_stride; ++j) {
     if (!bounds[j].hides(first_token, last_token)) return false;
@@ -198,7 +198,7 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
   const int64_t key_head =
       batch * params.heads.num_heads_k + head * params.heads.num_heads_k / visibility.num_heads;
   const float* keys = pooled.keys + key_head * shape.num_strides * head_dim;
-  const RunBounds* bounds = run_bounds_of(visibility, shape.stride, pooled.bounds, batch, head);
+  const SpanBounds* bounds = span_bounds_of(visibility, shape.stride, pooled.bounds, batch, head);
   read_strip(HeadView(params.query, params.heads, batch, head), queries.first_token, shape.stride,
              queries.count,
              params.sampling.softmax_scale * kLog2E / static_cast<float>(shape.stride),
@@ -275,7 +275,7 @@ inline void run_estimate(const EstimateParams& params) {
   Arena arena(params.execution.workspace);
   const PooledKeys pooled(arena, params);
   pool_keys(params, pooled, arena);
-  compute_run_bounds(visibility, shape.stride, params.execution.num_threads, pooled.bounds);
+  compute_span_bounds(visibility, shape.stride, params.execution.num_threads, pooled.bounds);
 
   const int64_t num_heads = visibility.batch * visibility.num_heads;
   const int64_t items_per_head = ceil_div(visibility.num_m_blocks(), shape.m_blocks_per_item);

@@ -9,15 +9,15 @@ namespace rrattn::cpu::RRATTN_SIMD {
 // FlashMask.
 struct HeadMask {
   const Visibility& visibility;
-  const RunBounds* block_bounds = nullptr;
+  const SpanBounds* block_bounds = nullptr;
   const int32_t* bounds = nullptr;
 
-  HeadMask(const Visibility& visibility, const RunBounds* all_block_bounds, int64_t batch,
+  HeadMask(const Visibility& visibility, const SpanBounds* all_block_bounds, int64_t batch,
            int64_t head)
       : visibility(visibility) {
     const RowBounds& layout = visibility.row_bounds;
     if (layout.data == nullptr) return;
-    block_bounds = run_bounds_of(visibility, kBlockSize, all_block_bounds, batch, head);
+    block_bounds = span_bounds_of(visibility, kBlockSize, all_block_bounds, batch, head);
     bounds = row_bounds_of(layout, batch, visibility.bounds_head(head));
   }
   BlockKind kind(int64_t m_block, int64_t n_block) const {

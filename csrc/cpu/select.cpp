@@ -13,7 +13,7 @@
 #include "../core/geometry.h"
 #include "kernels.h"
 #include "parallel.h"
-#include "run_bounds.h"
+#include "span_bounds.h"
 
 namespace rrattn::cpu {
 
@@ -94,7 +94,7 @@ void keep_by_rule(const SelectParams& params, int64_t m_block, const SelectScrat
 }  // namespace
 
 int64_t select_workspace_bytes(const SelectParams& params) {
-  return params.visibility.num_run_bounds(kBlockSize) * static_cast<int64_t>(sizeof(RunBounds)) +
+  return params.visibility.num_span_bounds(kBlockSize) * static_cast<int64_t>(sizeof(SpanBounds)) +
          params.execution.num_threads * scratch_bytes(params.visibility.num_n_blocks());
 }
 
@@ -102,9 +102,10 @@ void run_select(const SelectParams& params) {
   const Visibility& visibility = params.visibility;
   const int64_t num_n_blocks = visibility.num_n_blocks(), num_m_blocks = visibility.num_m_blocks();
   const int64_t num_words = visibility.num_mask_words();
-  auto* block_bounds = static_cast<RunBounds*>(params.execution.workspace);
-  char* all_scratch = reinterpret_cast<char*>(block_bounds + visibility.num_run_bounds(kBlockSize));
-  compute_run_bounds(visibility, kBlockSize, params.execution.num_threads, block_bounds);
+  auto* block_bounds = static_cast<SpanBounds*>(params.execution.workspace);
+  char* all_scratch =
+      reinterpret_cast<char*>(block_bounds + visibility.num_span_bounds(kBlockSize));
+  compute_span_bounds(visibility, kBlockSize, params.execution.num_threads, block_bounds);
   const auto select_rows = [&](int thread, int64_t begin, int64_t end) {
     char* own = all_scratch + thread * scratch_bytes(num_n_blocks);
     auto* keys = reinterpret_cast<uint64_t*>(own);
@@ -112,7 +113,7 @@ void run_select(const SelectParams& params) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t m_block = row % num_m_blocks, head = row / num_m_blocks % visibility.num_heads;
       const int64_t batch = row / num_m_blocks / visibility.num_heads;
-      const RunBounds* bounds = run_bounds_of(visibility, kBlockSize, block_bounds, batch, head);
+      const SpanBounds* bounds = span_bounds_of(visibility, kBlockSize, block_bounds, batch, head);
       for (int64_t n = 0; n < num_n_blocks; ++n)
         scratch.kinds[n] = classify_block(visibility, bounds, m_block, n);
       uint32_t* mask_row = params.block_mask + row * num_words;

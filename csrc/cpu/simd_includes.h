@@ -10,4 +10,4 @@
 #include "../core/params.h"
 #include "kernels.h"
 #include "parallel.h"
-#include "run_bounds.h"
+#include "span_bounds.h"

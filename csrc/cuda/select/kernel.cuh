@@ -8,7 +8,7 @@
 // same inequality. Masses are integers, so they may be added in any order.
 #pragma once
 
-#include "../common/run_bounds.cuh"
+#include "../common/span_bounds.cuh"
 #include "cut.cuh"
 
 namespace rrattn::cuda::select {
@@ -17,7 +17,7 @@ constexpr uint32_t kNothing = 0x7fffffff;  // above the bits of every score
 
 struct KernelParams {
   SelectParams select;
-  const RunBounds* block_bounds;
+  const SpanBounds* block_bounds;
 };
 
 // Which row a thread block has, and what it may see.
@@ -57,7 +57,7 @@ __device__ inline void classify_blocks(const KernelParams& params, const Row& ro
                                        float (&loaded)[kWords], uint32_t& visible_bits,
                                        uint32_t& partial_bits) {
   const Visibility& visibility = params.select.visibility;
-  const RunBounds* bounds = run_bounds_of(
+  const SpanBounds* bounds = span_bounds_of(
       visibility, kBlockSize, params.block_bounds,
       row.index / static_cast<int>(visibility.num_m_blocks()) / visibility.num_heads, row.head);
   words.each([&](int i) {

@@ -6,7 +6,7 @@ namespace rrattn::cuda::select {
 template <int kWarps, int kWords>
 int64_t Stage<kWarps, kWords>::workspace_bytes(const SelectParams& params) {
   Arena arena;
-  arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+  arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
   return arena.used();
 }
 
@@ -17,8 +17,8 @@ void Stage<kWarps, kWords>::launch(const SelectParams& params) {
   if (num_rows == 0) return;
   const cudaStream_t stream = stream_of(params.execution);
   Arena arena(params.execution.workspace);
-  auto* block_bounds = arena.take<RunBounds>(visibility.num_run_bounds(kBlockSize));
-  compute_run_bounds(visibility, kBlockSize, block_bounds, stream);
+  auto* block_bounds = arena.take<SpanBounds>(visibility.num_span_bounds(kBlockSize));
+  compute_span_bounds(visibility, kBlockSize, block_bounds, stream);
   const auto kernel = visibility.row_bounds.data ? select_kernel<kWarps, kWords, true>
                                                  : select_kernel<kWarps, kWords, false>;
   kernel<<<static_cast<unsigned>(num_rows), kWarps * 32, 0, stream>>>({params, block_bounds});

@@ -6,7 +6,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "../../common/run_bounds.cuh"
+#include "../../common/span_bounds.cuh"
 #include "../common/barrier.cuh"
 #include "../common/tensor_map.h"
 
@@ -87,12 +87,12 @@ struct KernelTraits {
 };
 
 struct Workspace {
-  RunBounds* block_bounds;  // [B, bounds heads, Mk]
+  SpanBounds* block_bounds;  // [B, bounds heads, Mk]
   int* next_item;
   void *query, *key, *value;  // copies of what no tensor map can describe; else empty
 
   Workspace(Arena& arena, const AttendParams& params) {
-    block_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(kBlockSize));
+    block_bounds = arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
     next_item = arena.take<int>(1);
     const TensorShape query_shape = query_shape_of(params.visibility, params.heads);
     const TensorShape key_shape = key_shape_of(params.visibility, params.heads);

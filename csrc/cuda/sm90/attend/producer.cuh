@@ -16,7 +16,7 @@ namespace rrattn::cuda::sm90::attend {
 struct KernelParams {
   AttendParams attend;
   CUtensorMap query, key, value;
-  const RunBounds* block_bounds;
+  const SpanBounds* block_bounds;
   int* next_item;
   int num_items;
   int section_heads;  // query heads of a section
@@ -41,7 +41,7 @@ class RowBlocks {
  public:
   __device__ RowBlocks(const KernelParams& params, const RowItem& row)
       : visibility_(params.attend.visibility),
-        bounds_(run_bounds_of(visibility_, kBlockSize, params.block_bounds, row.batch, row.head)),
+        bounds_(span_bounds_of(visibility_, kBlockSize, params.block_bounds, row.batch, row.head)),
         m_block_(row.m_block),
         plain_end_(params.attend.softmax_scale > 0
                        ? first_hidden_key(visibility_, m_block_) / kBlockSize
@@ -84,7 +84,7 @@ class RowBlocks {
   }
 
   const Visibility& visibility_;
-  const RunBounds* bounds_;
+  const SpanBounds* bounds_;
   const int m_block_, plain_end_, seen_end_;
   BlockKind kind_ = BlockKind::kOpen;
   BitWalk walk_;

@@ -27,7 +27,7 @@ void Stage<kDataType, kHeadDim>::launch(const AttendParams& attend) {
   if (visibility.batch * visibility.num_heads * visibility.seqlen_q == 0) return;
   Arena arena(attend.execution.workspace);
   const Workspace workspace(arena, attend);
-  compute_run_bounds(visibility, kBlockSize, workspace.block_bounds, stream);
+  compute_span_bounds(visibility, kBlockSize, workspace.block_bounds, stream);
   RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.next_item, 0, sizeof(int), stream));
 
   KernelParams params;

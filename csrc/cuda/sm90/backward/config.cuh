@@ -7,7 +7,7 @@
 #include <cute/tensor.hpp>
 
 #include "../../common/heads.cuh"
-#include "../../common/run_bounds.cuh"
+#include "../../common/span_bounds.cuh"
 #include "../../common/work_order.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
@@ -124,7 +124,7 @@ struct KernelTraits {
 // where the probabilities add up to 1. Twice the bound is allowed for, so the resolution is 2^-29
 // of the bound.
 struct Workspace {
-  RunBounds* block_bounds;    // [B, bounds heads, Mk]
+  SpanBounds* block_bounds;   // [B, bounds heads, Mk]
   uint32_t* transposed_mask;  // [B, Hq, Mk, ceil(Mq / 32)]
   float* score_start;         // [B, Hq, Mq, kBlockSize]: -lse / scale, or P = 0 if nothing is seen
   float* grad_score_start;    // the same: -delta
@@ -142,7 +142,7 @@ struct Workspace {
     const int64_t rows =
         visibility.batch * visibility.num_heads * visibility.num_m_blocks() * kBlockSize;
     const int64_t key_heads = visibility.batch * params.heads.num_heads_k;
-    block_bounds = arena.take<RunBounds>(visibility.num_run_bounds(kBlockSize));
+    block_bounds = arena.take<SpanBounds>(visibility.num_span_bounds(kBlockSize));
     transposed_mask =
         arena.take<uint32_t>(visibility.batch * visibility.num_heads * visibility.num_n_blocks() *
                              ceil_div(visibility.num_m_blocks(), kMaskWordBits));

@@ -39,14 +39,15 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
     // The query blocks that selected the key block and see it, head by head.
     int head = place.key_head * group - 1, m_block = -1;
     BlockKind kind = BlockKind::kHidden;
-    const RunBounds* bounds = nullptr;
+    const SpanBounds* bounds = nullptr;
     BitWalk walk(nullptr, 0);
     const auto next_block = [&] {
       for (;;) {
         m_block = walk.next();
         if (m_block < 0) {
           if (++head == (place.key_head + 1) * group) return false;
-          bounds = run_bounds_of(visibility, kBlockSize, workspace.block_bounds, place.batch, head);
+          bounds =
+              span_bounds_of(visibility, kBlockSize, workspace.block_bounds, place.batch, head);
           walk = BitWalk(workspace.transposed_mask + ((place.batch * visibility.num_heads + head) *
                                                           visibility.num_n_blocks() +
                                                       place.n_block) *

@@ -107,7 +107,7 @@ void Stage<kDataType, kDeterministic>::launch(const BackwardParams& backward) {
   const cudaStream_t stream = stream_of(backward.execution);
   Arena arena(backward.execution.workspace);
   const Workspace workspace(arena, backward);
-  compute_run_bounds(backward.visibility, kBlockSize, workspace.block_bounds, stream);
+  compute_span_bounds(backward.visibility, kBlockSize, workspace.block_bounds, stream);
   RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.next_item, 0, sizeof(int), stream));
   const auto params = kernel_params<Traits>(backward, workspace);
 

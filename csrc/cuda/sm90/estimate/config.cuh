@@ -6,8 +6,8 @@
 #include <cute/tensor.hpp>
 
 #include "../../common/heads.cuh"
-#include "../../common/run_bounds.cuh"
 #include "../../common/softmax.cuh"
+#include "../../common/span_bounds.cuh"
 #include "../common/wgmma.cuh"
 
 namespace rrattn::cuda::sm90::estimate {
@@ -116,10 +116,10 @@ template <typename Traits>
 struct Workspace {
   typename Traits::Element* pooled_keys;  // [B, Hkv, num_tiles] images of KeyLayout
   float* block_sums;  // [multiprocessors, kConsumers, num_tiles, kTileQueries, blocks of a tile]
-  int64_t consumer_sums;     // elements of these for one consumer
-  RunBounds* stride_bounds;  // [B, bounds heads, num_strides]
-  RunBounds* tile_bounds;    // [B, bounds heads, num_tiles]
-  int* next_item;            // [2]: of the first launch, of the one for outgrown items
+  int64_t consumer_sums;      // elements of these for one consumer
+  SpanBounds* stride_bounds;  // [B, bounds heads, num_strides]
+  SpanBounds* tile_bounds;    // [B, bounds heads, num_tiles]
+  int* next_item;             // [2]: of the first launch, of the one for outgrown items
   int* num_outgrown;
   int* outgrown_items;  // [num_items]
 
@@ -130,9 +130,10 @@ struct Workspace {
     consumer_sums = static_cast<int64_t>(layout.num_tiles) * kTileQueries *
                     (kTileStrides * params.sampling.stride / kBlockSize);
     block_sums = arena.take<float>(num_multiprocessors * Traits::kConsumers * consumer_sums);
-    stride_bounds = arena.take<RunBounds>(params.visibility.num_run_bounds(params.sampling.stride));
-    tile_bounds = arena.take<RunBounds>(
-        params.visibility.num_run_bounds(params.sampling.stride * kTileStrides));
+    stride_bounds =
+        arena.take<SpanBounds>(params.visibility.num_span_bounds(params.sampling.stride));
+    tile_bounds = arena.take<SpanBounds>(
+        params.visibility.num_span_bounds(params.sampling.stride * kTileStrides));
     next_item = arena.take<int>(3 + layout.num_items);
     num_outgrown = next_item + 2;
     outgrown_items = next_item + 3;

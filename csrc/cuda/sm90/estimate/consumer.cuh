@@ -193,11 +193,11 @@ class Consumer {
     if (visibility.row_bounds.data == nullptr || !rows().active) return hidden;
 
     const int64_t batch = shared_.item[slot_].batch;
-    const RunBounds* tile_bounds = run_bounds_of(visibility, kStride * kTileStrides,
-                                                 workspace_.tile_bounds, batch, rows().head);
+    const SpanBounds* tile_bounds = span_bounds_of(visibility, kStride * kTileStrides,
+                                                   workspace_.tile_bounds, batch, rows().head);
     if (!tile_bounds[tile].meets(rows().first_token, rows().last_token)) return hidden;
-    const RunBounds* stride_bounds =
-        run_bounds_of(visibility, kStride, workspace_.stride_bounds, batch, rows().head);
+    const SpanBounds* stride_bounds =
+        span_bounds_of(visibility, kStride, workspace_.stride_bounds, batch, rows().head);
     const int token = row_token(half);
     const int end = min(kThreadStrides, layout_.num_strides - first);
 #pragma unroll 4

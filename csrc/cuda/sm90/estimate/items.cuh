@@ -51,8 +51,8 @@ __device__ inline bool hides(const WorkItem<Traits::kConsumers>& item, const Est
                              const Workspace<Traits>& workspace, int tile) {
   if (params.visibility.row_bounds.data == nullptr) return false;
   for (const RowTile& rows : item.rows) {
-    if (rows.active && !run_bounds_of(params.visibility, kStride * kTileStrides,
-                                      workspace.tile_bounds, item.batch, rows.head)[tile]
+    if (rows.active && !span_bounds_of(params.visibility, kStride * kTileStrides,
+                                       workspace.tile_bounds, item.batch, rows.head)[tile]
                             .hides(rows.first_token, rows.last_token)) {
       return false;
     }

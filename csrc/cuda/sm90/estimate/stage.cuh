@@ -40,8 +40,8 @@ void Stage<kDataType, kHeadDim, kStride>::launch(const EstimateParams& params) {
   const WorkLayout layout(params, Traits::kConsumers);
   Arena arena(params.execution.workspace);
   const Workspace<Traits> workspace(arena, params, num_multiprocessors());
-  compute_run_bounds(visibility, kStride, workspace.stride_bounds, stream);
-  compute_run_bounds(visibility, kStride * kTileStrides, workspace.tile_bounds, stream);
+  compute_span_bounds(visibility, kStride, workspace.stride_bounds, stream);
+  compute_span_bounds(visibility, kStride * kTileStrides, workspace.tile_bounds, stream);
   launch_pool_keys<Traits, kStride>(params, layout, workspace);
   for (const bool outgrown : {false, true}) {
     launch_persistent<Traits>(estimate_kernel<Traits, kStride>, layout.num_items, stream, params,
