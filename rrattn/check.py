@@ -181,7 +181,7 @@ class DirectKernels:
 
     def select(self, block_scores: Array, startend: Array | None, *, threshold: float, **options: Any) -> Array:
         """block_mask [B, Hq, Mq, ceil(Mk / 32)] int32."""
-        block_mask = np.zeros((*block_scores.shape[:3], -(-block_scores.shape[3] // reference.WORD)), np.int32)
+        block_mask = room_for_mask(*block_scores.shape)
         direct.select_blocks(block_scores, threshold, startend, block_mask=block_mask, **options)
         return block_mask
 
@@ -240,10 +240,9 @@ class DirectKernels:
     ) -> tuple[Array, ...]:
         """(out, lse, block_mask) of one call."""
         query, key, value = (reference.encode(x, dtype) for x in (query, key, value))
-        batch, seqlen_q, num_heads, _ = query.shape
-        num_words = -(-key.shape[1] // (reference.BLOCK * reference.WORD))
-        out, lse = np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
-        block_mask = np.zeros((batch, num_heads, reference.num_blocks(seqlen_q), num_words), np.int32)
+        (batch, seqlen_q, num_heads, _), seqlen_k = query.shape, key.shape[1]
+        out, lse = room_for_attention(query)
+        block_mask = room_for_mask(batch, num_heads, *map(reference.num_blocks, (seqlen_q, seqlen_k)))
         direct.rr_attention(
             query, key, value, startend, out=out, lse=lse, block_mask=block_mask, dtype=dtype, **options
         )
@@ -252,10 +251,20 @@ class DirectKernels:
     def _attend(
         self, query: Array, key: Array, value: Array, block_mask: Array, startend: Array | None, **options: Any
     ) -> tuple[Array, Array]:
-        batch, seqlen_q, num_heads, _ = query.shape
-        out, lse = np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
+        out, lse = room_for_attention(query)
         direct.block_sparse_attention(query, key, value, block_mask, startend, out=out, lse=lse, **options)
         return out, lse
+
+
+def room_for_attention(query: Array) -> tuple[Array, Array]:
+    """(out, lse) for a stage to write."""
+    batch, seqlen_q, num_heads, _ = query.shape
+    return np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
+
+
+def room_for_mask(batch: int, num_heads: int, blocks_q: int, blocks_k: int) -> Array:
+    """A block mask for a stage to write."""
+    return np.zeros((batch, num_heads, blocks_q, -(-blocks_k // reference.WORD)), np.int32)
 
 
 class OperatorKernels:

@@ -27,16 +27,15 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = [item for item in items if not runs(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
 
 
 def runs(item):
     """Whether the platform of a test does what it tests."""
-    parameters = getattr(item, "callspec", None) and item.callspec.params
-    platform = parameters and parameters.get("platform")
-    if platform in (None, "cpu"):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    platform = parameters.get("platform", "cpu")
+    if platform == "cpu":
         return True
     dtypes = PLATFORMS[platform].dtypes
     return item.get_closest_marker("cpu_only") is None and parameters.get("dtype", dtypes[0]) in dtypes
