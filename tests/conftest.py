@@ -1,7 +1,7 @@
 """Fixtures of the kernel tests, of the tests of builds, and of the model tests at the end.
 
 A test of `kernels` runs on the CPU and, where they are, on a GPU and through Paddle's operators there: `-k gpu` runs
-these alone. What a GPU cannot do is marked cpu_only; it takes no float32.
+these alone. What a GPU cannot do is marked cpu_only; of the fixture `dtype` it takes no float32.
 """
 
 import subprocess

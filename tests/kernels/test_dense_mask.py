@@ -34,22 +34,24 @@ def values_of(mask, dtype):
     return mask if dtype == "bool" else additive(mask)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask_dtype", DTYPES)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", SIZES)
-def test_bounds_mean_what_the_mask_does(kernels, seqlen_q, seqlen_k, dtype, rng):
+def test_bounds_mean_what_the_mask_does(kernels, seqlen_q, seqlen_k, mask_dtype, rng):
     mask = causal_mask(seqlen_q, seqlen_k, rng)
-    rows, verdict = kernels.dense_mask(values_of(mask, dtype), dtype=dtype)
+    rows, verdict = kernels.dense_mask(values_of(mask, mask_dtype), dtype=mask_dtype)
     assert verdict[0] == 0
     geometry = {"causal": True, "batch": 2, "num_heads": 3, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     assert np.array_equal(reference.token_mask(rows, **geometry), mask)
     assert (rows >= 0).all() and (rows <= seqlen_q).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask_dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_masks_are_read_in_place(kernels, make_kernels, layout, dtype, rng):
-    mask = values_of(causal_mask(100, 200, rng), dtype)
-    assert_identical(make_kernels(layout).dense_mask(mask, dtype=dtype)[0], kernels.dense_mask(mask, dtype=dtype)[0])
+def test_masks_are_read_in_place(kernels, make_kernels, layout, mask_dtype, rng):
+    mask = values_of(causal_mask(100, 200, rng), mask_dtype)
+    assert_identical(
+        make_kernels(layout).dense_mask(mask, dtype=mask_dtype)[0], kernels.dense_mask(mask, dtype=mask_dtype)[0]
+    )
 
 
 @pytest.mark.parametrize("row, key", ((0, 1), (0, 599), (255, 256), (256, 300), (599, 17), (300, 299), (257, 0)))
@@ -61,15 +63,15 @@ def test_one_value_out_of_place_is_found(kernels, row, key):
     assert kernels.dense_mask(mask, dtype="bool")[1][0] == (0 if hides_for_good else 2)
 
 
-@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+@pytest.mark.parametrize("mask_dtype", ("float32", "float16", "bfloat16"))
 @pytest.mark.parametrize("value", (-1.0, 0.5, -9000.0, 7.0, np.inf, np.nan))
-def test_a_bias_is_found_with_its_value(kernels, dtype, value):
+def test_a_bias_is_found_with_its_value(kernels, mask_dtype, value):
     values = additive(np.tril(np.ones((300, 300), bool))[None, None])
     values[0, 0, 200, 100] = value
-    faults, bits = kernels.dense_mask(values, dtype=dtype)[1]
+    faults, bits = kernels.dense_mask(values, dtype=mask_dtype)[1]
     assert faults & 1
-    stored = encode(np.float32(value), dtype)
-    assert bits == stored.view(np.int32 if dtype == "float32" else np.uint16)
+    stored = encode(np.float32(value), mask_dtype)
+    assert bits == stored.view(np.int32 if mask_dtype == "float32" else np.uint16)
 
 
 def test_bad_arguments():
