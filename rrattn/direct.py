@@ -87,6 +87,7 @@ def rr_attention(
     keep_sink: bool = _DEFAULTS.keep_sink,
     keep_last: bool = _DEFAULTS.keep_last,
     keep_local: int = _DEFAULTS.keep_local,
+    compensate: bool = _DEFAULTS.compensate,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -101,7 +102,7 @@ def rr_attention(
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output if given: the selected blocks
     block_scores : [B, Hq, Mq, Mk] float32, output if given: what they were selected by
     threshold : float in (0, 1], or [Hq] or [1] float32
-    startend_row_indices, causal, stride, head_offset, softmax_scale, keep_sink, keep_last, keep_local
+    startend_row_indices, causal, stride, head_offset, softmax_scale, keep_sink, keep_last, keep_local, compensate
         As in :func:`rrattn.rr_attention`.
 
     The workspace holds the outputs that are not given too.
@@ -131,6 +132,7 @@ def rr_attention(
         causal=arguments.flag(causal, "causal"),
         sampling=_direct.Sampling(**checked_sampling(stride, head_offset, softmax_scale)),
         rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local)),
+        compensate=arguments.flag(compensate, "compensate"),
         dtype=_name(dtype),
         options=_options(rr_attention, options),
     )
@@ -220,6 +222,7 @@ def block_sparse_attention(
     lse: Array,
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    compensate: bool = _DEFAULTS.compensate,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -232,7 +235,7 @@ def block_sparse_attention(
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32
     out : [B, Lq, Hq, D], output, same dtype
     lse : [B, Hq, Lq] float32, output: log-sum-exp of each row, -inf where nothing is visible
-    startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
+    startend_row_indices, causal, softmax_scale, compensate : as in :func:`rrattn.rr_attention`
     """
     return _direct.block_sparse_attention(
         query,
@@ -244,6 +247,7 @@ def block_sparse_attention(
         lse=lse,
         causal=arguments.flag(causal, "causal"),
         softmax_scale=arguments.softmax_scale(softmax_scale),
+        compensate=arguments.flag(compensate, "compensate"),
         dtype=_name(dtype),
         options=_options(block_sparse_attention, options),
     )
@@ -268,7 +272,7 @@ def block_sparse_attention_backward(
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
-    """Gradients of :func:`block_sparse_attention`, given what it was given and what it wrote.
+    """Gradients of :func:`block_sparse_attention` without compensation, given what it was given and what it wrote.
 
     Parameters
     ----------

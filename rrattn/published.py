@@ -92,6 +92,7 @@ def rrattn_prefill(
         causal=causal,
         stride=stride,
         threshold=threshold,
+        compensate=PUBLISHED_PREFILL.compensate,
         return_block_mask=True,
         **rules,
     )

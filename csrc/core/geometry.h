@@ -200,4 +200,23 @@ RRATTN_HOST_DEVICE inline bool selected(const uint32_t* mask_row, int64_t n_bloc
   return (mask_row[n_block / kMaskWordBits] >> (n_block % kMaskWordBits)) & 1u;
 }
 
+// The end of the key blocks that lie under the diagonal of every row of a query block: of all, when
+// not causal.
+RRATTN_HOST_DEVICE inline int64_t end_under_diagonal(const Visibility& visibility,
+                                                     int64_t m_block) {
+  if (!visibility.causal) return visibility.num_n_blocks();
+  return (m_block * kBlockSize + visibility.shift() + 1) / kBlockSize;
+}
+
+// Whether, with AttendParams::compensate, the mean key and value of a key block stand in for its
+// keys and values: it is not selected, and every row of the query block sees all of it.
+// `block_bounds` is as in classify_block.
+RRATTN_HOST_DEVICE inline bool stood_in_for(const Visibility& visibility,
+                                            const SpanBounds* block_bounds,
+                                            const uint32_t* mask_row, int64_t m_block,
+                                            int64_t n_block) {
+  return n_block < end_under_diagonal(visibility, m_block) && !selected(mask_row, n_block) &&
+         classify_block(visibility, block_bounds, m_block, n_block) == BlockKind::kOpen;
+}
+
 }  // namespace rrattn
