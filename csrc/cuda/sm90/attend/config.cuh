@@ -107,7 +107,9 @@ struct Workspace {
   SpanBounds* block_bounds;  // [B, bounds heads, Mk]
   int* next_item;
   void *query, *key, *value;  // copies of what no tensor map can describe; else empty
-  Rows mean_key, mean_value;  // [B, Mk, Hkv, D], with compensation
+  // With compensation:
+  Rows mean_key, mean_value;  // [B, Mk, Hkv, D]
+  uint32_t* stood_in_for;     // [B, Hq, Mq, words]
 
   Workspace(Arena& arena, const AttendParams& params) {
     block_bounds = arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
@@ -125,6 +127,9 @@ struct Workspace {
       void* data = arena.take<uint16_t>(shape.batch * batch_stride);
       *means = {data, batch_stride, row_stride, shape.head_dim};
     }
+    const Visibility& visibility = params.visibility;
+    stood_in_for = arena.take<uint32_t>(visibility.batch * visibility.num_heads *
+                                        visibility.num_m_blocks() * visibility.num_mask_words());
   }
 
   static TensorShape mean_shape_of(const Visibility& visibility, const Heads& heads) {

@@ -24,6 +24,7 @@ struct KernelParams {
   bool aligned_out;
   // With compensation:
   CUtensorMap mean_key, mean_value;
+  const uint32_t* stood_in_for;             // [B, Hq, Mq, words]
   float added_to_mean, added_to_last_mean;  // before score_scale: for how many keys it stands
 };
 
@@ -102,44 +103,32 @@ template <typename Traits>
 class RowMeans {
  public:
   __device__ RowMeans(const KernelParams& params, const RowItem& row)
-      : visibility_(params.attend.visibility),
-        bounds_(span_bounds_of(visibility_, kBlockSize, params.block_bounds, row.batch, row.head)),
-        words_(params.attend.block_mask + row.index * visibility_.num_mask_words()),
-        m_block_(row.m_block),
-        first_block_(static_cast<int>(
-            ceil_div(end_under_diagonal(visibility_, m_block_), Traits::kTileN) * Traits::kTileN)) {
+      : num_words_(static_cast<int>(params.attend.visibility.num_mask_words())),
+        words_(params.stood_in_for + static_cast<int64_t>(row.index) * num_words_) {
+    const int end = static_cast<int>(end_under_diagonal(params.attend.visibility, row.m_block));
+    first_block_ = (end + Traits::kTileN - 1) / Traits::kTileN * Traits::kTileN;
   }
 
   // The first block of the next tile; < 0: none is left.
   __device__ int next() {
     while (first_block_ > 0) {
       first_block_ -= Traits::kTileN;
-      stood_in_for_ = 0;
       const int lane = static_cast<int>(threadIdx.x) % 32;
-      uint32_t any = 0;
-#pragma unroll 1
-      for (int word = 0; word < Traits::kMeanWords; ++word) {
-        const int n_block = first_block_ + word * 32 + lane;
-        const uint32_t bits =
-            __ballot_sync(~0u, stood_in_for(visibility_, bounds_, words_, m_block_, n_block));
-        if (lane == word) stood_in_for_ = bits;
-        any |= bits;
-      }
-      if (any != 0) return first_block_;
+      const int word = first_block_ / kMaskWordBits + lane;
+      own_word_ = lane < Traits::kMeanWords && word < num_words_ ? words_[word] : 0;
+      if (__any_sync(~0u, own_word_ != 0)) return first_block_;
     }
     return -1;
   }
 
   // Of the tile returned last, a bit for each mean that stands in for its block: a lane's word.
-  __device__ uint32_t stood_in_for_word() const { return stood_in_for_; }
+  __device__ uint32_t own_word() const { return own_word_; }
 
  private:
-  const Visibility& visibility_;
-  const SpanBounds* bounds_;
+  const int num_words_;
   const uint32_t* words_;
-  const int m_block_;
   int first_block_;
-  uint32_t stood_in_for_ = 0;
+  uint32_t own_word_ = 0;
 };
 
 // Copies a tile of keys or of values.
@@ -150,29 +139,31 @@ __device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, 
   copy_rows<Traits::kPanels>(to, map, Traits::kTileN, first_key, key_head, batch, full);
 }
 
-// Copies the tiles of mean keys of a row that has some.
+// Copies the tiles of mean keys of a row.
 template <typename Traits>
 __device__ void produce_mean_keys(const KernelParams& params, const RowItem& row, int key_head,
                                   RingPosition<Traits::kSlots>& keys,
                                   typename Traits::SharedStorage& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   RowMeans<Traits> means(params, row);
-  int block = means.next();
-  while (block >= 0) {
-    shared.key_empty[keys.slot].wait(keys.parity ^ 1);
-    if (lane < Traits::kMeanWords) {
-      shared.stood_in_for[keys.slot][lane] = means.stood_in_for_word();
-    }
-    __syncwarp();
+  int block = -1;
+  uint32_t own_word = 0;
+  do {
     const int next = means.next();
-    if (lane == 0) {
-      shared.tile[keys.slot] = KeyTile::of_means(block, next < 0);
-      copy_tile<Traits>(shared.key[keys.slot], params.mean_key, block, key_head, row.batch,
-                        shared.key_full[keys.slot]);
+    if (block >= 0) {
+      shared.key_empty[keys.slot].wait(keys.parity ^ 1);
+      if (lane < Traits::kMeanWords) shared.stood_in_for[keys.slot][lane] = own_word;
+      __syncwarp();
+      if (lane == 0) {
+        shared.tile[keys.slot] = KeyTile::of_means(block, next < 0);
+        copy_tile<Traits>(shared.key[keys.slot], params.mean_key, block, key_head, row.batch,
+                          shared.key_full[keys.slot]);
+      }
+      keys.advance();
     }
-    keys.advance();
     block = next;
-  }
+    own_word = means.own_word();
+  } while (block >= 0);
 }
 
 // Takes rows, and copies their keys.
@@ -223,7 +214,7 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
       n_block = next;
     }
     if constexpr (kCompensate) {
-      if (means_follow) produce_mean_keys<Traits>(params, row, key_head, keys, shared);
+      produce_mean_keys<Traits>(params, row, key_head, keys, shared);
     }
   }
 }

@@ -5,6 +5,7 @@
 
 #include "../../common/element.cuh"
 #include "../../common/rows.cuh"
+#include "../../common/stood_in_for.cuh"
 #include "block_means.cuh"
 #include "kernel.cuh"
 #include "stage.h"
@@ -54,6 +55,8 @@ void Stage<kDataType, kHeadDim>::launch(const AttendParams& attend) {
   if (attend.compensate) {
     launch_block_means<typename Traits::Element, kHeadDim>(attend, workspace.mean_key,
                                                            workspace.mean_value, stream);
+    find_stood_in_for(attend, workspace.block_bounds, workspace.stood_in_for, stream);
+    params.stood_in_for = workspace.stood_in_for;
     const TensorShape mean_shape = Workspace::mean_shape_of(visibility, attend.heads);
     const auto map_means = [&](const Rows& means) {
       return map_rows(means, mean_shape, nullptr, Traits::kTileN, stream);
