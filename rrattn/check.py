@@ -220,7 +220,7 @@ class DirectKernels:
     ) -> tuple[Array, ...]:
         """(grad_query, grad_key, grad_value), after a forward of its own."""
         query, key, value, grad_out = (reference.encode(x, dtype) for x in (query, key, value, grad_out))
-        results = self._attend(query, key, value, block_mask, startend, dtype=dtype, **options)
+        results = self._attend(query, key, value, block_mask, startend, compensate=False, dtype=dtype, **options)
         grads = [np.zeros_like(x) for x in (query, key, value)]
         direct.block_sparse_attention_backward(
             query,
@@ -331,7 +331,7 @@ class OperatorKernels:
             leaf.stop_gradient = False
         block_mask, startend = to_tensor(block_mask, "int32"), to_tensor(startend, "int32")
         query, key, value = leaves
-        out = functional.block_sparse_attention(query, key, value, block_mask, startend, **options)
+        out = functional.block_sparse_attention(query, key, value, block_mask, startend, compensate=False, **options)
         grads = paddle.grad(out, leaves, to_tensor(grad_out, dtype))
         return tuple(reference.decode(grad.numpy(), dtype) for grad in grads)
 
@@ -370,7 +370,8 @@ def compare(kernels: Kernels, case: Case, dtype: str) -> Iterator[Measured]:
     block_mask = kernels.select(by_oracle, known.startend, **lengths, **selection)
     yield "selection, in words that differ", words_that_differ(block_mask, known.block_mask), 0
 
-    results = kernels.attend(*forward, known.block_mask, known.startend, **options)
+    plain: dict[str, Any] = {"compensate": False, **options}
+    results = kernels.attend(*forward, known.block_mask, known.startend, **plain)
     for (what, exact_and_naive), result in zip(known.outputs.items(), results):
         yield from named(what, reference.errors(result, *exact_and_naive))
 
@@ -386,9 +387,9 @@ def compare(kernels: Kernels, case: Case, dtype: str) -> Iterator[Measured]:
         yield from named(f"deterministic {what}", reference.errors(first, *bounds))
         yield f"deterministic {what}, in words that differ from run to run", words_that_differ(second, first), 0
 
-    whole = kernels.rr_attention(known.query, known.key, known.value, known.startend, **sampled, **selection)
+    whole = kernels.rr_attention(*forward, known.startend, compensate=False, **sampled, **selection)
     block_mask = kernels.select(scores, known.startend, **lengths, **selection)
-    stages = *kernels.attend(*forward, block_mask, known.startend, **options), block_mask
+    stages = *kernels.attend(*forward, block_mask, known.startend, **plain), block_mask
     for what, one, other in zip(("output", "log-sum-exp", "selection"), whole, stages):
         yield f"{what} of rr_attention, in words that differ from its stages", words_that_differ(one, other), 0
 

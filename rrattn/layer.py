@@ -218,6 +218,7 @@ class RRAttention(nn.Layer):
                 causal=causal,
                 softmax_scale=softmax_scale,
                 deterministic=config.deterministic,
+                compensate=False,  # nothing is left out
             )
             return out, every_block if eager and not decoding else None
         sampling: Sampling = {**config.sampling(), "softmax_scale": softmax_scale}
