@@ -77,7 +77,8 @@ struct KernelTraits {
     alignas(1024) Element query[kConsumers][kTileQueries * kHeadDim];
     alignas(1024) Element key[kKeySlots][kKeyTileElements];
     alignas(128) Chunk chunk[kChunkSlots];
-    float row_factor[kItemSlots][kConsumers][kTileQueries];  // 1 / the sum of the row
+    // 1 / the sum of the row; until that is known, what a variance of 1 adds to its products
+    float row_factor[kItemSlots][kConsumers][kTileQueries];
     Barrier key_full[kKeySlots], key_empty[kKeySlots];
     Barrier item_full[kItemSlots], item_empty[kItemSlots], sums_full[kItemSlots];
     Barrier chunk_full[kConsumers + 1][kChunkSlots];
@@ -99,22 +100,27 @@ struct WorkLayout {
   int group_size;     // query heads of a key head
   int key_heads;      // over all batch entries
   int num_items;
-  float score_scale;  // brings products to scores in units of log2
+  float score_scale;      // brings products to scores in units of log2
+  float variance_weight;  // times |q|^2: what a variance of 1 adds to a product
 
   WorkLayout(const EstimateParams& params, int consumers)
-      : num_strides(static_cast<int>(ceil_div(params.visibility.seqlen_k, params.sampling.stride))),
+      : num_strides(
+            static_cast<int>(ceil_div(params.visibility.seqlen_k, params.sampling.key_stride))),
         num_tiles(static_cast<int>(ceil_div(num_strides, kTileStrides))),
         num_row_tiles(static_cast<int>(
             ceil_div(ceil_div(params.visibility.seqlen_q, params.sampling.stride), kTileQueries))),
         group_size(static_cast<int>(cuda::group_size(params.visibility, params.heads))),
         key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)),
         num_items(key_heads * static_cast<int>(ceil_div(num_row_tiles * group_size, consumers))),
-        score_scale(params.sampling.softmax_scale * kLog2E) {}
+        score_scale(params.sampling.softmax_scale * kLog2E),
+        variance_weight(params.sampling.spread / 2 * params.sampling.softmax_scale) {}
 };
 
 template <typename Traits>
 struct Workspace {
   typename Traits::Element* pooled_keys;  // [B, Hkv, num_tiles] images of KeyLayout
+  float*
+      variances;  // [B, Hkv, num_tiles * kTileStrides], over D on average; nothing without spread
   float* block_sums;  // [multiprocessors, kConsumers, num_tiles, kTileQueries, blocks of a tile]
   int64_t consumer_sums;      // elements of these for one consumer
   SpanBounds* stride_bounds;  // [B, bounds heads, num_strides]
@@ -127,13 +133,14 @@ struct Workspace {
     const WorkLayout layout(params, Traits::kConsumers);
     const int64_t key_tiles = static_cast<int64_t>(layout.key_heads) * layout.num_tiles;
     pooled_keys = arena.take<typename Traits::Element>(key_tiles * Traits::kKeyTileElements);
+    variances = arena.take<float>(params.sampling.spread > 0 ? key_tiles * kTileStrides : 0);
     consumer_sums = static_cast<int64_t>(layout.num_tiles) * kTileQueries *
-                    (kTileStrides * params.sampling.stride / kBlockSize);
+                    (kTileStrides * params.sampling.key_stride / kBlockSize);
     block_sums = arena.take<float>(num_multiprocessors * Traits::kConsumers * consumer_sums);
     stride_bounds =
-        arena.take<SpanBounds>(params.visibility.num_span_bounds(params.sampling.stride));
+        arena.take<SpanBounds>(params.visibility.num_span_bounds(params.sampling.key_stride));
     tile_bounds = arena.take<SpanBounds>(
-        params.visibility.num_span_bounds(params.sampling.stride * kTileStrides));
+        params.visibility.num_span_bounds(params.sampling.key_stride * kTileStrides));
     next_item = arena.take<int>(3 + layout.num_items);
     num_outgrown = next_item + 2;
     outgrown_items = next_item + 3;

@@ -10,13 +10,12 @@ namespace rrattn::cuda::sm90::estimate {
 constexpr int kFinisherThreads = kWarpGroup - 32;  // the producer has the first warp of the group
 
 // A team of kThreads threads, with its own ring of chunks in shared memory.
-template <typename Traits, int kStride, int kThreads>
+template <typename Traits, int kKeyStride, int kThreads>
 class Finisher {
-  using Sums = BlockSums<kStride>;
+  using Sums = BlockSums<kKeyStride>;
   using Item = WorkItem<Traits::kConsumers>;
   using SharedStorage = typename Traits::SharedStorage;
   using Chunk = typename Traits::Chunk;
-  static constexpr int kRows = kBlockSize / kStride;  // sampled queries of a query block
   static constexpr int kTileElements = kTileQueries * Sums::kBlocks;
   static constexpr int kTileBytes = kTileElements * sizeof(float);
   static constexpr int kChunkTiles = Traits::kChunkBytes / kTileBytes;
@@ -30,6 +29,7 @@ class Finisher {
         shared_(shared),
         thread_(thread),
         team_(team),
+        rows_per_block_(kBlockSize / static_cast<int>(params.sampling.stride)),
         // Consumers use the memory of the key tiles, once all of them are done with these.
         chunks_(team == Traits::kConsumers
                     ? shared.chunk
@@ -102,23 +102,26 @@ class Finisher {
                               const float* sums, const float* row_factor) const {
     constexpr int kVector = Sums::kBlocks < 4 ? Sums::kBlocks : 4;  // key blocks of a thread
     constexpr int kVectors = kChunkTiles * Sums::kBlocks / kVector;
-    using Vector = std::conditional_t<kVector == 4, float4, float2>;
+    using Vector =
+        std::conditional_t<kVector == 4, float4, std::conditional_t<kVector == 2, float2, float>>;
     const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
     const int num_m_blocks = static_cast<int>(params_.visibility.num_m_blocks());
-    for (int i = thread_; i < kTileQueries / kRows * kVectors; i += kThreads) {
-      const int m = i / kVectors, m_block = rows.first_sample / kRows + m;
+    const int first_m_block = rows.first_sample / rows_per_block_;
+    for (int i = thread_; i < kTileQueries / rows_per_block_ * kVectors; i += kThreads) {
+      const int m = i / kVectors, m_block = first_m_block + m;
       const int block = i % kVectors * kVector, tile = first_tile + block / Sums::kBlocks;
       const int n_block = first_tile * Sums::kBlocks + block;
       if (m_block >= num_m_blocks || tile >= item.num_tiles) continue;
       const float* column = sums + block / Sums::kBlocks * kTileElements +
-                            m * kRows * Sums::kBlocks + block % Sums::kBlocks;
+                            m * rows_per_block_ * Sums::kBlocks + block % Sums::kBlocks;
       float scores[kVector] = {};
-      if (!hides<kStride>(item, params_, workspace_, tile)) {
+      if (!hides<kKeyStride>(item, params_, workspace_, tile)) {
 #pragma unroll 8
-        for (int step = 0; step < kRows; ++step) {
-          const int r = (step + i) % kRows;  // neighbouring threads on different banks
+        for (int step = 0; step < rows_per_block_; ++step) {
+          // Neighbouring threads on different banks.
+          const int r = (step + i) & (rows_per_block_ - 1);
           const Vector of_row = *reinterpret_cast<const Vector*>(column + r * Sums::kBlocks);
-          const float factor = row_factor[m * kRows + r];
+          const float factor = row_factor[m * rows_per_block_ + r];
 #pragma unroll
           for (int j = 0; j < kVector; ++j) {
             scores[j] += reinterpret_cast<const float*>(&of_row)[j] * factor;
@@ -136,8 +139,8 @@ class Finisher {
   // Writes zeros past the last tile.
   __device__ void clear_rest(const Item& item, const RowTile& rows) const {
     const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
-    for (int m = 0; m < kTileQueries / kRows; ++m) {
-      const int m_block = rows.first_sample / kRows + m;
+    for (int m = 0; m < kTileQueries / rows_per_block_; ++m) {
+      const int m_block = rows.first_sample / rows_per_block_ + m;
       if (m_block >= params_.visibility.num_m_blocks()) break;
       float* out = scores_of(item, rows.head, m_block);
       for (int n_block = item.num_tiles * Sums::kBlocks + thread_; n_block < num_n_blocks;
@@ -151,7 +154,8 @@ class Finisher {
   const Workspace<Traits>& workspace_;
   SharedStorage& shared_;
   const int thread_;
-  const int team_;  // number of a consumer; kConsumers: the three warps
+  const int team_;            // number of a consumer; kConsumers: the three warps
+  const int rows_per_block_;  // sampled queries of a query block
   Chunk* chunks_;
   RingPosition<Traits::kChunkSlots> loading_, reading_;
   int64_t position_ = 0;

@@ -46,7 +46,7 @@ __device__ inline void init_shared(typename Traits::SharedStorage& shared) {
   cutlass::arch::fence_barrier_init();
 }
 
-template <typename Traits, int kStride>
+template <typename Traits, int kKeyStride>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     estimate_kernel(const __grid_constant__ EstimateParams params,
                     const __grid_constant__ WorkLayout layout,
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         item.index = -1;
         if (next < num_items) {
           const int index = outgrown ? workspace.outgrown_items[next] : next;
-          fill_item<kStride>(item, params, layout, index);
+          fill_item<kKeyStride>(item, params, layout, index);
         }
         shared.outgrown[items.slot] = false;
         shared.item_full[items.slot].arrive();
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                                                         layout.num_tiles * Traits::kKeyTileElements;
         for (int pass = 0; pass < passes; ++pass) {
           for (int tile = 0; tile < item.num_tiles; ++tile) {
-            if (hides<kStride>(item, params, workspace, tile)) continue;
+            if (hides<kKeyStride>(item, params, workspace, tile)) continue;
             next_slot(tile);
             shared.key_full[keys.slot].arrive_and_expect(Traits::kKeyTileBytes);
             SM90_BULK_COPY_G2S::copy(tiles + static_cast<int64_t>(tile) * Traits::kKeyTileElements,
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         items.advance();
       }
     } else if (threadIdx.x >= 32) {
-      Finisher<Traits, kStride, kFinisherThreads> finisher(params, workspace, shared,
-                                                           threadIdx.x - 32, Traits::kConsumers);
+      Finisher<Traits, kKeyStride, kFinisherThreads> finisher(params, workspace, shared,
+                                                              threadIdx.x - 32, Traits::kConsumers);
       for (;;) {
         const int slot = items.slot;
         shared.item_full[slot].wait(items.parity);
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     const int consumer_index = warp_group - 1;
-    Consumer<Traits, kStride> consumer(params, layout, workspace, shared, consumer_index);
+    Consumer<Traits, kKeyStride> consumer(params, layout, workspace, shared, consumer_index);
     RingPosition<kItemSlots> last;
     for (;; items.advance()) {
       shared.item_full[items.slot].wait(items.parity);
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     shared.sums_full[last.slot].wait(last.parity);  // until all consumers are done
     if (!shared.outgrown[last.slot]) {
-      Finisher<Traits, kStride, kWarpGroup>(params, workspace, shared, threadIdx.x % kWarpGroup,
-                                            consumer_index)
+      Finisher<Traits, kKeyStride, kWarpGroup>(params, workspace, shared, threadIdx.x % kWarpGroup,
+                                               consumer_index)
           .finish(last.slot, consumer_index, consumer_index + 1);
     }
   }
