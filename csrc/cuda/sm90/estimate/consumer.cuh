@@ -110,6 +110,7 @@ class Consumer {
     const int tile = shared_.tile[keys_.slot];
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
+    if (params_.sampling.spread > 0) add_spread(scores);
     if (threadIdx.x % 32 == 0) shared_.key_empty[keys_.slot].arrive();
     keys_.advance();
     return tile;
@@ -120,7 +121,6 @@ class Consumer {
   __device__ void process_tile(Scores& scores, int tile, bool maximum) {
     // Stride i of the thread's 32, of row row() + 8 half.
     const auto at = [&](int half, int i) -> float& { return scores(accumulator_index(half, i)); };
-    if (params_.sampling.spread > 0) add_spread(at, tile);
     const bool flashmask = params_.visibility.row_bounds.data != nullptr;
     if ((tile + 1) * kTileStrides > warp_limit_ || flashmask) {
       const float hidden_score = layout_.score_scale < 0 ? INFINITY : -INFINITY;  // scaled: -inf
@@ -160,24 +160,20 @@ class Consumer {
   }
 
   // Adds to the products what the variances within the strides add to the scores.
-  template <typename At>
-  __device__ void add_spread(const At& at, int tile) const {
+  __device__ void add_spread(Scores& scores) const {
+    const auto* variances = reinterpret_cast<const float4*>(shared_.variance[keys_.slot] +
+                                                            threadIdx.x % 4 * kThreadVariances);
     const float* weights = shared_.row_factor[slot_][consumer_] + row();
-    const float weight[2] = {weights[0], weights[8]};
-    const auto* variances = reinterpret_cast<const float4*>(
-        workspace_.variances +
-        (static_cast<int64_t>(shared_.item[slot_].key_head) * layout_.num_tiles + tile) *
-            kTileStrides +
-        threadIdx.x % 4 * kThreadStrides);
 #pragma unroll
     for (int i = 0; i < kThreadStrides; i += 4) {
-      const float4 four = __ldg(variances + i / 4);
+      const float4 four = variances[i / 4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        at(half, i) = fmaf(weight[half], four.x, at(half, i));
-        at(half, i + 1) = fmaf(weight[half], four.y, at(half, i + 1));
-        at(half, i + 2) = fmaf(weight[half], four.z, at(half, i + 2));
-        at(half, i + 3) = fmaf(weight[half], four.w, at(half, i + 3));
+        const auto add = [&](int j, float variance) {
+          float& score = scores(accumulator_index(half, i + j));
+          score = fmaf(weights[half * 8], variance, score);
+        };
+        add(0, four.x), add(1, four.y), add(2, four.z), add(3, four.w);
       }
     }
   }

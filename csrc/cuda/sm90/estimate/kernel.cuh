@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kServiceRegisters>();
     if (threadIdx.x == 0) {
       RingPosition<Traits::kKeySlots> keys;
+      const bool spread = params.sampling.spread > 0;
       // The slot is free once all consumers have read it.
       const auto next_slot = [&](int tile) {
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);
@@ -85,16 +86,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         shared.outgrown[items.slot] = false;
         shared.item_full[items.slot].arrive();
         if (item.index < 0) break;
-        const auto* tiles = workspace.pooled_keys + static_cast<int64_t>(item.key_head) *
-                                                        layout.num_tiles * Traits::kKeyTileElements;
+        const int64_t first_tile = static_cast<int64_t>(item.key_head) * layout.num_tiles;
+        const auto* tiles = workspace.pooled_keys + first_tile * Traits::kKeyTileElements;
+        const float* variances = workspace.variances + first_tile * kTileVariances;
         for (int pass = 0; pass < passes; ++pass) {
           for (int tile = 0; tile < item.num_tiles; ++tile) {
             if (hides<kKeyStride>(item, params, workspace, tile)) continue;
             next_slot(tile);
-            shared.key_full[keys.slot].arrive_and_expect(Traits::kKeyTileBytes);
+            constexpr uint32_t kVarianceBytes = sizeof(shared.variance[0]);
+            shared.key_full[keys.slot].arrive_and_expect(Traits::kKeyTileBytes +
+                                                         (spread ? kVarianceBytes : 0));
             SM90_BULK_COPY_G2S::copy(tiles + static_cast<int64_t>(tile) * Traits::kKeyTileElements,
                                      shared.key_full[keys.slot].raw(), shared.key[keys.slot],
                                      Traits::kKeyTileBytes);
+            if (spread) {
+              SM90_BULK_COPY_G2S::copy(variances + tile * kTileVariances,
+                                       shared.key_full[keys.slot].raw(), shared.variance[keys.slot],
+                                       kVarianceBytes);
+            }
             keys.advance();
           }
           next_slot(-1);

@@ -113,7 +113,9 @@ __global__ void __launch_bounds__(kPoolThreads)
         variance += __shfl_xor_sync(~0u, variance, lanes);
       }
       if (i % kChunks == 0) {
-        workspace.variances[tile * kTileStrides + stride % kTileStrides] =
+        const auto in_tile = static_cast<int>(stride % kTileStrides);
+        workspace.variances[tile * kTileVariances + in_tile / kThreadStrides * kThreadVariances +
+                            in_tile % kThreadStrides] =
             variance / static_cast<float>(kKeyStride * head_dim);
       }
     }
