@@ -285,11 +285,11 @@ def select_blocks(
     """Keep the blocks whose scores reach `threshold` of their row's sum: the second stage of :func:`rr_attention`.
 
     Blocks are taken from the largest score down, the lower index first among equals, while the mass before one is below
-    `threshold` times the row's and its own is at least `min_share` times an average visible block's; masses are added in fixed point, so that every device selects the same. Also kept: the
-    blocks that hold the row's own positions (when causal), blocks that FlashMask masks in part, and what `keep_sink`,
-    `keep_last` and `keep_local` ask for. A row with a score that is NaN, negative or 2^18 and up keeps every visible
-    block, so that a NaN or infinity in a query or key shows in the attention; one in a key that no query sees counts
-    as zero in :func:`estimate_block_scores` already.
+    `threshold` times the row's and its own is at least `min_share` times an average visible block's; masses are added
+    in fixed point, so that every device selects the same. Also kept: the blocks that hold the row's own positions (when
+    causal), blocks that FlashMask masks in part, and what `keep_sink`, `keep_last` and `keep_local` ask for. A row with
+    a score that is NaN, negative or 2^18 and up keeps every visible block, so that a NaN or infinity in a query or key
+    shows in the attention; one in a key that no query sees counts as zero in :func:`estimate_block_scores` already.
 
     Parameters
     ----------

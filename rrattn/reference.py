@@ -175,8 +175,9 @@ def estimate(
     """Stage 1. Block scores [B, Hq, Mq, Mk]: the attention of sampled queries to strides of keys, by block.
 
     The score of a stride is that of its mean key, plus `spread` / 2 times the variance that its keys' scores would have
-    if their spread were alike in all directions: scale^2 |q|^2 times the mean over the head of the keys' variances. That
-    is the logarithm of the mean of exp(score) over the stride to second order (spread 1). Keys past the end are zeros.
+    if their spread were alike in all directions: scale^2 |q|^2 times the mean over the head of the keys' variances.
+    That is the logarithm of the mean of exp(score) over the stride to second order (spread 1). Keys past the end are
+    zeros.
 
     `mean_dtype` is what mean keys are rounded to, if not `dtype`: tensor cores multiply numbers of 16 bits.
     """
