@@ -160,7 +160,9 @@ class _Measurement:
             measured.append(np.stack(density_and_kept(selected, mass), axis=-1))
         self.results.append(np.stack(measured))
         block_mask = dense_block_mask(1, query.shape[2], **sizes)
-        out = block_sparse_attention(query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale)
+        out = block_sparse_attention(
+            query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale, compensate=False
+        )
         return out, block_mask
 
 

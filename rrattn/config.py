@@ -44,6 +44,7 @@ class Settings(Sampling, KeepRules, total=False):
     dense_layers: Sequence[int]
     min_length: int
     deterministic: bool | None
+    compensate: bool
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ class RRAttentionConfig:
     deterministic : bool, optional
         Gradients with the same bits on every run, on a GPU too, where that takes 4 to 22% longer (H200); on a CPU
         they always are. Default: as Paddle's FLAGS_cudnn_deterministic says when attention is called.
+    compensate : bool
+        Let the mean key and value of a block stand in for it where it is not selected but wholly visible, rather than
+        leave it out. For inference alone: a call that would record gradients is refused.
 
     Numbers and flags may be NumPy's, and sequences arrays of NumPy or iterators; they are kept as plain Python.
 
@@ -116,6 +120,7 @@ class RRAttentionConfig:
     dense_layers: Sequence[int] = ()
     min_length: int = 0
     deterministic: bool | None = None
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         checked: Settings = {
@@ -125,6 +130,7 @@ class RRAttentionConfig:
             "dense_layers": arguments.counts(self.dense_layers, "dense_layers"),
             "min_length": arguments.count(self.min_length, "min_length"),
             "deterministic": arguments.optional_flag(self.deterministic, "deterministic"),
+            "compensate": arguments.flag(self.compensate, "compensate"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -254,7 +260,7 @@ def _settings_named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # The defaults of the functions of the published release (`rrattn.published`), as they were there.
-_PUBLISHED: Settings = {"keep_local": 0, "min_share": 0.0, "spread": 0.0}  # what came later is off
+_PUBLISHED: Settings = {"keep_local": 0, "min_share": 0.0, "spread": 0.0, "compensate": False}  # what came later is off
 PUBLISHED_PREFILL = RRAttentionConfig(threshold=0.8, keep_sink=False, keep_last=False, **_PUBLISHED)
 PUBLISHED_ESTIMATE = RRAttentionConfig(threshold=0.9, keep_sink=False, keep_last=False, **_PUBLISHED)
 PUBLISHED_PATCH = RRAttentionConfig(threshold=0.9, keep_last=True, **_PUBLISHED)

@@ -90,6 +90,7 @@ def rr_attention(
     keep_last: bool = _DEFAULTS.keep_last,
     keep_local: int = _DEFAULTS.keep_local,
     min_share: float = _DEFAULTS.min_share,
+    compensate: bool = _DEFAULTS.compensate,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -105,7 +106,7 @@ def rr_attention(
     block_scores : [B, Hq, Mq, Mk] float32, output if given: what they were selected by
     threshold : float in (0, 1], or [Hq] or [1] float32
     startend_row_indices, causal, stride, key_stride, head_offset, softmax_scale, spread, keep_sink, keep_last,
-    keep_local, min_share
+    keep_local, min_share, compensate
         As in :func:`rrattn.rr_attention`.
 
     The workspace holds the outputs that are not given too.
@@ -135,6 +136,7 @@ def rr_attention(
         causal=arguments.flag(causal, "causal"),
         sampling=_sampling(stride, key_stride, head_offset, softmax_scale, spread),
         rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local, min_share)),
+        compensate=arguments.flag(compensate, "compensate"),
         dtype=_name(dtype),
         options=_options(rr_attention, options),
     )
@@ -227,6 +229,7 @@ def block_sparse_attention(
     lse: Array,
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    compensate: bool = _DEFAULTS.compensate,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -239,7 +242,7 @@ def block_sparse_attention(
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32
     out : [B, Lq, Hq, D], output, same dtype
     lse : [B, Hq, Lq] float32, output: log-sum-exp of each row, -inf where nothing is visible
-    startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
+    startend_row_indices, causal, softmax_scale, compensate : as in :func:`rrattn.rr_attention`
     """
     return _direct.block_sparse_attention(
         query,
@@ -251,6 +254,7 @@ def block_sparse_attention(
         lse=lse,
         causal=arguments.flag(causal, "causal"),
         softmax_scale=arguments.softmax_scale(softmax_scale),
+        compensate=arguments.flag(compensate, "compensate"),
         dtype=_name(dtype),
         options=_options(block_sparse_attention, options),
     )
@@ -275,7 +279,7 @@ def block_sparse_attention_backward(
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
-    """Gradients of :func:`block_sparse_attention`, given what it was given and what it wrote.
+    """Gradients of :func:`block_sparse_attention` without compensation, given what it was given and what it wrote.
 
     Parameters
     ----------

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         training: bool
         threshold: float | Tensor
         deterministic: bool | None
+        compensate: bool
 
 
 _DEFAULTS = RRAttentionConfig()
@@ -138,6 +139,7 @@ def rr_attention(
     keep_local: int = _DEFAULTS.keep_local,
     min_share: float = _DEFAULTS.min_share,
     deterministic: bool | None = _DEFAULTS.deterministic,
+    compensate: bool = _DEFAULTS.compensate,
     return_softmax_lse: bool = False,
     return_block_mask: bool = False,
 ) -> Any:
@@ -187,6 +189,10 @@ def rr_attention(
     deterministic : bool, optional
         Gradients with the same bits on every run, on a GPU too, where that takes 4 to 22% longer (H200); on a CPU
         they always are. Default: as Paddle's FLAGS_cudnn_deterministic says when this is called.
+    compensate : bool
+        Let the mean key and the mean value of a block stand in for it where it is not selected but wholly visible:
+        every row of the query block sees all of its keys. A mean counts as often as its block has keys. There are no
+        gradients of this: a call that would record them is refused, and a traced program raises in its backward pass.
     return_softmax_lse, return_block_mask : bool
         Return these too.
 
@@ -195,7 +201,8 @@ def rr_attention(
     out : Tensor
         [B, Lq, Hq, D], the query's dtype. A row that sees nothing is zero.
     lse : Tensor, with return_softmax_lse
-        [B, Hq, Lq] float32: log-sum-exp of each row over the selected blocks, -inf where it sees nothing. No gradient.
+        [B, Hq, Lq] float32: log-sum-exp of each row over the selected blocks and what stands in for others, -inf where
+        it sees nothing. No gradient.
     block_mask : Tensor, with return_block_mask
         [B, Hq, Mq, ceil(Mk / 32)] int32, see :func:`rrattn.unpack_block_mask`.
 
@@ -220,12 +227,14 @@ def rr_attention(
         scalar,
         *checked_keep_rules(keep_sink, keep_last, keep_local, min_share).values(),
         _deterministic(deterministic),
+        arguments.flag(compensate, "compensate"),
     )
     asked = (
         arguments.flag(return_softmax_lse, "return_softmax_lse"),
         arguments.flag(return_block_mask, "return_block_mask"),
     )
-    training = arguments.flag(training, "training")
+    if arguments.flag(training, "training"):
+        _check_gradients(compensate, query, key, value)
     with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
         out, *extras = call("rr_attention", query, key, value, rows, per_head, *attributes)
     return _results(out, extras, asked)
@@ -339,6 +348,7 @@ def block_sparse_attention(
     causal: bool = ...,
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
+    compensate: bool = ...,
     return_softmax_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -352,6 +362,7 @@ def block_sparse_attention(
     causal: bool = ...,
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
+    compensate: bool = ...,
     return_softmax_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -365,6 +376,7 @@ def block_sparse_attention(
     causal: bool = ...,
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
+    compensate: bool = ...,
     return_softmax_lse: bool = ...,
 ) -> Any: ...
 @unified
@@ -378,6 +390,7 @@ def block_sparse_attention(
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     deterministic: bool | None = _DEFAULTS.deterministic,
+    compensate: bool = _DEFAULTS.compensate,
     return_softmax_lse: bool = False,
 ) -> Any:
     """Attention over given blocks: the third stage of :func:`rr_attention`, differentiable in query, key and value.
@@ -387,7 +400,7 @@ def block_sparse_attention(
     block_mask : Tensor
         [B, Hq, Mq, ceil(Mk / 32)] int32, from :func:`select_blocks` or :func:`rrattn.pack_block_mask`. Bits of blocks
         that causal or FlashMask hide do no harm.
-    query, key, value, startend_row_indices, causal, softmax_scale, deterministic, return_softmax_lse
+    query, key, value, startend_row_indices, causal, softmax_scale, deterministic, compensate, return_softmax_lse
         As in :func:`rr_attention`.
 
     Returns
@@ -405,10 +418,11 @@ def block_sparse_attention(
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
     scale = _scale(arguments.softmax_scale(softmax_scale), query)
-    deterministic = _deterministic(deterministic)
+    attributes = causal, scale, _deterministic(deterministic), arguments.flag(compensate, "compensate")
     asked = (arguments.flag(return_softmax_lse, "return_softmax_lse"),)
+    _check_gradients(compensate, query, key, value)
     with watch_layout(query, key, rows, causal=causal):
-        out, *extras = call("attend", query, key, value, block_mask, rows, causal, scale, deterministic)
+        out, *extras = call("attend", query, key, value, block_mask, rows, *attributes)
     return _results(out, extras, asked)
 
 
@@ -424,6 +438,21 @@ def checked_tensor(tensor: Any, name: str) -> Tensor:
         raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a paddle.Tensor")
     checked: Tensor = tensor
     return checked
+
+
+def records_gradient(*tensors: Tensor) -> bool:
+    """Whether Paddle records a gradient of what is computed of these tensors, eagerly."""
+    return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors)
+
+
+def _check_gradients(compensate: bool, *tensors: Tensor) -> None:
+    """Refuses compensation where gradients would be recorded. What a program is traced for is not known: that one
+    raises in its backward pass."""
+    if compensate and paddle.in_dynamic_mode() and records_gradient(*tensors):
+        raise ValueError(
+            "compensate is True, but attention that is compensated has no gradients, and query, key or value asks for "
+            "them (stop_gradient is False): give compensate=False to train, or call it under paddle.no_grad()"
+        )
 
 
 def _row_indices(indices: Tensor | None, like: Tensor, causal: bool) -> Tensor | None:

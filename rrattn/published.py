@@ -92,6 +92,7 @@ def rrattn_prefill(
         startend_row_indices,
         causal=causal,
         threshold=threshold,
+        compensate=PUBLISHED_PREFILL.compensate,
         return_block_mask=True,
         **sampling,
         **rules,

@@ -298,21 +298,55 @@ def attend(
     *,
     causal: bool,
     softmax_scale: float | None = None,
+    compensate: bool = False,
     dtype: str = "float64",
+    mean_dtype: str | None = None,
 ) -> tuple[Array, Array]:
-    """Stage 3. Attention over the selected blocks: out [B, Lq, Hq, D] and lse [B, Hq, Lq]."""
+    """Stage 3. Attention over the selected blocks: out [B, Lq, Hq, D] and lse [B, Hq, Lq].
+
+    With `compensate`, the mean key and value of each block that `stood_in_for` says are one key and value more, with
+    the weight of as many as the block has. `mean_dtype` is the type that means are rounded to, if not `dtype`.
+    """
     batch, seqlen_q, num_heads, head_dim = query.shape
+    seqlen_k = key.shape[1]
     group = num_heads // key.shape[2]
     visible = selected_tokens(query, key, block_mask, startend, causal)
     query, key, value = cast(query, dtype), cast(key, dtype), cast(value, dtype)
+    logarithm = np.zeros(seqlen_k, query.dtype)  # of how often each key counts
+    if compensate and seqlen_k:
+        stands_in = stood_in_for(block_mask, startend, causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        rows = np.repeat(stands_in, BLOCK, axis=2)[:, :, :seqlen_q]  # [B, Hq, Lq, Mk]
+        first_key = np.arange(0, seqlen_k, BLOCK)
+        count = np.diff([*first_key, seqlen_k])  # [Mk]
+        means = (np.add.reduceat(x, first_key, axis=1) / count[:, None, None] for x in (key, value))
+        key, value = (
+            np.concatenate([x, cast(mean, mean_dtype or dtype)], axis=1) for x, mean in zip((key, value), means)
+        )
+        visible = np.concatenate([visible, rows], axis=3)
+        logarithm = np.concatenate([logarithm, cast(np.log(count), dtype)])
     out = np.zeros_like(query)
     lse = np.zeros((batch, num_heads, seqlen_q), query.dtype)
     for b, h in np.ndindex(batch, num_heads):
-        k, v = key[b, :, h // group], value[b, :, h // group]  # [Lk, D]
-        score = scaled_scores(query[b, :, h], k, softmax_scale, dtype)
+        k, v = key[b, :, h // group], value[b, :, h // group]  # [Lk, D], or [Lk + Mk, D]
+        score = cast(scaled_scores(query[b, :, h], k, softmax_scale, dtype) + logarithm, dtype)
         probability, lse[b, h] = masked_softmax(score, visible[b, h])
         out[b, :, h] = cast(cast(probability, dtype) @ v, dtype)
     return out, lse
+
+
+def stood_in_for(
+    block_mask: NDArray[np.bool_], startend: Array | None, *, causal: bool, seqlen_q: int, seqlen_k: int
+) -> NDArray[np.bool_]:
+    """bool [B, Hq, Mq, Mk]: the blocks that are not selected, but wholly visible to every row of the query block."""
+    batch, num_heads, num_q_blocks, num_k_blocks = block_mask.shape
+    hidden, touched = block_geometry(
+        startend, causal=causal, batch=batch, num_heads=num_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    )
+    open_blocks = ~block_mask & ~hidden & ~touched
+    if causal:
+        last_key = np.arange(1, num_k_blocks + 1) * BLOCK - 1
+        open_blocks &= last_key <= np.arange(num_q_blocks)[:, None] * BLOCK + seqlen_k - seqlen_q
+    return open_blocks
 
 
 def backward(

@@ -360,9 +360,11 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& head_
 
 AttendParams attend_params(const Array& query, const Array& key, const Array& value,
                            const Array& block_mask, const OptionalArray& startend_row_indices,
-                           const Array& out, const Array& lse, bool causal, float softmax_scale) {
-  const AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, out,
-                                           lse, causal, softmax_scale);
+                           const Array& out, const Array& lse, bool causal, float softmax_scale,
+                           bool compensate) {
+  AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, out, lse,
+                                     causal, softmax_scale);
+  params.compensate = compensate;
   // `out` may be the query: a row of queries is read before its result is written, and whatever
   // writes the result is the only reader of that row.
   require_own_memory({&out, &lse},

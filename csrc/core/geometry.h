@@ -206,4 +206,26 @@ RRATTN_HOST_DEVICE inline bool selected(const uint32_t* mask_row, int64_t n_bloc
   return (mask_row[n_block / kMaskWordBits] >> (n_block % kMaskWordBits)) & 1u;
 }
 
+// The end of the key blocks that lie under the diagonal of every row of a query block: of all, when
+// not causal.
+RRATTN_HOST_DEVICE inline int64_t end_under_diagonal(const Visibility& visibility,
+                                                     int64_t m_block) {
+  if (!visibility.causal) return visibility.num_n_blocks();
+  return (m_block * kBlockSize + visibility.shift() + 1) / kBlockSize;
+}
+
+// Whether, with AttendParams::compensate, the mean key and value of a key block stand in for its
+// keys and values: it is not selected, and every row of the query block sees all of it, so it is
+// open and under the diagonal. `block_bounds` is as in classify_block.
+RRATTN_HOST_DEVICE inline bool stood_in_for(const Visibility& visibility,
+                                            const SpanBounds* block_bounds,
+                                            const uint32_t* mask_row, int64_t m_block,
+                                            int64_t n_block) {
+  if (n_block >= end_under_diagonal(visibility, m_block) || selected(mask_row, n_block))
+    return false;
+  const int64_t first_row = m_block * kBlockSize;
+  const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;
+  return block_bounds == nullptr || !block_bounds[n_block].meets(first_row, last_row);
+}
+
 }  // namespace rrattn

@@ -164,8 +164,9 @@ struct AttendParams {
   Rows value;                            // [B, Lk, Hkv, D]
   const uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)]
   float softmax_scale = 0;
-  Rows out;              // [B, Lq, Hq, D], written whole
-  float* lse = nullptr;  // [B, Hq, Lq], written whole
+  bool compensate = false;  // means stand in for key blocks (stood_in_for in geometry.h)
+  Rows out;                 // [B, Lq, Hq, D], written whole
+  float* lse = nullptr;     // [B, Hq, Lq], written whole
   Execution execution;
 };
 
