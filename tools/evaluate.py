@@ -157,13 +157,13 @@ def check_many(arguments):
 
 
 def prompts_of(parser, folder):
-    """Function that makes prompts, as `evaluation.prompts.make_prompt`, in the tokens of a checkpoint."""
+    """Function that makes prompts in the tokens of a checkpoint, with the arguments of `prompts.make_prompt`."""
     from rrattn.checkpoint import codec_of
 
-    from .evaluation.run import sized_prompt
+    from .evaluation.prompts import token_prompt
 
     try:
-        return partial(sized_prompt, codec_of(folder))
+        return partial(token_prompt, codec_of(folder))
     except (ValueError, OSError) as error:
         parser.error(f"MODEL {folder}: {error}")
 

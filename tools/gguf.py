@@ -2,8 +2,8 @@
 
 A file is a header, metadata (a key, a type and a value each), for each tensor its name, shape, type and place, and
 then the data, padded. Integers are little-endian, and the first size of a shape is that of the innermost axis. Of the
-types of weights those are read that `tools.smollm2` meets: F32, and two that keep blocks of 32 numbers of a byte or half
-a byte each, Q8_0 and Q4_1.
+types of weights those are read that `tools.smollm2` meets: F32, and two that keep blocks of 32 numbers of a byte or
+half a byte each, Q8_0 and Q4_1.
 """
 
 from __future__ import annotations
