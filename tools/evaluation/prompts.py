@@ -178,7 +178,7 @@ def token_prompt(codec, kind, text, length, index, num_questions):
         tokens = len(prompt.context)
         if kind == "text" and tokens >= length:
             return Prompt(prompt.context[:length], [], prompt.scored[:length])
-        if tokens == len(of_bytes.context) or 0.99 * length <= tokens <= length:
+        if tokens == len(of_bytes.context) or (kind != "text" and 0.99 * length <= tokens <= length):
             break
         size = int(size * length / tokens * (1.02 if kind == "text" else 0.995))
     return prompt
