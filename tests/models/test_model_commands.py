@@ -12,8 +12,9 @@ import pytest
 from tiny_models import make_model
 
 import rrattn
-from rrattn import attention_mass, calibrate, checkpoint, visualize_model
+from rrattn import attention_mass, calibrate, checkpoint, visualize, visualize_model
 from rrattn.__main__ import main
+from rrattn.tokens import Bytes
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +95,13 @@ def test_measured_blocks_are_those_that_an_enabled_model_selects(folder, text):
 
 
 def test_samples_of_bytes_come_from_all_of_a_text(text):
-    found = checkpoint.samples(checkpoint.Bytes(), text, 1000, 4)
+    found = checkpoint.samples(Bytes(), text, 1000, 4)
     for index, tokens in enumerate(found):
         assert tokens.shape == (1000,) and tokens.dtype == np.int64 and tokens[0] == 0
         begin = text.index(bytes(tokens[1:].tolist()))
         assert len(text) * index // 4 <= begin < len(text) * (index + 1) // 4 and text[begin - 1 : begin] in b"\n"
     with pytest.raises(ValueError, match="a part of it, one of 4, has [0-9,]+ tokens, fewer than 7,999"):
-        checkpoint.samples(checkpoint.Bytes(), text, 8000, 4)
+        checkpoint.samples(Bytes(), text, 8000, 4)
 
 
 def test_samples_are_of_the_tokenizer_of_the_checkpoint(folder, tmp_path):
@@ -223,7 +224,7 @@ def test_visualize_draws_and_tells_what_the_model_selects(folder, files, capfd, 
     said = capfd.readouterr()
     assert Path("blocks.png").read_bytes().startswith(b"\x89PNG") and not said.err
     model = rrattn.enable(checkpoint.load_model(folder, "float32"), rrattn.RRAttentionConfig(threshold=0.5, stride=16))
-    checkpoint.prefill(model, *checkpoint.samples(checkpoint.Bytes(), text, 1500, 1))
+    checkpoint.prefill(model, *checkpoint.samples(Bytes(), text, 1500, 1))
     densities = [density.numpy() for density in rrattn.layer_densities(model)]
     lines = said.out.splitlines()
     for layer, density in enumerate(densities):
@@ -243,7 +244,8 @@ def test_visualize_takes_a_file_of_settings(folder, files, capsys):
 
 
 def test_of_more_heads_than_a_picture_holds_layers_are_left_out(folder, files, monkeypatch, capsys):
-    monkeypatch.setattr(visualize_model, "MAX_PANELS", 5)
+    for module in (visualize, visualize_model):
+        monkeypatch.setattr(module, "MAX_PANELS", 5)
     options = "--text long --output blocks.png --length 600"
     assert main(["visualize", str(folder), *options.split()]) == 0
     assert "picture: blocks.png, 1 of 2 layers" in capsys.readouterr().out

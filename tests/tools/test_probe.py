@@ -59,7 +59,7 @@ def test_it_answers(probe, text, kind, method, least):
 
 def test_its_loss_on_text_is_far_below_a_bigrams(probe, text):
     probe.method = Method("dense")
-    (row,) = run.run_prompt(probe, "text", prompts.make_prompt("text", text, LENGTH, 0, 1))
+    (row,) = run.run_prompt(probe, "text", prompts.token_prompt(probe.codec, "text", text, LENGTH, 0, 1))
     assert row["nats"] < 1.5  # of text that is not in its corpus
 
 
