@@ -100,6 +100,13 @@ def test_a_compiler_of_an_older_language_is_named_before_anything_is_installed(c
     assert not any("venv" in line or "pip" in line for line in checkout.asked())
 
 
+def test_a_compiler_may_have_options_and_quotes(checkout):
+    checkout.write("new", "#!/bin/sh\ncat >/dev/null\n")
+    checkout.environment["CXX"] = f"'{checkout.folder / 'programs' / 'new'}' -m64"
+    process = checkout.run(capture_output=True)
+    assert process.returncode == 0, process.stderr
+
+
 def test_a_failed_install_shows_what_pip_said(checkout):
     checkout.write_python(status=1)
     process = checkout.run(capture_output=True)
