@@ -51,7 +51,7 @@ def test_size_and_card():
 @pytest.mark.parametrize("kind", ["lookup", "needle", "hops"])
 def test_it_answers(probe, text, kind, method, least):
     probe.method = Method(method)
-    results = run.run_prompt(probe, kind, prompts.make_prompt(kind, text, LENGTH, 0, QUESTIONS))
+    results = run.run_prompt(probe, kind, prompts.token_prompt(probe.codec, kind, text, LENGTH, 0, QUESTIONS))
     scores = {row["task"]: row["score"] for row in results}
     assert scores[kind] >= least, scores
     assert (results[0]["density"] < 1) == (method != "dense")
