@@ -73,7 +73,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
             parser.error(f"--{name} names {absent[0]}, but the model has {count} {name}, from 0 on")
     heads = len(arguments.heads or range(counts["heads"]))
     if arguments.layers is None:
-        arguments.layers = layers_to_draw(counts["layers"], heads)
+        arguments.layers = layers_to_draw(counts["layers"], heads, MAX_PANELS)
     if len(arguments.layers) * heads > MAX_PANELS:
         parser.error(
             f"{len(arguments.layers)} layers of {heads} heads are more than the {MAX_PANELS} panels of a picture: "

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import make_model
 
 import rrattn
-from rrattn import attention_mass, calibrate, checkpoint, visualize, visualize_model
+from rrattn import attention_mass, calibrate, checkpoint, visualize_model
 from rrattn.__main__ import main
 from rrattn.tokens import Bytes
 
@@ -244,8 +244,7 @@ def test_visualize_takes_a_file_of_settings(folder, files, capsys):
 
 
 def test_of_more_heads_than_a_picture_holds_layers_are_left_out(folder, files, monkeypatch, capsys):
-    for module in (visualize, visualize_model):
-        monkeypatch.setattr(module, "MAX_PANELS", 5)
+    monkeypatch.setattr(visualize_model, "MAX_PANELS", 5)
     options = "--text long --output blocks.png --length 600"
     assert main(["visualize", str(folder), *options.split()]) == 0
     assert "picture: blocks.png, 1 of 2 layers" in capsys.readouterr().out
