@@ -86,13 +86,13 @@ def simd(request):
 
 
 @pytest.fixture(scope="session")
-def unpacked_sdist(tmp_path_factory):
-    """A folder whose path has spaces, with nothing in it but what the source distribution of this checkout holds.
+def sdist(tmp_path_factory):
+    """The source distribution of this checkout.
 
     It is made beside links to all that lies here, so that what was built here could get into it, but for the list of
     files that an earlier one left, which would.
     """
-    folder = tmp_path_factory.mktemp("source distribution")
+    folder = tmp_path_factory.mktemp("sdist")
     root = Path(__file__).resolve().parents[1]
     (folder / "checkout").mkdir()
     for path in root.iterdir():
@@ -104,9 +104,25 @@ def unpacked_sdist(tmp_path_factory):
     )
     assert process.returncode == 0, process.stdout + process.stderr
     (path,) = folder.glob("rrattn-*.tar.gz")
-    with tarfile.open(path) as archive:
-        archive.extractall(folder)
-    return folder / path.name[: -len(".tar.gz")]
+    return path
+
+
+@pytest.fixture(scope="session")
+def unpack(sdist):
+    """unpack(folder): what the source distribution holds, and nothing that another test built of it."""
+
+    def unpacked(folder):
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder)
+        return folder / sdist.name[: -len(".tar.gz")]
+
+    return unpacked
+
+
+@pytest.fixture
+def unpacked_sdist(unpack, tmp_path):
+    """In a folder whose path has spaces."""
+    return unpack(tmp_path / "source distribution")
 
 
 # tiny_models skips what imports it where there is no model library, hence not at the top

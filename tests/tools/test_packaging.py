@@ -47,8 +47,8 @@ def pip(*arguments, **environment):
 
 
 @pytest.fixture(scope="module")
-def wheel(unpacked_sdist, tmp_path_factory):
-    """A wheel of the source distribution.
+def wheel(unpack, tmp_path_factory):
+    """A wheel of the source distribution, unpacked in a folder whose path has spaces.
 
     By a compiler that links the C++ runtime statically, as some do whose shared one is missing: see
     `test_libraries_keep_to_the_runtime_of_the_process`.
@@ -56,7 +56,8 @@ def wheel(unpacked_sdist, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     options = "--no-build-isolation", "--no-deps", "--no-index"
     compiler = f"{os.environ.get('CXX', 'g++')} -static-libstdc++ -static-libgcc"
-    pip("wheel", *options, "--wheel-dir", str(folder), str(unpacked_sdist), CXX=compiler)
+    source = unpack(folder / "source distribution")
+    pip("wheel", *options, "--wheel-dir", str(folder), str(source), CXX=compiler)
     (path,) = folder.glob("*.whl")
     return path
 

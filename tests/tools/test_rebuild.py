@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Each note is a file of its own: compilers run at once, and a clock may stand still from the first note to the second.
+# Each note is a file of its own, named by its time: compilers run at once.
 COMPILER = """#!/bin/sh
-set -e
-echo "$@" >{log}/$(date +%s%N)-$$-started
+echo "$@" >{log}/$(date +%s%N)-$$
 while [ $# -gt 1 ]; do
   if [ "$1" = -o ]; then : >"$2"; fi
   shift
 done
 sleep ${{LINGER:-0}}
-echo done >{log}/$(date +%s%N)-$$-stopped
+echo done >{log}/$(date +%s%N)-$$
 """
 BUILD = """
 import paddle, runpy, sys
@@ -46,9 +45,8 @@ echo rrattn._direct raises errors
 class Checkout:
     """What the source distribution holds, and what builds of it compile and link."""
 
-    def __init__(self, folder, unpacked_sdist):
-        self.folder, self.log = folder / "source", folder / "log"
-        shutil.copytree(unpacked_sdist, self.folder)
+    def __init__(self, folder, unpack):
+        self.folder, self.log = unpack(folder), folder / "log"
         self.log.mkdir()
         compiler = write_program(folder / "cuda" / "bin" / "nvcc", COMPILER.format(log=shlex.quote(str(self.log))))
         self.loader = write_program(folder / "loader", LOADER.format(then="echo rrattn._ops raises errors"))
@@ -99,9 +97,9 @@ def write_program(path, text):
 
 
 @pytest.fixture
-def checkout(tmp_path, unpacked_sdist):
+def checkout(tmp_path, unpack):
     """In a folder whose path has spaces."""
-    return Checkout(tmp_path / "a build", unpacked_sdist)
+    return Checkout(tmp_path / "a build", unpack)
 
 
 def test_a_build_for_another_paddle_builds_the_operators_again(checkout):
