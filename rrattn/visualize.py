@@ -111,6 +111,12 @@ def plot_block_mask(
     return _draw(panels, columns, _mask_style(), **sizes, title=title, path=path)
 
 
+def layers_to_draw(num_layers: int, num_heads: int, num_panels: int) -> list[int]:
+    """The numbers of layers, spread evenly, of which so many heads each make at most so many panels; one at least."""
+    drawn = max(1, min(num_layers, num_panels // num_heads))
+    return [index * num_layers // drawn for index in range(drawn)]
+
+
 def plot_layers(
     selections: Iterable[BlockSelection | None],
     *,

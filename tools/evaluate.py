@@ -10,8 +10,9 @@ MODEL is a checkpoint directory of PaddleFormers or PaddleNLP, such as examples/
 that was interrupted goes on where it stopped. Tasks are told in evaluation/prompts.py, methods in
 evaluation/methods.py.
 
-`many` runs tasks and kept mass with PyTorch, in place of Paddle, on a GPU if there is one: ten contexts of a plain
-byte-level LLaMA in three minutes. It takes torch and safetensors, and of this package neither Paddle nor a build.
+`many` runs tasks and kept mass with PyTorch, in place of Paddle, on a GPU if there is one: ten contexts of the
+probe in three minutes. It computes a plain LLaMA, and takes torch and safetensors, `tokenizers` where the model has a
+tokenizer, and of this package neither Paddle nor a build.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def parse_arguments():
     """The arguments, checked; in place of the files that they name stands what was read from these: `results` are
     Results (but for a report), `text` is uint8 [bytes], `data` are the samples of a benchmark."""
     from .evaluation.methods import Method
-    from .evaluation.prompts import CONTEXTS, make_prompt
+    from .evaluation.prompts import CONTEXTS, token_prompt
     from .evaluation.records import BEST, Results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,7 +82,7 @@ def parse_arguments():
         command.add_argument("--contexts", type=int, default=1, help="of each task and length (default: 1)")
         command.add_argument("--questions", type=int, default=12, help="about each context (default: 12)")
     command = commands.add_parser("many")
-    command.add_argument("model", type=Path, help="a checkpoint directory of a byte-level LLaMA")
+    command.add_argument("model", type=Path, help="a checkpoint directory of a LLaMA")
     command.add_argument("results", type=Path, help="a file of JSON lines, made or gone on with")
     command.add_argument("--text", type=Path, required=True, help="held-out text: a file, or what corpus.py wrote")
     command.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=list(CONTEXTS))
@@ -89,7 +90,7 @@ def parse_arguments():
     command.add_argument(
         "--mass", nargs="*", default=MANY_MASS_METHODS, metavar="METHOD", help="to measure the mass of"
     )
-    command.add_argument("--length", type=int, default=16384, help="bytes of a context (default: 16384)")
+    command.add_argument("--length", type=int, default=16384, help="tokens of a context (default: 16384)")
     command.add_argument("--contexts", type=int, default=10, help="of each task (default: 10)")
     command.add_argument("--questions", type=int, default=24, help="about each context (default: 24)")
     command.add_argument("--device", help="(default: cuda where there is one)")
@@ -130,8 +131,10 @@ def parse_arguments():
     if arguments.command in ("helmet", "video-mme"):
         arguments.data = read_benchmark(parser, arguments)
         return arguments
-    if arguments.command == "many":  # in bytes, and without Paddle
-        make, lengths = make_prompt, [arguments.length]
+    if arguments.command == "many":  # without Paddle
+        from .evaluation.torch_model import codec_of
+
+        make, lengths = partial(token_prompt, codec_of(arguments.model)), [arguments.length]
     else:
         make, lengths = prompts_of(parser, arguments.model), arguments.lengths
     sizes = (arguments.tasks, lengths, arguments.contexts, arguments.questions)
@@ -157,13 +160,13 @@ def check_many(arguments):
 
 
 def prompts_of(parser, folder):
-    """Function that makes prompts, as `evaluation.prompts.make_prompt`, in the tokens of a checkpoint."""
+    """Function that makes prompts in the tokens of a checkpoint, with the arguments of `prompts.make_prompt`."""
     from rrattn.checkpoint import codec_of
 
-    from .evaluation.run import sized_prompt
+    from .evaluation.prompts import token_prompt
 
     try:
-        return partial(sized_prompt, codec_of(folder))
+        return partial(token_prompt, codec_of(folder))
     except (ValueError, OSError) as error:
         parser.error(f"MODEL {folder}: {error}")
 

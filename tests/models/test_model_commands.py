@@ -14,6 +14,7 @@ from tiny_models import make_model
 import rrattn
 from rrattn import attention_mass, calibrate, checkpoint, visualize_model
 from rrattn.__main__ import main
+from rrattn.tokens import Bytes
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +95,13 @@ def test_measured_blocks_are_those_that_an_enabled_model_selects(folder, text):
 
 
 def test_samples_of_bytes_come_from_all_of_a_text(text):
-    found = checkpoint.samples(checkpoint.Bytes(), text, 1000, 4)
+    found = checkpoint.samples(Bytes(), text, 1000, 4)
     for index, tokens in enumerate(found):
         assert tokens.shape == (1000,) and tokens.dtype == np.int64 and tokens[0] == 0
         begin = text.index(bytes(tokens[1:].tolist()))
         assert len(text) * index // 4 <= begin < len(text) * (index + 1) // 4 and text[begin - 1 : begin] in b"\n"
     with pytest.raises(ValueError, match="a part of it, one of 4, has [0-9,]+ tokens, fewer than 7,999"):
-        checkpoint.samples(checkpoint.Bytes(), text, 8000, 4)
+        checkpoint.samples(Bytes(), text, 8000, 4)
 
 
 def test_samples_are_of_the_tokenizer_of_the_checkpoint(folder, tmp_path):
@@ -223,7 +224,7 @@ def test_visualize_draws_and_tells_what_the_model_selects(folder, files, capfd, 
     said = capfd.readouterr()
     assert Path("blocks.png").read_bytes().startswith(b"\x89PNG") and not said.err
     model = rrattn.enable(checkpoint.load_model(folder, "float32"), rrattn.RRAttentionConfig(threshold=0.5, stride=16))
-    checkpoint.prefill(model, *checkpoint.samples(checkpoint.Bytes(), text, 1500, 1))
+    checkpoint.prefill(model, *checkpoint.samples(Bytes(), text, 1500, 1))
     densities = [density.numpy() for density in rrattn.layer_densities(model)]
     lines = said.out.splitlines()
     for layer, density in enumerate(densities):

@@ -13,6 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("paddleformers")
 ROOT = Path(__file__).parents[2]
 
+from gguf_files import tiny_llama  # noqa: E402
+
+from tools import smollm2  # noqa: E402
 from tools.evaluation import many, records, run, torch_attention, torch_model, torch_selection  # noqa: E402
 from tools.evaluation.methods import Method  # noqa: E402
 from tools.evaluation.model import Model  # noqa: E402
@@ -43,13 +46,22 @@ def test_selections_are_those_of_the_harness(text_of_method, seqlen_q, seqlen_k)
     assert np.array_equal(mask.numpy(), visible & np.ones_like(expected)) == (text_of_method == "dense")
 
 
-def test_results_are_those_of_the_harness(text, tmp_path):
+@pytest.fixture(params=["bytes", "tokenizer"])
+def checkpoint(request, tmp_path):
+    """The probe, and a tiny model with a tokenizer and tied embeddings."""
+    if request.param == "bytes":
+        return PROBE
+    smollm2.write_checkpoint(tiny_llama(np.random.default_rng(0))[0], tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_results_are_those_of_the_harness(checkpoint, text, tmp_path):
     methods, kinds = ["dense", "rrattn+last+near:0.7:16"], ["lookup", "needle", "inside", "copy", "text"]
     ours, expected = (records.Results(tmp_path / f"{name}.jsonl") for name in ("torch", "paddle"))
     mass = ["rrattn:0.8:8", "exact+near:0.9"]
-    arguments = (PROBE, ours, text, kinds, methods, mass, 1500, 1, 6, "cpu")
+    arguments = (checkpoint, ours, text, kinds, methods, mass, 1500, 1, 6, "cpu")
     many.run_many(*arguments)
-    model = Model(PROBE)
+    model = Model(checkpoint)
     run.run_tasks(model, expected, text, kinds, methods, [1500], 1, 6)
     run.measure_mass(model, expected, text, kinds, mass, [1500], 1, 6)
     found = {(row["task"], row["method"]): row for row in ours.rows}
@@ -57,7 +69,7 @@ def test_results_are_those_of_the_harness(text, tmp_path):
     for row in expected.rows:
         other = found[row["task"], row["method"]]
         assert other["density"] == pytest.approx(row["density"], abs=1e-3)
-        for name in ("score", "nats", "guessed", "kept"):
+        for name in ("score", "nats", "guessed", "agreement", "divergence", "kept"):
             assert other.get(name) == pytest.approx(row.get(name), abs=1e-3)
         assert other.get("right") == row.get("right")
     lines = ours.path.read_text()
@@ -84,4 +96,7 @@ def test_what_is_refused(tmp_path):
     config = {**json.loads((PROBE / "config.json").read_text()), "attention_bias": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="attention_bias is True, but must be False"):
+        torch_model.Model(tmp_path, torch.device("cpu"), 100)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_bias": False, "vocab_size": 1000}))
+    with pytest.raises(ValueError, match="has 1000 tokens, but no tokenizer.json"):
         torch_model.Model(tmp_path, torch.device("cpu"), 100)

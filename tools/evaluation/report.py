@@ -139,6 +139,40 @@ def quality_tables(rows):
     return parts
 
 
+def dense_tables(rows):
+    """A Markdown table a length: how prefills that are scored inside differ from dense ones, means over contexts.
+
+    For each task and method the density, the share of scored tokens where both guess the same, the divergence from
+    dense's chances, and the loss over dense's, with its standard error over contexts, a document each for text.
+    """
+    groups = defaultdict(dict)  # (length, task, method) -> context -> row
+    for row in rows:
+        if "divergence" in row:
+            groups[row["length"], row["task"], row["method"]][row["index"]] = row
+    parts = []
+    for length in sorted({length for length, _, _ in groups}):
+        body = []
+        compared = [(task, method) for at, task, method in groups if at == length and method != "dense"]
+        for task, method in sorted(compared, key=lambda pair: (pair[0], in_order(pair[1]))):
+            of_context, dense = groups[length, task, method], groups.get((length, task, "dense"), {})
+            shared = sorted(of_context.keys() & dense.keys())
+            if not shared:
+                continue
+            over = np.array([of_context[index]["nats"] / dense[index]["nats"] - 1 for index in shared])
+            loss = f"{over.mean():+.2%}"
+            if len(over) > 1:
+                loss += f" ± {100 * np.std(over, ddof=1) / len(over) ** 0.5:.2f}"
+            density, same, divergence = (
+                np.mean([of_context[index][name] for index in shared])
+                for name in ("density", "agreement", "divergence")
+            )
+            body.append([task, method, f"{density:.1%}", f"{same:.1%}", f"{divergence:.4f}", loss, str(len(shared))])
+        if body:
+            header = ["task", "method", "density", "same token as dense", "KL, nats", "loss over dense", "contexts"]
+            parts.append(f"### Against dense, {length:,} tokens\n\n" + markdown(header, body))
+    return parts
+
+
 def mass_curves(rows):
     """{(kind, length): {family: (densities, kept)}}, sorted by density, means over contexts."""
     groups = defaultdict(list)
@@ -226,7 +260,8 @@ def write_report(path, plots=None):
         draw_quality(rows, plots / "quality.png")
         draw_mass(rows, plots / "mass.png")
         draw_needles(rows, plots / "needles.png")
-    return "\n\n".join(quality_tables(rows) + difference_tables(rows) + mass_tables(rows) + benchmark_tables(rows))
+    tables = (quality_tables, dense_tables, difference_tables, mass_tables, benchmark_tables)
+    return "\n\n".join(part for make in tables for part in make(rows))
 
 
 def benchmark_tables(rows):

@@ -1,4 +1,4 @@
-"""A byte-level LLaMA in PyTorch, float32, whose attention chooses its blocks by a given method.
+"""A LLaMA in PyTorch, float32, whose attention chooses its blocks by a given method.
 
 It does what `model.Model` does of examples/probe and its like, many times as fast on a GPU.
 """
@@ -9,15 +9,19 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+
+from rrattn.tokens import MOST_BYTE_TOKENS, Bytes
 
 from .baselines import BLOCK
 from .torch_attention import attention_for
 from .torch_selection import block_mask, exact_mass, products, visible_blocks
 
-PLAIN_LLAMA = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+PLAIN_LLAMA = {"model_type": "llama", "attention_bias": False, "mlp_bias": False}
+TOKENIZER = "tokenizer.json"
 
 
 def read_config(folder):
@@ -32,9 +36,33 @@ def read_config(folder):
     for name, value in PLAIN_LLAMA.items():
         if config.get(name, value) != value:
             raise ValueError(f"{folder}: {name} is {config[name]!r}, but must be {value!r}")
-    if config["vocab_size"] > 512 or config.get("rope_scaling"):
-        raise ValueError(f"{folder} must be of bytes, without rope_scaling")
+    if config.get("rope_scaling"):
+        raise ValueError(f"{folder}: rope_scaling is {config['rope_scaling']!r}, but must be null")
+    if config["vocab_size"] > MOST_BYTE_TOKENS and not (Path(folder) / TOKENIZER).is_file():
+        raise ValueError(f"{folder} has {config['vocab_size']} tokens, but no {TOKENIZER}")
     return config
+
+
+def codec_of(folder):
+    """The tokens of a checkpoint, as `rrattn.checkpoint.codec_of` gives them: of its tokenizer.json, or bytes."""
+    path = Path(folder) / TOKENIZER
+    return JsonTokenizer(path) if path.is_file() else Bytes()
+
+
+class JsonTokenizer:
+    """What `rrattn.tokens.Tokenizer` is, for prompts, of a tokenizer.json and the package `tokenizers` alone."""
+
+    def __init__(self, path):
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(path))
+        first = self.encode(b"a")[0]
+        whole = self._tokenizer.encode("a").ids
+        self.start = np.asarray(whole[: whole.index(first)], np.int64)
+
+    def encode(self, text):
+        ids = self._tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
+        return np.asarray(ids, np.int64)
 
 
 class Model:
@@ -56,9 +84,12 @@ class Model:
 
     def __init__(self, folder, device, longest):
         config = read_config(folder)
+        self.codec = codec_of(folder)
         path = Path(folder) / "model.safetensors"
         self.device, self.digest = device, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         self.weights = {name: weight.float().to(device) for name, weight in load_file(path).items()}
+        tied = config.get("tie_word_embeddings", False)
+        self.head = self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
         self.num_layers, self.epsilon = config["num_hidden_layers"], config["rms_norm_eps"]
         self.head_dim = config["head_dim"]
         self.scale = self.head_dim**-0.5
@@ -97,7 +128,7 @@ class Model:
 
     def logits(self, x):
         """[..., vocabulary] of the residual stream."""
-        return self._normed(x, "model.norm") @ self.weights["lm_head.weight"].T
+        return self._normed(x, "model.norm") @ self.head.T
 
     def mass(self, query, key, scale):
         """What `exact_mass` returns; in a prefill of one sequence, by the attention's own way."""
