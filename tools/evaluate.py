@@ -12,7 +12,7 @@ evaluation/methods.py.
 
 `many` runs tasks and kept mass with PyTorch, in place of Paddle, on a GPU if there is one: ten contexts of the
 probe in three minutes. It computes a plain LLaMA, and takes torch and safetensors, `tokenizers` where the model has a
-tokenizer, and of this package neither Paddle nor a build.
+tokenizer, and of this package no Paddle, and a build only where a method names rrattn's settings.
 """
 
 from __future__ import annotations
@@ -148,15 +148,17 @@ def check_many(arguments):
 
     from .evaluation.many import chosen
     from .evaluation.torch_model import read_config
+    from .evaluation.torch_rrattn import check_device
 
-    for method in [*arguments.methods, *arguments.mass]:
-        chosen(method)
+    methods = [chosen(method) for method in [*arguments.methods, *arguments.mass]]
     read_config(arguments.model)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
         raise ValueError(f"--device is {arguments.device!r}, which torch cannot use: {error}") from error
+    if any(method.by_config for method in methods):
+        check_device(arguments.device)
 
 
 def prompts_of(parser, folder):

@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 
 from gguf_files import tiny_llama  # noqa: E402
 
+from rrattn.config import SETTINGS  # noqa: E402
 from tools import evaluate, smollm2  # noqa: E402
 from tools.evaluation import benchmarks, prompts, records, report, run  # noqa: E402
 from tools.evaluation.methods import Method  # noqa: E402
@@ -301,7 +302,12 @@ def test_report_of_several_contexts():
     assert errors[report.MEAN] == pytest.approx(np.sqrt(2 / 3 * sum((x - mean) ** 2 for x in others)))
     (table,) = report.quality_tables(rows)
     assert f"| 88.89% ± {100 * errors[report.MEAN]:.2f} | 50.0% |" in table  # the fourth context is not whole
-    kept = {"rrattn:0.9:8": (0.3, 0.90), "xattention:0.8": (0.2, 0.86), "xattention:0.9": (0.4, 0.92)}
+    kept = {
+        "rrattn:0.9:8": (0.3, 0.90),
+        "rrattn:threshold=0.9": (0.3, 0.9),
+        "xattention:0.8": (0.2, 0.86),
+        "xattention:0.9": (0.4, 0.92),
+    }
     masses = [
         {"task": "mass text", "method": method, "length": 512, "index": i, "density": density, "kept": share + i / 100}
         for method, (density, share) in kept.items()
@@ -309,6 +315,7 @@ def test_report_of_several_contexts():
     ]
     (table,) = report.difference_tables(masses)
     assert table.endswith("| rrattn:0.9:8 | 30.0% | 90.50% | +1.00 ± 0.00 |  |")
+    assert "\n| rrattn:threshold=0.9 | 30.0% | 90.50% | +1.00 ± 0.00 |  |\n" in table
     assert report.difference_tables(masses[::2]) == []
 
 
@@ -415,6 +422,49 @@ def test_a_method_may_be_a_file_of_settings(model, tmp_path):
     for method in (f"rrattn:{path}:16", f"rrattn+near:{path}"):
         with pytest.raises(ValueError, match="stride and keep rules are in the file"):
             Method(method)
+
+
+def test_a_method_may_name_its_settings(model, checkpoint):
+    """All of RRAttentionConfig's, which reach the layers as `enable` hands them out; others are refused by name."""
+    given = {"threshold": [0.3, 0.6], "stride": 16, "keep_last": False, "keep_local": 2, "dense_layers": [1]}
+    text = "rrattn:" + ",".join(f"{name}={json.dumps(value)}" for name, value in given.items())
+    model.method = Method(text)
+    assert model.method.config == rrattn.RRAttentionConfig(**given)
+    tokens = np.arange(1100) * 7 % 250
+    hidden, _ = model.prefill(tokens)
+    plain = paddleformers.LlamaForCausalLM.from_pretrained(str(checkpoint), dtype="float32")
+    plain.eval()
+    rrattn.enable(plain, **given)
+    with paddle.no_grad():
+        expected = plain(paddle.to_tensor(tokens[None]), return_dict=True).logits[0].numpy()
+    np.testing.assert_allclose(model.logits(hidden), expected, atol=1e-3)
+    densities = [density.numpy()[0] for density in rrattn.layer_densities(plain)]
+    np.testing.assert_array_equal(model.densities, densities)
+    assert densities[0].max() < 1 and densities[1].min() == 1
+    for bad, message in (
+        ("rrattn:threshold=0.9,min_mass=1", f"sets 'min_mass', but the settings are {', '.join(SETTINGS)}"),
+        ("rrattn:stride=8,stride=16", "sets stride more than once"),
+        ("rrattn:threshold=high", "threshold is 'high', but must be JSON"),
+        ("rrattn:threshold=1.5", "'rrattn:threshold=1.5': threshold"),
+        ("rrattn+last:stride=8", "give stride and keep rules by name as well"),
+        ("rrattn:stride=8:16", "give stride and keep rules by name as well"),
+        ("pooling:stride=8", "must be written as pooling:NUMBER$"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message).replace(r"\$", "$")):
+            Method(bad)
+
+
+def test_settings_by_name_in_a_run_and_its_report(model, text, tmp_path):
+    results = records.Results(tmp_path / "results.jsonl")
+    methods = ["dense", "rrattn:threshold=0.5", "rrattn:threshold=0.7", "rrattn:threshold=0.5,keep_local=3"]
+    run.run_tasks(model, results, text, ["text"], methods, [1500], 1, 4)
+    density = {row["method"]: row["density"] for row in results.rows}
+    assert density[methods[1]] < density[methods[3]] < 1 and density[methods[1]] < density[methods[2]] < 1
+    run.measure_mass(model, results, text, ["text"], [*methods[1:], "rrattn+last+near:0.5"], [1500], 1, 4)
+    kept = {row["method"]: row["kept"] for row in results.rows if "kept" in row}
+    assert kept[methods[1]] == kept["rrattn+last+near:0.5"] < kept[methods[3]]
+    written = report.write_report(tmp_path / "results.jsonl", tmp_path / "plots")
+    assert all(f"| {name} |" in written for name in ("rrattn", "rrattn, keep_local=3", *methods))
 
 
 # What is checked before anything is loaded or computed

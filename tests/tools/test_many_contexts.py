@@ -1,6 +1,7 @@
 """`tools.evaluate many`: in PyTorch, what the harness in Paddle does. Skipped where PyTorch is not installed."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 from gguf_files import tiny_llama  # noqa: E402
 
 from tools import smollm2  # noqa: E402
-from tools.evaluation import many, records, run, torch_attention, torch_model, torch_selection  # noqa: E402
+from tools.evaluation import many, records, run, torch_attention, torch_model, torch_rrattn, torch_selection  # noqa: E402
 from tools.evaluation.methods import Method  # noqa: E402
 from tools.evaluation.model import Model  # noqa: E402
 
@@ -56,16 +57,18 @@ def checkpoint(request, tmp_path):
 
 
 def test_results_are_those_of_the_harness(checkpoint, text, tmp_path):
-    methods, kinds = ["dense", "rrattn+last+near:0.7:16"], ["lookup", "needle", "inside", "copy", "text"]
+    layers = 1 if checkpoint != PROBE else 6
+    per_layer = f"rrattn:threshold={[0.6] * (layers - 1) + [0.8]},keep_local=2".replace(" ", "")
+    methods, kinds = ["dense", "rrattn+last+near:0.7:16", per_layer], ["lookup", "needle", "inside", "copy", "text"]
     ours, expected = (records.Results(tmp_path / f"{name}.jsonl") for name in ("torch", "paddle"))
-    mass = ["rrattn:0.8:8", "exact+near:0.9"]
+    mass = ["rrattn:0.8:8", "exact+near:0.9", "rrattn:threshold=0.8,stride=16,dense_layers=[0]"]
     arguments = (checkpoint, ours, text, kinds, methods, mass, 1500, 1, 6, "cpu")
     many.run_many(*arguments)
     model = Model(checkpoint)
     run.run_tasks(model, expected, text, kinds, methods, [1500], 1, 6)
     run.measure_mass(model, expected, text, kinds, mass, [1500], 1, 6)
     found = {(row["task"], row["method"]): row for row in ours.rows}
-    assert len(found) == len(ours.rows) == len(expected.rows) == 6 * 2 + 5 * 2
+    assert len(found) == len(ours.rows) == len(expected.rows) == 6 * 3 + 5 * 3
     for row in expected.rows:
         other = found[row["task"], row["method"]]
         assert other["density"] == pytest.approx(row["density"], abs=1e-3)
@@ -87,6 +90,34 @@ def test_plain_attention_is_that_over_the_blocks():
     arrays = (paddle.to_tensor(x.numpy()[None]) for x in (query, key, value))
     expected = rrattn.block_sparse_attention(*arrays, words, causal=True, softmax_scale=0.2)
     np.testing.assert_allclose(out.numpy(), expected.numpy()[0], atol=1e-5)
+
+
+def test_settings_reach_the_kernels_by_name():
+    """Each that changes what attention selects or computes does so, as in the layer that a model would run."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, n, heads, 32, generator=generator) for n, heads in ((650, 4), (906, 2), (906, 2))
+    )
+    for settings in ("threshold=0.5", "threshold=[0.9,[0.2,0.4,0.6,0.8]]", "stride=32,threshold=0.5", "min_length=907",
+                     "softmax_scale=0.5,threshold=0.6", "keep_last=false,keep_local=0,keep_sink=false,threshold=0.4",
+                     "head_offset=3,threshold=0.5", "dense_layers=[1],threshold=0.1"):  # fmt: skip
+        method = Method(f"rrattn:{settings}")
+        mask, out = torch_rrattn.attend(method.config, 1, 2, query, key, value, 0.2)
+        core = method.core(1, 2, 4)
+        expected = core(*(paddle.to_tensor(x.numpy()) for x in (query, key, value)), causal=True, softmax_scale=0.2)
+        np.testing.assert_array_equal(out.numpy(), expected.numpy())
+        selected = rrattn.unpack_block_mask(core.last_selection.block_mask, 8).numpy()
+        visible = torch_selection.visible_blocks(650, 906, "cpu").numpy()
+        np.testing.assert_array_equal(mask.numpy(), selected & visible)
+        assert (mask.numpy() == visible).all() == (settings[:3] in ("min", "den"))
+
+
+def test_no_build_for_the_device_is_named(monkeypatch):
+    torch_rrattn.check_device("cpu")
+    monkeypatch.setitem(sys.modules, "rrattn.direct", None)
+    monkeypatch.delattr(rrattn, "direct")
+    with pytest.raises(ValueError, match="rrattn has no build for cpu, which its settings by name need"):
+        torch_rrattn.check_device("cpu")
 
 
 def test_what_is_refused(tmp_path):

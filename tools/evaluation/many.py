@@ -2,6 +2,9 @@
 
 Results are the lines that run.py writes, so that report.py tells of both, with 0 or 1 for an answer and without
 times, which would not be the methods' own.
+
+Methods that are written with a number are computed in PyTorch, in float32. rrattn with settings by name or in a file
+runs its own kernels, which takes a build of the package for the device: see torch_rrattn.py.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ def chosen(text):
         Where it names none, or one that is not in torch_selection.
     """
     method = Method(text)
-    if method.name not in torch_selection.NAMES or (method.name != "dense" and not hasattr(method, "knob")):
+    if method.name not in torch_selection.NAMES:
         names = ", ".join(torch_selection.NAMES)
-        raise ValueError(f"method {text!r}: of many contexts only {names} are measured, each with a number")
+        raise ValueError(f"method {text!r}: of many contexts only {names} are measured")
     return method
 
 
@@ -151,16 +154,19 @@ def kept_mass(model, prompt, methods):
     """float64 [methods, 2]: density and kept mass of the blocks that each Method chooses in a dense prefill."""
     layers = []
 
-    def measure(query, key):
+    def measure(layer, query, key):
         length, device = query.shape[1], query.device
         visible, mass = torch_selection.visible_blocks(length, length, device), model.mass(query, key, model.scale)
         scores, found = {}, []
         for method in methods:
-            estimate = method.name, method.stride
-            if estimate not in scores:
-                scores[estimate] = torch_selection.block_scores(*estimate, query, key, model.scale, lambda *_: mass)
-            mask = torch_selection.top_tau(scores[estimate], [method.knob])[0] & visible
-            mask |= torch_selection.always_kept(length, length, **method.keep, device=device)
+            if method.name == "dense" or method.by_config:
+                mask, _ = model.choose(method, layer, query, key, key)
+            else:
+                estimate = method.name, method.stride
+                if estimate not in scores:
+                    scores[estimate] = torch_selection.block_scores(*estimate, query, key, model.scale, lambda *_: mass)
+                mask = torch_selection.top_tau(scores[estimate], [method.knob])[0] & visible
+                mask |= torch_selection.always_kept(length, length, **method.keep, device=device)
             share, kept = mask.sum((2, 3)) / visible.sum(), (mass * mask).sum((2, 3)) / mass.sum((2, 3))
             found.append(torch.stack([share.mean(), kept.mean()]))
         layers.append(torch.stack(found))

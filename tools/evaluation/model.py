@@ -64,6 +64,11 @@ class Model:
         else:
             if self.on_attend is not None:
                 self.on_attend(layer, query, key, softmax_scale)
+            if self.method.config is not None:
+                core = self.method.core(layer, self.num_layers, query.shape[2])
+                out = core(query, key, value, causal=causal, softmax_scale=softmax_scale)
+                self.densities[layer] = core.last_density.numpy()[0]
+                return out, core.last_selection.block_mask
             block_mask = self.method.block_mask(query, key, softmax_scale, layer, self.num_layers)
             self.densities[layer] = rrattn.block_density(block_mask, **sizes).numpy()[0]
         out = rrattn.block_sparse_attention(query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale)

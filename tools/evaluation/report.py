@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from .methods import WITH_STRIDE
+from .methods import WITH_STRIDE, settings_by_name
 from .prompts import TASKS
 from .records import MASS, read_results
 
@@ -15,8 +15,13 @@ MEAN = "mean of all tasks"
 
 
 def family(method):
-    """A method without its knob: rrattn:0.95:8 to rrattn, stride 8."""
+    """A method without its knob: rrattn:0.95:8 to rrattn, stride 8; rrattn:threshold=0.9,stride=4 to rrattn, stride=4.
+
+    rrattn with its defaults but for the threshold, as in rrattn:threshold=0.9, is rrattn.
+    """
     name, *settings = method.split(":")
+    if settings and "=" in settings[0]:
+        return ", ".join([name, *(one for one in settings_by_name(settings[0]) if not one.startswith("threshold="))])
     if settings and settings[0].endswith(".json"):
         return f"{name}, {settings[0].rsplit('/', 1)[-1]}"
     stride = int(settings[1]) if len(settings) > 1 else 8
@@ -230,8 +235,8 @@ def difference_tables(rows, others=("xattention, stride 8", "exact")):
             for method, values in of_kind.items():
                 found[method].append(np.mean(values, axis=0))
         body = []
-        for method in sorted(found, key=lambda method: (in_order(family(method)), float(method.split(":")[1]))):
-            mean = np.mean(found[method], axis=0)
+        means = {method: np.mean(values, axis=0) for method, values in found.items()}
+        for method, mean in sorted(means.items(), key=lambda pair: (in_order(family(pair[0])), pair[1][0])):
             error = np.std(found[method], axis=0, ddof=1) / len(found[method]) ** 0.5
             cells = zip(100 * mean[2:], 100 * error[2:])
             less = ["" if np.isnan(x) else f"{x:+.2f} ± {y:.2f}" for x, y in cells]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from rrattn.tokens import MOST_BYTE_TOKENS, Bytes
 
+from . import torch_rrattn
 from .baselines import BLOCK
 from .torch_attention import attention_for
 from .torch_selection import block_mask, exact_mass, products, visible_blocks
@@ -136,20 +137,31 @@ class Model:
             return exact_mass(query, key, scale)
         return self.attention.mass(query[0], key[0], scale)[None]
 
+    def choose(self, method, layer, query, key, value):
+        """(mask bool [B, Hq, Mq, Mk], out) of what a Method attends in a layer; query is of the last positions.
+
+        out, [B, Lq, Hq, D], is what rrattn's kernels make of these blocks, where a config says how; otherwise None.
+        """
+        if method.by_config:
+            return torch_rrattn.attend(method.config, layer, self.num_layers, query, key, value, self.scale)
+        return block_mask(method, query, key, self.scale, self.mass), None
+
     def prefill(self, tokens, method, on_attend=None):
         """(residual stream [L, hidden], cache, densities float32 [layers]) of int64 [L], blocks chosen by a Method.
 
-        on_attend(query, key) is called in each layer; the cache holds key and value [1, L, Hkv, D] of each.
+        on_attend(layer, query, key) is called in each layer; the cache holds key and value [1, L, Hkv, D] of each.
         """
         cache, densities = [], []
 
         def attend(layer, query, key, value):
             if on_attend is not None:
-                on_attend(query, key)
-            mask = block_mask(method, query, key, self.scale, self.mass)
+                on_attend(layer, query, key)
+            mask, out = self.choose(method, layer, query, key, value)
             densities.append(mask.sum() / (mask.shape[1] * visible_blocks(len(tokens), len(tokens), mask.device).sum()))
             cache.append((key, value))
-            return self.attention.attend(query[0], key[0], value[0], mask[0], self.scale)[None]
+            if out is None:
+                out = self.attention.attend(query[0], key[0], value[0], mask[0], self.scale)[None]
+            return out
 
         return self._run(tokens[None], attend)[0], cache, torch.stack(densities)
 
@@ -168,9 +180,12 @@ class Model:
         def attend(layer, query, key, value):
             past = (old.expand(len(query), -1, -1, -1) for old in cache[layer])
             key, value = (torch.cat(pair, 1) for pair in zip(past, (key, value)))
-            prefilled = key[:, : context + asked]
-            mask = block_mask(method, query[:, :asked], prefilled, self.scale, self.mass)
-            return attend_after(query, key, value, mask, asked, self.scale)
+            prefilled = query[:, :asked], key[:, : context + asked], value[:, : context + asked]
+            mask, of_asked = self.choose(method, layer, *prefilled)
+            out = attend_after(query, key, value, mask, asked, self.scale)
+            if of_asked is not None:
+                out[:, :asked] = of_asked
+            return out
 
         x = self._run(torch.cat([prompt, answers[:, :-1]], 1), attend, context)
         return (self.logits(x[:, asked - 1 :]).argmax(-1) == answers).all(1)
