@@ -1,8 +1,8 @@
 """Evaluates ways to choose attention blocks on a checkpoint: quality, density and kept attention mass.
 
-    python -m tools.evaluate run MODEL RESULTS.jsonl --text FILE [--tasks ...] [--methods ...] [--lengths ...]
-    python -m tools.evaluate mass MODEL RESULTS.jsonl --text FILE [...]
-    python -m tools.evaluate many MODEL RESULTS.jsonl --text FILE [--contexts 10] [...]
+    python -m tools.evaluate run MODEL RESULTS.jsonl [--text FILE] [--tasks ...] [--methods ...] [--lengths ...]
+    python -m tools.evaluate mass MODEL RESULTS.jsonl [--text FILE] [...]
+    python -m tools.evaluate many MODEL RESULTS.jsonl [--text FILE] [--contexts 10] [...]
     python -m tools.evaluate report RESULTS.jsonl [--plots FOLDER]
     python -m tools.evaluate helmet MODEL FILE.jsonl ... / video-mme MODEL FOLDER ... [--methods ...]
 
@@ -63,6 +63,16 @@ def add_common(parser, lengths):
         parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384], help="(default: 4K to 16K)")
 
 
+def add_text(parser):
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="held-out text, a document or several with a zero byte between them; .xz is unpacked, as probe/corpus.py "
+        "writes it (default: the help topics that Python brings, as 12 documents of 38 KB)",
+    )
+
+
 def parse_arguments():
     """The arguments, checked; in place of the files that they name stands what was read from these: `results` are
     Results (but for a report), `text` is uint8 [bytes], `data` are the samples of a benchmark."""
@@ -76,7 +86,7 @@ def parse_arguments():
         command = commands.add_parser(name)
         add_common(command, lengths=True)
         command.add_argument("results", type=Path, help="a file of JSON lines, made or gone on with")
-        command.add_argument("--text", type=Path, required=True, help="held-out text: a file, or what corpus.py wrote")
+        add_text(command)
         kinds = list(CONTEXTS) if name == "run" else ["text", "lookup", "needle"]
         command.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=kinds)
         command.add_argument("--contexts", type=int, default=1, help="of each task and length (default: 1)")
@@ -84,7 +94,7 @@ def parse_arguments():
     command = commands.add_parser("many")
     command.add_argument("model", type=Path, help="a checkpoint directory of a LLaMA")
     command.add_argument("results", type=Path, help="a file of JSON lines, made or gone on with")
-    command.add_argument("--text", type=Path, required=True, help="held-out text: a file, or what corpus.py wrote")
+    add_text(command)
     command.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=list(CONTEXTS))
     command.add_argument("--methods", nargs="+", default=MANY_METHODS, metavar="METHOD", help="to run the tasks with")
     command.add_argument(
@@ -174,15 +184,19 @@ def prompts_of(parser, folder):
 
 
 def read_text_for(parser, name, path, make, kinds, lengths, contexts, num_questions):
-    """The text of an option, uint8 [bytes], after a check that it has room for every prompt; see `check_prompts`."""
-    from .evaluation.prompts import check_prompts
+    """The text of an option, uint8 [bytes], after a check that it has room for every prompt; see `check_prompts`.
 
-    check_input_file(parser, name, path)
+    Where the path is None, it is `default_text`.
+    """
+    from .evaluation.prompts import check_prompts, default_text
+
+    if path is not None:
+        check_input_file(parser, name, path)
     try:
-        text = read_text(path)
+        text = default_text() if path is None else read_text(path)
         check_prompts(make, text, kinds, lengths, contexts, num_questions)
     except (ValueError, OSError) as error:
-        parser.error(f"{name} {path}: {error}")
+        parser.error(f"{name} {path or '(default)'}: {error}")
     return text
 
 

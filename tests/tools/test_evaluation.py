@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import paddle
@@ -219,10 +220,44 @@ def test_a_run_in_tokens(tokenized, text, tmp_path):
     (table,) = report.dense_tables(results.rows)
     nats = [[rows[method, "text", index]["nats"] for index in (0, 1)] for method in ("rrattn:0.3", "dense")]
     over = np.divide(*nats) - 1
-    assert table.startswith("### Against dense, 700 tokens") and table.count("| text |") == 1
+    assert table.startswith("### Against dense, 700 tokens") and table.count("| text |") == 2
+    assert "| text | dense | 100.0% |  | 100.0% | 0.0000 | +0.00% ± 0.00 | 2 |" in table
     assert f"| {over.mean():+.2%} ± {100 * np.abs(over[0] - over[1]) / 2:.2f} | 2 |" in table
     run.measure_mass(tokenized, results, text, ["recall"], ["rrattn:0.3"], [1200], 1, 4)
     assert 0 < results.rows[-1]["kept"] < 1
+
+
+def test_answers_inside_are_counted_with_their_error(tokenized, text, tmp_path):
+    results = records.Results(tmp_path / "results.jsonl")
+    run.run_tasks(tokenized, results, text, ["recall"], ["dense", "rrattn:threshold=0.5"], [1200], 2, 4)
+    assert [row["answers"] for row in results.rows] == [4] * 4
+    for row in results.rows:
+        row["score"] = [0.25, 0.75][row["index"]] if row["method"] == "dense" else [0.5, 0.25][row["index"]]
+    (table,) = report.dense_tables(results.rows)
+    dense, sparse = table.splitlines()[-2:]
+    assert dense.startswith("| recall | dense | 100.0% | 50.0% ± 25.0 of 8 | 100.0% |")
+    assert "| 37.5% ± 12.5 of 8 |" in sparse
+    (table,) = report.dense_tables(results.rows[:2])  # one context
+    assert "| 25.0% of 4 |" in table and table.endswith("% | 1 |")
+
+
+def test_the_default_text_has_documents_for_8192_tokens(checkpoint, tmp_path, monkeypatch, capsys):
+    def parse(*options):
+        command = ["evaluate.py", "run", str(checkpoint), str(tmp_path / "out.jsonl"), "--methods", "dense", *options]
+        monkeypatch.setattr(sys, "argv", command)
+        return evaluate.parse_arguments()
+
+    text = parse("--lengths", "30000", "--contexts", "12", "--tasks", "text", "recall", "--questions", "89").text
+    documents = prompts.documents(text)
+    assert len(documents) == 12 and min(map(len, documents)) > 35_000 and max(map(len, documents)) < 60_000
+    joined = b"".join(document.tobytes() for document in documents).decode()
+    assert joined.startswith("The") and all(document[-1] == ord("\n") for document in documents[:-1])
+    assert topics["assignment"] in joined
+    contexts = {prompts.make_prompt("text", text, 30_000, index, 1).context[1:] for index in range(12)}
+    assert len(contexts) == 12 and all(context.decode("utf-8", "ignore") in joined for context in contexts)
+    with pytest.raises(SystemExit):
+        parse("--lengths", "90000", "--tasks", "text")
+    assert r"--text (default): no prompt of the kind text and the length 90,000" in capsys.readouterr().err
 
 
 def test_a_run_writes_every_task_and_goes_on_where_it_stopped(model, text, tmp_path, monkeypatch):

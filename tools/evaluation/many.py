@@ -146,6 +146,7 @@ def score_inside(model, prompt, context, x):
     counted = {"nats": nats, "agreement": agreement, "divergence": divergence}
     counted["guessed"] = counted["score"] = float(right[scored + 1].double().mean())
     if prompt.spans:
+        counted["answers"] = len(prompt.spans)
         counted["score"] = float(np.mean([bool(right[begin:end].all()) for begin, end in prompt.spans]))
     return counted
 

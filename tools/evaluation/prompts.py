@@ -42,6 +42,7 @@ CONTEXTS = {
 TASKS = tuple(task for group in CONTEXTS.values() for task in group)
 MULTI = 4  # facts that a multi-needle prompt asks for
 LONGEST_COPY = 256
+DEFAULT_DOCUMENTS = 12
 SHOTS = 4  # records of a recall prompt that stand again unscored, before the others
 _SEED = 2_000_003  # other data than in training and in train.py's own measurement
 
@@ -79,6 +80,23 @@ def documents(text):
     """The documents of a text that probe/corpus.py wrote, uint8 arrays; one where no zero byte divides it."""
     starts = np.flatnonzero(text == 0)
     return [part[1:] if part[:1] == 0 else part for part in np.split(text, starts) if len(part) > 1]
+
+
+def default_text():
+    """Python's own help topics (pydoc_data), which every installation has, as uint8 [bytes].
+
+    They are divided into DEFAULT_DOCUMENTS of some 38 KB, each of about 9,000 tokens of a tokenizer for English. Models
+    may have been trained on them.
+    """
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
+    parts = []
+    for part in range(DEFAULT_DOCUMENTS, 0, -1):  # cut at ends of lines, so that letters stay whole
+        end = len(text) if part == 1 else text.index(b"\n", len(text) // part) + 1
+        parts.append(text[:end])
+        text = text[end:]
+    return np.frombuffer(b"\0".join(parts), np.uint8)
 
 
 def make_prompt(kind, text, length, index, num_questions):

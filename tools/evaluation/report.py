@@ -147,8 +147,9 @@ def quality_tables(rows):
 def dense_tables(rows):
     """A Markdown table a length: how prefills that are scored inside differ from dense ones, means over contexts.
 
-    For each task and method the density, the share of scored tokens where both guess the same, the divergence from
-    dense's chances, and the loss over dense's, with its standard error over contexts, a document each for text.
+    For each task and method the density; the share of right answers, with their number; the share of scored tokens
+    where both guess the same; the divergence from dense's chances; and the loss over dense's. Shares of answers and
+    losses come with their standard error over contexts, a document each for text.
     """
     groups = defaultdict(dict)  # (length, task, method) -> context -> row
     for row in rows:
@@ -157,25 +158,34 @@ def dense_tables(rows):
     parts = []
     for length in sorted({length for length, _, _ in groups}):
         body = []
-        compared = [(task, method) for at, task, method in groups if at == length and method != "dense"]
-        for task, method in sorted(compared, key=lambda pair: (pair[0], in_order(pair[1]))):
+        compared = [(task, method) for at, task, method in groups if at == length]
+        for task, method in sorted(compared, key=lambda pair: (pair[0], pair[1] != "dense", in_order(pair[1]))):
             of_context, dense = groups[length, task, method], groups.get((length, task, "dense"), {})
-            shared = sorted(of_context.keys() & dense.keys())
+            shared = [of_context[index] for index in sorted(of_context.keys() & dense.keys())]
             if not shared:
                 continue
-            over = np.array([of_context[index]["nats"] / dense[index]["nats"] - 1 for index in shared])
-            loss = f"{over.mean():+.2%}"
-            if len(over) > 1:
-                loss += f" ± {100 * np.std(over, ddof=1) / len(over) ** 0.5:.2f}"
             density, same, divergence = (
-                np.mean([of_context[index][name] for index in shared])
-                for name in ("density", "agreement", "divergence")
+                np.mean([row[name] for row in shared]) for name in ("density", "agreement", "divergence")
             )
-            body.append([task, method, f"{density:.1%}", f"{same:.1%}", f"{divergence:.4f}", loss, str(len(shared))])
+            answers = ""
+            if "answers" in shared[0]:
+                count = sum(row["answers"] for row in shared)
+                answers = f"{with_error([row['score'] for row in shared], '.1%', 1)} of {count}"
+            loss = with_error([row["nats"] / dense[row["index"]]["nats"] - 1 for row in shared], "+.2%", 2)
+            cells = [f"{density:.1%}", answers, f"{same:.1%}", f"{divergence:.4f}", loss, str(len(shared))]
+            body.append([task, method, *cells])
         if body:
-            header = ["task", "method", "density", "same token as dense", "KL, nats", "loss over dense", "contexts"]
-            parts.append(f"### Against dense, {length:,} tokens\n\n" + markdown(header, body))
+            names = ["density", "answers right", "same token as dense", "KL, nats", "loss over dense", "contexts"]
+            parts.append(f"### Against dense, {length:,} tokens\n\n" + markdown(["task", "method", *names], body))
     return parts
+
+
+def with_error(shares, form, decimals):
+    """The mean of shares, one a context, and its standard error in points where there are several contexts."""
+    mean = format(np.mean(shares), form)
+    if len(shares) == 1:
+        return mean
+    return f"{mean} ± {100 * np.std(shares, ddof=1) / len(shares) ** 0.5:.{decimals}f}"
 
 
 def mass_curves(rows):

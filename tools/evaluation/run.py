@@ -93,9 +93,9 @@ def dense_hidden(model, tokens):
 def score_inside(model, prompt, hidden):
     """What a prefill gave where the prompt is scored itself.
 
-    nats and guessed are the loss and the share of tokens guessed right; score is the share of right answers, or guessed
-    where there are none. divergence (of Kullback and Leibler, in nats, from dense to this) and agreement (the share of
-    tokens where both guess the same) compare the prefill with prompt.dense.
+    nats and guessed are the loss and the share of tokens guessed right; score is the share of right answers, of which
+    there are `answers`, or guessed where there are none. divergence (of Kullback and Leibler, in nats, from dense to
+    this) and agreement (the share of tokens where both guess the same) compare the prefill with prompt.dense.
     """
     scored = np.flatnonzero(prompt.scored[1:])  # what stands in row i of hidden foretells token i + 1
     nats, right, same, divergence = [], np.zeros(len(prompt.context), bool), [], []
@@ -112,6 +112,7 @@ def score_inside(model, prompt, hidden):
     counted = {name: float(np.concatenate(parts).mean(dtype=np.float64)) for name, parts in counted.items()}
     counted["guessed"] = counted["score"] = float(right[scored + 1].mean())
     if prompt.spans:
+        counted["answers"] = len(prompt.spans)
         counted["score"] = float(np.mean([right[begin:end].all() for begin, end in prompt.spans]))
     return counted
 
