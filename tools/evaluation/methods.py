@@ -154,7 +154,11 @@ class Method:
         if self.name == "pooling":
             return baselines.pooled_scores(query, key, scale), None
         if self.name == "exact":
-            return baselines.exact_mass(query, key, scale), None
+            import paddle
+
+            from rrattn.attention_mass import exact_block_mass
+
+            return exact_block_mass(paddle.to_tensor(query[None]), paddle.to_tensor(key[None]), scale), None
         if self.name == "vertical-slash":
             return None, baselines.vertical_slash_mask(query, key, scale, self.knob)
         if self.name == "window":
