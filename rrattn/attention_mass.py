@@ -90,7 +90,8 @@ def sampled_rows(length: int, count: int) -> NDArray[np.int64]:
     if length <= count:
         return np.arange(length)
     index = np.arange(count)
-    return np.floor((index + (index * _GOLDEN + 0.5) % 1) * length / count).astype(np.int64)
+    place: NDArray[np.float64] = (index + (index * _GOLDEN + 0.5) % 1) * length / count
+    return place.astype(np.int64)
 
 
 def exact_block_mass(

@@ -53,8 +53,10 @@ class RRAttentionConfig:
         Sample stride in tokens: one query in `stride` is sampled, keys are summed over `stride` tokens. A larger one
         estimates faster and less finely. One of 2, 4, 8, 16, 32, 64; the paper uses 8 and 16.
     threshold : float or sequence
-        Share of the estimated attention mass to keep, in (0, 1]; 1 keeps every block (dense attention). A sequence has
-        one entry per layer, each a float or a sequence of one float per query head.
+        Share of the estimated attention mass to keep, in (0, 1]; 1 keeps every block (dense attention). The true mass
+        in the kept blocks is another share, often a smaller one: 0.95 kept 90.9% in a model of 135 million weights over
+        8,192 tokens, and `rrattn.collect_stats` tells it of yours. A sequence has one entry per layer, each a float or
+        a sequence of one float per query head.
     keep_sink : bool
         Always keep the first visible key block of a row (the attention sink).
     keep_last : bool
