@@ -64,8 +64,10 @@ class RRAttentionConfig:
         which a few keys stand out; 1 adds what the variance adds on average to the mean of the exponentials, 0 nothing,
         as in the paper.
     threshold : float or sequence
-        Share of the estimated attention mass to keep, in (0, 1]; 1 keeps every block (dense attention). A sequence has
-        one entry per layer, each a float or a sequence of one float per query head.
+        Share of the estimated attention mass to keep, in (0, 1]; 1 keeps every block (dense attention). The true mass
+        in the kept blocks is another share, often a smaller one: 0.95 kept 90.9% in a model of 135 million weights over
+        8,192 tokens, and `rrattn.collect_stats` tells it of yours. A sequence has one entry per layer, each a float or
+        a sequence of one float per query head.
     keep_sink : bool
         Always keep the first visible key block of a row (the attention sink).
     keep_last : bool
