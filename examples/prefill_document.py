@@ -1,13 +1,15 @@
 """Prefills a long document through a LLaMA, dense, with RRAttention and as its library does, and compares.
 
-    python examples/prefill_document.py [FILE] [--tokens 16384] [--own-tokens 4096] [--threshold 0.95] [--stride 8]
-        [--output blocks.png]
+    python examples/prefill_document.py [FILE] [--model smollm2] [--tokens 16384] [--own-tokens 4096]
+        [--threshold 0.95] [--stride 8] [--output blocks.png]
 
-The model is the probe (examples/probe), which reads bytes and was trained to find things in its context. It runs in
-three ways: "own" is the attention that PaddleFormers brings ("sdpa"); "dense" and "RRAttention" are this package's,
-with every block attended and with the selected ones. The library's own attention writes down the whole matrix of
-scores, so that on a CPU 16K tokens take many minutes and GB: it reads the first --own-tokens alone, which the other two
-then read by themselves as well, to compare like with like.
+The model is the probe (examples/probe), which reads bytes and was trained to find things in its context, or another
+checkpoint; `smollm2` is SmolLM2-135M-Instruct, which tools.smollm2 fetches (93 MB) on first use.
+
+It runs in three ways: "own" is the attention that PaddleFormers brings ("sdpa"); "dense" and "RRAttention" are this
+package's, with every block attended and with the selected ones. The library's own attention writes down the whole
+matrix of scores, so that on a CPU 16K tokens take many minutes and GB: it reads the first --own-tokens alone, which the
+other two then read by themselves as well, to compare like with like.
 """
 
 if __name__ == "__main__":
@@ -15,6 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 import resource
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -22,19 +25,31 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from byte_llama import MAX_TOKENS, choose_document, load_probe, read_document, use_all_cores
+from byte_llama import MAX_TOKENS, PROBE, choose_document, use_all_cores
 from tqdm import tqdm
 
 import rrattn
-from rrattn import visualize
-from rrattn.command_line import check_picture
+from rrattn import checkpoint, visualize
+from rrattn.command_line import check_checkpoint, check_picture
+from rrattn.tokens import Bytes
+
+ROOT = Path(__file__).parents[1]
+SMOLLM2 = ROOT / "build" / "smollm2"
+BYTES_OF_A_TOKEN = 5  # so many hold one for sure, as a tokenizer reads English
+PANELS = 64  # that the picture has at most: a model of many layers would take minutes to draw
+ROWS = 1024  # of logits at once, which a large vocabulary makes long
 
 
 def parse_arguments():
     defaults = rrattn.RRAttentionConfig()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, help="a text; default: one that the installation brings")
-    parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of the prompt (default: %(default)s)")
+    parser.add_argument(
+        "--model", default=PROBE, help="a checkpoint directory, or smollm2, which is fetched (default: the probe)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help=f"of the prompt (default: what the model knows, at most {MAX_TOKENS})"
+    )
     parser.add_argument(
         "--own-tokens", type=int, help="of these, for the library's own attention; 0: it does not run (default: 4096)"
     )
@@ -46,19 +61,45 @@ def parse_arguments():
         "--output", type=Path, default=Path("selected_blocks.png"), help="the picture (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    if not 2 <= arguments.tokens <= MAX_TOKENS:
-        parser.error(f"--tokens must be from 2 to {MAX_TOKENS}, got {arguments.tokens}")
+    arguments.model = model_folder(parser, arguments.model)
+    codec = checkpoint.codec_of(arguments.model)
+    most = checkpoint.config_of(arguments.model).max_position_embeddings
+    if arguments.tokens is None:
+        arguments.tokens = min(most, MAX_TOKENS)
+    if not 2 <= arguments.tokens <= most:
+        parser.error(f"--tokens must be from 2 to {most}, got {arguments.tokens}")
     if arguments.own_tokens is None:
         arguments.own_tokens = min(4096, arguments.tokens)
     if arguments.own_tokens != 0 and not 2 <= arguments.own_tokens <= arguments.tokens:
         parser.error(f"--own-tokens must be 0, or from 2 to --tokens {arguments.tokens}, got {arguments.own_tokens}")
-    arguments.file = choose_document(parser, arguments.file, arguments.tokens - 1, f"--tokens {arguments.tokens}")
+    if isinstance(codec, Bytes):
+        num_bytes = arguments.tokens - 1
+    else:
+        num_bytes = 1 if arguments.file else BYTES_OF_A_TOKEN * arguments.tokens
+    options = f"--tokens {arguments.tokens}"
+    arguments.file = choose_document(parser, arguments.file, num_bytes, options)
+    try:
+        (tokens,) = checkpoint.samples(codec, arguments.file.read_bytes(), arguments.tokens, 1)
+    except ValueError as error:
+        parser.error(f"FILE {arguments.file} for {options}: {error}")
     check_picture(parser, "--output", arguments.output)
     try:
         config = rrattn.RRAttentionConfig(threshold=arguments.threshold, stride=arguments.stride)
     except ValueError as error:
         parser.error(str(error))
-    return arguments, config
+    return arguments, config, paddle.to_tensor(tokens[None])
+
+
+def model_folder(parser, name):
+    """The checkpoint directory that --model names, which may have to be fetched."""
+    if name == "smollm2":
+        if not SMOLLM2.exists():
+            fetched = subprocess.run([sys.executable, "-m", "tools.smollm2", str(SMOLLM2)], cwd=ROOT)
+            if fetched.returncode:
+                parser.error("--model smollm2 could not be fetched")
+        return SMOLLM2
+    check_checkpoint(parser, "--model", Path(name))
+    return Path(name)
 
 
 class PeakMemory:
@@ -88,7 +129,7 @@ class Prefill:
     attention_seconds: float
     peak_gigabytes: float
     hidden: np.ndarray  # [L, hidden size], of the last layer
-    guesses: np.ndarray  # [L], the next bytes
+    guesses: np.ndarray  # [L], the next tokens
     selections: list  # these two are of rrattn's attention
     densities: list
 
@@ -124,7 +165,9 @@ def prefill(model, tokens, config, name=None):
         attention_seconds=sum(ends) - sum(begins),
         peak_gigabytes=peak_gigabytes,
         hidden=hidden[0].numpy(),
-        guesses=model.lm_head(hidden)[0].argmax(axis=-1).numpy(),
+        guesses=np.concatenate(
+            [model.lm_head(hidden[:, i : i + ROWS])[0].argmax(axis=-1).numpy() for i in range(0, tokens.shape[1], ROWS)]
+        ),
         selections=rrattn.layer_selections(model),
         densities=rrattn.layer_densities(model),
     )
@@ -180,7 +223,7 @@ def report(comparisons, tokens):
     dense, sparse = comparison.dense, comparison.sparse
     following = tokens.numpy()[0, 1:]
     right = [(run.guesses[:-1] == following).mean() for run in (dense, sparse)]
-    print(f"{'next byte guessed right':28}{'':12}{right[0]:>12.1%}{right[1]:>13.1%}")
+    print(f"{'next token guessed right':28}{'':12}{right[0]:>12.1%}{right[1]:>13.1%}")
     for layer, density in enumerate(sparse.densities):
         heads = " ".join(f"{100 * head:3.0f}" for head in density.numpy()[0])
         mean = float(density.mean())
@@ -199,20 +242,20 @@ def report(comparisons, tokens):
             )
     print(
         f"output difference: {difference(sparse, dense):.2e}, RRAttention's from dense: the norm of the difference of "
-        "the last layer's\n  outputs, over the norm of dense's; the same next byte guessed at "
+        "the last layer's\n  outputs, over the norm of dense's; the same next token guessed at "
         f"{(dense.guesses == sparse.guesses).mean():.1%} of the positions"
     )
 
 
 def main():
-    arguments, config = parse_arguments()
+    arguments, config, tokens = parse_arguments()
     use_all_cores()
-    tokens = read_document(arguments.file, arguments.tokens)
-    model = load_probe()
-    heads = model.config.num_attention_heads
+    model = checkpoint.load_model(arguments.model, "float32")
+    heads, layers = model.config.num_attention_heads, len(model.model.layers)
+    name = "the probe, a byte-level LLaMA" if arguments.model == PROBE else f"{arguments.model.name}, a model"
     print(
         f"document: {arguments.tokens:,} tokens, from the beginning of {arguments.file}\n"
-        f"model:    the probe, a byte-level LLaMA of {len(model.model.layers)} layers and {heads} heads\n"
+        f"model:    {name} of {layers} layers and {heads} heads\n"
         f"          (all scores of one layer at once would take {heads * arguments.tokens**2 * 4 / 2**30:,.1f} GB)",
         flush=True,
     )
@@ -227,7 +270,8 @@ def main():
     report([*comparisons, whole], tokens)
 
     title = f"Blocks attended at threshold {config.threshold:g}, {arguments.tokens:,} tokens of {arguments.file.name}"
-    visualize.plot_layers(whole.sparse.selections, title=title, path=arguments.output)
+    drawn = visualize.layers_to_draw(layers, heads, PANELS)
+    visualize.plot_layers(whole.sparse.selections, layers=drawn, title=title, path=arguments.output)
     print(f"picture: {arguments.output}")
 
 

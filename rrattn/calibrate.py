@@ -28,11 +28,13 @@ if _HAS_PADDLE:
 
 DESCRIPTION = """Finds a threshold for each head or layer of a model, for a stated bound on lost attention mass.
 
-One threshold for all heads spends blocks where they hardly matter: a head whose estimate is good could do with less
+A threshold is a share of the estimated attention mass; the blocks that it chooses hold another share of the true one.
+So one threshold for all heads spends blocks where they hardly matter: a head whose estimate is good could do with less
 than one whose estimate is poor. Here the bound is on what is really lost: on prefills of sample text, the true
-attention mass outside the chosen blocks. `--bound each` finds for each head (or layer) the smallest threshold whose
-loss is within the bound; `--bound mean` spreads blocks over all of them so that the mean loss is within the bound and
-the blocks are as few as can be. Both are then checked on held-out text, beside one threshold of the same loss.
+attention mass outside the chosen blocks, by the softmax of every row; what is printed as lost is this mass as well.
+`--bound each` finds for each head (or layer) the smallest threshold whose loss is within the bound; `--bound mean`
+spreads blocks over all of them so that the mean loss is within the bound and the blocks are as few as can be. Both are
+then checked on held-out text, beside one threshold of the same loss.
 
 Samples are of the checkpoint's own tokenizer's tokens, or of bytes where it has none and at most 512 tokens (they then
 begin with a byte 0, as the texts of examples/probe do). The model runs on Paddle's device, in bfloat16 on a GPU and in
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             name, metavar="FILE", nargs="+", type=Path, required=True, help=f"{what}: files of plain text"
         )
-    parser.add_argument("--loss", type=float, default=0.05, help="attention mass that may be lost (default: 0.05)")
+    parser.add_argument("--loss", type=float, default=0.05, help="true attention mass that may be lost (default: 0.05)")
     parser.add_argument("--per", choices=("layer", "head"), default="head", help="(default: head)")
     parser.add_argument("--bound", choices=("each", "mean"), default="mean", help="what the loss is of (default: mean)")
     parser.add_argument("--stride", type=int, choices=STRIDES, default=stride, help="(default: %(default)s)")
@@ -107,15 +109,15 @@ def run(arguments: argparse.Namespace) -> int:
     thresholds = as_thresholds(chosen, kept.shape[1], arguments.per)
     RRAttentionConfig(threshold=thresholds, stride=arguments.stride).to_json(arguments.config)
     held_kept, held_density = measure(model, arguments.held_out, "held-out text")
-    print(f"{'':22} {'mass lost':>10} {'density':>9} {'one threshold of that loss':>28} {'blocks saved':>13}")
+    print(f"{'':22} {'true mass lost':>14} {'density':>9} {'one threshold of that loss':>28} {'blocks saved':>13}")
     for name, k, d in (("sample text", kept, density), ("held-out text", held_kept, held_density)):
         k, d = grouped(k, arguments.per), grouped(d, arguments.per)
         of_global = global_density(k, d, at(k, chosen))
         saved = 1 - at(d, chosen) / of_global
-        print(f"{name:22} {1 - at(k, chosen):10.2%} {at(d, chosen):9.1%} {of_global:28.1%} {saved:13.1%}")
+        print(f"{name:22} {1 - at(k, chosen):14.2%} {at(d, chosen):9.1%} {of_global:28.1%} {saved:13.1%}")
     lost = 1 - np.take_along_axis(grouped(held_kept, arguments.per), chosen[None], 0)[0]  # [groups]
     print(
-        f"worst {arguments.per} on held-out text: {lost.max():.2%} lost; "
+        f"worst {arguments.per} on held-out text: {lost.max():.2%} of the true mass lost; "
         f"bound on {arguments.bound}: {arguments.loss:.2%}"
     )
     print(f"written: {arguments.config}")
@@ -123,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     if of_bound <= arguments.loss:
         return 0
     print(
-        f"rrattn calibrate: the bound does not hold on the held-out text: {what} loses {of_bound:.3%} of the mass, "
+        f"rrattn calibrate: the bound does not hold on the held-out text: {what} loses {of_bound:.3%} of the true mass, "
         f"more than --loss {arguments.loss:.3%}; {arguments.config} was written all the same",
         file=sys.stderr,
     )

@@ -129,12 +129,15 @@ def rr_attention(
     causal: bool = CAUSAL,
     training: bool = True,
     stride: int = _DEFAULTS.stride,
+    key_stride: int | None = _DEFAULTS.key_stride,
     threshold: Any = _DEFAULTS.threshold,
     head_offset: int = _DEFAULTS.head_offset,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    spread: float = _DEFAULTS.spread,
     keep_sink: bool = _DEFAULTS.keep_sink,
     keep_last: bool = _DEFAULTS.keep_last,
     keep_local: int = _DEFAULTS.keep_local,
+    min_share: float = _DEFAULTS.min_share,
     deterministic: bool | None = _DEFAULTS.deterministic,
     compensate: bool = _DEFAULTS.compensate,
     return_softmax_lse: bool = False,
@@ -142,7 +145,7 @@ def rr_attention(
 ) -> Any:
     """Attention over the key blocks that hold most of each query block's attention (arXiv 2602.05853).
 
-    Estimates block scores from one query in `stride` and keys summed over `stride`, keeps for each query block the
+    Estimates block scores from one query in `stride` and keys summed over `key_stride`, keeps for each query block the
     smallest set of key blocks whose scores reach `threshold` of the row's sum, and attends to these alone.
     Differentiable in query, key and value; the selection itself carries no gradient.
 
@@ -160,6 +163,8 @@ def rr_attention(
         False: the result carries no gradient and nothing is kept for a backward pass.
     stride : int
         Sample stride in tokens: 2, 4, 8, 16, 32 or 64.
+    key_stride : int, optional
+        Tokens over which keys are summed: 1, 2, 4, 8, 16, 32 or 64. Default: `stride`.
     threshold : float or Tensor
         Share of the estimated mass to keep, in (0, 1]; 1 is dense attention. A float32 tensor of Hq elements gives each
         head its own; one of a single element holds for all.
@@ -167,6 +172,9 @@ def rr_attention(
         Number of this rank's first query head, where heads are sharded.
     softmax_scale : float, optional
         Default: 1 / sqrt(D).
+    spread : float
+        How much the variance within a stride of keys adds to its score, at least 0; see
+        :class:`rrattn.RRAttentionConfig`.
     keep_sink : bool
         Always keep a row's first visible key block.
     keep_last : bool
@@ -175,6 +183,9 @@ def rr_attention(
     keep_local : int
         When causal, always keep this many visible key blocks directly before those of the row's own positions, which
         are kept anyway; 0: none. No effect when not causal, where a row has no own positions.
+    min_share : float
+        A block with less than this share of an average visible block's estimated mass does not count as needed for a
+        threshold below 1; from 0 to 1.
     deterministic : bool, optional
         Gradients with the same bits on every run, on a GPU too, where that takes 4 to 22% longer (H200); on a CPU
         they always are. Default: as Paddle's FLAGS_cudnn_deterministic says when this is called.
@@ -212,9 +223,9 @@ def rr_attention(
     scalar, per_head = _split_threshold(threshold)
     attributes = (
         causal,
-        *_sampling(query, stride, head_offset, softmax_scale),
+        *_sampling(query, stride, key_stride, head_offset, softmax_scale, spread),
         scalar,
-        *checked_keep_rules(keep_sink, keep_last, keep_local).values(),
+        *checked_keep_rules(keep_sink, keep_last, keep_local, min_share).values(),
         _deterministic(deterministic),
         arguments.flag(compensate, "compensate"),
     )
@@ -237,8 +248,10 @@ def estimate_block_scores(
     *,
     causal: bool = CAUSAL,
     stride: int = _DEFAULTS.stride,
+    key_stride: int | None = _DEFAULTS.key_stride,
     head_offset: int = _DEFAULTS.head_offset,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    spread: float = _DEFAULTS.spread,
 ) -> Tensor:
     """Estimate how much each query block attends to each key block: the first stage of :func:`rr_attention`.
 
@@ -258,7 +271,7 @@ def estimate_block_scores(
     query, key = _attention_inputs(query, key)
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
-    sampling = _sampling(query, stride, head_offset, softmax_scale)
+    sampling = _sampling(query, stride, key_stride, head_offset, softmax_scale, spread)
     with paddle.no_grad(), watch_layout(query, key, rows, causal=causal):
         block_scores: Tensor = call("estimate", query, key, rows, causal, *sampling)
     return block_scores
@@ -276,15 +289,16 @@ def select_blocks(
     keep_sink: bool = _DEFAULTS.keep_sink,
     keep_last: bool = _DEFAULTS.keep_last,
     keep_local: int = _DEFAULTS.keep_local,
+    min_share: float = _DEFAULTS.min_share,
 ) -> Tensor:
     """Keep the blocks whose scores reach `threshold` of their row's sum: the second stage of :func:`rr_attention`.
 
     Blocks are taken from the largest score down, the lower index first among equals, while the mass before one is below
-    `threshold` times the row's; masses are added in fixed point, so that every device selects the same. Also kept: the
-    blocks that hold the row's own positions (when causal), blocks that FlashMask masks in part, and what `keep_sink`,
-    `keep_last` and `keep_local` ask for. A row with a score that is NaN, negative or 2^18 and up keeps every visible
-    block, so that a NaN or infinity in a query or key shows in the attention; one in a key that no query sees counts
-    as zero in :func:`estimate_block_scores` already.
+    `threshold` times the row's and its own is at least `min_share` times an average visible block's; masses are added
+    in fixed point, so that every device selects the same. Also kept: the blocks that hold the row's own positions (when
+    causal), blocks that FlashMask masks in part, and what `keep_sink`, `keep_last` and `keep_local` ask for. A row with
+    a score that is NaN, negative or 2^18 and up keeps every visible block, so that a NaN or infinity in a query or key
+    shows in the attention; one in a key that no query sees counts as zero in :func:`estimate_block_scores` already.
 
     Parameters
     ----------
@@ -292,7 +306,7 @@ def select_blocks(
         [B, Hq, Mq, Mk] float32.
     seqlen_q, seqlen_k : int
         Lengths in tokens.
-    threshold, startend_row_indices, causal, keep_sink, keep_last, keep_local
+    threshold, startend_row_indices, causal, keep_sink, keep_last, keep_local, min_share
         As in :func:`rr_attention`.
 
     Returns
@@ -318,7 +332,7 @@ def select_blocks(
             arguments.length(seqlen_q, "seqlen_q"),
             arguments.length(seqlen_k, "seqlen_k"),
             scalar,
-            *checked_keep_rules(keep_sink, keep_last, keep_local).values(),
+            *checked_keep_rules(keep_sink, keep_last, keep_local, min_share).values(),
         )
     return block_mask
 
@@ -489,10 +503,11 @@ def _deterministic(deterministic: object) -> bool:
     return asked
 
 
-def _sampling(query: Tensor, stride: object, head_offset: object, softmax_scale: object) -> tuple[object, ...]:
-    """(stride, head_offset, softmax_scale), with the scale that the query's head size asks for where none is given."""
-    sampling = checked_sampling(stride, head_offset, softmax_scale)
-    return sampling["stride"], sampling["head_offset"], _scale(sampling["softmax_scale"], query)
+def _sampling(query: Tensor, stride: object, key_stride: object, *others: object) -> tuple[object, ...]:
+    """The values of `checked_sampling`, with those that the query or the stride give where none are given."""
+    sampling = checked_sampling(stride, stride if key_stride is None else key_stride, *others)
+    sampling["softmax_scale"] = _scale(sampling["softmax_scale"], query)
+    return tuple(sampling.values())
 
 
 def _scale(softmax_scale: float | None, query: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What the attention layers of a model did: density, kept mass and time, per layer and head.
+"""What the attention layers of a model did: density, kept mass as estimated and in truth, and time, per layer and head.
 
 with rrattn.collect_stats(model) as stats:
     model.generate(input_ids)
@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import paddle
 
+from . import arguments
+from .attention_mass import row_mass, sampled_rows
+from .config import BLOCK_SIZE
 from .functional import estimate_block_scores
 from .integrations import attention_cores
 from .layer import RRAttention
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
 
     from .config import Sampling
 
-_TABLE = "{:>5}  {:>24}  {:>20}  {:>16}  {:>16}"
+MASS_ROWS = 64
+"""Queries of a call whose true attention mass is measured, unless `collect_stats` is told otherwise."""
+
+_TABLE = "{:>5}  {:>24}  {:>25}  {:>20}  {:>16}  {:>16}"
 
 
 @dataclass
@@ -54,8 +60,8 @@ class LayerStats:
     decodings: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    # Sums over the prefills, and over their batches, [Hq] float64: blocks that were attended, visible blocks, estimated
-    # mass in the former, and all of it.
+    # Sums over the prefills, and over their batches, [Hq] float64: blocks that were attended, visible blocks; estimated
+    # mass in the former, and all of it; true mass of the sampled queries in the former, and all of it.
     _sums: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @property
@@ -64,14 +70,24 @@ class LayerStats:
         return None if self._sums is None else _ratio(self._sums[0], self._sums[1])
 
     @property
-    def kept_mass(self) -> NDArray[np.float64] | None:
+    def estimated_mass(self) -> NDArray[np.float64] | None:
         """float64 [Hq]: the share of the estimated mass in the blocks that the prefills attended; None likewise.
 
         The mass is that of the estimate: sums of block scores (see `rrattn.estimate_block_scores`), in which each
-        sampled query that sees anything has a mass of 1. It says what the selection aimed at; how much of the exact
-        attention the blocks hold is not measured.
+        sampled query that sees anything has a mass of 1. It says what the selection aimed at, so it is hardly below the
+        threshold.
         """
         return None if self._sums is None else _ratio(self._sums[2], self._sums[3])
+
+    @property
+    def true_mass(self) -> NDArray[np.float64] | None:
+        """float64 [Hq]: the share of the true attention mass in these blocks; None likewise, or where no queries are
+        sampled for it.
+
+        It is the mean over queries, spread over each call, of the softmax probabilities of the keys in the attended
+        blocks, computed in float32 from all keys.
+        """
+        return None if self._sums is None or not self._sums[5].any() else _ratio(self._sums[4], self._sums[5])
 
     def _add(self, sums: NDArray[np.float64]) -> None:
         self._sums = sums if self._sums is None else self._sums + sums
@@ -81,7 +97,8 @@ class LayerStats:
 class ModelStats:
     """What `collect_stats` collected.
 
-    Its string is a table with a row per layer: density and kept mass over its heads, calls and the mean time of one.
+    Its string is a table with a row per layer: over its heads the density, and the mass kept in the attended blocks, as
+    estimated and in truth (see `LayerStats`); then calls and the mean time of one.
 
     Attributes
     ----------
@@ -92,34 +109,43 @@ class ModelStats:
     layers: list[LayerStats]
 
     def __str__(self) -> str:
-        rows = [_TABLE.format("layer", "density: mean, min, max", "kept mass: mean, min", "prefill", "decode")]
+        names = "density: mean, min, max", "estimated mass: mean, min", "true mass: mean, min", "prefill", "decode"
+        rows = [_TABLE.format("layer", *names)]
         for index, layer in enumerate(self.layers):
-            density = kept = "-"
-            if layer.density is not None and layer.kept_mass is not None:
+            density = "-"
+            if layer.density is not None:
                 density = f"{layer.density.mean():.1%}, {layer.density.min():.1%}, {layer.density.max():.1%}"
-                kept = f"{layer.kept_mass.mean():.1%}, {layer.kept_mass.min():.1%}"
+            masses = [
+                "-" if mass is None else f"{mass.mean():.1%}, {mass.min():.1%}"
+                for mass in (layer.estimated_mass, layer.true_mass)
+            ]
             prefill = _calls(layer.prefills, layer.prefill_seconds)
-            rows.append(_TABLE.format(index, density, kept, prefill, _calls(layer.decodings, layer.decode_seconds)))
+            decode = _calls(layer.decodings, layer.decode_seconds)
+            rows.append(_TABLE.format(index, density, *masses, prefill, decode))
         return "\n".join(rows)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, title: str | None = None) -> Figure:
-        """Draws density, kept mass and time: see `rrattn.visualize.plot_stats`."""
+        """Draws density, kept masses and time: see `rrattn.visualize.plot_stats`."""
         from .visualize import plot_stats
 
         return plot_stats(self, title=title, path=path)
 
 
 @contextlib.contextmanager
-def collect_stats(model: Layer) -> Iterator[ModelStats]:
+def collect_stats(model: Layer, *, mass_rows: int = MASS_ROWS) -> Iterator[ModelStats]:
     """Collects what the attention layers of a model do inside a `with` block.
 
-    Kept mass takes an estimate of its own after every prefill call, whose scores go to the host: float32 [B, Hq, Mq,
-    Mk], which is 134 MB for 32 heads at 128K tokens. Outside of the block nothing is collected, at no cost.
+    The estimated mass takes an estimate of its own after every prefill call, whose scores go to the host: float32 [B,
+    Hq, Mq, Mk], which is 134 MB for 32 heads at 128K tokens. The true mass takes the products of `mass_rows` queries
+    with all keys. Outside of the block nothing is collected, at no cost.
 
     Parameters
     ----------
     model : paddle.nn.Layer
         A model that runs rrattn: by `rrattn.enable`, or by its flag in PaddleFormers.
+    mass_rows : int
+        So many queries of each prefill call and sequence, spread evenly over it, are sampled for the true mass; 0: it
+        is not measured.
 
     Yields
     ------
@@ -129,8 +155,9 @@ def collect_stats(model: Layer) -> Iterator[ModelStats]:
     Raises
     ------
     ValueError
-        When the model does not run rrattn, or its statistics are being collected already.
+        When the model does not run rrattn, its statistics are being collected already, or mass_rows is no count.
     """
+    mass_rows = arguments.count(mass_rows, "mass_rows")
     found = attention_cores(model)
     cores = [core for core in found if core is not None]
     if len(cores) < len(found):
@@ -139,7 +166,7 @@ def collect_stats(model: Layer) -> Iterator[ModelStats]:
         raise ValueError("statistics of this model are being collected already")
     stats = ModelStats([LayerStats() for _ in cores])
     for core, layer in zip(cores, stats.layers):
-        core._observer = _Observer(core, layer)
+        core._observer = _Observer(core, layer, mass_rows)
     try:
         yield stats
     finally:
@@ -150,9 +177,10 @@ def collect_stats(model: Layer) -> Iterator[ModelStats]:
 class _Observer:
     """Runs the attention calls of one layer in place of its `_attend`, and adds them to its statistics."""
 
-    def __init__(self, core: RRAttention, stats: LayerStats) -> None:
+    def __init__(self, core: RRAttention, stats: LayerStats, mass_rows: int) -> None:
         self.core = core
         self.stats = stats
+        self.mass_rows = mass_rows
 
     def __call__(
         self,
@@ -180,23 +208,33 @@ class _Observer:
         self.stats.prefills += 1
         self.stats.prefill_seconds += seconds
         sizes: Sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
-        self.stats._add(_sums(scores.numpy(), block_mask, startend_row_indices, sizes))
+        rows = sampled_rows(query.shape[1], self.mass_rows)
+        mass = row_mass(query, key, rows, startend_row_indices, causal=causal, softmax_scale=softmax_scale)
+        self.stats._add(_sums(scores.numpy(), rows, mass, block_mask, startend_row_indices, sizes))
         return out, block_mask
 
 
 def _sums(
-    scores: NDArray[np.float32], block_mask: Tensor, startend_row_indices: Tensor | None, sizes: Sizes
+    scores: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    mass: NDArray[np.float32],
+    block_mask: Tensor,
+    startend_row_indices: Tensor | None,
+    sizes: Sizes,
 ) -> NDArray[np.float64]:
-    """float64 [4, Hq], over the batch: blocks attended and visible, mass in the former and in all; see `LayerStats`."""
+    """float64 [6, Hq], over the batch, what `LayerStats` sums; mass is that of the rows, as `row_mass` returns it."""
     batch_size, num_heads, _, num_k_blocks = scores.shape
     visibility = BlockVisibility(startend_row_indices, **sizes, batch_size=batch_size, num_heads=num_heads)
     selected = unpack_block_array(block_mask, num_k_blocks)  # [B, Hq, Mq, Mk]
-    sums = np.zeros([4, num_heads])
+    sums = np.zeros([6, num_heads])
     for batch, head in np.ndindex(batch_size, num_heads):  # one at a time, so that the temporaries stay small
         visible, score = visibility.of(batch, head), scores[batch, head]
         kept = selected[batch, head] & visible
-        mass = score.sum(dtype=np.float64)
-        sums[:, head] += kept.sum(), visible.sum(), score.sum(dtype=np.float64, where=kept), mass
+        counts = kept.sum(), visible.sum()
+        estimated = score.sum(dtype=np.float64, where=kept), score.sum(dtype=np.float64)
+        of_rows = mass[batch, head]
+        true = of_rows.sum(dtype=np.float64, where=kept[rows // BLOCK_SIZE]), of_rows.sum(dtype=np.float64)
+        sums[:, head] += (*counts, *estimated, *true)
     return sums
 
 

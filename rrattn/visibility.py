@@ -1,4 +1,4 @@
-"""Which key blocks each query block can see: what causality and FlashMask leave, in NumPy on the host.
+"""Which keys a query, and which key blocks a query block can see: causality and FlashMask, in NumPy on the host.
 
 Blocks are of 128 tokens, Mq = ceil(Lq / 128) and Mk = ceil(Lk / 128). The operators compute the same for themselves;
 this is for counts and pictures of what they selected.
@@ -97,15 +97,13 @@ class BlockVisibility:
         if startend_row_indices is None:
             return
         _check_row_bounds(startend_row_indices, causal, seqlen_k, batch_size, num_heads)
-        bounds = np.moveaxis(startend_row_indices.numpy(), 3, 0)  # [1|2|4, B, 1|Hkv|Hq, Lk]
-        intervals: dict[tuple[bool, int], list[tuple[int | None, int | None]]]
-        intervals = {(True, 1): [(0, None)], (True, 2): [(0, 1)], (False, 2): [(0, None), (None, 1)]}
+        bounds = startend_row_indices.numpy()
         first_key = np.arange(0, seqlen_k, BLOCK_SIZE)
-        for start, end in intervals.get((bool(causal), len(bounds)), [(0, 1), (2, 3)]):
-            largest_start = None if start is None else np.maximum.reduceat(bounds[start], first_key, axis=-1)
-            smallest_end = None if end is None else np.minimum.reduceat(bounds[end], first_key, axis=-1)
+        for start, end in _hidden_intervals(bounds, causal):
+            largest_start = None if start is None else np.maximum.reduceat(start, first_key, axis=-1)
+            smallest_end = None if end is None else np.minimum.reduceat(end, first_key, axis=-1)
             self._hidden.append((largest_start, smallest_end))
-        self._heads_per_bounds = num_heads // max(bounds.shape[2], 1)
+        self._heads_per_bounds = num_heads // max(bounds.shape[1], 1)
         self._first_row = np.arange(0, seqlen_q, BLOCK_SIZE)[:, None]  # [Mq, 1]
         self._last_row = np.minimum(self._first_row + BLOCK_SIZE, seqlen_q) - 1
 
@@ -125,6 +123,48 @@ class BlockVisibility:
                 visible &= ~hidden
             self._last = place, visible
         return self._last[1]
+
+
+def keys_seen(
+    rows: NDArray[np.integer[Any]], bounds: NDArray[np.int32] | None, num_keys: int, *, causal: bool, shift: int
+) -> NDArray[np.bool_]:
+    """Which of the first keys some queries of a sequence and head can see: bool [n, num_keys].
+
+    Parameters
+    ----------
+    rows : int array [n]
+        Numbers of the queries.
+    bounds : int32 [num_keys, 1|2|4], optional
+        FlashMask row bounds.
+    num_keys : int
+    causal : bool
+    shift : int
+        Position of the first query, where it is causal.
+    """
+    row = rows[:, None]
+    seen = np.ones((len(rows), num_keys), bool)
+    if causal:
+        seen &= np.arange(num_keys) <= row + shift
+    for start, end in () if bounds is None else _hidden_intervals(bounds, causal):
+        hidden = np.ones_like(seen)
+        if start is not None:
+            hidden &= row >= start
+        if end is not None:
+            hidden &= row < end
+        seen &= ~hidden
+    return seen
+
+
+def _hidden_intervals(
+    bounds: NDArray[np.int32], causal: bool
+) -> list[tuple[NDArray[np.int32] | None, NDArray[np.int32] | None]]:
+    """(start, end) of the intervals of rows that keys are hidden from, [...] of bounds [..., 1|2|4]; None: no bound."""
+    columns = list(np.moveaxis(bounds, -1, 0))
+    if causal:
+        return [(columns[0], columns[1] if len(columns) == 2 else None)]
+    if len(columns) == 2:
+        return [(columns[0], None), (None, columns[1])]
+    return [(columns[0], columns[1]), (columns[2], columns[3])]
 
 
 def _check_row_bounds(rows: Any, causal: bool, seqlen_k: int, batch_size: int, num_heads: int) -> None:

@@ -111,6 +111,12 @@ def plot_block_mask(
     return _draw(panels, columns, _mask_style(), **sizes, title=title, path=path)
 
 
+def layers_to_draw(num_layers: int, num_heads: int, num_panels: int) -> list[int]:
+    """The numbers of layers, spread evenly, of which so many heads each make at most so many panels; one at least."""
+    drawn = max(1, min(num_layers, num_panels // num_heads))
+    return [index * num_layers // drawn for index in range(drawn)]
+
+
 def plot_layers(
     selections: Iterable[BlockSelection | None],
     *,
@@ -249,6 +255,8 @@ def plot_densities(
 def plot_stats(stats: ModelStats, *, title: str | None = None, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws density and kept mass of every head of every layer as tables of colours, and each layer's time as a bar.
 
+    Kept mass is the estimated one, and beside it the true one where it was measured.
+
     Parameters
     ----------
     stats : ModelStats
@@ -266,24 +274,32 @@ def plot_stats(stats: ModelStats, *, title: str | None = None, path: str | os.Pa
 
     if not isinstance(stats, ModelStats):
         raise arguments.refused(stats, "stats", "a ModelStats, from rrattn.collect_stats")
-    densities = [layer.density for layer in stats.layers if layer.density is not None]
-    masses = [layer.kept_mass for layer in stats.layers if layer.kept_mass is not None]
-    if not stats.layers or len(densities) < len(stats.layers):
+    found = {
+        "visible blocks attended, %": [layer.density for layer in stats.layers],
+        "estimated mass kept, %": [layer.estimated_mass for layer in stats.layers],
+        "true mass kept, %": [layer.true_mass for layer in stats.layers],
+    }
+    tables = {}  # [layers, Hq]
+    for name, of_layers in found.items():
+        present = [one for one in of_layers if one is not None]
+        if present and len(present) == len(of_layers):
+            tables[name] = np.stack(present)
+    if len(tables) < 2:
         raise ValueError("there is a layer that has not run a prefill, or no layer at all")
-    density, kept_mass = np.stack(densities), np.stack(masses)  # [layers, Hq]
-    num_layers, num_heads = density.shape
+    num_layers, num_heads = tables["visible blocks attended, %"].shape
     table_width = 1.6 + 0.36 * num_heads
-    figure = Figure(figsize=(2 * table_width + 3.2, 1.5 + 0.36 * num_layers), dpi=150, layout="constrained")
-    tables = (density, "visible blocks attended, %"), (kept_mass, "estimated mass kept, %")
-    axes = figure.subplots(1, 3, sharey=True, width_ratios=[table_width, table_width, 2.8])
-    for panel, (table, name) in zip(axes, tables):
+    size = len(tables) * table_width + 3.2, 1.5 + 0.36 * num_layers
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    widths = [*[table_width] * len(tables), 2.8]
+    axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
+    for panel, (name, table) in zip(axes, tables.items()):
         _draw_table(panel, table)
         panel.set_title(name, fontsize=9, color=_INK)
         panel.set_xlabel("query head", fontsize=9, color=_INK)
     axes[0].set_ylabel("layer", fontsize=9, color=_INK)
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
 
-    bars = axes[2]
+    bars = axes[-1]
     left = np.zeros(num_layers)
     for name, color in (("prefill", _MASK_COLORS[3]), ("decode", _MASK_COLORS[1])):
         milliseconds = np.array([1e3 * getattr(layer, f"{name}_seconds") for layer in stats.layers])

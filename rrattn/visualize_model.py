@@ -14,7 +14,7 @@ from .config import RRAttentionConfig
 if _HAS_PADDLE:
     from . import checkpoint
     from .integrations import enable, layer_densities, layer_selections
-    from .visualize import MAX_PANELS, plot_layers
+    from .visualize import MAX_PANELS, layers_to_draw, plot_layers
 
 DESCRIPTION = """Draws the blocks that each head of a model selects for a document, and prints what share of them it is.
 
@@ -73,8 +73,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
             parser.error(f"--{name} names {absent[0]}, but the model has {count} {name}, from 0 on")
     heads = len(arguments.heads or range(counts["heads"]))
     if arguments.layers is None:
-        drawn = max(1, min(counts["layers"], MAX_PANELS // heads))
-        arguments.layers = [index * counts["layers"] // drawn for index in range(drawn)]
+        arguments.layers = layers_to_draw(counts["layers"], heads, MAX_PANELS)
     if len(arguments.layers) * heads > MAX_PANELS:
         parser.error(
             f"{len(arguments.layers)} layers of {heads} heads are more than the {MAX_PANELS} panels of a picture: "

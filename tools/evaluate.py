@@ -1,8 +1,8 @@
 """Evaluates ways to choose attention blocks on a checkpoint: quality, density and kept attention mass.
 
-    python -m tools.evaluate run MODEL RESULTS.jsonl --text FILE [--tasks ...] [--methods ...] [--lengths ...]
-    python -m tools.evaluate mass MODEL RESULTS.jsonl --text FILE [...]
-    python -m tools.evaluate many MODEL RESULTS.jsonl --text FILE [--contexts 10] [...]
+    python -m tools.evaluate run MODEL RESULTS.jsonl [--text FILE] [--tasks ...] [--methods ...] [--lengths ...]
+    python -m tools.evaluate mass MODEL RESULTS.jsonl [--text FILE] [...]
+    python -m tools.evaluate many MODEL RESULTS.jsonl [--text FILE] [--contexts 10] [...]
     python -m tools.evaluate report RESULTS.jsonl [--plots FOLDER]
     python -m tools.evaluate helmet MODEL FILE.jsonl ... / video-mme MODEL FOLDER ... [--methods ...]
 
@@ -10,8 +10,9 @@ MODEL is a checkpoint directory of PaddleFormers or PaddleNLP, such as examples/
 that was interrupted goes on where it stopped. Tasks are told in evaluation/prompts.py, methods in
 evaluation/methods.py.
 
-`many` runs tasks and kept mass with PyTorch, in place of Paddle, on a GPU if there is one: ten contexts of a plain
-byte-level LLaMA in three minutes. It takes torch and safetensors, and of this package neither Paddle nor a build.
+`many` runs tasks and kept mass with PyTorch, in place of Paddle, on a GPU if there is one: ten contexts of the
+probe in three minutes. It computes a plain LLaMA, and takes torch and safetensors, `tokenizers` where the model has a
+tokenizer, and of this package no Paddle, and a build only where a method names rrattn's settings.
 """
 
 from __future__ import annotations
@@ -62,11 +63,21 @@ def add_common(parser, lengths):
         parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384], help="(default: 4K to 16K)")
 
 
+def add_text(parser):
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="held-out text, a document or several with a zero byte between them; .xz is unpacked, as probe/corpus.py "
+        "writes it (default: the help topics that Python brings, as 12 documents of 38 KB)",
+    )
+
+
 def parse_arguments():
     """The arguments, checked; in place of the files that they name stands what was read from these: `results` are
     Results (but for a report), `text` is uint8 [bytes], `data` are the samples of a benchmark."""
     from .evaluation.methods import Method
-    from .evaluation.prompts import CONTEXTS, make_prompt
+    from .evaluation.prompts import CONTEXTS, token_prompt
     from .evaluation.records import BEST, Results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,21 +86,21 @@ def parse_arguments():
         command = commands.add_parser(name)
         add_common(command, lengths=True)
         command.add_argument("results", type=Path, help="a file of JSON lines, made or gone on with")
-        command.add_argument("--text", type=Path, required=True, help="held-out text: a file, or what corpus.py wrote")
+        add_text(command)
         kinds = list(CONTEXTS) if name == "run" else ["text", "lookup", "needle"]
         command.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=kinds)
         command.add_argument("--contexts", type=int, default=1, help="of each task and length (default: 1)")
         command.add_argument("--questions", type=int, default=12, help="about each context (default: 12)")
     command = commands.add_parser("many")
-    command.add_argument("model", type=Path, help="a checkpoint directory of a byte-level LLaMA")
+    command.add_argument("model", type=Path, help="a checkpoint directory of a LLaMA")
     command.add_argument("results", type=Path, help="a file of JSON lines, made or gone on with")
-    command.add_argument("--text", type=Path, required=True, help="held-out text: a file, or what corpus.py wrote")
+    add_text(command)
     command.add_argument("--tasks", nargs="+", choices=list(CONTEXTS), default=list(CONTEXTS))
     command.add_argument("--methods", nargs="+", default=MANY_METHODS, metavar="METHOD", help="to run the tasks with")
     command.add_argument(
         "--mass", nargs="*", default=MANY_MASS_METHODS, metavar="METHOD", help="to measure the mass of"
     )
-    command.add_argument("--length", type=int, default=16384, help="bytes of a context (default: 16384)")
+    command.add_argument("--length", type=int, default=16384, help="tokens of a context (default: 16384)")
     command.add_argument("--contexts", type=int, default=10, help="of each task (default: 10)")
     command.add_argument("--questions", type=int, default=24, help="about each context (default: 24)")
     command.add_argument("--device", help="(default: cuda where there is one)")
@@ -130,8 +141,10 @@ def parse_arguments():
     if arguments.command in ("helmet", "video-mme"):
         arguments.data = read_benchmark(parser, arguments)
         return arguments
-    if arguments.command == "many":  # in bytes, and without Paddle
-        make, lengths = make_prompt, [arguments.length]
+    if arguments.command == "many":  # without Paddle
+        from .evaluation.torch_model import codec_of
+
+        make, lengths = partial(token_prompt, codec_of(arguments.model)), [arguments.length]
     else:
         make, lengths = prompts_of(parser, arguments.model), arguments.lengths
     sizes = (arguments.tasks, lengths, arguments.contexts, arguments.questions)
@@ -145,39 +158,45 @@ def check_many(arguments):
 
     from .evaluation.many import chosen
     from .evaluation.torch_model import read_config
+    from .evaluation.torch_rrattn import check_device
 
-    for method in [*arguments.methods, *arguments.mass]:
-        chosen(method)
+    methods = [chosen(method) for method in [*arguments.methods, *arguments.mass]]
     read_config(arguments.model)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
         raise ValueError(f"--device is {arguments.device!r}, which torch cannot use: {error}") from error
+    if any(method.by_config for method in methods):
+        check_device(arguments.device)
 
 
 def prompts_of(parser, folder):
-    """Function that makes prompts, as `evaluation.prompts.make_prompt`, in the tokens of a checkpoint."""
+    """Function that makes prompts in the tokens of a checkpoint, with the arguments of `prompts.make_prompt`."""
     from rrattn.checkpoint import codec_of
 
-    from .evaluation.run import sized_prompt
+    from .evaluation.prompts import token_prompt
 
     try:
-        return partial(sized_prompt, codec_of(folder))
+        return partial(token_prompt, codec_of(folder))
     except (ValueError, OSError) as error:
         parser.error(f"MODEL {folder}: {error}")
 
 
 def read_text_for(parser, name, path, make, kinds, lengths, contexts, num_questions):
-    """The text of an option, uint8 [bytes], after a check that it has room for every prompt; see `check_prompts`."""
-    from .evaluation.prompts import check_prompts
+    """The text of an option, uint8 [bytes], after a check that it has room for every prompt; see `check_prompts`.
 
-    check_input_file(parser, name, path)
+    Where the path is None, it is `default_text`.
+    """
+    from .evaluation.prompts import check_prompts, default_text
+
+    if path is not None:
+        check_input_file(parser, name, path)
     try:
-        text = read_text(path)
+        text = default_text() if path is None else read_text(path)
         check_prompts(make, text, kinds, lengths, contexts, num_questions)
     except (ValueError, OSError) as error:
-        parser.error(f"{name} {path}: {error}")
+        parser.error(f"{name} {path or '(default)'}: {error}")
     return text
 
 

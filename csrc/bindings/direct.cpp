@@ -19,11 +19,12 @@ float scale_for(const Array& query, const Scale& softmax_scale) {
 
 // Sampling as it is given, of a query that may still have to tell the scale.
 struct GivenSampling {
-  int64_t stride, head_offset;
+  int64_t stride, key_stride, head_offset;
   Scale softmax_scale;
+  float spread;
 
   Sampling of(const Array& query) const {
-    return {stride, head_offset, scale_for(query, softmax_scale)};
+    return {stride, key_stride, head_offset, scale_for(query, softmax_scale), spread};
   }
 };
 
@@ -311,8 +312,9 @@ PYBIND11_MODULE(_direct, module) {
   KeepRules rules;
   add_settings<KeepRules>(module, "KeepRules", settings_of(rules));
   py::class_<GivenSampling>(module, "Sampling")
-      .def(py::init<int64_t, int64_t, Scale>(), py::kw_only(), py::arg("stride"),
-           py::arg("head_offset") = 0, py::arg("softmax_scale") = none);
+      .def(py::init<int64_t, int64_t, int64_t, Scale, float>(), py::kw_only(), py::arg("stride"),
+           py::arg("key_stride"), py::arg("head_offset"), py::arg("softmax_scale"),
+           py::arg("spread"));
   py::class_<Options>(module, "Options")
       .def(py::init<std::optional<int>, py::object, int64_t, bool>(), py::kw_only(),
            py::arg("num_threads") = none, py::arg("workspace") = none, py::arg("stream") = 0,

@@ -171,6 +171,12 @@ RRATTN_HOST_DEVICE inline uint32_t kept_by_rule(const KeepRules& rules, const Ma
   return kept;
 }
 
+// The least mass of a block that the threshold keeps, of a row with this mass.
+RRATTN_HOST_DEVICE inline double least_mass(float min_share, int64_t row_sum, int64_t num_visible) {
+  return static_cast<double>(min_share) * static_cast<double>(row_sum) /
+         static_cast<double>(num_visible);
+}
+
 enum class BlockKind { kHidden, kPartial, kOpen };
 
 // `block_bounds` has the bounds of each key block for one batch entry and head; null without

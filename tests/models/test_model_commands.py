@@ -12,8 +12,9 @@ import pytest
 from tiny_models import make_model
 
 import rrattn
-from rrattn import attention_mass, calibrate, checkpoint, visualize_model
+from rrattn import attention_mass, calibrate, checkpoint, reference, visualize_model
 from rrattn.__main__ import main
+from rrattn.tokens import Bytes
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +52,63 @@ def curves(rng, layers=3, heads=4):
 # What is measured
 
 
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 700])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (127, 127), (128, 128), (129, 129), (700, 700), (72, 584)])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_exact_mass_is_the_softmax_summed_over_blocks(rng, length, scale):
-    query, key = (rng.standard_normal((1, length, heads, 16)).astype(np.float32) for heads in (4, 2))
+def test_exact_mass_is_the_softmax_summed_over_blocks(rng, seqlen_q, seqlen_k, scale):
+    query = rng.standard_normal((1, seqlen_q, 4, 16)).astype(np.float32)
+    key = rng.standard_normal((1, seqlen_k, 2, 16)).astype(np.float32)
     mass = attention_mass.exact_block_mass(paddle.to_tensor(query), paddle.to_tensor(key), scale)
     for head in range(4):
         products = (
             query[0, :, head].astype(np.float64) @ key[0, :, head // 2].T * (16**-0.5 if scale is None else scale)
         )
-        weights = np.where(np.tril(np.ones((length, length), bool)), np.exp(products), 0)
+        weights = np.where(np.tri(seqlen_q, seqlen_k, seqlen_k - seqlen_q, dtype=bool), np.exp(products), 0)
         weights /= weights.sum(1, keepdims=True)
-        starts = np.arange(0, length, 128)
-        expected = np.add.reduceat(np.add.reduceat(weights, starts, axis=0), starts, axis=1)
+        expected = np.add.reduceat(weights, np.arange(0, seqlen_q, 128), axis=0)
+        expected = np.add.reduceat(expected, np.arange(0, seqlen_k, 128), axis=1)
         np.testing.assert_allclose(mass[head], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal, num_bounds", [(True, 0), (True, 1), (True, 2), (False, 0), (False, 2), (False, 4)])
+@pytest.mark.parametrize("bounds_heads", [1, 2, 4])
+def test_mass_of_rows_under_flashmask(rng, causal, num_bounds, bounds_heads):
+    """By the masks of the oracle; rows that see nothing have none."""
+    sizes = (200, 4), (300, 2)
+    query, key = (rng.standard_normal((2, *size, 16)).astype(np.float32) for size in sizes)
+    bounds = None
+    if num_bounds:
+        bounds = np.sort(rng.integers(0, 201, (2, bounds_heads, 300, num_bounds)), axis=-1).astype(np.int32)
+        if num_bounds == 2 and not causal:
+            bounds = bounds[..., ::-1].copy()  # hidden are the rows from the first on, and those before the second
+        bounds[1, :, :, 0] = 0  # in the second sequence a key is hidden from the first row on
+    rows = np.array([0, 5, 127, 128, 150, 190, 199])
+    mass = attention_mass.row_mass(
+        paddle.to_tensor(query),
+        paddle.to_tensor(key),
+        rows,
+        None if bounds is None else paddle.to_tensor(bounds),
+        causal=causal,
+        softmax_scale=0.4,
+    )
+    geometry = {"causal": causal, "batch": 2, "num_heads": 4, "seqlen_q": 200, "seqlen_k": 300}
+    seen = reference.token_mask(bounds, **geometry)
+    for batch, head in np.ndindex(2, 4):
+        products = query[batch, :, head].astype(np.float64) @ key[batch, :, head // 2].T * 0.4
+        weights = reference.masked_softmax(products, seen[batch, head])[0][rows]
+        expected = np.add.reduceat(weights, [0, 128, 256], axis=1)
+        np.testing.assert_allclose(mass[batch, head], expected, atol=1e-5)
+    assert mass.shape == (2, 4, 7, 3) and mass[0].sum() > 0
+    assert num_bounds != 1 or mass[1].sum() == 0
+
+
+def test_sampled_rows_are_spread_over_a_call():
+    assert attention_mass.sampled_rows(5, 64).tolist() == [0, 1, 2, 3, 4]
+    assert attention_mass.sampled_rows(64, 64).tolist() == list(range(64))
+    assert len(attention_mass.sampled_rows(9, 0)) == 0
+    rows = attention_mass.sampled_rows(8192, 64)
+    assert (rows // 128).tolist() == list(range(64)) and rows.dtype == np.int64
+    places = np.sort(rows % 128)  # in a block
+    assert places[0] < 4 and places[-1] >= 124 and np.diff(places).max() <= 4
 
 
 def test_density_and_kept_mass_of_blocks():
@@ -94,13 +138,13 @@ def test_measured_blocks_are_those_that_an_enabled_model_selects(folder, text):
 
 
 def test_samples_of_bytes_come_from_all_of_a_text(text):
-    found = checkpoint.samples(checkpoint.Bytes(), text, 1000, 4)
+    found = checkpoint.samples(Bytes(), text, 1000, 4)
     for index, tokens in enumerate(found):
         assert tokens.shape == (1000,) and tokens.dtype == np.int64 and tokens[0] == 0
         begin = text.index(bytes(tokens[1:].tolist()))
         assert len(text) * index // 4 <= begin < len(text) * (index + 1) // 4 and text[begin - 1 : begin] in b"\n"
     with pytest.raises(ValueError, match="a part of it, one of 4, has [0-9,]+ tokens, fewer than 7,999"):
-        checkpoint.samples(checkpoint.Bytes(), text, 8000, 4)
+        checkpoint.samples(Bytes(), text, 8000, 4)
 
 
 def test_samples_are_of_the_tokenizer_of_the_checkpoint(folder, tmp_path):
@@ -169,7 +213,7 @@ def test_calibration_writes_a_config_that_enable_reads(folder, files, capfd, per
     options = "--text long --held-out long --length 512 --samples 1 --loss 0.1 --stride 16"
     assert main(["calibrate", str(folder), "out.json", *options.split(), "--per", per]) == 0
     said = capfd.readouterr()
-    assert "bound on mean: 10.00%" in said.out and "written: out.json" in said.out
+    assert all(part in said.out for part in ("true mass lost", "bound on mean: 10.00%", "written: out.json"))
     names = [line.rpartition(":")[0] for line in said.err.splitlines()]  # and nothing of the libraries
     assert names == ["sample text", "held-out text"]
     config = rrattn.RRAttentionConfig.from_json("out.json")
@@ -195,8 +239,8 @@ def test_samples_of_several_files_count_alike(folder, files, monkeypatch):
     ("bound", "held_out", "message"),
     [
         ("mean", 0.90, None),
-        ("mean", 0.88, r"it loses 12\.000% of the mass, more than --loss 10\.000%"),
-        ("each", 0.90, r"the worst head loses 18\.000% of the mass"),
+        ("mean", 0.88, r"it loses 12\.000% of the true mass, more than --loss 10\.000%"),
+        ("each", 0.90, r"the worst head loses 18\.000% of the true mass"),
     ],
 )
 def test_a_loss_above_the_bound_on_held_out_text_is_said(folder, files, monkeypatch, capsys, bound, held_out, message):
@@ -223,7 +267,7 @@ def test_visualize_draws_and_tells_what_the_model_selects(folder, files, capfd, 
     said = capfd.readouterr()
     assert Path("blocks.png").read_bytes().startswith(b"\x89PNG") and not said.err
     model = rrattn.enable(checkpoint.load_model(folder, "float32"), rrattn.RRAttentionConfig(threshold=0.5, stride=16))
-    checkpoint.prefill(model, *checkpoint.samples(checkpoint.Bytes(), text, 1500, 1))
+    checkpoint.prefill(model, *checkpoint.samples(Bytes(), text, 1500, 1))
     densities = [density.numpy() for density in rrattn.layer_densities(model)]
     lines = said.out.splitlines()
     for layer, density in enumerate(densities):

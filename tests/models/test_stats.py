@@ -32,11 +32,25 @@ def model():
     return rrattn.enable(make_model(), SPARSE)
 
 
+def true_share(query, key, kept, startend=None):
+    """float64 [Hq]: of the exact attention of all queries, causal, what kept blocks [B, Hq, Mq, Mk] hold."""
+    (batch, length, heads, dim), group = query.shape, query.shape[2] // key.shape[2]
+    sizes = {"causal": True, "batch": batch, "num_heads": heads, "seqlen_q": length, "seqlen_k": length}
+    seen = reference.token_mask(startend, **sizes)
+    sums = np.zeros((2, heads))
+    for b, h in np.ndindex(batch, heads):
+        products = query[b, :, h] @ key[b, :, h // group].T * dim**-0.5
+        weights = reference.masked_softmax(products, seen[b, h])[0]
+        blocks = kept[b, h].repeat(128, 0)[:length].repeat(128, 1)[:, :length]
+        sums[:, h] += (weights * blocks).sum(), weights.sum()
+    return sums[0] / sums[1]
+
+
 def test_density_and_kept_mass_of_one_prefill(model, tokens, monkeypatch):
     inputs = []
     attend = rrattn.RRAttention._attend
     monkeypatch.setattr(rrattn.RRAttention, "_attend", lambda *a, **k: inputs.append(a) or attend(*a, **k))
-    with rrattn.collect_stats(model) as stats:
+    with rrattn.collect_stats(model, mass_rows=LENGTH) as stats:
         logits(model, tokens)
     assert len(stats.layers) == len(inputs) == NUM_LAYERS
     for layer, density, (_, query, key, *_) in zip(stats.layers, rrattn.layer_densities(model), inputs):
@@ -46,10 +60,24 @@ def test_density_and_kept_mass_of_one_prefill(model, tokens, monkeypatch):
         lengths = {"seqlen_q": LENGTH, "seqlen_k": LENGTH}
         kept = reference.select(scores.astype(np.float32), 0.5, causal=True, keep_last=False, **lengths)
         expected = (scores * kept).sum((0, 2, 3)) / scores.sum((0, 2, 3))
-        np.testing.assert_allclose(layer.kept_mass, expected, rtol=1e-5)
+        np.testing.assert_allclose(layer.estimated_mass, expected, rtol=1e-5)
         assert (0.5 <= expected).all() and (expected < 1).all()
+        np.testing.assert_allclose(layer.true_mass, true_share(query, key, kept), rtol=1e-5)
+        assert (layer.true_mass < 1).all() and (layer.true_mass != layer.estimated_mass).all()
         assert layer.prefills == 1 and layer.decodings == 0
         assert 0 < layer.prefill_seconds < 60 and layer.decode_seconds == 0
+
+
+def test_true_mass_of_sampled_queries_is_near_that_of_all(model, tokens):
+    found = {}
+    for rows in (0, 8, rrattn.stats.MASS_ROWS, LENGTH):
+        with rrattn.collect_stats(model, mass_rows=rows) as stats:
+            logits(model, tokens)
+        found[rows] = [layer.true_mass for layer in stats.layers]
+    assert found.pop(0) == [None] * NUM_LAYERS
+    exact = np.stack(found.pop(LENGTH))
+    for rows, sampled in found.items():
+        assert 0 < np.abs(np.stack(sampled) - exact).max() < 0.5 / rows**0.5
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.3])
@@ -67,21 +95,22 @@ def test_packed_documents_count_what_they_can_see(threshold):
         expected = (mask & ~hidden).sum((0, 2, 3)) / (~hidden).sum((0, 2, 3))
         np.testing.assert_allclose(layer.density, expected, rtol=1e-12)
         np.testing.assert_allclose(density.numpy()[0], expected, rtol=1e-6)
-        assert (expected == 1).all() == (threshold == 1)
+        assert (expected == 1).all() == (threshold == 1) == (layer.true_mass == 1).all()
 
 
 @paddle.no_grad()
 def test_chunks_add_up(model, tokens):
-    with rrattn.collect_stats(model) as whole:
+    with rrattn.collect_stats(model, mass_rows=LENGTH) as whole:
         logits(model, tokens)
     cache = None
-    with rrattn.collect_stats(model) as chunks:
+    with rrattn.collect_stats(model, mass_rows=LENGTH) as chunks:
         for begin in range(0, LENGTH, 256):
             part = forward(model, tokens[:, begin : begin + 256], begin=begin, cache=cache, use_cache=True)
             cache = part.past_key_values
     for one, three in zip(whole.layers, chunks.layers):
         np.testing.assert_allclose(three.density, one.density, rtol=1e-12)
-        np.testing.assert_allclose(three.kept_mass, one.kept_mass, rtol=1e-4)
+        np.testing.assert_allclose(three.estimated_mass, one.estimated_mass, rtol=1e-4)
+        np.testing.assert_allclose(three.true_mass, one.true_mass, rtol=1e-4)
         assert three.prefills == 3
 
 
@@ -108,7 +137,8 @@ def test_dense_layers_keep_everything(tokens):
     with rrattn.collect_stats(model) as stats:
         logits(model, tokens)
     assert (stats.layers[0].density < 1).all()
-    assert (stats.layers[1].density == 1).all() and (stats.layers[1].kept_mass == 1).all()
+    of_dense = stats.layers[1]
+    assert (of_dense.density == 1).all() and (of_dense.estimated_mass == 1).all() and (of_dense.true_mass == 1).all()
 
 
 def test_nothing_is_collected_outside(model, tokens):
@@ -126,6 +156,8 @@ def test_what_cannot_be_collected_is_refused(model):
     with rrattn.collect_stats(model):
         with pytest.raises(ValueError, match="already"), rrattn.collect_stats(model):
             pass
+    with pytest.raises(ValueError, match="mass_rows is -1"), rrattn.collect_stats(model, mass_rows=-1):
+        pass
     with pytest.raises(ValueError, match="not enabled"), rrattn.collect_stats(rrattn.disable(model)):
         pass
 
@@ -144,22 +176,24 @@ def test_the_table(model, tokens):
         generate(model, tokens, 3)
     stats.layers[0].prefill_seconds, stats.layers[0].decode_seconds = 0.25, 0.003
     header, first, second = str(stats).splitlines()
-    assert header.split("  ")[0] == "layer" and "kept mass" in header
-    density, kept = stats.layers[0].density, stats.layers[0].kept_mass
+    assert header.split("  ")[0] == "layer" and "estimated mass" in header and "true mass" in header
+    density, estimated, true = (getattr(stats.layers[0], name) for name in ("density", "estimated_mass", "true_mass"))
     assert first.split() == [
         "0",
         f"{density.mean():.1%},",
         f"{density.min():.1%},",
         f"{density.max():.1%}",
-        f"{kept.mean():.1%},",
-        f"{kept.min():.1%}",
+        f"{estimated.mean():.1%},",
+        f"{estimated.min():.1%}",
+        f"{true.mean():.1%},",
+        f"{true.min():.1%}",
         *"1 x 250.00 ms".split(),
         *"2 x 1.50 ms".split(),
     ]
     assert len(header) == len(first) == len(second)
     with rrattn.collect_stats(model) as empty:
         pass
-    assert str(empty).splitlines()[1].split() == ["0", "-", "-", "-", "-"]
+    assert str(empty).splitlines()[1].split() == ["0", "-", "-", "-", "-", "-"]
 
 
 def test_the_picture(model, tokens, tmp_path):
@@ -167,14 +201,19 @@ def test_the_picture(model, tokens, tmp_path):
     with rrattn.collect_stats(model) as stats:
         generate(model, tokens, 3)
     figure = stats.plot(tmp_path / "stats.png", title="two layers")
-    density, kept_mass, times = figure.axes
+    density, *masses, times = figure.axes
     np.testing.assert_array_equal(density.images[0].get_array(), [layer.density for layer in stats.layers])
-    np.testing.assert_array_equal(kept_mass.images[0].get_array(), [layer.kept_mass for layer in stats.layers])
+    for panel, name in zip(masses, ("estimated_mass", "true_mass")):
+        assert panel.get_title() == f"{name.replace('_', ' ')} kept, %"
+        np.testing.assert_array_equal(panel.images[0].get_array(), [getattr(layer, name) for layer in stats.layers])
     assert len(density.texts) == NUM_LAYERS * NUM_HEADS
     widths = [bar.get_width() for bar in times.patches]
     expected = [1e3 * layer.prefill_seconds for layer in stats.layers]
     np.testing.assert_allclose(widths[:NUM_LAYERS], expected)
     assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+    with rrattn.collect_stats(model, mass_rows=0) as stats:
+        logits(model, tokens)
+    assert len(stats.plot().axes) == 3 and str(stats).splitlines()[1].split()[6] == "-"  # without true masses
     with rrattn.collect_stats(model) as empty:
         pass
     with pytest.raises(ValueError, match="not run"):

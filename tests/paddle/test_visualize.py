@@ -243,3 +243,10 @@ def test_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         visualize.plot_block_mask(random_mask(8)[1], **geometry(8))
+
+
+def test_layers_that_a_picture_has_room_for():
+    assert visualize.layers_to_draw(6, 6, 36) == list(range(6))
+    drawn = visualize.layers_to_draw(30, 9, 256)
+    assert len(drawn) == 28 == len(set(drawn)) and drawn[0] == 0 and max(np.diff(drawn)) == 2 and max(drawn) < 30
+    assert visualize.layers_to_draw(3, 100, 99) == [0]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import paddle
@@ -16,12 +17,15 @@ import rrattn
 paddleformers = pytest.importorskip("paddleformers.transformers")
 pytest.importorskip("matplotlib")
 
-from tools import evaluate  # noqa: E402
+from gguf_files import tiny_llama  # noqa: E402
+
+from rrattn.config import SETTINGS  # noqa: E402
+from tools import evaluate, smollm2  # noqa: E402
 from tools.evaluation import benchmarks, prompts, records, report, run  # noqa: E402
 from tools.evaluation.methods import Method  # noqa: E402
-from tools.evaluation.model import Model, length_of, log_probabilities  # noqa: E402
+from tools.evaluation.model import Model, length_of, log_softmax  # noqa: E402
 
-KINDS = ["lookup", "needle", "hops", "copy", "inside", "text"]
+KINDS = list(prompts.CONTEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,14 @@ def text():
     return np.frombuffer(b"\0" + lines[:6000] + b"\0" + lines[6000:], np.uint8)
 
 
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """A LLaMA of one layer that has a tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenized") / "model"
+    smollm2.write_checkpoint(tiny_llama(np.random.default_rng(0))[0], folder)
+    return Model(folder)
+
+
 # The model
 
 
@@ -73,8 +85,8 @@ def test_prefills_do_what_the_enabled_model_does(model, checkpoint):
         with paddle.no_grad():
             expected = plain(paddle.to_tensor(tokens[None]), return_dict=True).logits[0].numpy()
         model.method = Method(method)
-        logits, cache = model.prefill(tokens)
-        np.testing.assert_allclose(logits, expected, atol=1e-3)
+        hidden, cache = model.prefill(tokens)
+        np.testing.assert_allclose(model.logits(hidden), expected, atol=1e-3)
         of_plain = [density.numpy()[0] for density in rrattn.layer_densities(plain)]
         np.testing.assert_allclose(model.densities, of_plain)
         assert length_of(cache) == 900
@@ -96,10 +108,12 @@ def test_answers_are_those_of_one_prefill_and_greedy_decoding(model, method):
     assert list(model.answer(context, cache, question, wrong)[:4]) == [True, True, True, False]
 
 
-def test_log_probabilities(rng):
-    logits = rng.standard_normal((6, 11)).astype(np.float32)
-    expected = np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(6), [0, 3, 10, 1, 1, 5]]
-    np.testing.assert_allclose(log_probabilities(logits, np.array([0, 3, 10, 1, 1, 5])), expected, atol=1e-6)
+def test_log_softmax(rng):
+    logits = 100 + rng.standard_normal((6, 50000)).astype(np.float32)
+    exact = logits.astype(np.float64)
+    expected = exact - 100 - np.log(np.exp(exact - 100).sum(1, keepdims=True))
+    np.testing.assert_allclose(log_softmax(logits), expected, atol=2e-6)
+    assert log_softmax(logits).dtype == np.float32
 
 
 # Tasks and results
@@ -122,6 +136,128 @@ def test_prompts_repeat_and_differ_by_index(text, kind):
             key = first.context[begin - 7 : begin]
             assert first.context.count(key + first.context[begin:end]) == 2 and first.scored[begin:end].all()
         assert first.scored.sum() == 6 * 5
+
+
+def test_recall_asks_in_the_last_third_for_records_of_the_others(text):
+    prompt = prompts.make_prompt("recall", text, 6000, 0, 6)
+    lines = re.findall(rb"^([a-z]{5,9}): (\d{5})$", prompt.context, re.MULTILINE)
+    places = [match.start() for match in re.finditer(rb"^[a-z]{5,9}: \d{5}$", prompt.context, re.MULTILINE)]
+    records, asked = lines[:16], lines[16:]
+    assert len(set(records)) == len({word for word, _ in records}) == 16 and len(set(asked)) == 10
+    assert set(asked) < set(records) and asked != [line for line in records if line in asked]
+    assert places[15] < 4200 and places[16] > 3800
+    answers = [prompt.context[begin:end] for begin, end in prompt.spans]
+    assert answers == [number for _, number in asked[prompts.SHOTS :]]
+    assert prompt.scored.sum() == 5 * 6 and all(prompt.scored[begin:end].all() for begin, end in prompt.spans)
+    for bad, message in ((b"x" * 9000, "0 words"), (text.tobytes().replace(b"\n", b" "), "no line ends")):
+        with pytest.raises(ValueError, match=message):
+            prompts.make_prompt("recall", np.frombuffer(bad, np.uint8), 6000, 0, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_in_tokens(tokenized, model, text, kind):
+    """Of the length asked for; what is scored is what is scored of the bytes, whose prompts stay as they are."""
+    of_bytes = prompts.make_prompt(kind, text, 1500, 0, 4)
+    same = prompts.token_prompt(model.codec, kind, text, 1500, 0, 4)
+    assert bytes(same.context.tolist()) == of_bytes.context and same.spans == of_bytes.spans
+    for ours, theirs in zip(same.questions, of_bytes.questions):
+        assert bytes(ours.question.tolist()) == theirs.question and bytes(ours.answer.tolist()) == theirs.answer
+
+    codec = tokenized.codec
+    prompt = prompts.in_tokens(of_bytes, codec)
+    assert len(prompt.context) < 1499 and codec.decode(prompt.context) == of_bytes.context[1:]
+    assert (prompt.scored is None) == (of_bytes.scored is None)
+    if prompt.scored is not None and kind != "text":
+        scored = bytes(byte for byte, counts in zip(of_bytes.context, of_bytes.scored) if counts)
+        assert codec.decode(prompt.context[prompt.scored]) == scored and len(prompt.spans) == len(of_bytes.spans)
+    for ours, theirs in zip(prompt.spans, of_bytes.spans):
+        assert codec.decode(prompt.context[slice(*ours)]) == of_bytes.context[slice(*theirs)]
+    sized = prompts.token_prompt(codec, kind, text, 1400, 0, 4)
+    assert 1340 <= len(sized.context) <= 1400 and (kind != "text" or len(sized.context) == len(sized.scored) == 1400)
+
+
+def test_a_codecs_start_stands_for_the_byte_0(tokenized, text):
+    class WithStart:
+        start, encode = np.array([1]), staticmethod(tokenized.codec.encode)
+
+    of_bytes = prompts.make_prompt("inside", text, 1500, 0, 4)
+    with_start, without = (prompts.in_tokens(of_bytes, codec) for codec in (WithStart, tokenized.codec))
+    assert with_start.context.tolist() == [1, *without.context]
+    assert with_start.scored.tolist() == [False, *without.scored]
+    assert with_start.spans == tuple((begin + 1, end + 1) for begin, end in without.spans)
+
+
+def test_what_is_scored_inside_is_that_of_all_logits(tokenized, text, monkeypatch):
+    """Losses, and agreement and divergence from dense, of rows of logits that are made a few at a time."""
+    prompt = prompts.token_prompt(tokenized.codec, "recall", text, 1200, 0, 4)
+    monkeypatch.setattr(run, "ROWS", 7)
+    found, chances = {}, {}
+    for method in ("rrattn:0.3", "dense"):
+        tokenized.method = Method(method)
+        (found[method],) = run.run_prompt(tokenized, "recall", prompt)
+        logits = tokenized.logits(tokenized.prefill(prompt.context)[0])[:-1][prompt.scored[1:]].astype(np.float64)
+        chances[method] = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    targets = prompt.context[prompt.scored]
+    dense = chances["dense"]
+    assert found["dense"]["agreement"] == 1 and found["dense"]["divergence"] == pytest.approx(0, abs=1e-6)
+    for method, one in found.items():
+        expected = -np.log(chances[method][np.arange(len(targets)), targets]).mean()
+        assert one["nats"] == pytest.approx(expected, rel=1e-5)
+        assert one["guessed"] == (chances[method].argmax(-1) == targets).mean()
+        assert one["agreement"] == (chances[method].argmax(-1) == dense.argmax(-1)).mean()
+        divergence = (dense * np.log(dense / chances[method])).sum(-1).mean()
+        assert one["divergence"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+    assert found["rrattn:0.3"]["divergence"] > 1e-4 and found["rrattn:0.3"]["density"] < 1
+    assert tokenized.method.name == "dense"
+
+
+def test_a_run_in_tokens(tokenized, text, tmp_path):
+    results = records.Results(tmp_path / "results.jsonl")
+    run.run_tasks(tokenized, results, text, ["needle", "text"], ["rrattn:0.3", "dense"], [700], 2, 4)
+    rows = {(row["method"], row["task"], row["index"]): row for row in results.rows}
+    assert len(rows) == 2 * 3 * 2 and len(rows["dense", "needle", 0]["right"]) == 4
+    assert all((row["divergence"] < 1e-9) == (row["method"] == "dense") for row in results.rows if "nats" in row)
+    (table,) = report.dense_tables(results.rows)
+    nats = [[rows[method, "text", index]["nats"] for index in (0, 1)] for method in ("rrattn:0.3", "dense")]
+    over = np.divide(*nats) - 1
+    assert table.startswith("### Against dense, 700 tokens") and table.count("| text |") == 2
+    assert "| text | dense | 100.0% |  | 100.0% | 0.0000 | +0.00% ± 0.00 | 2 |" in table
+    assert f"| {over.mean():+.2%} ± {100 * np.abs(over[0] - over[1]) / 2:.2f} | 2 |" in table
+    run.measure_mass(tokenized, results, text, ["recall"], ["rrattn:0.3"], [1200], 1, 4)
+    assert 0 < results.rows[-1]["kept"] < 1
+
+
+def test_answers_inside_are_counted_with_their_error(tokenized, text, tmp_path):
+    results = records.Results(tmp_path / "results.jsonl")
+    run.run_tasks(tokenized, results, text, ["recall"], ["dense", "rrattn:threshold=0.5"], [1200], 2, 4)
+    assert [row["answers"] for row in results.rows] == [4] * 4
+    for row in results.rows:
+        row["score"] = [0.25, 0.75][row["index"]] if row["method"] == "dense" else [0.5, 0.25][row["index"]]
+    (table,) = report.dense_tables(results.rows)
+    dense, sparse = table.splitlines()[-2:]
+    assert dense.startswith("| recall | dense | 100.0% | 50.0% ± 25.0 of 8 | 100.0% |")
+    assert "| 37.5% ± 12.5 of 8 |" in sparse
+    (table,) = report.dense_tables(results.rows[:2])  # one context
+    assert "| 25.0% of 4 |" in table and table.endswith("% | 1 |")
+
+
+def test_the_default_text_has_documents_for_8192_tokens(checkpoint, tmp_path, monkeypatch, capsys):
+    def parse(*options):
+        command = ["evaluate.py", "run", str(checkpoint), str(tmp_path / "out.jsonl"), "--methods", "dense", *options]
+        monkeypatch.setattr(sys, "argv", command)
+        return evaluate.parse_arguments()
+
+    text = parse("--lengths", "30000", "--contexts", "12", "--tasks", "text", "recall", "--questions", "89").text
+    documents = prompts.documents(text)
+    assert len(documents) == 12 and min(map(len, documents)) > 35_000 and max(map(len, documents)) < 60_000
+    joined = b"".join(document.tobytes() for document in documents).decode()
+    assert joined.startswith("The") and all(document[-1] == ord("\n") for document in documents[:-1])
+    assert topics["assignment"] in joined
+    contexts = {prompts.make_prompt("text", text, 30_000, index, 1).context[1:] for index in range(12)}
+    assert len(contexts) == 12 and all(context.decode("utf-8", "ignore") in joined for context in contexts)
+    with pytest.raises(SystemExit):
+        parse("--lengths", "90000", "--tasks", "text")
+    assert r"--text (default): no prompt of the kind text and the length 90,000" in capsys.readouterr().err
 
 
 def test_a_run_writes_every_task_and_goes_on_where_it_stopped(model, text, tmp_path, monkeypatch):
@@ -201,7 +337,12 @@ def test_report_of_several_contexts():
     assert errors[report.MEAN] == pytest.approx(np.sqrt(2 / 3 * sum((x - mean) ** 2 for x in others)))
     (table,) = report.quality_tables(rows)
     assert f"| 88.89% ± {100 * errors[report.MEAN]:.2f} | 50.0% |" in table  # the fourth context is not whole
-    kept = {"rrattn:0.9:8": (0.3, 0.90), "xattention:0.8": (0.2, 0.86), "xattention:0.9": (0.4, 0.92)}
+    kept = {
+        "rrattn:0.9:8": (0.3, 0.90),
+        "rrattn:threshold=0.9": (0.3, 0.9),
+        "xattention:0.8": (0.2, 0.86),
+        "xattention:0.9": (0.4, 0.92),
+    }
     masses = [
         {"task": "mass text", "method": method, "length": 512, "index": i, "density": density, "kept": share + i / 100}
         for method, (density, share) in kept.items()
@@ -209,6 +350,7 @@ def test_report_of_several_contexts():
     ]
     (table,) = report.difference_tables(masses)
     assert table.endswith("| rrattn:0.9:8 | 30.0% | 90.50% | +1.00 ± 0.00 |  |")
+    assert "\n| rrattn:threshold=0.9 | 30.0% | 90.50% | +1.00 ± 0.00 |  |\n" in table
     assert report.difference_tables(masses[::2]) == []
 
 
@@ -294,7 +436,7 @@ def test_benchmark_scores(model, tmp_path):
     assert benchmarks.score(model, found, 100)[0] == 1
     found.count_each = True
     assert benchmarks.score(model, found, 100)[0] == 0.5
-    logits = model.prefill(model.codec.encode(prompt.encode()))[0][-1]
+    logits = model.logits(model.prefill(model.codec.encode(prompt.encode()))[0])[-1]
     best = max("ABCD", key=lambda letter: logits[ord(letter)])
     samples = [benchmarks.Sample(letter, prompt, [letter], list("ABCD")) for letter in "ABCD"]
     results = records.Results(tmp_path / "results.jsonl")
@@ -315,6 +457,49 @@ def test_a_method_may_be_a_file_of_settings(model, tmp_path):
     for method in (f"rrattn:{path}:16", f"rrattn+near:{path}"):
         with pytest.raises(ValueError, match="stride and keep rules are in the file"):
             Method(method)
+
+
+def test_a_method_may_name_its_settings(model, checkpoint):
+    """All of RRAttentionConfig's, which reach the layers as `enable` hands them out; others are refused by name."""
+    given = {"threshold": [0.3, 0.6], "stride": 16, "keep_last": False, "keep_local": 2, "dense_layers": [1]}
+    text = "rrattn:" + ",".join(f"{name}={json.dumps(value)}" for name, value in given.items())
+    model.method = Method(text)
+    assert model.method.config == rrattn.RRAttentionConfig(**given)
+    tokens = np.arange(1100) * 7 % 250
+    hidden, _ = model.prefill(tokens)
+    plain = paddleformers.LlamaForCausalLM.from_pretrained(str(checkpoint), dtype="float32")
+    plain.eval()
+    rrattn.enable(plain, **given)
+    with paddle.no_grad():
+        expected = plain(paddle.to_tensor(tokens[None]), return_dict=True).logits[0].numpy()
+    np.testing.assert_allclose(model.logits(hidden), expected, atol=1e-3)
+    densities = [density.numpy()[0] for density in rrattn.layer_densities(plain)]
+    np.testing.assert_array_equal(model.densities, densities)
+    assert densities[0].max() < 1 and densities[1].min() == 1
+    for bad, message in (
+        ("rrattn:threshold=0.9,min_mass=1", f"sets 'min_mass', but the settings are {', '.join(SETTINGS)}"),
+        ("rrattn:stride=8,stride=16", "sets stride more than once"),
+        ("rrattn:threshold=high", "threshold is 'high', but must be JSON"),
+        ("rrattn:threshold=1.5", "'rrattn:threshold=1.5': threshold"),
+        ("rrattn+last:stride=8", "give stride and keep rules by name as well"),
+        ("rrattn:stride=8:16", "give stride and keep rules by name as well"),
+        ("pooling:stride=8", "must be written as pooling:NUMBER$"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message).replace(r"\$", "$")):
+            Method(bad)
+
+
+def test_settings_by_name_in_a_run_and_its_report(model, text, tmp_path):
+    results = records.Results(tmp_path / "results.jsonl")
+    methods = ["dense", "rrattn:threshold=0.5", "rrattn:threshold=0.7", "rrattn:threshold=0.5,keep_local=3"]
+    run.run_tasks(model, results, text, ["text"], methods, [1500], 1, 4)
+    density = {row["method"]: row["density"] for row in results.rows}
+    assert density[methods[1]] < density[methods[3]] < 1 and density[methods[1]] < density[methods[2]] < 1
+    run.measure_mass(model, results, text, ["text"], [*methods[1:], "rrattn+last+near:0.5"], [1500], 1, 4)
+    kept = {row["method"]: row["kept"] for row in results.rows if "kept" in row}
+    assert kept[methods[1]] == kept["rrattn+last+near:0.5"] < kept[methods[3]]
+    written = report.write_report(tmp_path / "results.jsonl", tmp_path / "plots")
+    assert all(f"| {name} |" in written for name in ("rrattn", "rrattn, keep_local=3", *methods))
 
 
 # What is checked before anything is loaded or computed

@@ -1,6 +1,7 @@
 """`tools.evaluate many`: in PyTorch, what the harness in Paddle does. Skipped where PyTorch is not installed."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("paddleformers")
 ROOT = Path(__file__).parents[2]
 
-from tools.evaluation import many, records, run, torch_attention, torch_model, torch_selection  # noqa: E402
+from gguf_files import tiny_llama  # noqa: E402
+
+from tools import smollm2  # noqa: E402
+from tools.evaluation import many, records, run, torch_attention, torch_model, torch_rrattn, torch_selection  # noqa: E402
 from tools.evaluation.methods import Method  # noqa: E402
 from tools.evaluation.model import Model  # noqa: E402
 
@@ -43,21 +47,32 @@ def test_selections_are_those_of_the_harness(text_of_method, seqlen_q, seqlen_k)
     assert np.array_equal(mask.numpy(), visible & np.ones_like(expected)) == (text_of_method == "dense")
 
 
-def test_results_are_those_of_the_harness(text, tmp_path):
-    methods, kinds = ["dense", "rrattn+last+near:0.7:16"], ["lookup", "needle", "inside", "copy", "text"]
+@pytest.fixture(params=["bytes", "tokenizer"])
+def checkpoint(request, tmp_path):
+    """The probe, and a tiny model with a tokenizer and tied embeddings."""
+    if request.param == "bytes":
+        return PROBE
+    smollm2.write_checkpoint(tiny_llama(np.random.default_rng(0))[0], tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_results_are_those_of_the_harness(checkpoint, text, tmp_path):
+    layers = 1 if checkpoint != PROBE else 6
+    per_layer = f"rrattn:threshold={[0.6] * (layers - 1) + [0.8]},keep_local=2".replace(" ", "")
+    methods, kinds = ["dense", "rrattn+last+near:0.7:16", per_layer], ["lookup", "needle", "inside", "copy", "text"]
     ours, expected = (records.Results(tmp_path / f"{name}.jsonl") for name in ("torch", "paddle"))
-    mass = ["rrattn:0.8:8", "exact+near:0.9"]
-    arguments = (PROBE, ours, text, kinds, methods, mass, 1500, 1, 6, "cpu")
+    mass = ["rrattn:0.8:8", "exact+near:0.9", "rrattn:threshold=0.8,stride=16,dense_layers=[0]"]
+    arguments = (checkpoint, ours, text, kinds, methods, mass, 1500, 1, 6, "cpu")
     many.run_many(*arguments)
-    model = Model(PROBE)
+    model = Model(checkpoint)
     run.run_tasks(model, expected, text, kinds, methods, [1500], 1, 6)
     run.measure_mass(model, expected, text, kinds, mass, [1500], 1, 6)
     found = {(row["task"], row["method"]): row for row in ours.rows}
-    assert len(found) == len(ours.rows) == len(expected.rows) == 6 * 2 + 5 * 2
+    assert len(found) == len(ours.rows) == len(expected.rows) == 6 * 3 + 5 * 3
     for row in expected.rows:
         other = found[row["task"], row["method"]]
         assert other["density"] == pytest.approx(row["density"], abs=1e-3)
-        for name in ("score", "nats", "guessed", "kept"):
+        for name in ("score", "nats", "guessed", "agreement", "divergence", "kept"):
             assert other.get(name) == pytest.approx(row.get(name), abs=1e-3)
         assert other.get("right") == row.get("right")
     lines = ours.path.read_text()
@@ -77,6 +92,34 @@ def test_plain_attention_is_that_over_the_blocks():
     np.testing.assert_allclose(out.numpy(), expected.numpy()[0], atol=1e-5)
 
 
+def test_settings_reach_the_kernels_by_name():
+    """Each that changes what attention selects or computes does so, as in the layer that a model would run."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, n, heads, 32, generator=generator) for n, heads in ((650, 4), (906, 2), (906, 2))
+    )
+    for settings in ("threshold=0.5", "threshold=[0.9,[0.2,0.4,0.6,0.8]]", "stride=32,threshold=0.5", "min_length=907",
+                     "softmax_scale=0.5,threshold=0.6", "keep_last=false,keep_local=0,keep_sink=false,threshold=0.4",
+                     "head_offset=3,threshold=0.5", "dense_layers=[1],threshold=0.1"):  # fmt: skip
+        method = Method(f"rrattn:{settings}")
+        mask, out = torch_rrattn.attend(method.config, 1, 2, query, key, value, 0.2)
+        core = method.core(1, 2, 4)
+        expected = core(*(paddle.to_tensor(x.numpy()) for x in (query, key, value)), causal=True, softmax_scale=0.2)
+        np.testing.assert_array_equal(out.numpy(), expected.numpy())
+        selected = rrattn.unpack_block_mask(core.last_selection.block_mask, 8).numpy()
+        visible = torch_selection.visible_blocks(650, 906, "cpu").numpy()
+        np.testing.assert_array_equal(mask.numpy(), selected & visible)
+        assert (mask.numpy() == visible).all() == (settings[:3] in ("min", "den"))
+
+
+def test_no_build_for_the_device_is_named(monkeypatch):
+    torch_rrattn.check_device("cpu")
+    monkeypatch.setitem(sys.modules, "rrattn.direct", None)
+    monkeypatch.delattr(rrattn, "direct")
+    with pytest.raises(ValueError, match="rrattn has no build for cpu, which its settings by name need"):
+        torch_rrattn.check_device("cpu")
+
+
 def test_what_is_refused(tmp_path):
     for text, message in (("window:4", "window:4"), ("rrattn:1.5", "1.5"), ("nothing:1", "nothing")):
         with pytest.raises(ValueError, match=message):
@@ -84,4 +127,7 @@ def test_what_is_refused(tmp_path):
     config = {**json.loads((PROBE / "config.json").read_text()), "attention_bias": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="attention_bias is True, but must be False"):
+        torch_model.Model(tmp_path, torch.device("cpu"), 100)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_bias": False, "vocab_size": 1000}))
+    with pytest.raises(ValueError, match="has 1000 tokens, but no tokenizer.json"):
         torch_model.Model(tmp_path, torch.device("cpu"), 100)

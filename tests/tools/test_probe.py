@@ -51,7 +51,7 @@ def test_size_and_card():
 @pytest.mark.parametrize("kind", ["lookup", "needle", "hops"])
 def test_it_answers(probe, text, kind, method, least):
     probe.method = Method(method)
-    results = run.run_prompt(probe, kind, prompts.make_prompt(kind, text, LENGTH, 0, QUESTIONS))
+    results = run.run_prompt(probe, kind, prompts.token_prompt(probe.codec, kind, text, LENGTH, 0, QUESTIONS))
     scores = {row["task"]: row["score"] for row in results}
     assert scores[kind] >= least, scores
     assert (results[0]["density"] < 1) == (method != "dense")
@@ -59,7 +59,7 @@ def test_it_answers(probe, text, kind, method, least):
 
 def test_its_loss_on_text_is_far_below_a_bigrams(probe, text):
     probe.method = Method("dense")
-    (row,) = run.run_prompt(probe, "text", prompts.make_prompt("text", text, LENGTH, 0, 1))
+    (row,) = run.run_prompt(probe, "text", prompts.token_prompt(probe.codec, "text", text, LENGTH, 0, 1))
     assert row["nats"] < 1.5  # of text that is not in its corpus
 
 

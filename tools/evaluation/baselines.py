@@ -39,26 +39,6 @@ def block_sums(rows, size):
     return np.add.reduceat(rows, np.arange(0, rows.shape[-1], size), axis=-1)
 
 
-def exact_mass(query, key, scale):
-    """The true attention mass of each pair of blocks: softmax probabilities, summed over its pairs of tokens.
-
-    No choice of equally many blocks of a row keeps more of it: a selection by it is what no estimate can beat.
-    """
-    seqlen_q, seqlen_k = len(query), len(key)
-    shift = seqlen_k - seqlen_q
-    mass = np.zeros((query.shape[1], num_blocks(seqlen_q), num_blocks(seqlen_k)), np.float32)
-    for h, q, k in heads(query, key):
-        for m in range(mass.shape[1]):
-            rows = np.arange(m * BLOCK, min((m + 1) * BLOCK, seqlen_q))
-            end = rows[-1] + shift + 1
-            scores = (q[rows] * scale) @ k[:end].T  # [rows, keys]
-            corner = np.arange(rows[0] + shift, end)  # only these keys are hidden from some of the rows
-            scores[:, corner] = np.where(corner <= rows[:, None] + shift, scores[:, corner], -np.inf)
-            by_block = block_sums(softmax(scores).sum(0), BLOCK)
-            mass[h, m, : len(by_block)] = by_block
-    return mass
-
-
 def antidiagonal_scores(query, key, scale, stride):
     """XAttention (arXiv 2503.16428): the products on the antidiagonal of each stride x stride square of tokens, summed.
 

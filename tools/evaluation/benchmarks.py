@@ -136,9 +136,10 @@ def score(model, sample, longest):
         output = normalized(model.codec.decode(model.generate(tokens, HELMET_ANSWER_TOKENS)).decode("utf-8", "replace"))
         found = [normalized(answer) in output for answer in sample.answers]
         return float(np.mean(found) if sample.count_each else any(found)), len(tokens)
-    logits, _ = model.prefill(tokens)
+    hidden, _ = model.prefill(tokens)
     first = [int(model.codec.encode(letter.encode())[0]) for letter in sample.letters]
-    return float(sample.letters[int(logits[-1][first].argmax())] == sample.answers[0]), len(tokens)
+    best = int(model.logits(hidden[-1:])[0, first].argmax())
+    return float(sample.letters[best] == sample.answers[0]), len(tokens)
 
 
 def normalized(text):

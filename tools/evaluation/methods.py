@@ -2,6 +2,8 @@
 
 dense                       every block
 rrattn:0.95[:8]             rrattn at a threshold, with a stride (default 8)
+rrattn:stride=16,threshold=0.98     rrattn with any settings of RRAttentionConfig by name, its defaults for the others;
+                            values are JSON: numbers, true, false, null, lists
 rrattn:FILE.json            rrattn with the settings of a file (RRAttentionConfig.from_json)
 xattention:0.95[:8]         antidiagonal scores, with a stride (default 8)
 pooling:0.95                products of block means, as FlexPrefill's query-aware estimate
@@ -20,11 +22,14 @@ neither rule is on.
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 
 import rrattn
 from rrattn.arguments import STRIDES
-from rrattn.config import RRAttentionConfig
+from rrattn.config import SETTINGS, RRAttentionConfig
 
 from . import baselines
 
@@ -35,6 +40,19 @@ NAMES = WITHOUT_STRIDE + WITH_STRIDE
 
 class Method:
     """One way to choose blocks; see the module for the texts.
+
+    Attributes
+    ----------
+    name : str
+        Of NAMES.
+    knob : float or None
+        The number that the text has, mostly a threshold; None where it has none.
+    stride : int
+        Where there is a knob.
+    keep : dict
+        Keep rules of a method with a knob, as `rrattn.select_blocks` takes them.
+    config : RRAttentionConfig or None
+        Of rrattn, all of its settings.
 
     Raises
     ------
@@ -51,7 +69,7 @@ class Method:
         self.keep = {"keep_last": "last" in extras, "keep_local": int("near" in extras)}
         if self.name not in NAMES:
             raise ValueError(f"method {text!r} is not one of {', '.join(NAMES)}")
-        self.config = None
+        self.config = self.knob = None
         most = 0 if self.name == "dense" else 2 if self.name in WITH_STRIDE else 1
         if len(settings) > most or (self.name != "dense" and not settings):
             raise ValueError(f"method {text!r} must be written as {_form(self.name)}")
@@ -63,6 +81,11 @@ class Method:
             self.config = RRAttentionConfig.from_json(settings[0])
             if len(settings) > 1 or extras:
                 raise ValueError(f"method {text!r}: stride and keep rules are in the file, so must not be given")
+            return
+        if self.name == "rrattn" and "=" in settings[0]:
+            if len(settings) > 1 or extras:
+                raise ValueError(f"method {text!r}: give stride and keep rules by name as well")
+            self.config = _config_of(text, settings[0])
             return
         try:
             self.knob = float(settings[0])
@@ -78,6 +101,11 @@ class Method:
             raise ValueError(f"method {text!r}: the stride must be one of {', '.join(map(str, STRIDES))}")
         if self.name == "rrattn":
             self.config = RRAttentionConfig(threshold=self.knob, stride=self.stride, **self.keep)
+
+    @property
+    def by_config(self):
+        """Whether it is rrattn with settings that only a config says."""
+        return self.config is not None and self.knob is None
 
     def block_mask(self, query, key, scale, layer, num_layers):
         """The blocks to attend, causal.
@@ -99,7 +127,9 @@ class Method:
         if self.name == "dense":
             return rrattn.dense_block_mask(1, query.shape[2], **sizes)
         if self.name == "rrattn":
-            return rrattn_block_mask(self.config, query, key, scale, layer, num_layers)
+            core = self.core(layer, num_layers, query.shape[2])
+            core(query, key, key, causal=True, softmax_scale=scale)
+            return core.last_selection.block_mask
         import paddle
 
         scores, mask = self._baseline(query[0].numpy(), key[0].numpy(), scale or query.shape[3] ** -0.5, layer)
@@ -108,6 +138,12 @@ class Method:
         else:
             threshold = self.knob
         return rrattn.select_blocks(paddle.to_tensor(scores[None]), threshold, **self.keep, **sizes)
+
+    def core(self, layer, num_layers, num_heads):
+        """The RRAttention of a layer with the config, as `rrattn.enable` makes it."""
+        from rrattn.integrations.common import Place, make_core
+
+        return make_core(self.config, Place(num_layers, num_heads), layer)
 
     def _baseline(self, query, key, scale, layer):
         """(scores, None) or (None, mask), [Hq, Mq, Mk]."""
@@ -118,7 +154,11 @@ class Method:
         if self.name == "pooling":
             return baselines.pooled_scores(query, key, scale), None
         if self.name == "exact":
-            return baselines.exact_mass(query, key, scale), None
+            import paddle
+
+            from rrattn.attention_mass import exact_block_mass
+
+            return exact_block_mass(paddle.to_tensor(query[None]), paddle.to_tensor(key[None]), scale), None
         if self.name == "vertical-slash":
             return None, baselines.vertical_slash_mask(query, key, scale, self.knob)
         if self.name == "window":
@@ -126,31 +166,38 @@ class Method:
         return None, baselines.random_mask(query, key, self.knob, [layer, len(query), len(key)])
 
 
-def rrattn_block_mask(config, query, key, scale, layer, num_layers):
-    """What rrattn with an RRAttentionConfig attends in a prefill, causal; the rest as for `Method.block_mask`."""
-    sizes = {"causal": True, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
-    if config.layer_is_dense(layer, num_layers) or key.shape[1] < config.min_length:
-        return rrattn.dense_block_mask(1, query.shape[2], **sizes)
-    threshold = config.layer_threshold(layer, num_layers)
-    if not isinstance(threshold, float):
-        import paddle
+def settings_by_name(settings):
+    """["stride=16", "dense_layers=[0,1]"] of "stride=16,dense_layers=[0,1]"."""
+    return re.split(r",(?=\w+=)", settings)
 
-        threshold = paddle.to_tensor(list(threshold), dtype="float32")
-    scores = rrattn.estimate_block_scores(
-        query,
-        key,
-        causal=True,
-        stride=config.stride,
-        head_offset=config.head_offset,
-        softmax_scale=scale if config.softmax_scale is None else config.softmax_scale,
-    )
-    keep = config.keep_rules()
-    return rrattn.select_blocks(scores, threshold, **sizes, **keep)
+
+def _config_of(text, settings):
+    """The RRAttentionConfig of a method's settings by name.
+
+    Raises
+    ------
+    ValueError
+        With the method's text, for a name that is no setting or stands there twice, or a value that is not allowed.
+    """
+    given = {}
+    for setting in settings_by_name(settings):
+        name, _, value = setting.partition("=")
+        if name not in SETTINGS:
+            raise ValueError(f"method {text!r} sets {name!r}, but the settings are {', '.join(SETTINGS)}")
+        if name in given:
+            raise ValueError(f"method {text!r} sets {name} more than once")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            raise ValueError(f"method {text!r}: {name} is {value!r}, but must be JSON") from None
+    try:
+        return RRAttentionConfig(**given)
+    except ValueError as error:
+        raise ValueError(f"method {text!r}: {error}") from None
 
 
 def _form(name):
     if name == "dense":
         return "dense"
-    return (
-        f"{name}:NUMBER" + ("[:STRIDE]" if name in WITH_STRIDE else "") + (" or rrattn:FILE.json") * (name == "rrattn")
-    )
+    form = f"{name}:NUMBER" + "[:STRIDE]" * (name in WITH_STRIDE)
+    return form if name != "rrattn" else f"{form}, rrattn:SETTING=VALUE,... or rrattn:FILE.json"

@@ -64,6 +64,11 @@ class Model:
         else:
             if self.on_attend is not None:
                 self.on_attend(layer, query, key, softmax_scale)
+            if self.method.config is not None:
+                core = self.method.core(layer, self.num_layers, query.shape[2])
+                out = core(query, key, value, causal=causal, softmax_scale=softmax_scale)
+                self.densities[layer] = core.last_density.numpy()[0]
+                return out, core.last_selection.block_mask
             block_mask = self.method.block_mask(query, key, softmax_scale, layer, self.num_layers)
             self.densities[layer] = rrattn.block_density(block_mask, **sizes).numpy()[0]
         out = rrattn.block_sparse_attention(query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale)
@@ -71,9 +76,10 @@ class Model:
 
     @paddle.no_grad()
     def prefill(self, tokens, cache=None):
-        """(logits float32 [n, vocabulary], cache) of n tokens, int64 [n], after those of the cache, which stays.
+        """(hidden, cache) of n tokens, int64 [n], after those of the cache, which stays; blocks chosen by the method.
 
-        Blocks are chosen by the method.
+        hidden is float32 [n, hidden size], the last layer's, of which `logits` makes logits: those of all rows at once
+        would be gigabytes where the vocabulary is large.
         """
         return self._run(tokens, cache)
 
@@ -89,7 +95,7 @@ class Model:
     def _run(self, tokens, cache):
         begin, past = (0, None) if cache is None else (length_of(cache), copied(cache))
         end = begin + len(tokens)
-        output = self.model(
+        output = self.model.base_model(
             paddle.to_tensor(np.asarray(tokens, np.int64)[None]),
             position_ids=paddle.arange(begin, end).unsqueeze(0),
             attn_mask_startend_row_indices=paddle.full([1, 1, end, 1], end - begin, dtype="int32"),
@@ -97,7 +103,12 @@ class Model:
             use_cache=True,
             return_dict=True,
         )
-        return output.logits[0].astype("float32").numpy(), output.past_key_values
+        return output.last_hidden_state[0], output.past_key_values
+
+    @paddle.no_grad()
+    def logits(self, hidden):
+        """float32 NumPy array [rows, vocabulary], of rows of hidden."""
+        return self.model.lm_head(hidden.unsqueeze(0))[0].astype("float32").numpy()
 
     def answer(self, context, cache, question, answer):
         """Whether greedy decoding answers a question, token by token: bool [answer tokens].
@@ -111,20 +122,20 @@ class Model:
         question, answer : int64 [tokens]
         """
         prompt = np.concatenate([context[length_of(cache) :], question])
-        logits, cache = self.prefill(prompt, cache)
-        guesses = [logits[-1].argmax()]
+        hidden, cache = self.prefill(prompt, cache)
+        guesses = [self.logits(hidden[-1:])[0].argmax()]
         if len(answer) > 1:
             # Greedy decoding goes on with the answer as long as it is right, so this tells the same.
-            guesses += list(self.decode(answer[:-1], cache)[0].argmax(-1))
+            guesses += list(self.logits(self.decode(answer[:-1], cache)[0]).argmax(-1))
         return np.asarray(guesses) == answer
 
     def generate(self, prompt, count):
         """`count` tokens after a prompt, int64 [count], greedily: the prefill by the method, decoding dense."""
-        logits, cache = self.prefill(prompt)
-        made = [int(logits[-1].argmax())]
+        hidden, cache = self.prefill(prompt)
+        made = [int(self.logits(hidden[-1:])[0].argmax())]
         while len(made) < count:
-            logits, cache = self.decode(np.asarray(made[-1:]), cache)
-            made.append(int(logits[-1].argmax()))
+            hidden, cache = self.decode(np.asarray(made[-1:]), cache)
+            made.append(int(self.logits(hidden)[0].argmax()))
         return np.asarray(made)
 
 
@@ -144,12 +155,10 @@ def copied(cache):
     return other
 
 
-def log_probabilities(logits, targets):
-    """float64 [n]: of each target under its row of logits."""
-    logits = logits.astype(np.float64)
-    top = logits.max(-1, keepdims=True)
-    norm = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
-    return logits[np.arange(len(targets)), targets] - norm
+def log_softmax(logits):
+    """float32 [n, vocabulary]: the logarithms of the probabilities of each row; their sums are taken in float64."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
 class Timer:

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from .methods import WITH_STRIDE
+from .methods import WITH_STRIDE, settings_by_name
 from .prompts import TASKS
 from .records import MASS, read_results
 
@@ -15,8 +15,13 @@ MEAN = "mean of all tasks"
 
 
 def family(method):
-    """A method without its knob: rrattn:0.95:8 to rrattn, stride 8."""
+    """A method without its knob: rrattn:0.95:8 to rrattn, stride 8; rrattn:threshold=0.9,stride=4 to rrattn, stride=4.
+
+    rrattn with its defaults but for the threshold, as in rrattn:threshold=0.9, is rrattn.
+    """
     name, *settings = method.split(":")
+    if settings and "=" in settings[0]:
+        return ", ".join([name, *(one for one in settings_by_name(settings[0]) if not one.startswith("threshold="))])
     if settings and settings[0].endswith(".json"):
         return f"{name}, {settings[0].rsplit('/', 1)[-1]}"
     stride = int(settings[1]) if len(settings) > 1 else 8
@@ -139,6 +144,50 @@ def quality_tables(rows):
     return parts
 
 
+def dense_tables(rows):
+    """A Markdown table a length: how prefills that are scored inside differ from dense ones, means over contexts.
+
+    For each task and method the density; the share of right answers, with their number; the share of scored tokens
+    where both guess the same; the divergence from dense's chances; and the loss over dense's. Shares of answers and
+    losses come with their standard error over contexts, a document each for text.
+    """
+    groups = defaultdict(dict)  # (length, task, method) -> context -> row
+    for row in rows:
+        if "divergence" in row:
+            groups[row["length"], row["task"], row["method"]][row["index"]] = row
+    parts = []
+    for length in sorted({length for length, _, _ in groups}):
+        body = []
+        compared = [(task, method) for at, task, method in groups if at == length]
+        for task, method in sorted(compared, key=lambda pair: (pair[0], pair[1] != "dense", in_order(pair[1]))):
+            of_context, dense = groups[length, task, method], groups.get((length, task, "dense"), {})
+            shared = [of_context[index] for index in sorted(of_context.keys() & dense.keys())]
+            if not shared:
+                continue
+            density, same, divergence = (
+                np.mean([row[name] for row in shared]) for name in ("density", "agreement", "divergence")
+            )
+            answers = ""
+            if "answers" in shared[0]:
+                count = sum(row["answers"] for row in shared)
+                answers = f"{with_error([row['score'] for row in shared], '.1%', 1)} of {count}"
+            loss = with_error([row["nats"] / dense[row["index"]]["nats"] - 1 for row in shared], "+.2%", 2)
+            cells = [f"{density:.1%}", answers, f"{same:.1%}", f"{divergence:.4f}", loss, str(len(shared))]
+            body.append([task, method, *cells])
+        if body:
+            names = ["density", "answers right", "same token as dense", "KL, nats", "loss over dense", "contexts"]
+            parts.append(f"### Against dense, {length:,} tokens\n\n" + markdown(["task", "method", *names], body))
+    return parts
+
+
+def with_error(shares, form, decimals):
+    """The mean of shares, one a context, and its standard error in points where there are several contexts."""
+    mean = format(np.mean(shares), form)
+    if len(shares) == 1:
+        return mean
+    return f"{mean} ± {100 * np.std(shares, ddof=1) / len(shares) ** 0.5:.{decimals}f}"
+
+
 def mass_curves(rows):
     """{(kind, length): {family: (densities, kept)}}, sorted by density, means over contexts."""
     groups = defaultdict(list)
@@ -196,8 +245,8 @@ def difference_tables(rows, others=("xattention, stride 8", "exact")):
             for method, values in of_kind.items():
                 found[method].append(np.mean(values, axis=0))
         body = []
-        for method in sorted(found, key=lambda method: (in_order(family(method)), float(method.split(":")[1]))):
-            mean = np.mean(found[method], axis=0)
+        means = {method: np.mean(values, axis=0) for method, values in found.items()}
+        for method, mean in sorted(means.items(), key=lambda pair: (in_order(family(pair[0])), pair[1][0])):
             error = np.std(found[method], axis=0, ddof=1) / len(found[method]) ** 0.5
             cells = zip(100 * mean[2:], 100 * error[2:])
             less = ["" if np.isnan(x) else f"{x:+.2f} ± {y:.2f}" for x, y in cells]
@@ -226,7 +275,8 @@ def write_report(path, plots=None):
         draw_quality(rows, plots / "quality.png")
         draw_mass(rows, plots / "mass.png")
         draw_needles(rows, plots / "needles.png")
-    return "\n\n".join(quality_tables(rows) + difference_tables(rows) + mass_tables(rows) + benchmark_tables(rows))
+    tables = (quality_tables, dense_tables, difference_tables, mass_tables, benchmark_tables)
+    return "\n\n".join(part for make in tables for part in make(rows))
 
 
 def benchmark_tables(rows):

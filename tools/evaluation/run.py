@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import paddle
 from tqdm import tqdm
 
 from rrattn.attention_mass import density_and_kept, exact_block_mass
 
 from . import baselines
 from .methods import Method
-from .model import Timer, log_probabilities
-from .prompts import CONTEXTS, make_prompt
+from .model import Timer, log_softmax
+from .prompts import CONTEXTS, token_prompt
 from .records import BEST, MASS
+
+ROWS = 1024  # of logits at once
 
 
 def run_tasks(model, results, text, kinds, methods, lengths, contexts, num_questions):
@@ -35,50 +38,42 @@ def run_tasks(model, results, text, kinds, methods, lengths, contexts, num_quest
     for length in lengths:
         for index in range(contexts):
             for kind in kinds:
-                for method in methods:
-                    tasks = CONTEXTS[kind]
-                    row = {
-                        "model": digest,
-                        "method": method,
-                        "length": length,
-                        "index": index,
-                        "questions": num_questions,
-                    }
-                    if any({**row, "task": task} not in results for task in tasks):
-                        todo.append((kind, row))
-    bar = tqdm(todo, unit="context")
-    for kind, row in bar:
-        bar.set_description(f"{kind} {row['length']} {row['method']}")
-        prompt = sized_prompt(model.codec, kind, text, row["length"], row["index"], num_questions)
-        model.method = Method(row["method"])
-        for scored in run_prompt(model, kind, prompt):
-            if {**row, **scored} not in results:
-                results.add({**row, **scored})
-
-
-def sized_prompt(codec, kind, text, length, index, num_questions):
-    """A prompt whose context is of about `length` tokens: exactly so many bytes where bytes are the tokens."""
-    prompt = make_prompt(kind, text, length, index, num_questions)
-    tokens = len(codec.encode(prompt.context))
-    if tokens == len(prompt.context):
-        return prompt
-    return make_prompt(kind, text, int(length * len(prompt.context) / tokens), index, num_questions)
+                row = {"model": digest, "length": length, "index": index, "questions": num_questions}
+                missing = [
+                    method
+                    for method in methods
+                    if any({**row, "method": method, "task": task} not in results for task in CONTEXTS[kind])
+                ]
+                if missing:
+                    todo.append((kind, row, missing))
+    with tqdm(total=sum(len(missing) for _, _, missing in todo), unit="prefill") as bar:
+        for kind, row, missing in todo:
+            prompt = token_prompt(model.codec, kind, text, row["length"], row["index"], num_questions)
+            for method in missing:
+                bar.set_description(f"{kind} {row['length']} {method}")
+                model.method = Method(method)
+                for scored in run_prompt(model, kind, prompt):
+                    if {**row, "method": method, **scored} not in results:
+                        results.add({**row, "method": method, **scored})
+                bar.update()
 
 
 def run_prompt(model, kind, prompt):
-    """Results of one prompt: a dict a task."""
-    context = model.codec.encode(prompt.context)
+    """Results of one prompt of tokens: a dict a task."""
+    context = prompt.context
     if prompt.scored is not None:
         with Timer() as timer:
-            logits, _ = model.prefill(context)
-        return [{"task": kind, **score_inside(model, prompt, context, logits), **of_prefill(model, timer)}]
+            hidden, _ = model.prefill(context)
+        prefill = of_prefill(model, timer)
+        if prompt.dense is None:
+            prompt.dense = hidden if model.method.name == "dense" else dense_hidden(model, context)
+        return [{"task": kind, **score_inside(model, prompt, hidden), **prefill}]
     with Timer() as timer:
         _, cache = model.prefill(context[: len(context) // baselines.BLOCK * baselines.BLOCK])
     prefill = of_prefill(model, timer)  # before the questions' own short prefills
     right = {task: [] for task in CONTEXTS[kind]}
     for one in prompt.questions:
-        question, answer = model.codec.encode(one.question), model.codec.encode(one.answer)
-        correct = bool(model.answer(context, cache, question, answer).all())
+        correct = bool(model.answer(context, cache, one.question, one.answer).all())
         right[one.task].append([correct, None if np.isnan(one.depth) else round(one.depth, 4)])
     return [
         {"task": task, "score": float(np.mean([correct for correct, _ in of_task])), "right": of_task, **prefill}
@@ -86,21 +81,39 @@ def run_prompt(model, kind, prompt):
     ]
 
 
-def score_inside(model, prompt, context, logits):
-    """Loss, share of tokens guessed right and share of right answers where the prompt is scored itself."""
-    if len(context) != len(prompt.context):
-        if not prompt.scored.all():
-            raise ValueError("copy and inside are scored byte by byte: they take a byte-level model")
-        scored = np.ones(len(context), bool)
-    else:
-        scored = prompt.scored.astype(bool)
-    nats = -log_probabilities(logits[:-1], context[1:])
-    guessed = logits[:-1].argmax(-1) == context[1:]
-    counted = {"nats": float(nats[scored[1:]].mean()), "guessed": float(guessed[scored[1:]].mean())}
+def dense_hidden(model, tokens):
+    """What a dense prefill makes of tokens; the model's method stays."""
+    method, model.method = model.method, Method("dense")
+    try:
+        return model.prefill(tokens)[0]
+    finally:
+        model.method = method
+
+
+def score_inside(model, prompt, hidden):
+    """What a prefill gave where the prompt is scored itself.
+
+    nats and guessed are the loss and the share of tokens guessed right; score is the share of right answers, of which
+    there are `answers`, or guessed where there are none. divergence (of Kullback and Leibler, in nats, from dense to
+    this) and agreement (the share of tokens where both guess the same) compare the prefill with prompt.dense.
+    """
+    scored = np.flatnonzero(prompt.scored[1:])  # what stands in row i of hidden foretells token i + 1
+    nats, right, same, divergence = [], np.zeros(len(prompt.context), bool), [], []
+    for part in np.split(scored, range(ROWS, len(scored), ROWS)):
+        rows, targets = paddle.to_tensor(part), prompt.context[part + 1]
+        chances = log_softmax(model.logits(hidden[rows]))
+        of_dense = chances if hidden is prompt.dense else log_softmax(model.logits(prompt.dense[rows]))
+        guesses = chances.argmax(-1)
+        right[part + 1] = guesses == targets
+        nats.append(-chances[np.arange(len(part)), targets])
+        same.append(guesses == of_dense.argmax(-1))
+        divergence.append((np.exp(of_dense) * (of_dense - chances)).sum(-1, dtype=np.float64))
+    counted = {"nats": nats, "agreement": same, "divergence": divergence}
+    counted = {name: float(np.concatenate(parts).mean(dtype=np.float64)) for name, parts in counted.items()}
+    counted["guessed"] = counted["score"] = float(right[scored + 1].mean())
     if prompt.spans:
-        counted["score"] = float(np.mean([guessed[begin - 1 : end - 1].all() for begin, end in prompt.spans]))
-    else:
-        counted["score"] = counted["guessed"]
+        counted["answers"] = len(prompt.spans)
+        counted["score"] = float(np.mean([right[begin:end].all() for begin, end in prompt.spans]))
     return counted
 
 
@@ -123,8 +136,8 @@ def measure_mass(model, results, text, kinds, methods, lengths, contexts, num_qu
         missing = [method for method in methods if {**row, "method": method} not in results]
         if not missing:
             continue
-        prompt = sized_prompt(model.codec, kind, text, length, index, num_questions)
-        inputs, masses = capture(model, model.codec.encode(prompt.context))
+        prompt = token_prompt(model.codec, kind, text, length, index, num_questions)
+        inputs, masses = capture(model, prompt.context)
         for method in tqdm(missing, desc=f"{kind} {length}", unit="method", leave=False):
             results.add({**row, "method": method, **kept_mass(model, inputs, masses, method)})
 

@@ -1,4 +1,4 @@
-"""A byte-level LLaMA in PyTorch, float32, whose attention chooses its blocks by a given method.
+"""A LLaMA in PyTorch, float32, whose attention chooses its blocks by a given method.
 
 It does what `model.Model` does of examples/probe and its like, many times as fast on a GPU.
 """
@@ -9,15 +9,20 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from rrattn.tokens import MOST_BYTE_TOKENS, Bytes
+
+from . import torch_rrattn
 from .baselines import BLOCK
 from .torch_attention import attention_for
 from .torch_selection import block_mask, exact_mass, products, visible_blocks
 
-PLAIN_LLAMA = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+PLAIN_LLAMA = {"model_type": "llama", "attention_bias": False, "mlp_bias": False}
+TOKENIZER = "tokenizer.json"
 
 
 def read_config(folder):
@@ -32,9 +37,33 @@ def read_config(folder):
     for name, value in PLAIN_LLAMA.items():
         if config.get(name, value) != value:
             raise ValueError(f"{folder}: {name} is {config[name]!r}, but must be {value!r}")
-    if config["vocab_size"] > 512 or config.get("rope_scaling"):
-        raise ValueError(f"{folder} must be of bytes, without rope_scaling")
+    if config.get("rope_scaling"):
+        raise ValueError(f"{folder}: rope_scaling is {config['rope_scaling']!r}, but must be null")
+    if config["vocab_size"] > MOST_BYTE_TOKENS and not (Path(folder) / TOKENIZER).is_file():
+        raise ValueError(f"{folder} has {config['vocab_size']} tokens, but no {TOKENIZER}")
     return config
+
+
+def codec_of(folder):
+    """The tokens of a checkpoint, as `rrattn.checkpoint.codec_of` gives them: of its tokenizer.json, or bytes."""
+    path = Path(folder) / TOKENIZER
+    return JsonTokenizer(path) if path.is_file() else Bytes()
+
+
+class JsonTokenizer:
+    """What `rrattn.tokens.Tokenizer` is, for prompts, of a tokenizer.json and the package `tokenizers` alone."""
+
+    def __init__(self, path):
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(path))
+        first = self.encode(b"a")[0]
+        whole = self._tokenizer.encode("a").ids
+        self.start = np.asarray(whole[: whole.index(first)], np.int64)
+
+    def encode(self, text):
+        ids = self._tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
+        return np.asarray(ids, np.int64)
 
 
 class Model:
@@ -56,9 +85,12 @@ class Model:
 
     def __init__(self, folder, device, longest):
         config = read_config(folder)
+        self.codec = codec_of(folder)
         path = Path(folder) / "model.safetensors"
         self.device, self.digest = device, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         self.weights = {name: weight.float().to(device) for name, weight in load_file(path).items()}
+        tied = config.get("tie_word_embeddings", False)
+        self.head = self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
         self.num_layers, self.epsilon = config["num_hidden_layers"], config["rms_norm_eps"]
         self.head_dim = config["head_dim"]
         self.scale = self.head_dim**-0.5
@@ -97,7 +129,7 @@ class Model:
 
     def logits(self, x):
         """[..., vocabulary] of the residual stream."""
-        return self._normed(x, "model.norm") @ self.weights["lm_head.weight"].T
+        return self._normed(x, "model.norm") @ self.head.T
 
     def mass(self, query, key, scale):
         """What `exact_mass` returns; in a prefill of one sequence, by the attention's own way."""
@@ -105,20 +137,31 @@ class Model:
             return exact_mass(query, key, scale)
         return self.attention.mass(query[0], key[0], scale)[None]
 
+    def choose(self, method, layer, query, key, value):
+        """(mask bool [B, Hq, Mq, Mk], out) of what a Method attends in a layer; query is of the last positions.
+
+        out, [B, Lq, Hq, D], is what rrattn's kernels make of these blocks, where a config says how; otherwise None.
+        """
+        if method.by_config:
+            return torch_rrattn.attend(method.config, layer, self.num_layers, query, key, value, self.scale)
+        return block_mask(method, query, key, self.scale, self.mass), None
+
     def prefill(self, tokens, method, on_attend=None):
         """(residual stream [L, hidden], cache, densities float32 [layers]) of int64 [L], blocks chosen by a Method.
 
-        on_attend(query, key) is called in each layer; the cache holds key and value [1, L, Hkv, D] of each.
+        on_attend(layer, query, key) is called in each layer; the cache holds key and value [1, L, Hkv, D] of each.
         """
         cache, densities = [], []
 
         def attend(layer, query, key, value):
             if on_attend is not None:
-                on_attend(query, key)
-            mask = block_mask(method, query, key, self.scale, self.mass)
+                on_attend(layer, query, key)
+            mask, out = self.choose(method, layer, query, key, value)
             densities.append(mask.sum() / (mask.shape[1] * visible_blocks(len(tokens), len(tokens), mask.device).sum()))
             cache.append((key, value))
-            return self.attention.attend(query[0], key[0], value[0], mask[0], self.scale)[None]
+            if out is None:
+                out = self.attention.attend(query[0], key[0], value[0], mask[0], self.scale)[None]
+            return out
 
         return self._run(tokens[None], attend)[0], cache, torch.stack(densities)
 
@@ -137,9 +180,12 @@ class Model:
         def attend(layer, query, key, value):
             past = (old.expand(len(query), -1, -1, -1) for old in cache[layer])
             key, value = (torch.cat(pair, 1) for pair in zip(past, (key, value)))
-            prefilled = key[:, : context + asked]
-            mask = block_mask(method, query[:, :asked], prefilled, self.scale, self.mass)
-            return attend_after(query, key, value, mask, asked, self.scale)
+            prefilled = query[:, :asked], key[:, : context + asked], value[:, : context + asked]
+            mask, of_asked = self.choose(method, layer, *prefilled)
+            out = attend_after(query, key, value, mask, asked, self.scale)
+            if of_asked is not None:
+                out[:, :asked] = of_asked
+            return out
 
         x = self._run(torch.cat([prompt, answers[:, :-1]], 1), attend, context)
         return (self.logits(x[:, asked - 1 :]).argmax(-1) == answers).all(1)

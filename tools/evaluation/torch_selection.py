@@ -67,7 +67,7 @@ def antidiagonal_scores(query, key, scale, stride):
 
 
 def exact_mass(query, key, scale, rows_at_once=256):
-    """The true attention mass of each pair of blocks: see `baselines.exact_mass`."""
+    """The true attention mass of each pair of blocks: see `rrattn.attention_mass.exact_block_mass`."""
     seqlen_q, seqlen_k = query.shape[1], key.shape[1]
     mass = query.new_zeros(query.shape[0], query.shape[2], num_blocks(seqlen_q), num_blocks(seqlen_k))
     for begin in range(0, seqlen_q, rows_at_once):
