@@ -261,13 +261,12 @@ class Consumer {
   // means the logarithm of how many keys they stand for.
   __device__ void adjust(const RowItem& row, const KeyTile& tile, Scores& scores) const {
     uint32_t hidden[2];  // bit i: score i is hidden
-    float added = 0, added_to_last = 0;
-    int last = -1;  // of the thread's columns, the last block's
+    float added = 0;
+    int last = -1;  // of the thread's columns, the sequence's last block
     if (kCompensate && tile.is_of_means()) {
       const int first = static_cast<int>(threadIdx.x) % 4 * 2;  // column of the thread
       hidden[0] = hidden[1] = hidden_means(first);
       added = params_.added_to_mean;
-      added_to_last = params_.added_to_last_mean;
       last = static_cast<int>(params_.attend.visibility.num_n_blocks()) - 1 - tile.first_block() -
              first;
     } else {
@@ -279,8 +278,9 @@ class Consumer {
       for (int i = 0; i < kRowScores; ++i) {
         float& score = scores(accumulator_index(half, i));
         float adjusted = score * product_scale_;
-        if (kCompensate) adjusted += accumulator_column(i) == last ? added_to_last : added;
+        if (kCompensate) adjusted += added;
         score = hidden[half] >> i & 1 ? -INFINITY : adjusted;
+        if (kCompensate && accumulator_column(i) == last) score += params_.added_to_last_mean;
       }
     }
   }

@@ -68,8 +68,8 @@ void Stage<kDataType, kHeadDim>::launch(const AttendParams& attend) {
       return static_cast<float>(std::log(static_cast<double>(num_keys)) / scale);
     };
     params.added_to_mean = added(kBlockSize);
-    params.added_to_last_mean =
-        added(visibility.seqlen_k - (visibility.num_n_blocks() - 1) * kBlockSize);
+    const int64_t last_keys = visibility.seqlen_k - (visibility.num_n_blocks() - 1) * kBlockSize;
+    params.added_to_last_mean = added(last_keys) - params.added_to_mean;
     launch_persistent<Traits>(attend_kernel<Traits, true, true>, params.num_items, stream, params);
     return;
   }
