@@ -125,8 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
     if of_bound <= arguments.loss:
         return 0
     print(
-        f"rrattn calibrate: the bound does not hold on the held-out text: {what} loses {of_bound:.3%} of the true mass, "
-        f"more than --loss {arguments.loss:.3%}; {arguments.config} was written all the same",
+        f"rrattn calibrate: the bound does not hold on the held-out text: {what} loses {of_bound:.3%} of the "
+        f"true mass, more than --loss {arguments.loss:.3%}; {arguments.config} was written all the same",
         file=sys.stderr,
     )
     return 1
