@@ -23,6 +23,9 @@ import numpy as np
 STRIDES = (2, 4, 8, 16, 32, 64)
 """Sample strides that can be used: divisors of the block size that leave at least two samples in a block."""
 
+KEY_STRIDES = (1, *STRIDES)
+"""The same for keys alone."""
+
 MAX_LENGTH = 2**30
 """The largest number of tokens that the kernels take."""
 
@@ -103,10 +106,19 @@ def head_offset(value: object) -> int:
 
 def sample_stride(value: object) -> int:
     """One of STRIDES."""
+    return _divisor(value, "stride", STRIDES)
+
+
+def key_stride(value: object) -> int | None:
+    """One of KEY_STRIDES; None stays None."""
+    return None if value is None else _divisor(value, "key_stride", KEY_STRIDES)
+
+
+def _divisor(value: object, name: str, divisors: tuple[int, ...]) -> int:
     stride = _index(value)
-    if stride not in STRIDES:
-        allowed = f"an integer and a divisor of 128 from 2 to 64: {', '.join(map(str, STRIDES))}"
-        raise refused(value, "stride", allowed, ArgumentKindError if stride is None else ValueError)
+    if stride not in divisors:
+        allowed = f"an integer and a divisor of 128 from {divisors[0]} to 64: {', '.join(map(str, divisors))}"
+        raise refused(value, name, allowed, ArgumentKindError if stride is None else ValueError)
     return stride
 
 
@@ -135,6 +147,26 @@ def softmax_scale(value: object) -> float | None:
     if not math.isfinite(_float32(scale)):
         raise ValueError(f"softmax_scale is {_in_float32(value, scale)}, but must be finite")
     return scale
+
+
+def spread(value: object) -> float:
+    """A number of at least 0 that is finite in float32."""
+    weight = _float(value)
+    if weight is None:
+        raise refused(value, "spread", "a finite number of at least 0")
+    if not (weight >= 0 and math.isfinite(_float32(weight))):
+        raise ValueError(f"spread is {_in_float32(value, weight)}, but must be finite and at least 0")
+    return weight
+
+
+def min_share(value: object) -> float:
+    """A number in [0, 1]."""
+    share = _float(value)
+    if share is None:
+        raise refused(value, "min_share", "a number in [0, 1]")
+    if not 0 <= share <= 1:
+        raise ValueError(f"min_share is {shown(value)}, but must be in [0, 1]")
+    return share
 
 
 def threshold(value: object, name: str = "threshold", allowed: str = "a number in (0, 1]") -> float:

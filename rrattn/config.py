@@ -22,8 +22,10 @@ class Sampling(TypedDict, total=False):
     """How to estimate: keyword arguments of :func:`rrattn.estimate_block_scores`."""
 
     stride: int
+    key_stride: int | None
     head_offset: int
     softmax_scale: float | None
+    spread: float
 
 
 class KeepRules(TypedDict, total=False):
@@ -32,6 +34,7 @@ class KeepRules(TypedDict, total=False):
     keep_sink: bool
     keep_last: bool
     keep_local: int
+    min_share: float
 
 
 class Settings(Sampling, KeepRules, total=False):
@@ -41,6 +44,7 @@ class Settings(Sampling, KeepRules, total=False):
     dense_layers: Sequence[int]
     min_length: int
     deterministic: bool | None
+    compensate: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,13 @@ class RRAttentionConfig:
     stride : int
         Sample stride in tokens: one query in `stride` is sampled, keys are summed over `stride` tokens. A larger one
         estimates faster and less finely. One of 2, 4, 8, 16, 32, 64; the paper uses 8 and 16.
+    key_stride : int, optional
+        Tokens over which keys are summed, one of 1, 2, 4, 8, 16, 32, 64. A smaller one estimates more finely, at as
+        many times the products. Default: `stride`, as in the paper.
+    spread : float
+        How much the variance within a stride of keys adds to its score, at least 0. Mean keys understate strides in
+        which a few keys stand out; 1 adds what the variance adds on average to the mean of the exponentials, 0 nothing,
+        as in the paper.
     threshold : float or sequence
         Share of the estimated attention mass to keep, in (0, 1]; 1 keeps every block (dense attention). The true mass
         in the kept blocks is another share, often a smaller one: 0.95 kept 90.9% in a model of 135 million weights over
@@ -69,6 +80,10 @@ class RRAttentionConfig:
         in its mass. No effect when not causal, where a row has no own positions. With this rule and keep_last a small
         model came to 99.9% of dense quality, with keep_last alone to 96.0%, with this alone to 93.3%, with neither to
         89.5% (docs/quality.md).
+    min_share : float
+        Below a threshold of 1: a block whose share of the row's estimated mass is less than `min_share` times that of
+        an average block that the row sees does not count as needed for it, from 0 (the paper) to 1. Rows whose mass is
+        spread over many blocks would else keep nearly all of them.
     head_offset : int
         Number of the first query head, for heads sharded over ranks: the sampled positions depend on it.
     softmax_scale : float, optional
@@ -82,6 +97,9 @@ class RRAttentionConfig:
     deterministic : bool, optional
         Gradients with the same bits on every run, on a GPU too, where that takes 4 to 22% longer (H200); on a CPU
         they always are. Default: as Paddle's FLAGS_cudnn_deterministic says when attention is called.
+    compensate : bool
+        Let the mean key and value of a block stand in for it where it is not selected but wholly visible, rather than
+        leave it out. For inference alone: a call that would record gradients is refused.
 
     Numbers and flags may be NumPy's, and sequences arrays of NumPy or iterators; they are kept as plain Python.
 
@@ -92,15 +110,19 @@ class RRAttentionConfig:
     """
 
     stride: int = 8
+    key_stride: int | None = None
     threshold: float | Sequence[float | Sequence[float]] = 0.95
     keep_sink: bool = True
     keep_last: bool = True
     keep_local: int = 1
+    min_share: float = 0.0
     head_offset: int = 0
     softmax_scale: float | None = None
+    spread: float = 0.0
     dense_layers: Sequence[int] = ()
     min_length: int = 0
     deterministic: bool | None = None
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         checked: Settings = {
@@ -110,17 +132,18 @@ class RRAttentionConfig:
             "dense_layers": arguments.counts(self.dense_layers, "dense_layers"),
             "min_length": arguments.count(self.min_length, "min_length"),
             "deterministic": arguments.optional_flag(self.deterministic, "deterministic"),
+            "compensate": arguments.flag(self.compensate, "compensate"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     def sampling(self) -> Sampling:
         """How to estimate, as keyword arguments of :func:`rrattn.estimate_block_scores`."""
-        return checked_sampling(self.stride, self.head_offset, self.softmax_scale)
+        return checked_sampling(self.stride, self.key_stride, self.head_offset, self.softmax_scale, self.spread)
 
     def keep_rules(self) -> KeepRules:
         """What to keep by other rules than the threshold, as keyword arguments of :func:`rrattn.select_blocks`."""
-        return checked_keep_rules(self.keep_sink, self.keep_last, self.keep_local)
+        return checked_keep_rules(self.keep_sink, self.keep_last, self.keep_local, self.min_share)
 
     @classmethod
     def from_json(cls, path: str | PathLike[str]) -> RRAttentionConfig:
@@ -189,21 +212,26 @@ SETTINGS = tuple(field.name for field in fields(RRAttentionConfig))
 """The names of all settings."""
 
 
-def checked_sampling(stride: object, head_offset: object, softmax_scale: object) -> Sampling:
+def checked_sampling(
+    stride: object, key_stride: object, head_offset: object, softmax_scale: object, spread: object
+) -> Sampling:
     """How to estimate, by name, as plain Python."""
     return {
         "stride": arguments.sample_stride(stride),
+        "key_stride": arguments.key_stride(key_stride),
         "head_offset": arguments.head_offset(head_offset),
         "softmax_scale": arguments.softmax_scale(softmax_scale),
+        "spread": arguments.spread(spread),
     }
 
 
-def checked_keep_rules(keep_sink: object, keep_last: object, keep_local: object) -> KeepRules:
+def checked_keep_rules(keep_sink: object, keep_last: object, keep_local: object, min_share: object) -> KeepRules:
     """The keep rules besides the threshold, by name, as plain Python."""
     return {
         "keep_sink": arguments.flag(keep_sink, "keep_sink"),
         "keep_last": arguments.flag(keep_last, "keep_last"),
         "keep_local": arguments.int64_count(keep_local, "keep_local"),
+        "min_share": arguments.min_share(min_share),
     }
 
 
@@ -234,6 +262,7 @@ def _settings_named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # The defaults of the functions of the published release (`rrattn.published`), as they were there.
-PUBLISHED_PREFILL = RRAttentionConfig(threshold=0.8, keep_sink=False, keep_last=False, keep_local=0)
-PUBLISHED_ESTIMATE = RRAttentionConfig(threshold=0.9, keep_sink=False, keep_last=False, keep_local=0)
-PUBLISHED_PATCH = RRAttentionConfig(threshold=0.9, keep_last=True, keep_local=0)
+_PUBLISHED: Settings = {"keep_local": 0, "min_share": 0.0, "spread": 0.0, "compensate": False}  # what came later is off
+PUBLISHED_PREFILL = RRAttentionConfig(threshold=0.8, keep_sink=False, keep_last=False, **_PUBLISHED)
+PUBLISHED_ESTIMATE = RRAttentionConfig(threshold=0.9, keep_sink=False, keep_last=False, **_PUBLISHED)
+PUBLISHED_PATCH = RRAttentionConfig(threshold=0.9, keep_last=True, **_PUBLISHED)

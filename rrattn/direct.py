@@ -81,12 +81,16 @@ def rr_attention(
     block_scores: Array | None = None,
     causal: bool = CAUSAL,
     stride: int = _DEFAULTS.stride,
+    key_stride: int | None = _DEFAULTS.key_stride,
     threshold: float | Array = _DEFAULT_THRESHOLD,
     head_offset: int = _DEFAULTS.head_offset,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    spread: float = _DEFAULTS.spread,
     keep_sink: bool = _DEFAULTS.keep_sink,
     keep_last: bool = _DEFAULTS.keep_last,
     keep_local: int = _DEFAULTS.keep_local,
+    min_share: float = _DEFAULTS.min_share,
+    compensate: bool = _DEFAULTS.compensate,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -101,7 +105,8 @@ def rr_attention(
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output if given: the selected blocks
     block_scores : [B, Hq, Mq, Mk] float32, output if given: what they were selected by
     threshold : float in (0, 1], or [Hq] or [1] float32
-    startend_row_indices, causal, stride, head_offset, softmax_scale, keep_sink, keep_last, keep_local
+    startend_row_indices, causal, stride, key_stride, head_offset, softmax_scale, spread, keep_sink, keep_last,
+    keep_local, min_share, compensate
         As in :func:`rrattn.rr_attention`.
 
     The workspace holds the outputs that are not given too.
@@ -129,8 +134,9 @@ def rr_attention(
         block_mask=block_mask,
         block_scores=block_scores,
         causal=arguments.flag(causal, "causal"),
-        sampling=_direct.Sampling(**checked_sampling(stride, head_offset, softmax_scale)),
-        rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local)),
+        sampling=_sampling(stride, key_stride, head_offset, softmax_scale, spread),
+        rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local, min_share)),
+        compensate=arguments.flag(compensate, "compensate"),
         dtype=_name(dtype),
         options=_options(rr_attention, options),
     )
@@ -144,8 +150,10 @@ def estimate_block_scores(
     block_scores: Array,
     causal: bool = CAUSAL,
     stride: int = _DEFAULTS.stride,
+    key_stride: int | None = _DEFAULTS.key_stride,
     head_offset: int = _DEFAULTS.head_offset,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    spread: float = _DEFAULTS.spread,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -157,7 +165,7 @@ def estimate_block_scores(
     key : [B, Lk, Hkv, D], same dtype
     startend_row_indices : [B, 1 | Hkv | Hq, Lk, 1 | 2 | 4] int32, FlashMask
     block_scores : [B, Hq, Mq, Mk] float32, output
-    causal, stride, head_offset, softmax_scale : as in :func:`rrattn.rr_attention`
+    causal, stride, key_stride, head_offset, softmax_scale, spread : as in :func:`rrattn.rr_attention`
     """
     return _direct.estimate_block_scores(
         query,
@@ -165,7 +173,7 @@ def estimate_block_scores(
         startend_row_indices,
         block_scores=block_scores,
         causal=arguments.flag(causal, "causal"),
-        sampling=_direct.Sampling(**checked_sampling(stride, head_offset, softmax_scale)),
+        sampling=_sampling(stride, key_stride, head_offset, softmax_scale, spread),
         dtype=_name(dtype),
         options=_options(estimate_block_scores, options),
     )
@@ -183,6 +191,7 @@ def select_blocks(
     keep_sink: bool = _DEFAULTS.keep_sink,
     keep_last: bool = _DEFAULTS.keep_last,
     keep_local: int = _DEFAULTS.keep_local,
+    min_share: float = _DEFAULTS.min_share,
     **options: Unpack[Options],
 ) -> int:
     """Keep the blocks whose scores reach ``threshold`` of their row's sum.
@@ -193,7 +202,7 @@ def select_blocks(
     threshold : float in (0, 1], or [Hq] or [1] float32
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output: bit j % 32 of word j / 32 for key block j
     seqlen_q, seqlen_k : lengths in tokens
-    startend_row_indices, causal, keep_sink, keep_last, keep_local : as in :func:`rrattn.rr_attention`
+    startend_row_indices, causal, keep_sink, keep_last, keep_local, min_share : as in :func:`rrattn.rr_attention`
     """
     scalar, per_head = _split_threshold(threshold)
     return _direct.select_blocks(
@@ -204,7 +213,7 @@ def select_blocks(
         causal=arguments.flag(causal, "causal"),
         seqlen_q=arguments.length(seqlen_q, "seqlen_q"),
         seqlen_k=arguments.length(seqlen_k, "seqlen_k"),
-        rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local)),
+        rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local, min_share)),
         options=_options(select_blocks, options),
     )
 
@@ -220,6 +229,7 @@ def block_sparse_attention(
     lse: Array,
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    compensate: bool = _DEFAULTS.compensate,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -232,7 +242,7 @@ def block_sparse_attention(
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32
     out : [B, Lq, Hq, D], output, same dtype
     lse : [B, Hq, Lq] float32, output: log-sum-exp of each row, -inf where nothing is visible
-    startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
+    startend_row_indices, causal, softmax_scale, compensate : as in :func:`rrattn.rr_attention`
     """
     return _direct.block_sparse_attention(
         query,
@@ -244,6 +254,7 @@ def block_sparse_attention(
         lse=lse,
         causal=arguments.flag(causal, "causal"),
         softmax_scale=arguments.softmax_scale(softmax_scale),
+        compensate=arguments.flag(compensate, "compensate"),
         dtype=_name(dtype),
         options=_options(block_sparse_attention, options),
     )
@@ -268,7 +279,7 @@ def block_sparse_attention_backward(
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
-    """Gradients of :func:`block_sparse_attention`, given what it was given and what it wrote.
+    """Gradients of :func:`block_sparse_attention` without compensation, given what it was given and what it wrote.
 
     Parameters
     ----------
@@ -321,6 +332,10 @@ def startend_rows_from_dense(
         dtype=_name(dtype),
         options=_options(startend_rows_from_dense, options),
     )
+
+
+def _sampling(stride: object, key_stride: object, *others: object) -> Any:
+    return _direct.Sampling(**checked_sampling(stride, stride if key_stride is None else key_stride, *others))
 
 
 def _split_threshold(threshold: Any) -> tuple[float, Array | None]:

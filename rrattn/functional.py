@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         training: bool
         threshold: float | Tensor
         deterministic: bool | None
+        compensate: bool
 
 
 _DEFAULTS = RRAttentionConfig()
@@ -128,19 +129,23 @@ def rr_attention(
     causal: bool = CAUSAL,
     training: bool = True,
     stride: int = _DEFAULTS.stride,
+    key_stride: int | None = _DEFAULTS.key_stride,
     threshold: Any = _DEFAULTS.threshold,
     head_offset: int = _DEFAULTS.head_offset,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    spread: float = _DEFAULTS.spread,
     keep_sink: bool = _DEFAULTS.keep_sink,
     keep_last: bool = _DEFAULTS.keep_last,
     keep_local: int = _DEFAULTS.keep_local,
+    min_share: float = _DEFAULTS.min_share,
     deterministic: bool | None = _DEFAULTS.deterministic,
+    compensate: bool = _DEFAULTS.compensate,
     return_softmax_lse: bool = False,
     return_block_mask: bool = False,
 ) -> Any:
     """Attention over the key blocks that hold most of each query block's attention (arXiv 2602.05853).
 
-    Estimates block scores from one query in `stride` and keys summed over `stride`, keeps for each query block the
+    Estimates block scores from one query in `stride` and keys summed over `key_stride`, keeps for each query block the
     smallest set of key blocks whose scores reach `threshold` of the row's sum, and attends to these alone.
     Differentiable in query, key and value; the selection itself carries no gradient.
 
@@ -158,6 +163,8 @@ def rr_attention(
         False: the result carries no gradient and nothing is kept for a backward pass.
     stride : int
         Sample stride in tokens: 2, 4, 8, 16, 32 or 64.
+    key_stride : int, optional
+        Tokens over which keys are summed: 1, 2, 4, 8, 16, 32 or 64. Default: `stride`.
     threshold : float or Tensor
         Share of the estimated mass to keep, in (0, 1]; 1 is dense attention. A float32 tensor of Hq elements gives each
         head its own; one of a single element holds for all.
@@ -165,6 +172,9 @@ def rr_attention(
         Number of this rank's first query head, where heads are sharded.
     softmax_scale : float, optional
         Default: 1 / sqrt(D).
+    spread : float
+        How much the variance within a stride of keys adds to its score, at least 0; see
+        :class:`rrattn.RRAttentionConfig`.
     keep_sink : bool
         Always keep a row's first visible key block.
     keep_last : bool
@@ -173,9 +183,16 @@ def rr_attention(
     keep_local : int
         When causal, always keep this many visible key blocks directly before those of the row's own positions, which
         are kept anyway; 0: none. No effect when not causal, where a row has no own positions.
+    min_share : float
+        A block with less than this share of an average visible block's estimated mass does not count as needed for a
+        threshold below 1; from 0 to 1.
     deterministic : bool, optional
         Gradients with the same bits on every run, on a GPU too, where that takes 4 to 22% longer (H200); on a CPU
         they always are. Default: as Paddle's FLAGS_cudnn_deterministic says when this is called.
+    compensate : bool
+        Let the mean key and the mean value of a block stand in for it where it is not selected but wholly visible:
+        every row of the query block sees all of its keys. A mean counts as often as its block has keys. There are no
+        gradients of this: a call that would record them is refused, and a traced program raises in its backward pass.
     return_softmax_lse, return_block_mask : bool
         Return these too.
 
@@ -184,7 +201,8 @@ def rr_attention(
     out : Tensor
         [B, Lq, Hq, D], the query's dtype. A row that sees nothing is zero.
     lse : Tensor, with return_softmax_lse
-        [B, Hq, Lq] float32: log-sum-exp of each row over the selected blocks, -inf where it sees nothing. No gradient.
+        [B, Hq, Lq] float32: log-sum-exp of each row over the selected blocks and what stands in for others, -inf where
+        it sees nothing. No gradient.
     block_mask : Tensor, with return_block_mask
         [B, Hq, Mq, ceil(Mk / 32)] int32, see :func:`rrattn.unpack_block_mask`.
 
@@ -205,16 +223,18 @@ def rr_attention(
     scalar, per_head = _split_threshold(threshold)
     attributes = (
         causal,
-        *_sampling(query, stride, head_offset, softmax_scale),
+        *_sampling(query, stride, key_stride, head_offset, softmax_scale, spread),
         scalar,
-        *checked_keep_rules(keep_sink, keep_last, keep_local).values(),
+        *checked_keep_rules(keep_sink, keep_last, keep_local, min_share).values(),
         _deterministic(deterministic),
+        arguments.flag(compensate, "compensate"),
     )
     asked = (
         arguments.flag(return_softmax_lse, "return_softmax_lse"),
         arguments.flag(return_block_mask, "return_block_mask"),
     )
-    training = arguments.flag(training, "training")
+    if arguments.flag(training, "training"):
+        _check_gradients(compensate, query, key, value)
     with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
         out, *extras = call("rr_attention", query, key, value, rows, per_head, *attributes)
     return _results(out, extras, asked)
@@ -228,8 +248,10 @@ def estimate_block_scores(
     *,
     causal: bool = CAUSAL,
     stride: int = _DEFAULTS.stride,
+    key_stride: int | None = _DEFAULTS.key_stride,
     head_offset: int = _DEFAULTS.head_offset,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    spread: float = _DEFAULTS.spread,
 ) -> Tensor:
     """Estimate how much each query block attends to each key block: the first stage of :func:`rr_attention`.
 
@@ -249,7 +271,7 @@ def estimate_block_scores(
     query, key = _attention_inputs(query, key)
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
-    sampling = _sampling(query, stride, head_offset, softmax_scale)
+    sampling = _sampling(query, stride, key_stride, head_offset, softmax_scale, spread)
     with paddle.no_grad(), watch_layout(query, key, rows, causal=causal):
         block_scores: Tensor = call("estimate", query, key, rows, causal, *sampling)
     return block_scores
@@ -267,15 +289,16 @@ def select_blocks(
     keep_sink: bool = _DEFAULTS.keep_sink,
     keep_last: bool = _DEFAULTS.keep_last,
     keep_local: int = _DEFAULTS.keep_local,
+    min_share: float = _DEFAULTS.min_share,
 ) -> Tensor:
     """Keep the blocks whose scores reach `threshold` of their row's sum: the second stage of :func:`rr_attention`.
 
     Blocks are taken from the largest score down, the lower index first among equals, while the mass before one is below
-    `threshold` times the row's; masses are added in fixed point, so that every device selects the same. Also kept: the
-    blocks that hold the row's own positions (when causal), blocks that FlashMask masks in part, and what `keep_sink`,
-    `keep_last` and `keep_local` ask for. A row with a score that is NaN, negative or 2^18 and up keeps every visible
-    block, so that a NaN or infinity in a query or key shows in the attention; one in a key that no query sees counts
-    as zero in :func:`estimate_block_scores` already.
+    `threshold` times the row's and its own is at least `min_share` times an average visible block's; masses are added
+    in fixed point, so that every device selects the same. Also kept: the blocks that hold the row's own positions (when
+    causal), blocks that FlashMask masks in part, and what `keep_sink`, `keep_last` and `keep_local` ask for. A row with
+    a score that is NaN, negative or 2^18 and up keeps every visible block, so that a NaN or infinity in a query or key
+    shows in the attention; one in a key that no query sees counts as zero in :func:`estimate_block_scores` already.
 
     Parameters
     ----------
@@ -283,7 +306,7 @@ def select_blocks(
         [B, Hq, Mq, Mk] float32.
     seqlen_q, seqlen_k : int
         Lengths in tokens.
-    threshold, startend_row_indices, causal, keep_sink, keep_last, keep_local
+    threshold, startend_row_indices, causal, keep_sink, keep_last, keep_local, min_share
         As in :func:`rr_attention`.
 
     Returns
@@ -309,7 +332,7 @@ def select_blocks(
             arguments.length(seqlen_q, "seqlen_q"),
             arguments.length(seqlen_k, "seqlen_k"),
             scalar,
-            *checked_keep_rules(keep_sink, keep_last, keep_local).values(),
+            *checked_keep_rules(keep_sink, keep_last, keep_local, min_share).values(),
         )
     return block_mask
 
@@ -325,6 +348,7 @@ def block_sparse_attention(
     causal: bool = ...,
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
+    compensate: bool = ...,
     return_softmax_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -338,6 +362,7 @@ def block_sparse_attention(
     causal: bool = ...,
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
+    compensate: bool = ...,
     return_softmax_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -351,6 +376,7 @@ def block_sparse_attention(
     causal: bool = ...,
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
+    compensate: bool = ...,
     return_softmax_lse: bool = ...,
 ) -> Any: ...
 @unified
@@ -364,6 +390,7 @@ def block_sparse_attention(
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     deterministic: bool | None = _DEFAULTS.deterministic,
+    compensate: bool = _DEFAULTS.compensate,
     return_softmax_lse: bool = False,
 ) -> Any:
     """Attention over given blocks: the third stage of :func:`rr_attention`, differentiable in query, key and value.
@@ -373,7 +400,7 @@ def block_sparse_attention(
     block_mask : Tensor
         [B, Hq, Mq, ceil(Mk / 32)] int32, from :func:`select_blocks` or :func:`rrattn.pack_block_mask`. Bits of blocks
         that causal or FlashMask hide do no harm.
-    query, key, value, startend_row_indices, causal, softmax_scale, deterministic, return_softmax_lse
+    query, key, value, startend_row_indices, causal, softmax_scale, deterministic, compensate, return_softmax_lse
         As in :func:`rr_attention`.
 
     Returns
@@ -391,10 +418,11 @@ def block_sparse_attention(
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
     scale = _scale(arguments.softmax_scale(softmax_scale), query)
-    deterministic = _deterministic(deterministic)
+    attributes = causal, scale, _deterministic(deterministic), arguments.flag(compensate, "compensate")
     asked = (arguments.flag(return_softmax_lse, "return_softmax_lse"),)
+    _check_gradients(compensate, query, key, value)
     with watch_layout(query, key, rows, causal=causal):
-        out, *extras = call("attend", query, key, value, block_mask, rows, causal, scale, deterministic)
+        out, *extras = call("attend", query, key, value, block_mask, rows, *attributes)
     return _results(out, extras, asked)
 
 
@@ -410,6 +438,21 @@ def checked_tensor(tensor: Any, name: str) -> Tensor:
         raise TypeError(f"{name} is a {type(tensor).__name__}, but must be a paddle.Tensor")
     checked: Tensor = tensor
     return checked
+
+
+def records_gradient(*tensors: Tensor) -> bool:
+    """Whether Paddle records a gradient of what is computed of these tensors, eagerly."""
+    return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors)
+
+
+def _check_gradients(compensate: bool, *tensors: Tensor) -> None:
+    """Refuses compensation where gradients would be recorded. What a program is traced for is not known: that one
+    raises in its backward pass."""
+    if compensate and paddle.in_dynamic_mode() and records_gradient(*tensors):
+        raise ValueError(
+            "compensate is True, but attention that is compensated has no gradients, and query, key or value asks for "
+            "them (stop_gradient is False): give compensate=False to train, or call it under paddle.no_grad()"
+        )
 
 
 def _row_indices(indices: Tensor | None, like: Tensor, causal: bool) -> Tensor | None:
@@ -460,10 +503,11 @@ def _deterministic(deterministic: object) -> bool:
     return asked
 
 
-def _sampling(query: Tensor, stride: object, head_offset: object, softmax_scale: object) -> tuple[object, ...]:
-    """(stride, head_offset, softmax_scale), with the scale that the query's head size asks for where none is given."""
-    sampling = checked_sampling(stride, head_offset, softmax_scale)
-    return sampling["stride"], sampling["head_offset"], _scale(sampling["softmax_scale"], query)
+def _sampling(query: Tensor, stride: object, key_stride: object, *others: object) -> tuple[object, ...]:
+    """The values of `checked_sampling`, with those that the query or the stride give where none are given."""
+    sampling = checked_sampling(stride, stride if key_stride is None else key_stride, *others)
+    sampling["softmax_scale"] = _scale(sampling["softmax_scale"], query)
+    return tuple(sampling.values())
 
 
 def _scale(softmax_scale: float | None, query: Tensor) -> float:

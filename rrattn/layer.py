@@ -10,7 +10,7 @@ from paddle import nn
 
 from . import arguments
 from .config import BLOCK_SIZE, CAUSAL, RRAttentionConfig, required_config
-from .functional import block_sparse_attention, checked_tensor, rr_attention, unified
+from .functional import block_sparse_attention, checked_tensor, records_gradient, rr_attention, unified
 from .masks import WORD_BITS, block_density
 
 if TYPE_CHECKING:
@@ -218,6 +218,7 @@ class RRAttention(nn.Layer):
                 causal=causal,
                 softmax_scale=softmax_scale,
                 deterministic=config.deterministic,
+                compensate=False,  # nothing is left out
             )
             return out, every_block if eager and not decoding else None
         sampling: Sampling = {**config.sampling(), "softmax_scale": softmax_scale}
@@ -227,9 +228,10 @@ class RRAttention(nn.Layer):
             value,
             startend_row_indices,
             causal=causal,
-            training=not eager or _records_gradient(query, key, value),
+            training=not eager or records_gradient(query, key, value),
             threshold=self._threshold_for(query),
             deterministic=config.deterministic,
+            compensate=config.compensate,
             return_block_mask=eager,
             **sampling,
             **config.keep_rules(),
@@ -248,7 +250,3 @@ class RRAttention(nn.Layer):
         if self._threshold_tensor is None or self._threshold_tensor.place != query.place:
             self._threshold_tensor = paddle.to_tensor(list(self.threshold), dtype="float32", place=query.place)
         return self._threshold_tensor
-
-
-def _records_gradient(*tensors: Tensor) -> bool:
-    return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from paddle import Tensor
     from paddle.nn import Layer
 
-    from .config import KeepRules
+    from .config import KeepRules, Sampling
 
 ModelT = TypeVar("ModelT", bound="Layer")
 
@@ -83,6 +83,7 @@ def rrattn_prefill(
     _check_others("rrattn_prefill", others)
     query, key = _transposed(query_states, "query_states"), _transposed(key_states, "key_states")
     causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
+    sampling: Sampling = {**PUBLISHED_PREFILL.sampling(), "stride": stride}
     rules: KeepRules = {**PUBLISHED_PREFILL.keep_rules(), "keep_sink": keep_sink, "keep_last": keep_recent}
     out, block_mask = rr_attention(
         query,
@@ -90,9 +91,10 @@ def rrattn_prefill(
         _transposed(value_states, "value_states"),
         startend_row_indices,
         causal=causal,
-        stride=stride,
         threshold=threshold,
+        compensate=PUBLISHED_PREFILL.compensate,
         return_block_mask=True,
+        **sampling,
         **rules,
     )
     num_selected, num_visible = block_counts(
@@ -142,7 +144,8 @@ def rrattn_estimate(
     }
     if not isinstance(threshold, paddle.Tensor):
         threshold = arguments.threshold(threshold)
-    scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, stride=stride)
+    sampling: Sampling = {**PUBLISHED_ESTIMATE.sampling(), "stride": stride}
+    scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, **sampling)
     block_mask = select_blocks(
         scores,
         threshold,

@@ -165,11 +165,22 @@ def estimate(
     *,
     causal: bool,
     stride: int = 8,
+    key_stride: int | None = None,
     head_offset: int = 0,
     softmax_scale: float | None = None,
+    spread: float = 0,
     dtype: str = "float64",
+    mean_dtype: str | None = None,
 ) -> Array:
-    """Stage 1. Block scores [B, Hq, Mq, Mk]: the attention of sampled queries to summed keys, by block."""
+    """Stage 1. Block scores [B, Hq, Mq, Mk]: the attention of sampled queries to strides of keys, by block.
+
+    The score of a stride is that of its mean key, plus `spread` / 2 times the variance that its keys' scores would have
+    if their spread were alike in all directions: scale^2 |q|^2 times the mean over the head of the keys' variances.
+    That is the logarithm of the mean of exp(score) over the stride to second order (spread 1). Keys past the end are
+    zeros.
+
+    `mean_dtype` is what mean keys are rounded to, if not `dtype`: tensor cores multiply numbers of 16 bits.
+    """
     batch, seqlen_q, num_heads, head_dim = query.shape
     seqlen_k, num_heads_k = key.shape[1:3]
     shift, group = seqlen_k - seqlen_q, num_heads // num_heads_k
@@ -184,11 +195,18 @@ def estimate(
     block_scores = cast(np.zeros((batch, num_heads, num_blocks(seqlen_q), num_blocks(seqlen_k))), dtype)
     if seqlen_k == 0:
         return block_scores
-    first_key = np.arange(0, seqlen_k, stride)  # [Nk], the first key of each stride
+    key_stride = stride if key_stride is None else key_stride
+    first_key = np.arange(0, seqlen_k, key_stride)  # [Nk], the first key of each stride
+    padded = np.pad(key, ((0, 0), (0, -seqlen_k % key_stride), (0, 0), (0, 0)))
+    strides = padded.reshape(batch, len(first_key), key_stride, num_heads_k, head_dim)
+    mean = cast(strides.mean(axis=2), mean_dtype or dtype).astype(key.dtype)  # [B, Nk, Hkv, D]
+    variance = strides.var(axis=2).mean(axis=-1) if spread else None  # [B, Nk, Hkv]
     for b, h in np.ndindex(batch, num_heads):
         token = np.arange((h + head_offset) % stride, seqlen_q, stride)  # [Nq]
-        summed = np.add.reduceat(key[b, :, h // group], first_key, axis=0)  # [Nk, D]
-        score = query[b, token, h] @ summed.T * cast(scale / stride, dtype)  # [Nq, Nk]
+        q = query[b, token, h]  # [Nq, D]
+        score = q @ mean[b, :, h // group].T * cast(scale, dtype)  # [Nq, Nk]
+        if variance is not None:
+            score += np.outer((q * q).sum(-1) * cast(spread / 2 * scale**2, dtype), variance[b, :, h // group])
         visible = np.ones(score.shape, bool)
         if causal:
             visible &= first_key <= token[:, None] + shift
@@ -197,27 +215,21 @@ def estimate(
             min_end = np.minimum.reduceat(end[b, h], first_key)
             visible &= ~((token[:, None] >= max_start) & (token[:, None] < min_end))
         probability = masked_softmax(score, visible)[0]
-        by_key_block = np.add.reduceat(probability, np.arange(0, len(first_key), BLOCK // stride), axis=1)
+        by_key_block = np.add.reduceat(probability, np.arange(0, len(first_key), BLOCK // key_stride), axis=1)
         np.add.at(block_scores[b, h], token // BLOCK, by_key_block)  # [Nq, Mk] into [Mq, Mk]
     return block_scores
 
 
 def estimate_on_tensor_cores(
-    query: Array, key: Array, startend: Array | None = None, *, stride: int, dtype: str, **options: Any
+    query: Array, key: Array, startend: Array | None = None, *, dtype: str, stride: int = 8, **options: Any
 ) -> tuple[Array, Array]:
-    """(oracle, naive) block scores for a GPU, whose tensor cores multiply keys of 16 bits.
+    """(oracle, naive) block scores for a GPU, whose tensor cores multiply mean keys of 16 bits.
 
-    So the average of a stride is rounded to the dtype. The naive way rounds there too, and computes the rest exactly,
-    with what ex2.approx and float32 sums may add on top: 2^-20 of a score of at most 128 / stride.
+    The naive way rounds there too, and computes the rest exactly, with what ex2.approx and float32 sums may add on top:
+    2^-20 of a score of at most 128 / stride.
     """
-    first_key = np.arange(0, key.shape[1], stride)
-    count = np.diff([*first_key, key.shape[1]])
-    average = np.add.reduceat(key.astype(np.float64), first_key, axis=1) / stride
-    rounded = cast(average.astype(np.float32), dtype).astype(np.float64)
-    # Keys that sum over each stride to `stride` times their rounded average.
-    pooled = np.repeat(rounded * (stride / count)[:, None, None], count, axis=1)
     oracle = estimate(query, key, startend, stride=stride, **options)
-    naive = estimate(query, pooled, startend, stride=stride, **options)
+    naive = estimate(query, key, startend, stride=stride, mean_dtype=dtype, **options)
     return oracle, naive + 2.0**-20 * BLOCK / stride * np.sign(naive - oracle)
 
 
@@ -232,6 +244,7 @@ def select(
     keep_sink: bool = True,
     keep_last: bool = True,
     keep_local: int = 1,
+    min_share: float = 0,
 ) -> NDArray[np.bool_]:
     """Stage 2. The blocks to keep, bool [B, Hq, Mq, Mk], by one threshold or one for each head."""
     batch, num_heads, num_q_blocks, _ = block_scores.shape
@@ -243,7 +256,7 @@ def select(
     keep = touched.copy()
     for b, h, m in np.ndindex(batch, num_heads, num_q_blocks):
         row_visible = visible[b, h, m]
-        keep[b, h, m] |= top_tau(block_scores[b, h, m], row_visible, tau[h])
+        keep[b, h, m] |= top_tau(block_scores[b, h, m], row_visible, tau[h], min_share)
         if keep_sink and row_visible.any():
             keep[b, h, m, row_visible.argmax()] = True
         if causal:
@@ -256,8 +269,11 @@ def select(
     return keep & visible
 
 
-def top_tau(scores: Array, visible: NDArray[np.bool_], tau: np.float32) -> NDArray[np.bool_]:
-    """The fewest visible blocks, largest scores first, that hold tau of the row's mass: bool [Mk]."""
+def top_tau(scores: Array, visible: NDArray[np.bool_], tau: np.float32, min_share: float = 0) -> NDArray[np.bool_]:
+    """The fewest visible blocks, largest scores first, that hold tau of the row's mass: bool [Mk].
+
+    Those of them that have less than `min_share` of the mass of an average visible block are left out.
+    """
     block = np.flatnonzero(visible)
     score = scores[block]
     if tau == 1 or not np.all((score >= 0) & (score < 2**18)):
@@ -265,7 +281,9 @@ def top_tau(scores: Array, visible: NDArray[np.bool_], tau: np.float32) -> NDArr
     mass = np.rint(score.astype(np.float64) * 2**32).astype(np.int64)
     order = np.argsort(-score, kind="stable")  # equal scores: the lower block first
     mass_before = np.cumsum(mass[order]) - mass[order]
-    kept = mass_before.astype(np.float64) < np.float64(tau) * np.float64(mass.sum())
+    row_sum = np.float64(mass.sum())
+    kept = mass_before.astype(np.float64) < np.float64(tau) * row_sum
+    kept &= mass[order].astype(np.float64) >= np.float64(np.float32(min_share)) * row_sum / max(len(block), 1)
     keep = np.zeros(visible.shape, bool)
     keep[block[order[kept]]] = True
     return keep
@@ -280,21 +298,55 @@ def attend(
     *,
     causal: bool,
     softmax_scale: float | None = None,
+    compensate: bool = False,
     dtype: str = "float64",
+    mean_dtype: str | None = None,
 ) -> tuple[Array, Array]:
-    """Stage 3. Attention over the selected blocks: out [B, Lq, Hq, D] and lse [B, Hq, Lq]."""
+    """Stage 3. Attention over the selected blocks: out [B, Lq, Hq, D] and lse [B, Hq, Lq].
+
+    With `compensate`, the mean key and value of each block that `stood_in_for` says are one key and value more, with
+    the weight of as many as the block has. `mean_dtype` is the type that means are rounded to, if not `dtype`.
+    """
     batch, seqlen_q, num_heads, head_dim = query.shape
+    seqlen_k = key.shape[1]
     group = num_heads // key.shape[2]
     visible = selected_tokens(query, key, block_mask, startend, causal)
     query, key, value = cast(query, dtype), cast(key, dtype), cast(value, dtype)
+    logarithm = np.zeros(seqlen_k, query.dtype)  # of how often each key counts
+    if compensate and seqlen_k:
+        stands_in = stood_in_for(block_mask, startend, causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        rows = np.repeat(stands_in, BLOCK, axis=2)[:, :, :seqlen_q]  # [B, Hq, Lq, Mk]
+        first_key = np.arange(0, seqlen_k, BLOCK)
+        count = np.diff([*first_key, seqlen_k])  # [Mk]
+        means = (np.add.reduceat(x, first_key, axis=1) / count[:, None, None] for x in (key, value))
+        key, value = (
+            np.concatenate([x, cast(mean, mean_dtype or dtype)], axis=1) for x, mean in zip((key, value), means)
+        )
+        visible = np.concatenate([visible, rows], axis=3)
+        logarithm = np.concatenate([logarithm, cast(np.log(count), dtype)])
     out = np.zeros_like(query)
     lse = np.zeros((batch, num_heads, seqlen_q), query.dtype)
     for b, h in np.ndindex(batch, num_heads):
-        k, v = key[b, :, h // group], value[b, :, h // group]  # [Lk, D]
-        score = scaled_scores(query[b, :, h], k, softmax_scale, dtype)
+        k, v = key[b, :, h // group], value[b, :, h // group]  # [Lk, D], or [Lk + Mk, D]
+        score = cast(scaled_scores(query[b, :, h], k, softmax_scale, dtype) + logarithm, dtype)
         probability, lse[b, h] = masked_softmax(score, visible[b, h])
         out[b, :, h] = cast(cast(probability, dtype) @ v, dtype)
     return out, lse
+
+
+def stood_in_for(
+    block_mask: NDArray[np.bool_], startend: Array | None, *, causal: bool, seqlen_q: int, seqlen_k: int
+) -> NDArray[np.bool_]:
+    """bool [B, Hq, Mq, Mk]: the blocks that are not selected, but wholly visible to every row of the query block."""
+    batch, num_heads, num_q_blocks, num_k_blocks = block_mask.shape
+    hidden, touched = block_geometry(
+        startend, causal=causal, batch=batch, num_heads=num_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    )
+    open_blocks = ~block_mask & ~hidden & ~touched
+    if causal:
+        last_key = np.arange(1, num_k_blocks + 1) * BLOCK - 1
+        open_blocks &= last_key <= np.arange(num_q_blocks)[:, None] * BLOCK + seqlen_k - seqlen_q
+    return open_blocks
 
 
 def backward(

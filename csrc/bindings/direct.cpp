@@ -19,11 +19,12 @@ float scale_for(const Array& query, const Scale& softmax_scale) {
 
 // Sampling as it is given, of a query that may still have to tell the scale.
 struct GivenSampling {
-  int64_t stride, head_offset;
+  int64_t stride, key_stride, head_offset;
   Scale softmax_scale;
+  float spread;
 
   Sampling of(const Array& query) const {
-    return {stride, head_offset, scale_for(query, softmax_scale)};
+    return {stride, key_stride, head_offset, scale_for(query, softmax_scale), spread};
   }
 };
 
@@ -122,7 +123,7 @@ int64_t block_sparse_attention(const py::object& query, const py::object& key,
                                const py::object& value, const py::object& block_mask,
                                const py::object& startend_row_indices, const py::object& out,
                                const py::object& lse, bool causal, const Scale& softmax_scale,
-                               const Name& dtype, const Options& options) {
+                               bool compensate, const Name& dtype, const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   return run(
@@ -131,7 +132,7 @@ int64_t block_sparse_attention(const py::object& query, const py::object& key,
                     arrays.read(block_mask, "block_mask"),
                     arrays.read_optional(startend_row_indices, "startend_row_indices"),
                     arrays.write_values(out, "out"), arrays.write(lse, "lse"), causal,
-                    scale_for(first, softmax_scale)),
+                    scale_for(first, softmax_scale), compensate),
       arrays, first, options);
 }
 
@@ -207,6 +208,7 @@ struct Pipeline {
   bool causal;
   Sampling sampling;
   KeepRules rules;
+  bool compensate;
   Execution execution;
 
   // Checks everything, for a workspace that begins at this address.
@@ -225,7 +227,7 @@ struct Pipeline {
               select_params(scores, head_thresholds, startend_row_indices, mask, causal,
                             query.shape[1], key.shape[1], rules),
               attend_params(query, key, value, mask, startend_row_indices, out, row_lse, causal,
-                            sampling.softmax_scale),
+                            sampling.softmax_scale, compensate),
               scratch.bytes()};
     // Each of these has looked at the arrays of its own stage.
     std::vector<const Array*> inputs = {&query, &key, &value};
@@ -243,7 +245,8 @@ int64_t rr_attention(const py::object& query, const py::object& key, const py::o
                      const py::object& head_thresholds, const py::object& startend_row_indices,
                      const py::object& out, const py::object& lse, const py::object& block_mask,
                      const py::object& block_scores, bool causal, const GivenSampling& sampling,
-                     const KeepRules& rules, const Name& dtype, const Options& options) {
+                     const KeepRules& rules, bool compensate, const Name& dtype,
+                     const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   const Kernel<EstimateParams>& estimate = kEstimate.kernel_for(first);
@@ -261,6 +264,7 @@ int64_t rr_attention(const py::object& query, const py::object& key, const py::o
                           causal,
                           sampling.of(first),
                           rules,
+                          compensate,
                           options.execution()};
   const DeviceGuard guard(first.gpu);
   // Before there is a workspace, what is to lie in it stands at an address where no memory is.
@@ -308,8 +312,9 @@ PYBIND11_MODULE(_direct, module) {
   KeepRules rules;
   add_settings<KeepRules>(module, "KeepRules", settings_of(rules));
   py::class_<GivenSampling>(module, "Sampling")
-      .def(py::init<int64_t, int64_t, Scale>(), py::kw_only(), py::arg("stride"),
-           py::arg("head_offset") = 0, py::arg("softmax_scale") = none);
+      .def(py::init<int64_t, int64_t, int64_t, Scale, float>(), py::kw_only(), py::arg("stride"),
+           py::arg("key_stride"), py::arg("head_offset"), py::arg("softmax_scale"),
+           py::arg("spread"));
   py::class_<Options>(module, "Options")
       .def(py::init<std::optional<int>, py::object, int64_t, bool>(), py::kw_only(),
            py::arg("num_threads") = none, py::arg("workspace") = none, py::arg("stream") = 0,
@@ -324,7 +329,8 @@ PYBIND11_MODULE(_direct, module) {
   module.def("block_sparse_attention", &block_sparse_attention, py::arg("query"), py::arg("key"),
              py::arg("value"), py::arg("block_mask"), py::arg("startend_row_indices") = none,
              py::kw_only(), py::arg("out"), py::arg("lse"), py::arg("causal"),
-             py::arg("softmax_scale") = none, py::arg("dtype") = none, py::arg("options"));
+             py::arg("softmax_scale") = none, py::arg("compensate"), py::arg("dtype") = none,
+             py::arg("options"));
   module.def("block_sparse_attention_backward", &block_sparse_attention_backward, py::arg("query"),
              py::arg("key"), py::arg("value"), py::arg("block_mask"), py::arg("out"),
              py::arg("lse"), py::arg("grad_out"), py::arg("startend_row_indices") = none,
@@ -335,7 +341,7 @@ PYBIND11_MODULE(_direct, module) {
              py::arg("head_thresholds") = none, py::arg("startend_row_indices") = none,
              py::kw_only(), py::arg("out"), py::arg("lse") = none, py::arg("block_mask") = none,
              py::arg("block_scores") = none, py::arg("causal"), py::arg("sampling"),
-             py::arg("rules"), py::arg("dtype") = none, py::arg("options"));
+             py::arg("rules"), py::arg("compensate"), py::arg("dtype") = none, py::arg("options"));
   module.def("startend_rows_from_dense", &startend_rows_from_dense, py::arg("mask"), py::kw_only(),
              py::arg("start_rows"), py::arg("verdict"), py::arg("dtype") = none,
              py::arg("options"));

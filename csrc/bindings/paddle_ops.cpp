@@ -117,6 +117,7 @@ struct AttendAttributes {
   bool causal = false;
   float softmax_scale = 0;
   bool deterministic = false;
+  bool compensate = false;
 };
 
 struct RRAttentionAttributes {
@@ -124,6 +125,7 @@ struct RRAttentionAttributes {
   Sampling sampling;
   KeepRules rules;
   bool deterministic = false;
+  bool compensate = false;
 };
 
 auto settings_of(EstimateAttributes& attributes) {
@@ -141,13 +143,15 @@ auto settings_of(SelectAttributes& attributes) {
 auto settings_of(AttendAttributes& attributes) {
   return std::make_tuple(Setting{"causal", attributes.causal},
                          Setting{"softmax_scale", attributes.softmax_scale},
-                         Setting{"deterministic", attributes.deterministic});
+                         Setting{"deterministic", attributes.deterministic},
+                         Setting{"compensate", attributes.compensate});
 }
 
 auto settings_of(RRAttentionAttributes& attributes) {
   return std::tuple_cat(std::make_tuple(Setting{"causal", attributes.causal}),
                         settings_of(attributes.sampling), settings_of(attributes.rules),
-                        std::make_tuple(Setting{"deterministic", attributes.deterministic}));
+                        std::make_tuple(Setting{"deterministic", attributes.deterministic},
+                                        Setting{"compensate", attributes.compensate}));
 }
 
 int gpu_of(const Tensor& tensor) { return tensor.is_gpu() ? tensor.place().GetDeviceId() : -1; }
@@ -258,7 +262,8 @@ std::vector<Tensor> attend(const AttendAttributes& attributes, const Tensor& que
       attend_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
                     describe(block_mask, "block_mask"),
                     describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
-                    describe(lse, "lse"), attributes.causal, attributes.softmax_scale),
+                    describe(lse, "lse"), attributes.causal, attributes.softmax_scale,
+                    attributes.compensate),
       query);
   return {out, lse};
 }
@@ -268,6 +273,11 @@ std::vector<Tensor> attend_backward(const AttendAttributes& attributes, const Te
                                     const Tensor& block_mask,
                                     const OptionalTensor& startend_row_indices, const Tensor& out,
                                     const Tensor& lse, const Tensor& grad_out) {
+  if (attributes.compensate) {
+    throw std::invalid_argument(
+        "compensate is True, but attention that is compensated has no gradients: train with "
+        "compensate=False");
+  }
   const Kernel<BackwardParams>& kernel = kBackward.kernel_for(describe(query, "query"));
   Tensor grad_query = paddle::empty(query.shape(), query.dtype(), query.place());
   Tensor grad_key = paddle::empty(key.shape(), key.dtype(), key.place());
@@ -294,9 +304,9 @@ std::vector<Tensor> rr_attention(const RRAttentionAttributes& attributes, const 
       estimate({causal, attributes.sampling}, query, key, startend_row_indices)[0];
   const Tensor block_mask = select({causal, query.shape()[1], key.shape()[1], attributes.rules},
                                    block_scores, startend_row_indices, head_thresholds)[0];
-  std::vector<Tensor> outputs =
-      attend({causal, attributes.sampling.softmax_scale, attributes.deterministic}, query, key,
-             value, block_mask, startend_row_indices);
+  std::vector<Tensor> outputs = attend(
+      {causal, attributes.sampling.softmax_scale, attributes.deterministic, attributes.compensate},
+      query, key, value, block_mask, startend_row_indices);
   outputs.push_back(block_mask);
   return outputs;
 }

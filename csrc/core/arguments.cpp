@@ -181,11 +181,19 @@ Sampling check_sampling(Sampling sampling) {
     fail("stride is ", sampling.stride,
          ", but must be a divisor of 128 from 2 to 64: 2, 4, 8, 16, 32 or 64");
   }
+  if (sampling.key_stride < 1 || sampling.key_stride > 64 ||
+      kBlockSize % sampling.key_stride != 0) {
+    fail("key_stride is ", sampling.key_stride,
+         ", but must be a divisor of 128 from 1 to 64: 1, 2, 4, 8, 16, 32 or 64");
+  }
   if (sampling.head_offset < 0) {
     fail("head_offset is ", sampling.head_offset, ", but must be at least 0");
   }
   sampling.head_offset %= sampling.stride;  // only the phase counts; sums with it stay small
   check_scale(sampling.softmax_scale);
+  if (!(sampling.spread >= 0 && std::isfinite(sampling.spread))) {
+    fail("spread is ", sampling.spread, ", but must be finite and at least 0");
+  }
   return sampling;
 }
 
@@ -216,6 +224,9 @@ KeepRules check_keep_rules(KeepRules rules, const OptionalArray& head_thresholds
   }
   if (rules.keep_local < 0) fail("keep_local is ", rules.keep_local, ", but must be at least 0");
   rules.keep_local = std::min(rules.keep_local, visibility.num_n_blocks());
+  if (!(rules.min_share >= 0 && rules.min_share <= 1)) {
+    fail("min_share is ", rules.min_share, ", but must be in [0, 1]");
+  }
   return rules;
 }
 
@@ -349,9 +360,11 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& head_
 
 AttendParams attend_params(const Array& query, const Array& key, const Array& value,
                            const Array& block_mask, const OptionalArray& startend_row_indices,
-                           const Array& out, const Array& lse, bool causal, float softmax_scale) {
-  const AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, out,
-                                           lse, causal, softmax_scale);
+                           const Array& out, const Array& lse, bool causal, float softmax_scale,
+                           bool compensate) {
+  AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, out, lse,
+                                     causal, softmax_scale);
+  params.compensate = compensate;
   // `out` may be the query: a row of queries is read before its result is written, and whatever
   // writes the result is the only reader of that row.
   require_own_memory({&out, &lse},

@@ -55,7 +55,8 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& head_
 
 AttendParams attend_params(const Array& query, const Array& key, const Array& value,
                            const Array& block_mask, const OptionalArray& startend_row_indices,
-                           const Array& out, const Array& lse, bool causal, float softmax_scale);
+                           const Array& out, const Array& lse, bool causal, float softmax_scale,
+                           bool compensate);
 
 BackwardParams backward_params(const Array& query, const Array& key, const Array& value,
                                const Array& block_mask, const OptionalArray& startend_row_indices,

@@ -171,6 +171,12 @@ RRATTN_HOST_DEVICE inline uint32_t kept_by_rule(const KeepRules& rules, const Ma
   return kept;
 }
 
+// The least mass of a block that the threshold keeps, of a row with this mass.
+RRATTN_HOST_DEVICE inline double least_mass(float min_share, int64_t row_sum, int64_t num_visible) {
+  return static_cast<double>(min_share) * static_cast<double>(row_sum) /
+         static_cast<double>(num_visible);
+}
+
 enum class BlockKind { kHidden, kPartial, kOpen };
 
 // `block_bounds` has the bounds of each key block for one batch entry and head; null without
@@ -198,6 +204,28 @@ RRATTN_HOST_DEVICE inline bool may_hold_unseen_keys(const Visibility& visibility
 
 RRATTN_HOST_DEVICE inline bool selected(const uint32_t* mask_row, int64_t n_block) {
   return (mask_row[n_block / kMaskWordBits] >> (n_block % kMaskWordBits)) & 1u;
+}
+
+// The end of the key blocks that lie under the diagonal of every row of a query block: of all, when
+// not causal.
+RRATTN_HOST_DEVICE inline int64_t end_under_diagonal(const Visibility& visibility,
+                                                     int64_t m_block) {
+  if (!visibility.causal) return visibility.num_n_blocks();
+  return (m_block * kBlockSize + visibility.shift() + 1) / kBlockSize;
+}
+
+// Whether, with AttendParams::compensate, the mean key and value of a key block stand in for its
+// keys and values: it is not selected, and every row of the query block sees all of it, so it is
+// open and under the diagonal. `block_bounds` is as in classify_block.
+RRATTN_HOST_DEVICE inline bool stood_in_for(const Visibility& visibility,
+                                            const SpanBounds* block_bounds,
+                                            const uint32_t* mask_row, int64_t m_block,
+                                            int64_t n_block) {
+  if (n_block >= end_under_diagonal(visibility, m_block) || selected(mask_row, n_block))
+    return false;
+  const int64_t first_row = m_block * kBlockSize;
+  const int64_t last_row = std::min(first_row + kBlockSize, visibility.seqlen_q) - 1;
+  return block_bounds == nullptr || !block_bounds[n_block].meets(first_row, last_row);
 }
 
 }  // namespace rrattn

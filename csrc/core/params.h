@@ -99,15 +99,18 @@ Setting(const char*, Value&) -> Setting<Value>;
 
 // How the estimate samples.
 struct Sampling {
-  int64_t stride = 0;
+  int64_t stride = 0;  // of the queries
+  int64_t key_stride = 0;
   int64_t head_offset = 0;
   float softmax_scale = 0;
+  float spread = 0;  // how much the variance within a stride of keys adds to its score
 };
 
 inline auto settings_of(Sampling& sampling) {
-  return std::make_tuple(Setting{"stride", sampling.stride},
-                         Setting{"head_offset", sampling.head_offset},
-                         Setting{"softmax_scale", sampling.softmax_scale});
+  return std::make_tuple(
+      Setting{"stride", sampling.stride}, Setting{"key_stride", sampling.key_stride},
+      Setting{"head_offset", sampling.head_offset},
+      Setting{"softmax_scale", sampling.softmax_scale}, Setting{"spread", sampling.spread});
 }
 
 // Which blocks the selection keeps: those that hold `threshold` of a row's mass, and by the other
@@ -119,6 +122,8 @@ struct KeepRules {
   bool keep_sink = true;                   // the first visible key block
   bool keep_last = false;                  // all visible ones of the last row of blocks
   int64_t keep_local = 0;                  // key blocks before the row's own; at most Mk
+  float min_share = 0;  // a block whose share of the row's mass is below this share of an average
+                        // visible block's does not count towards a threshold below 1
 
   RRATTN_HOST_DEVICE float threshold_of(int64_t head) const {
     return head_thresholds ? head_thresholds[head * head_threshold_stride] : threshold;
@@ -129,7 +134,8 @@ struct KeepRules {
 inline auto settings_of(KeepRules& rules) {
   return std::make_tuple(
       Setting{"threshold", rules.threshold}, Setting{"keep_sink", rules.keep_sink},
-      Setting{"keep_last", rules.keep_last}, Setting{"keep_local", rules.keep_local});
+      Setting{"keep_last", rules.keep_last}, Setting{"keep_local", rules.keep_local},
+      Setting{"min_share", rules.min_share});
 }
 
 struct EstimateParams {
@@ -158,8 +164,9 @@ struct AttendParams {
   Rows value;                            // [B, Lk, Hkv, D]
   const uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)]
   float softmax_scale = 0;
-  Rows out;              // [B, Lq, Hq, D], written whole
-  float* lse = nullptr;  // [B, Hq, Lq], written whole
+  bool compensate = false;  // means stand in for key blocks (stood_in_for in geometry.h)
+  Rows out;                 // [B, Lq, Hq, D], written whole
+  float* lse = nullptr;     // [B, Hq, Lq], written whole
   Execution execution;
 };
 

@@ -5,9 +5,11 @@
 //
 // A thread takes one query block of up to kHeadsPerItem heads that share a key head, and walks the
 // key blocks that any of them selected. So it reads K and V once for all of these heads. Queries
-// are the lanes (tiles.h), which makes the online softmax plain vector arithmetic.
+// are the lanes (tiles.h), which makes the online softmax plain vector arithmetic. With
+// compensation, tiles of the means of key blocks (block_means.h) follow.
 #pragma once
 
+#include "block_means.h"
 #include "masking.h"
 
 namespace rrattn::cpu::RRATTN_SIMD {
@@ -58,41 +60,90 @@ inline void softmax_step(int64_t num_keys, float* scores, float* row_max, float*
   }
 }
 
+// The strip of queries that starts at `column` of the block, against num_keys rows of tiles of keys
+// and values. `adjust_scores` hides scores and adds to them.
+template <typename AdjustScores>
+inline void attend_tile(int64_t head_dim, int64_t slot, int64_t column, int64_t num_keys,
+                        const float* key_tile, const float* value_tile, AttendScratch& scratch,
+                        const AdjustScores& adjust_scores) {
+  float* query_strip = scratch.query_strips + (slot * kBlockSize + column) * head_dim;
+  float* out_strip = scratch.out_strips + (slot * kBlockSize + column) * head_dim;
+  float* row_max = scratch.row_max + slot * kBlockSize + column;
+  float* row_sum = scratch.row_sum + slot * kBlockSize + column;
+  alignas(64) float rescale[kStrip];
+  multiply<Into::kFresh>(num_keys, head_dim, key_tile, head_dim, 1, query_strip, scratch.scores);
+  adjust_scores();
+  softmax_step(num_keys, scratch.scores, row_max, row_sum, rescale);
+  multiply<Into::kScaledSum>(head_dim, num_keys, value_tile, 1, head_dim, scratch.scores, out_strip,
+                             rescale);
+}
+
 // One strip of queries against one block of keys.
 inline void attend_strip(const AttendParams& params, const HeadMask& mask, bool flash_mask,
                          int64_t first_query, int64_t first_key, int64_t slot,
                          AttendScratch& scratch) {
   const Visibility& visibility = params.visibility;
-  const int64_t head_dim = params.heads.head_dim;
   const int64_t last_query = first_query + clip_count(first_query, visibility.seqlen_q, kStrip) - 1;
   const int64_t end_key =
       visibility.causal ? last_query + visibility.shift() + 1 : visibility.seqlen_k;
   const int64_t num_keys = clip_count(first_key, end_key, kBlockSize);
   if (num_keys == 0 || last_query < first_query) return;
 
-  const int64_t column = first_query % kBlockSize;
-  float* query_strip = scratch.query_strips + (slot * kBlockSize + column) * head_dim;
-  float* out_strip = scratch.out_strips + (slot * kBlockSize + column) * head_dim;
-  float* row_max = scratch.row_max + slot * kBlockSize + column;
-  float* row_sum = scratch.row_sum + slot * kBlockSize + column;
-  alignas(64) float rescale[kStrip];
-
   const int64_t padded_keys = round_up(num_keys, kTileRows);
-  multiply<Into::kFresh>(padded_keys, head_dim, scratch.key_tile, head_dim, 1, query_strip,
-                         scratch.scores);
   const bool diagonal =
       visibility.causal && first_key + padded_keys - 1 > first_query + visibility.shift();
-  if (diagonal || flash_mask || first_key + padded_keys > visibility.seqlen_k) {
-    mask_keys_by_queries(mask, flash_mask, first_key, padded_keys, first_query, scratch.scores);
+  const bool hides = diagonal || flash_mask || first_key + padded_keys > visibility.seqlen_k;
+  attend_tile(params.heads.head_dim, slot, first_query % kBlockSize, padded_keys, scratch.key_tile,
+              scratch.value_tile, scratch, [&] {
+                if (!hides) return;
+                mask_keys_by_queries(mask, flash_mask, first_key, padded_keys, first_query,
+                                     scratch.scores);
+              });
+}
+
+// A query block of one head against a tile of means: those of the blocks from first_block on that
+// they stand in for, up to kBlockSize. A mean counts as often as its block has keys: the logarithm
+// of that number adds to its score. `head` is the key head, over all batch entries.
+inline void attend_means(const AttendParams& params, const HeadMask& mask, const uint32_t* mask_row,
+                         const BlockMeans& means, int64_t head, int64_t m_block,
+                         int64_t first_block, int64_t slot, AttendScratch& scratch) {
+  const Visibility& visibility = params.visibility;
+  const int64_t head_dim = params.heads.head_dim;
+  const int64_t num_blocks =
+      clip_count(first_block, end_under_diagonal(visibility, m_block), kBlockSize);
+  float added[kBlockSize];  // to the scores of each block
+  bool any = false;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const int64_t n_block = first_block + i;
+    const bool stands_in = stood_in_for(visibility, mask.block_bounds, mask_row, m_block, n_block);
+    const int64_t num_keys = clip_count(n_block * kBlockSize, visibility.seqlen_k, kBlockSize);
+    added[i] = stands_in ? __builtin_logf(static_cast<float>(num_keys)) : kMinusInfinity;
+    any |= stands_in;
   }
-  softmax_step(padded_keys, scratch.scores, row_max, row_sum, rescale);
-  multiply<Into::kScaledSum>(head_dim, padded_keys, scratch.value_tile, 1, head_dim, scratch.scores,
-                             out_strip, rescale);
+  if (!any) return;
+  const int64_t padded_blocks = round_up(num_blocks, kTileRows);
+  for (int64_t i = num_blocks; i < padded_blocks; ++i) added[i] = kMinusInfinity;
+  const int64_t tile = head * means.head_elements + first_block * head_dim;
+  const int64_t num_queries = clip_count(m_block * kBlockSize, visibility.seqlen_q, kBlockSize);
+  for (int64_t c = 0; c < num_queries; c += kStrip) {
+    attend_tile(
+        head_dim, slot, c, padded_blocks, means.key + tile, means.value + tile, scratch, [&] {
+          for (int64_t i = 0; i < padded_blocks; ++i) {
+            for (int v = 0; v < kTileVecs; ++v) {
+              float* scores = scratch.scores + i * kStrip + v * kLanes;
+              // Not a sum where it hides: a score may be NaN.
+              store(scores,
+                    added[i] == kMinusInfinity ? splat(kMinusInfinity) : load(scores) + added[i]);
+            }
+          }
+        });
+  }
 }
 
 // Heads [first_head, first_head + num_heads), which share key head `key_head`, of one query block.
-inline void attend_item(const AttendParams& params, const SpanBounds* block_bounds, int64_t batch,
-                        int64_t key_head, int64_t first_head, int64_t num_heads, int64_t m_block,
+inline void attend_item(const AttendParams& params, const SpanBounds* block_bounds,
+                        const BlockMeans& means, int64_t batch, int64_t key_head,
+                        int64_t first_head, int64_t num_heads, int64_t m_block,
                         AttendScratch& scratch) {
   const Visibility& visibility = params.visibility;
   const int64_t head_dim = params.heads.head_dim;
@@ -143,6 +194,18 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
     }
   }
 
+  if (params.compensate) {
+    const int64_t end = end_under_diagonal(visibility, m_block);
+    for (int64_t first_block = 0; first_block < end; first_block += kBlockSize) {
+      for (int64_t slot = 0; slot < num_heads; ++slot) {
+        const HeadMask mask(visibility, block_bounds, batch, first_head + slot);
+        attend_means(params, mask, mask_rows[slot], means,
+                     batch * params.heads.num_heads_k + key_head, m_block, first_block, slot,
+                     scratch);
+      }
+    }
+  }
+
   for (int64_t slot = 0; slot < num_heads; ++slot) {
     const int64_t head = first_head + slot;
     const HeadView out(params.out, params.heads, batch, head);
@@ -166,6 +229,7 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
 inline int64_t attend_workspace_bytes(const AttendParams& params) {
   Arena arena;
   arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
+  BlockMeans(arena, params);
   return workspace_bytes<AttendScratch>(arena, params);
 }
 
@@ -175,6 +239,16 @@ inline void run_attend(const AttendParams& params) {
   Arena arena(params.execution.workspace);
   SpanBounds* block_bounds = arena.take<SpanBounds>(visibility.num_span_bounds(kBlockSize));
   compute_span_bounds(visibility, kBlockSize, num_threads, block_bounds);
+
+  const BlockMeans means(arena, params);
+  const auto compute_means = [&](int thread, int64_t begin, int64_t end) {
+    AttendScratch scratch = thread_scratch<AttendScratch>(arena, params, thread);
+    for (int64_t i = begin; i < end; ++i) {
+      compute_block_mean(params, means, i / means.rows, i % means.rows, scratch.row_buffer);
+    }
+  };
+  parallel_for(num_threads, BlockMeans::num_heads(params) * means.rows,
+               grain_for(2 * kBlockSize * params.heads.head_dim), compute_means);
 
   const int64_t group = visibility.num_heads / params.heads.num_heads_k;
   const int64_t chunks = ceil_div(group, kHeadsPerItem);
@@ -189,7 +263,8 @@ inline void run_attend(const AttendParams& params) {
       const int64_t batch = item % per_m_block / chunks / params.heads.num_heads_k;
       const int64_t first_head = key_head * group + chunk * kHeadsPerItem;
       const int64_t num_heads = clip_count(first_head, (key_head + 1) * group, kHeadsPerItem);
-      attend_item(params, block_bounds, batch, key_head, first_head, num_heads, m_block, scratch);
+      attend_item(params, block_bounds, means, batch, key_head, first_head, num_heads, m_block,
+                  scratch);
     }
   };
   parallel_for(num_threads, num_items, 1, attend_items);

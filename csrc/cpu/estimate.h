@@ -2,7 +2,7 @@
 //
 //   query [B, Lq, Hq, D], key [B, Lk, Hkv, D]  ->  block_scores [B, Hq, Mq, Mk]
 //
-// Keys are summed over each stride, once. Then a thread takes a strip of sampled queries (the
+// Keys are summed over each stride, and the variance within it found, once. Then a thread takes a strip of sampled queries (the
 // lanes, tiles.h) and walks the strides, once, in tiles of 128. It keeps the sum of each key block
 // relative to the base that the softmax had at that tile, and the base of each tile; at the end it
 // brings all sums to the final base. The matrix of stride scores is never stored, only a row of
@@ -16,26 +16,29 @@ namespace rrattn::cpu::RRATTN_SIMD {
 constexpr int64_t kStridesPerTile = 128;
 
 struct EstimateShape {
-  int64_t stride;             // tokens
-  int64_t strides_per_block;  // R
-  int64_t num_strides;        // of the keys
-  int64_t num_tiles;          // of kStridesPerTile strides
+  int64_t stride, samples_per_block;      // of the queries, in tokens
+  int64_t key_stride, strides_per_block;  // of the keys, in tokens
+  int64_t num_strides;                    // of the keys
+  int64_t num_tiles;                      // of kStridesPerTile strides
   int64_t blocks_per_tile;
   int64_t m_blocks_per_item, strips_per_item;  // one of the two is 1
 
   explicit EstimateShape(const EstimateParams& params)
       : stride(params.sampling.stride),
-        strides_per_block(kBlockSize / stride),
-        num_strides(ceil_div(params.visibility.seqlen_k, stride)),
+        samples_per_block(kBlockSize / stride),
+        key_stride(params.sampling.key_stride),
+        strides_per_block(kBlockSize / key_stride),
+        num_strides(ceil_div(params.visibility.seqlen_k, key_stride)),
         num_tiles(ceil_div(num_strides, kStridesPerTile)),
         blocks_per_tile(kStridesPerTile / strides_per_block),
-        m_blocks_per_item(strides_per_block < kStrip ? kStrip / strides_per_block : 1),
-        strips_per_item(strides_per_block < kStrip ? 1 : strides_per_block / kStrip) {}
+        m_blocks_per_item(samples_per_block < kStrip ? kStrip / samples_per_block : 1),
+        strips_per_item(samples_per_block < kStrip ? 1 : samples_per_block / kStrip) {}
 };
 
 // Shared by all threads, written before the walk.
 struct PooledKeys {
   float* keys;         // [B, Hkv, num_strides, D], and room for a last tile that reads past the end
+  float* variances;    // [B, Hkv, num_strides]: the mean over D; nothing without spread
   SpanBounds* bounds;  // [B, bounds heads, num_strides]; nothing without FlashMask
 
   PooledKeys(Arena& arena, const EstimateParams& params) {
@@ -44,7 +47,8 @@ struct PooledKeys {
     const int64_t rows =
         visibility.batch * params.heads.num_heads_k * shape.num_strides + kStridesPerTile;
     keys = arena.take<float>(rows * params.heads.head_dim);
-    bounds = arena.take<SpanBounds>(visibility.num_span_bounds(params.sampling.stride));
+    variances = arena.take<float>(params.sampling.spread > 0 ? rows : 0);
+    bounds = arena.take<SpanBounds>(visibility.num_span_bounds(shape.key_stride));
   }
 };
 
@@ -54,6 +58,7 @@ struct EstimateScratch {
   float* block_sums;   // [num_tiles * blocks_per_tile][kStrip], relative to 2^base of their tile
   float* tile_base;    // [num_tiles][kStrip]
   float* row_buffer;   // [D]
+  float* squares;      // [D]
 
   EstimateScratch(Arena& arena, const EstimateParams& params) {
     const EstimateShape shape(params);
@@ -62,6 +67,7 @@ struct EstimateScratch {
     block_sums = arena.take<float>(shape.num_tiles * shape.blocks_per_tile * kStrip);
     tile_base = arena.take<float>(shape.num_tiles * kStrip);
     row_buffer = arena.take<float>(params.heads.head_dim);
+    squares = arena.take<float>(params.heads.head_dim);
   }
 };
 
@@ -71,33 +77,53 @@ inline bool is_finite(const float* row, int64_t head_dim) {
   return zero == 0;
 }
 
-// Sums the keys of each stride. A NaN or infinity in a key that no query sees counts as zero.
+// Sums the keys of each stride, and finds their variance. A NaN or infinity in a key that no query
+// sees counts as zero, and so do the keys that the last stride lacks.
 inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, const Arena& arena) {
   const EstimateShape shape(params);
   const Visibility& visibility = params.visibility;
   const int64_t head_dim = params.heads.head_dim, num_heads_k = params.heads.num_heads_k;
   const int64_t group = visibility.num_heads / num_heads_k;
   const auto pool_strides = [&](int thread, int64_t begin, int64_t end) {
-    float* row = thread_scratch<EstimateScratch>(arena, params, thread).row_buffer;
+    const auto scratch = thread_scratch<EstimateScratch>(arena, params, thread);
+    float *row = scratch.row_buffer, *squares = scratch.squares;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first_key = i % shape.num_strides * shape.stride;
+      const int64_t first_key = i % shape.num_strides * shape.key_stride;
       const int64_t head = i / shape.num_strides;
       const int64_t batch = head / num_heads_k, key_head = head % num_heads_k;
       const HeadView key(params.key, params.heads, batch, key_head);
-      float* sum = pooled.keys + i * head_dim;
-      memset(sum, 0, head_dim * sizeof(float));
-      for (int64_t r = 0; r < clip_count(first_key, visibility.seqlen_k, shape.stride); ++r) {
+      const int64_t count = clip_count(first_key, visibility.seqlen_k, shape.key_stride);
+      const auto read_key = [&](int64_t r) {
         key.read(first_key + r, row);
         if (visibility.row_bounds.data && !is_finite(row, head_dim) &&
             !seen_by_group(visibility, group, batch, key_head, first_key + r)) {
           for (int64_t d = 0; d < head_dim; ++d) row[d] = std::isfinite(row[d]) ? row[d] : 0;
         }
+      };
+      float* sum = pooled.keys + i * head_dim;
+      memset(sum, 0, head_dim * sizeof(float));
+      for (int64_t r = 0; r < count; ++r) {
+        read_key(r);
         for (int64_t d = 0; d < head_dim; ++d) sum[d] += row[d];
       }
+      if (params.sampling.spread == 0) continue;
+      memset(squares, 0, head_dim * sizeof(float));
+      const auto key_stride = static_cast<float>(shape.key_stride);
+      for (int64_t r = 0; r < shape.key_stride; ++r) {
+        if (r < count) read_key(r);
+        if (r == count) memset(row, 0, head_dim * sizeof(float));
+        for (int64_t d = 0; d < head_dim; ++d) {
+          const float difference = row[d] - sum[d] / key_stride;
+          squares[d] += difference * difference;
+        }
+      }
+      float total = 0;
+      for (int64_t d = 0; d < head_dim; ++d) total += squares[d];
+      pooled.variances[i] = total / (key_stride * static_cast<float>(head_dim));
     }
   };
   parallel_for(params.execution.num_threads, visibility.batch * num_heads_k * shape.num_strides,
-               grain_for(shape.stride * head_dim), pool_strides);
+               grain_for(shape.key_stride * head_dim), pool_strides);
 }
 
 // The sampled queries of one strip: column c is token first_token + c * stride. Under the diagonal
@@ -121,12 +147,38 @@ struct SampledQueries {
     for (int64_t c = 0; c < kStrip; ++c) {
       const int64_t at = first_token + (c < count ? c : 0) * shape.stride;
       const int64_t seen =
-          visibility.causal ? (at + visibility.shift()) / shape.stride : shape.num_strides - 1;
+          visibility.causal ? (at + visibility.shift()) / shape.key_stride : shape.num_strides - 1;
       token[c] = static_cast<int32_t>(at);
       last_stride_seen[c] = static_cast<int32_t>(c < count ? seen : -1);
     }
   }
 };
+
+// What the variance of a stride, of 1, adds to each lane's score: spread / 2 * scale^2 * |q|^2, in
+// units of log2. The strip holds q * scale * log2(e) / key_stride.
+inline void variance_weights(const EstimateParams& params, const EstimateShape& shape,
+                             const float* query_strip, float* weights) {
+  const auto key_stride = static_cast<float>(shape.key_stride);
+  const float factor = params.sampling.spread / 2 * key_stride * key_stride / kLog2E;
+  for (int v = 0; v < kTileVecs; ++v) {
+    Vec squares{};
+    for (int64_t d = 0; d < params.heads.head_dim; ++d) {
+      const Vec q = load(query_strip + d * kStrip + v * kLanes);
+      squares += q * q;
+    }
+    store(weights + v * kLanes, squares * factor);
+  }
+}
+
+inline void add_spread(int64_t num_strides, const float* weights, const float* variances,
+                       float* scores) {
+  for (int64_t i = 0; i < num_strides; ++i) {
+    for (int v = 0; v < kTileVecs; ++v) {
+      float* at = scores + i * kStrip + v * kLanes;
+      store(at, load(at) + load(weights + v * kLanes) * variances[i]);
+    }
+  }
+}
 
 // Makes scores -inf where the sampled query does not see the stride.
 inline void mask_strides(const SampledQueries& queries, const SpanBounds* bounds,
@@ -198,11 +250,15 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
   const int64_t key_head =
       batch * params.heads.num_heads_k + head * params.heads.num_heads_k / visibility.num_heads;
   const float* keys = pooled.keys + key_head * shape.num_strides * head_dim;
-  const SpanBounds* bounds = span_bounds_of(visibility, shape.stride, pooled.bounds, batch, head);
+  const float* variances = pooled.variances + key_head * shape.num_strides;
+  const SpanBounds* bounds =
+      span_bounds_of(visibility, shape.key_stride, pooled.bounds, batch, head);
   read_strip(HeadView(params.query, params.heads, batch, head), queries.first_token, shape.stride,
              queries.count,
-             params.sampling.softmax_scale * kLog2E / static_cast<float>(shape.stride),
+             params.sampling.softmax_scale * kLog2E / static_cast<float>(shape.key_stride),
              scratch.query_strip, scratch.row_buffer);
+  alignas(64) float weights[kStrip];
+  variance_weights(params, shape, scratch.query_strip, weights);
 
   alignas(64) float row_base[kStrip], row_sum[kStrip] = {};
   for (float& base : row_base) base = kNothingSeen;
@@ -224,6 +280,9 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
     }
     multiply<Into::kFresh>(rows, head_dim, keys + first_stride * head_dim, head_dim, 1,
                            scratch.query_strip, scratch.scores);
+    if (params.sampling.spread > 0) {
+      add_spread(num_strides, weights, variances + first_stride, scratch.scores);
+    }
     const bool diagonal = first_stride + rows - 1 > queries.last_stride_seen[0];
     if (diagonal || bounds || queries.count < kStrip || num_strides < rows) {
       mask_strides(queries, bounds, first_stride, end_stride, rows, scratch.scores);
@@ -232,8 +291,8 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
                tile_base);
   }
 
-  const int64_t lanes_per_row = shape.strides_per_block < kStrip ? shape.strides_per_block : kStrip;
-  const int64_t first_m_block = first_sample / shape.strides_per_block;
+  const int64_t lanes_per_row = shape.samples_per_block < kStrip ? shape.samples_per_block : kStrip;
+  const int64_t first_m_block = first_sample / shape.samples_per_block;
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     alignas(64) float factor[kStrip], share[kStrip];
     for (int v = 0; v < kTileVecs; ++v) {
@@ -275,7 +334,7 @@ inline void run_estimate(const EstimateParams& params) {
   Arena arena(params.execution.workspace);
   const PooledKeys pooled(arena, params);
   pool_keys(params, pooled, arena);
-  compute_span_bounds(visibility, shape.stride, params.execution.num_threads, pooled.bounds);
+  compute_span_bounds(visibility, shape.key_stride, params.execution.num_threads, pooled.bounds);
 
   const int64_t num_heads = visibility.batch * visibility.num_heads;
   const int64_t items_per_head = ceil_div(visibility.num_m_blocks(), shape.m_blocks_per_item);
@@ -290,7 +349,7 @@ inline void run_estimate(const EstimateParams& params) {
       for (int64_t strip = 0; strip < shape.strips_per_item; ++strip) {
         estimate_strip(params, shape, pooled, head / visibility.num_heads,
                        head % visibility.num_heads,
-                       m_block * shape.strides_per_block + strip * kStrip, scratch);
+                       m_block * shape.samples_per_block + strip * kStrip, scratch);
       }
     }
   };

@@ -3,9 +3,10 @@
 //   block_scores [B, Hq, Mq, Mk] float32  ->  block_mask [B, Hq, Mq, ceil(Mk / 32)]
 //
 // Bit j % 32 of word j / 32 stands for key block j. A row keeps its visible blocks from the largest
-// score down (the lower index first among equals) while the mass before a block is < tau * row_sum,
-// and whatever the keep rules add. Masses are in fixed point, score * 2^32 in int64, so that the
-// choice does not depend on the order of addition.
+// score down (the lower index first among equals) while the mass before a block is < tau * row_sum
+// and its own is >= min_share * row_sum / visible blocks, and whatever the keep rules add. Masses
+// are in fixed point, score * 2^32 in int64, so that the choice does not depend on the order of
+// addition.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -44,8 +45,8 @@ void set_bit(uint32_t* mask_row, int64_t n_block) {
 }
 
 // Keeps the largest scores of the visible blocks up to tau of their mass.
-void keep_top(const float* scores, float tau, int64_t num_n_blocks, const SelectScratch& scratch,
-              uint32_t* mask_row) {
+void keep_top(const float* scores, float tau, float min_share, int64_t num_n_blocks,
+              const SelectScratch& scratch, uint32_t* mask_row) {
   int64_t row_sum = 0, num_visible = 0;
   bool keep_all = tau == 1;
   for (int64_t n = 0; n < num_n_blocks && !keep_all; ++n) {
@@ -63,11 +64,14 @@ void keep_top(const float* scores, float tau, int64_t num_n_blocks, const Select
   }
   std::sort(scratch.keys, scratch.keys + num_visible);
   const double target = static_cast<double>(tau) * static_cast<double>(row_sum);
+  const double least = least_mass(min_share, row_sum, num_visible);
   int64_t mass_before = 0;
   for (int64_t i = 0; i < num_visible && static_cast<double>(mass_before) < target; ++i) {
     const int64_t n_block = static_cast<uint32_t>(scratch.keys[i]);
+    const int64_t mass = mass_of(scores[n_block]);
+    if (static_cast<double>(mass) < least) break;
     set_bit(mask_row, n_block);
-    mass_before += mass_of(scores[n_block]);
+    mass_before += mass;
   }
 }
 
@@ -119,7 +123,7 @@ void run_select(const SelectParams& params) {
       uint32_t* mask_row = params.block_mask + row * num_words;
       std::fill(mask_row, mask_row + num_words, 0u);
       keep_top(params.block_scores + row * num_n_blocks, params.rules.threshold_of(head),
-               num_n_blocks, scratch, mask_row);
+               params.rules.min_share, num_n_blocks, scratch, mask_row);
       keep_by_rule(params, m_block, scratch, mask_row);
     }
   };

@@ -17,8 +17,8 @@ namespace {
 
 // The stages of an architecture.
 struct Sm90 {
-  template <DataType kDataType, int kHeadDim, int kStride>
-  using EstimateStage = sm90::estimate::Stage<kDataType, kHeadDim, kStride>;
+  template <DataType kDataType, int kHeadDim, int kKeyStride>
+  using EstimateStage = sm90::estimate::Stage<kDataType, kHeadDim, kKeyStride>;
   template <DataType kDataType, int kHeadDim>
   using AttendStage = sm90::attend::Stage<kDataType, kHeadDim>;
   template <DataType kDataType, bool kDeterministic>
@@ -60,8 +60,10 @@ auto with_head_dim(const Heads& heads, const Use& use) {
 }
 
 template <typename Use>
-auto with_stride(int stride, const Use& use) {
-  switch (stride) {
+auto with_key_stride(int64_t key_stride, const Use& use) {
+  switch (key_stride) {
+    case 1:
+      return use(std::integral_constant<int, 1>());
     case 2:
       return use(std::integral_constant<int, 2>());
     case 4:
@@ -75,8 +77,8 @@ auto with_stride(int stride, const Use& use) {
     case 64:
       return use(std::integral_constant<int, 64>());
     default:
-      throw std::invalid_argument("stride is " + std::to_string(stride) +
-                                  ", but on a GPU must be one of 2, 4, 8, 16, 32, 64");
+      throw std::invalid_argument("key_stride is " + std::to_string(key_stride) +
+                                  ", but on a GPU must be one of 1, 2, 4, 8, 16, 32, 64");
   }
 }
 
@@ -92,11 +94,10 @@ auto with_stage(const EstimateParams& params, const Use& use) {
   return with_architecture([&](auto architecture) {
     return with_data_type(params.heads, [&](auto data_type) {
       return with_head_dim(params.heads, [&](auto head_dim) {
-        return with_stride(params.sampling.stride, [&](auto stride) {
-          return use(
-              typename decltype(architecture)::template EstimateStage<decltype(data_type)::value,
-                                                                      decltype(head_dim)::value,
-                                                                      decltype(stride)::value>());
+        return with_key_stride(params.sampling.key_stride, [&](auto key_stride) {
+          return use(typename decltype(architecture)::template EstimateStage<
+                     decltype(data_type)::value, decltype(head_dim)::value,
+                     decltype(key_stride)::value>());
         });
       });
     });

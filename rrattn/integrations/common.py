@@ -208,6 +208,8 @@ def report(model_name: str, library: str, config: RRAttentionConfig, num_layers:
         parts.append(f"dense in layers {', '.join(map(str, dense))}")
     if config.min_length:
         parts.append(f"dense below {config.min_length} keys")
+    if config.compensate:
+        parts.append("compensated")
     return f"rrattn runs {num_layers} attention layers of {model_name} ({library}): {', '.join(parts)}"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from rrattn import reference
 
 STRIDES = (2, 4, 8, 16, 32, 64)
+KEY_STRIDES = (1, *STRIDES)
 DTYPES = ("float32", "float16", "bfloat16")
 
 

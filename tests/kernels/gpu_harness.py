@@ -60,6 +60,9 @@ class GpuKernels(harness.Kernels):
     def typed(self, dtype):
         return self.options
 
+    def mean_dtype(self, dtype):
+        return dtype
+
     def estimate_reference(self, query, key, startend=None, *, dtype, **options):
         return reference.estimate_on_tensor_cores(query, key, startend, dtype=dtype, **options)
 

@@ -89,6 +89,10 @@ class Kernels:
         """Keywords of a call on values of `dtype`: NumPy has no bfloat16 of its own."""
         return {"dtype": dtype, **self.options} if dtype == "bfloat16" else self.options
 
+    def mean_dtype(self, dtype):
+        """The type that compensated attention on values of `dtype` rounds means to; None: to none."""
+        return None
+
     def estimate(self, query, key, startend=None, *, dtype="float32", **options):
         """block_scores [B, Hq, Mq, Mk] float32."""
         blocks = reference.num_blocks(query.shape[1]), reference.num_blocks(key.shape[1])
@@ -169,14 +173,15 @@ class Kernels:
 
     def prefill(
         self, query, key, value, startend=None, *, causal, threshold, dtype="float32", keep_last=True, keep_local=1,
-        **sampling,
+        compensate=False, **sampling,
     ):  # fmt: skip
         """All three stages: (block_scores, block_mask, out, lse)."""
         lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         rules = {"keep_last": keep_last, "keep_local": keep_local}
         scores = self.estimate(query, key, startend, causal=causal, dtype=dtype, **sampling)
         mask = self.select(scores, startend, causal=causal, threshold=threshold, **lengths, **rules)
-        return scores, mask, *self.attend(query, key, value, mask, startend, causal=causal, dtype=dtype)
+        attention = {"causal": causal, "compensate": compensate, "dtype": dtype}
+        return scores, mask, *self.attend(query, key, value, mask, startend, **attention)
 
     def rr_attention(
         self, query, key, value, startend=None, *, threshold, dtype="float32",

@@ -1,8 +1,10 @@
 """Stage 1 against the oracle: block scores."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from cases import ESTIMATE_CASES, FEW_CASES, STRIDES, Case, make_inputs
+from cases import ESTIMATE_CASES, FEW_CASES, KEY_STRIDES, STRIDES, Case, make_inputs
 from harness import LAYOUTS, assert_as_good_as_naive, assert_identical, assert_same_in_two_threads
 
 from rrattn import reference
@@ -38,7 +40,39 @@ def test_scores(kernels, case, dtype):
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_every_simd_level(kernels, simd, case, dtype):
-    check(kernels, case, dtype)
+    check(kernels, case, dtype, key_stride=16, spread=1)
+
+
+@pytest.mark.parametrize("case", ESTIMATE_CASES, ids=str)
+def test_spread(kernels, main_dtype, case):
+    scores = check(kernels, case, main_dtype, spread=1)
+    if case in FEW_CASES or case.seqlen_k > 500:
+        assert np.abs(scores - run(kernels, case, main_dtype, spread=0)).max() > 1e-3
+
+
+@pytest.mark.parametrize("spread", (0, 0.7))
+@pytest.mark.parametrize("key_stride", KEY_STRIDES)
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("case", (*FEW_CASES, Case(600, 1500)), ids=str)
+def test_key_stride(kernels, main_dtype, case, stride, key_stride, spread):
+    check(kernels, replace(case, stride=stride), main_dtype, key_stride=key_stride, spread=spread)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_the_default_key_stride_is_the_stride(kernels, main_dtype, stride):
+    case = Case(300, 400, stride=stride)
+    assert_identical(run(kernels, case, main_dtype), run(kernels, case, main_dtype, key_stride=stride))
+
+
+@pytest.mark.parametrize("key_stride", KEY_STRIDES)
+def test_spread_of_keys_far_from_zero(kernels, main_dtype, key_stride):
+    """Keys of a mean far larger than their spread, which a variance from the mean of squares would lose."""
+    case = Case(300, 1000)
+    inputs = make_inputs(case, main_dtype)
+    key = reference.cast(1000 + inputs.key / 4 if main_dtype == "float32" else 16 + inputs.key, main_dtype)
+    inputs = replace(inputs, query=inputs.query - inputs.query.mean(-1, keepdims=True), key=key)
+    inputs = replace(inputs, query=reference.cast(inputs.query, main_dtype))
+    check(kernels, case, main_dtype, inputs, key_stride=key_stride, spread=4)
 
 
 @pytest.mark.parametrize("stride", STRIDES)
@@ -49,9 +83,11 @@ def test_head_offset(kernels, main_dtype, stride, head_offset):
     assert_identical(scores, run(kernels, case, main_dtype, head_offset=head_offset % stride))
 
 
-@pytest.mark.parametrize("softmax_scale", (-0.3, 0.01, 1.0, 20.0))
+@pytest.mark.parametrize("softmax_scale", (-0.3, 0.0, 0.01, 1.0, 20.0))
 def test_softmax_scale(kernels, main_dtype, softmax_scale):
     check(kernels, FEW_CASES[0], main_dtype, softmax_scale=softmax_scale)
+    if abs(softmax_scale) < 1:
+        check(kernels, FEW_CASES[0], main_dtype, softmax_scale=softmax_scale, spread=1)
 
 
 @pytest.mark.parametrize("causal", (True, False))

@@ -1,7 +1,7 @@
 """The pipeline on shapes that nobody chose: each stage on what the one before it gave, against the oracle."""
 
 import numpy as np
-from cases import CAUSAL_FLASHMASKS, DTYPES, FULL_FLASHMASKS, STRIDES, Case, make_inputs
+from cases import CAUSAL_FLASHMASKS, DTYPES, FULL_FLASHMASKS, KEY_STRIDES, STRIDES, Case, make_inputs
 from harness import assert_as_good_as_naive
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -40,6 +40,7 @@ def shapes(draw):
     dtype=st.sampled_from(DTYPES),
     taus=st.one_of(st.floats(0.01, 1.0), st.integers(0, 2**32)),
     head_offset=st.integers(0, 200),
+    finer=st.tuples(st.sampled_from(KEY_STRIDES), st.sampled_from((0, 0.5, 1)), st.sampled_from((0, 0.3))),
     keep_sink=st.booleans(),
     keep_last=st.booleans(),
 )
@@ -48,6 +49,7 @@ def shapes(draw):
     dtype="float32",
     taus=1.0,
     head_offset=0,
+    finer=(8, 0, 0),
     keep_sink=False,
     keep_last=False,
 )
@@ -56,14 +58,17 @@ def shapes(draw):
     dtype="bfloat16",
     taus=1.0,
     head_offset=0,
+    finer=(8, 0, 0),
     keep_sink=False,
     keep_last=False,
 )
-def test_pipeline(kernels, case, dtype, taus, head_offset, keep_sink, keep_last):
+def test_pipeline(kernels, case, dtype, taus, head_offset, finer, keep_sink, keep_last):
     """`taus` is one threshold, or the seed of one for each head. A GPU does not take float32."""
+    key_stride, spread, min_share = finer
     dtype = dtype if dtype in kernels.dtypes else kernels.dtypes[0]
     inputs = make_inputs(case, dtype)
     sampling = {"causal": case.causal, "stride": case.stride, "head_offset": head_offset}
+    sampling |= {"key_stride": key_stride, "spread": spread}
     arguments = inputs.query, inputs.key, inputs.startend
     scores = kernels.estimate(*arguments, dtype=dtype, **sampling)
     assert_as_good_as_naive(scores, *kernels.estimate_reference(*arguments, dtype=dtype, **sampling))
@@ -76,6 +81,7 @@ def test_pipeline(kernels, case, dtype, taus, head_offset, keep_sink, keep_last)
         "seqlen_k": case.seqlen_k,
         "keep_sink": keep_sink,
         "keep_last": keep_last,
+        "min_share": min_share,
     }
     mask = kernels.select(scores, inputs.startend, threshold=taus, **rules)
     assert np.array_equal(mask, reference.select(scores, taus, inputs.startend, **rules))
@@ -110,16 +116,18 @@ def test_pipeline(kernels, case, dtype, taus, head_offset, keep_sink, keep_last)
     keep_sink=st.booleans(),
     keep_last=st.booleans(),
     keep_local=st.integers(0, 4),
+    min_share=st.sampled_from((0, 0.1, 0.5, 1)),
 )
-def test_keep_rules_only_add(kernels, case, seed, taus, keep_sink, keep_last, keep_local):
+def test_keep_rules_only_add(kernels, case, seed, taus, keep_sink, keep_last, keep_local, min_share):
     """On scores with many ties: rules add to the selection without them, and none takes from that of a lower tau."""
     scores = np.random.default_rng(seed).integers(0, 6, case.block_shape).astype(np.float32)
     startend = make_inputs(case).startend
     sizes = {"causal": case.causal, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
-    rules = {"keep_sink": keep_sink, "keep_last": keep_last, "keep_local": keep_local}
+    rules = {"keep_sink": keep_sink, "keep_last": keep_last, "keep_local": keep_local, "min_share": min_share}
     lower, higher = (kernels.select(scores, startend, threshold=tau, **sizes, **rules) for tau in taus)
     for mask, tau in zip((lower, higher), taus):
         assert np.array_equal(mask, reference.select(scores, tau, startend, **sizes, **rules))
-    plain = kernels.select(scores, startend, threshold=taus[0], **sizes, keep_sink=False, keep_last=False, keep_local=0)
+    rules = {"keep_sink": False, "keep_last": False, "keep_local": 0, "min_share": min_share}
+    plain = kernels.select(scores, startend, threshold=taus[0], **sizes, **rules)
     hidden, _ = reference.block_geometry(startend, **case.geometry)
     assert (plain <= lower).all() and (lower <= higher).all() and not (lower & hidden).any()

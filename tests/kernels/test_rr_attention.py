@@ -20,6 +20,7 @@ SETTINGS = {
     "keep_sink": False,
     "keep_last": False,
     "keep_local": 2,
+    "compensate": False,
 }
 SIZES_OF_ZERO = [Case(0, 300), Case(300, 0, causal=False), Case(0, 0), Case(300, 300, batch=0)]
 
@@ -37,11 +38,11 @@ def three_stages(kernels, case, dtype="float32", settings=SETTINGS):
     inputs, settings = make_inputs(case, dtype), dict(settings)
     common = {"causal": case.causal}
     keep = {name: settings.pop(name) for name in list(settings) if name.startswith("keep") or name == "threshold"}
+    attention = {"softmax_scale": settings.get("softmax_scale"), "compensate": settings.pop("compensate")}
     scores = kernels.estimate(inputs.query, inputs.key, inputs.startend, dtype=dtype, **common, **settings)
     lengths = {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
     mask = kernels.select(scores, inputs.startend, **lengths, **common, **keep)
-    scale = {"softmax_scale": settings.get("softmax_scale")}
-    out, lse = kernels.attend(*inputs.forward, mask, inputs.startend, dtype=dtype, **common, **scale)
+    out, lse = kernels.attend(*inputs.forward, mask, inputs.startend, dtype=dtype, **common, **attention)
     return scores, mask, out, lse
 
 
@@ -69,6 +70,7 @@ def test_one_call_is_the_three_stages(kernels, case, dtype):
         {"keep_sink": True},
         {"keep_last": True},
         {"keep_local": 0},
+        {"compensate": True},
     ),
     ids=str,
 )

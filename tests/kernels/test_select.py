@@ -101,6 +101,53 @@ def test_rows_of_many_blocks(kernels, rng, num_k_blocks, make_scores, tau):
     check(kernels, scores, threshold=tau, **NO_RULES, **wide(num_k_blocks))
 
 
+@pytest.mark.parametrize("min_share", (1e-3, 0.3, 1.0))
+@pytest.mark.parametrize("make_scores", SCORES)
+@pytest.mark.parametrize("num_k_blocks", (1, 33, 64, 200, 1027))
+def test_min_share(kernels, rng, num_k_blocks, make_scores, min_share):
+    scores = make_scores(rng, (2, 3, 3, num_k_blocks))
+    options = {**NO_RULES, **wide(num_k_blocks, causal=num_k_blocks > 3)}
+    for tau in TAUS:
+        mask = check(kernels, scores, threshold=tau, min_share=min_share, **options)
+        every = kernels.select(scores, threshold=tau, **options)
+        assert (mask <= every).all() and (tau < 1 or (mask == every).all())
+        assert_identical(mask.any(-1), every.any(-1))  # the largest has at least an average share
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_min_share_counts_visible_blocks(kernels, rng, case):
+    scores = attention_like(rng, case.block_shape)
+    for min_share in (0.2, 0.5, 1.0):
+        check(
+            kernels, scores, make_inputs(case).startend, threshold=0.99, min_share=min_share, **NO_RULES, **sizes(case)
+        )
+
+
+def test_a_block_below_the_least_share_is_not_kept_for_its_mass(kernels):
+    scores = np.array([4, 2, 1, 1, 0, 0, 0, 0], np.float32).reshape(1, 1, 1, 8)  # an average share is 1
+    for min_share, kept in ((0, 4), (1.0, 4), (0.5, 4)):
+        assert check(kernels, scores, threshold=0.99, min_share=min_share, **NO_RULES, **wide(8, 1)).sum() == kept
+    scores[..., 4:] = 0.25  # now it is 9 / 8
+    for min_share, kept in ((0, 8), (0.2, 8), (0.23, 4), (0.88, 4), (0.89, 2), (1.0, 2)):
+        assert check(kernels, scores, threshold=0.999, min_share=min_share, **NO_RULES, **wide(8, 1)).sum() == kept
+
+
+@pytest.mark.parametrize("mass", (1, 2, 3, 2**23 - 1, 2**23, 2**24 - 1, 2**24 + 2, 2**31 + 2**8, 2**45))
+def test_the_least_share_is_compared_with_the_rounded_mass(kernels, mass):
+    """A row of two blocks, one just at an average share and steps of float32 around it."""
+    at = np.float32(mass * 2.0**-32)
+    around = [at]
+    for direction in (0, np.inf):
+        step = at
+        for _ in range(3):
+            step = np.nextafter(step, np.float32(direction))
+            around.append(step)
+    halves = [np.float32((mass + half) * 2.0**-32) for half in (-0.5, 0.5)]
+    for score in (*around, *halves):
+        scores = np.array([at, score, at, at], np.float32).reshape(1, 1, 1, 4)
+        check(kernels, scores, threshold=0.9999, min_share=1.0, **NO_RULES, **wide(4, 1))
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("make_scores", SCORES)
 def test_every_simd_level(kernels, simd, rng, make_scores):

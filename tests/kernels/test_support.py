@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import test_attend
 import test_backward
+import test_compensate
 import test_estimate
 from cases import DTYPES, Case
 
@@ -61,6 +62,7 @@ def test_what_is_in_the_table_runs_and_nothing_else_does(kernels, platform, any_
     for stage, runs in (
         (test_estimate, row is not None and row.forward),
         (test_attend, row is not None and row.forward),
+        (test_compensate, row is not None and row.forward),
         (test_backward, row is not None and row.gradients),
     ):
         if runs:

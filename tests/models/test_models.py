@@ -106,9 +106,30 @@ def test_deterministic_reaches_the_operator_of_every_layer(model, tokens, in_the
     if in_the_model:
         model.config.rrattn_deterministic, model.config.rrattn_dense_layers, config = True, [0], None
     given, call = [], functional.call
-    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-1])) or call(name, *rest))
+    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-2])) or call(name, *rest))
     logits(rrattn.enable(model, config), tokens)
     assert given == [("attend", True)] + [("rr_attention", True)] * (NUM_LAYERS - 1)
+
+
+@pytest.mark.parametrize("in_the_model", (False, True))
+def test_compensate_reaches_the_operator_of_every_layer(model, tokens, in_the_model, monkeypatch):
+    """Of those that select, for inference alone."""
+    config = replace(SPARSE, compensate=True, dense_layers=[0])
+    expected = logits(rrattn.enable(make_model(), replace(config, compensate=False)), tokens)
+    if in_the_model:
+        given = {
+            name: value for name, value in vars(config).items() if value != getattr(rrattn.RRAttentionConfig(), name)
+        }
+        for name, value in given.items():
+            setattr(model.config, f"rrattn_{name}", value)
+        config = None
+    given, call = [], functional.call
+    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-1])) or call(name, *rest))
+    assert_differs(logits(rrattn.enable(model, config), tokens), expected)
+    assert given == [("attend", False)] + [("rr_attention", True)] * (NUM_LAYERS - 1)
+    model.train()
+    with pytest.raises(ValueError, match=r"compensate is True.*compensate=False.*paddle\.no_grad"):
+        model(tokens)
 
 
 def test_unknown_settings_in_the_config_of_the_model(model):
@@ -126,11 +147,12 @@ def test_what_changed_is_logged_once(model, monkeypatch):
     logger = importlib.import_module(f"{LIBRARY}.utils.log").logger
     messages = []
     monkeypatch.setattr(logger, "info", messages.append)
-    rrattn.enable(model, rrattn.RRAttentionConfig(threshold=0.9, dense_layers=[1], min_length=1000))
+    settings = {"threshold": 0.9, "dense_layers": [1], "min_length": 1000, "compensate": True}
+    rrattn.enable(model, rrattn.RRAttentionConfig(**settings))
     name = {"paddleformers": "PaddleFormers", "paddlenlp": "PaddleNLP"}[LIBRARY]
     assert messages == [
         f"rrattn runs 2 attention layers of LlamaForCausalLM ({name}): threshold 0.9, stride 8, dense in layers 1, "
-        "dense below 1000 keys"
+        "dense below 1000 keys, compensated"
     ]
 
 

@@ -237,18 +237,27 @@ BAD_MASK = {
 
 SHARED_BOUNDS = {name: BAD_QUERY_KEY[name] for name in BAD_QUERY_KEY if "bound" in name}
 BAD_CAUSAL = bad_flags("causal")
+BAD_COMPENSATE = bad_flags("compensate")
 STAGES = {
     "estimate": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_SAMPLING},
     "select": {**SHARED_BOUNDS, **BAD_CAUSAL, **BAD_THRESHOLD, **BAD_KEEP, **BAD_SCORES},
-    "attend": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK},
+    "attend": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK, **BAD_COMPENSATE},
     "backward": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK},
-    "rr_attention": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_SAMPLING, **BAD_THRESHOLD, **BAD_KEEP},
+    "rr_attention": {
+        **BAD_QUERY_KEY,
+        **BAD_CAUSAL,
+        **BAD_VALUE,
+        **BAD_SAMPLING,
+        **BAD_THRESHOLD,
+        **BAD_KEEP,
+        **BAD_COMPENSATE,
+    },
 }
 KEEP_RULES = {"keep_sink", "keep_last", "keep_local"}
 KEYWORDS = {
     "estimate": {"stride", "head_offset", "softmax_scale"},
     "select": {"threshold", "seqlen_q", "seqlen_k", *KEEP_RULES},
-    "attend": {"softmax_scale"},
+    "attend": {"softmax_scale", "compensate"},
     "backward": {"softmax_scale"},
-    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold", *KEEP_RULES},
+    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold", *KEEP_RULES, "compensate"},
 }

@@ -64,7 +64,7 @@ every_kind = pytest.mark.parametrize("kind", (as_scalars, as_arrays, as_fraction
 @every_kind
 def test_functions_take_any_numbers(kind):
     tensors = to_tensors(make_inputs(CASE))
-    flags = kind({"causal": True, "training": False})
+    flags = kind({"causal": True, "training": False, "compensate": False})
     assert_all_identical(run(tensors, **kind(PLAIN), **flags), run(tensors, **PLAIN))
     sampling = {name: PLAIN[name] for name in ("stride", "head_offset", "softmax_scale")}
     keep = {name: PLAIN[name] for name in ("keep_sink", "keep_last", "keep_local")}
@@ -99,10 +99,10 @@ def test_direct_takes_any_numbers(kind):
 
 @every_kind
 def test_settings_are_kept_as_plain_python(kind, tmp_path):
-    others = {"min_length": 100, "deterministic": True}
+    others = {"min_length": 100, "deterministic": True, "compensate": True}
     config = rrattn.RRAttentionConfig(**kind(PLAIN), **kind(others))
     assert config == rrattn.RRAttentionConfig(**PLAIN, **others)
-    types = [int, float, bool, bool, int, int, float, tuple, int, bool]
+    types = [int, float, bool, bool, int, int, float, tuple, int, bool, bool]
     assert [type(value) for value in asdict(config).values()] == types
     config.to_json(tmp_path / "config.json")
     assert rrattn.RRAttentionConfig.from_json(tmp_path / "config.json") == config
@@ -309,7 +309,7 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
     (
         (direct.estimate_block_scores, 2, "block_scores", "causal, stride, head_offset, softmax_scale, dtype"),
         (direct.select_blocks, 2, "block_mask", "causal, seqlen_q, seqlen_k, keep_sink, keep_last, keep_local"),
-        (direct.block_sparse_attention, 4, "out, lse", "causal, softmax_scale, dtype"),
+        (direct.block_sparse_attention, 4, "out, lse", "causal, softmax_scale, compensate, dtype"),
         (
             direct.block_sparse_attention_backward,
             7,
@@ -320,7 +320,8 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
             direct.rr_attention,
             3,
             "out, lse, block_mask, block_scores",
-            "causal, stride, threshold, head_offset, softmax_scale, keep_sink, keep_last, keep_local, dtype",
+            "causal, stride, threshold, head_offset, softmax_scale, keep_sink, keep_last, keep_local, compensate, "
+            "dtype",
         ),
         (direct.startend_rows_from_dense, 1, "start_rows, verdict", "dtype"),
     ),

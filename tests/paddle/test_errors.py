@@ -401,6 +401,7 @@ def test_the_operator_itself_refuses_a_negative_keep_local():
         ({"keep_local": -1}, "keep_local is -1,.*integer of at least 0"),
         ({"keep_local": True}, "keep_local is True,.*integer of at least 0"),
         ({"keep_local": 0.5}, "keep_local is 0.5,.*integer of at least 0"),
+        ({"compensate": 1}, "compensate is 1,.*True or False"),
     ),
     ids=str,
 )

@@ -97,7 +97,7 @@ for command in ("calibrate model config --text file --held-out file", "visualize
     assert "Paddle: not installed, so that only rrattn.direct is there" in told.splitlines()
     assert "GPU: none without Paddle" in told.splitlines()
     assert "not checked: Paddle's operators: Paddle is not installed" in checked.splitlines()
-    assert checked.splitlines()[-1].startswith(f"all {4 * len(direct.available_simd())} groups passed")
+    assert checked.splitlines()[-1].startswith(f"all {5 * len(direct.available_simd())} groups passed")
     for name in ("calibrate", "visualize"):
         assert f"rrattn {name}: error: needs Paddle, which is not installed" in process.stderr
 
@@ -110,7 +110,7 @@ def test_check_passes_here():
     groups = [line for line in process.stdout.splitlines() if " ok " in line]
     names = [f"rrattn.direct, {simd}" for simd in direct.available_simd()] + ["Paddle's operators, cpu"]
     for name in names:
-        for label in ("float32", "float16", "bfloat16", "bad arguments"):
+        for label in ("float32", "float16", "bfloat16", "compensation", "bad arguments"):
             assert sum(line.startswith(f"{name}, {label} ") for line in groups) == 1, process.stdout
     assert process.stdout.splitlines()[-1].startswith(f"all {len(groups)} groups passed")
     assert seconds < 30
@@ -126,6 +126,14 @@ def test_selections_of_the_check_can_tell():
         selected = check.reference.unpack(known.block_mask, hidden.shape[-1])
         discriminating += 0 < selected.sum() < (~hidden).sum()
     assert discriminating > len(check.CASES) / 2
+
+
+@pytest.mark.parametrize("case", check.COMPENSATED_CASES, ids=str)
+def test_means_count_in_the_check_of_compensation(case):
+    known = check.expected(case, "float32")
+    block_mask = check.reference.unpack(known.block_mask, check.reference.num_blocks(case.seqlen_k))
+    stands_in = check.reference.stood_in_for(block_mask, known.startend, causal=case.causal, **case.lengths)
+    assert stands_in.sum() > stands_in.size / 4
 
 
 # Faults: each takes the function that is made wrong, and returns the wrong one.
@@ -202,7 +210,13 @@ def doubles(function):
     return wrong
 
 
+def does_not(option):
+    """Takes no notice of this option."""
+    return lambda function: lambda *arguments, **options: function(*arguments, **{**options, option: False})
+
+
 DTYPES = ("float32", "float16", "bfloat16")
+ATTENTION = (*DTYPES, "compensation")
 
 
 @pytest.mark.parametrize(
@@ -222,20 +236,22 @@ DTYPES = ("float32", "float16", "bfloat16")
             DTYPES,
             "selection, in words that differ: 1, allowed 0",
         ),
-        (direct, "block_sparse_attention", spoils("out", zeroes_last_value), DTYPES, "output, largest error: "),
-        (direct, "block_sparse_attention", spoils("lse", zeroes_last_value), DTYPES, "log-sum-exp, largest error: "),
+        (direct, "block_sparse_attention", spoils("out", zeroes_last_value), ATTENTION, "output, largest error: "),
+        (direct, "block_sparse_attention", spoils("lse", zeroes_last_value), ATTENTION, "log-sum-exp, largest error: "),
+        (direct, "block_sparse_attention", does_not("compensate"), ("compensation",), "output, largest error: "),
+        (direct, "rr_attention", does_not("compensate"), ("compensation",), "output of rr_attention, in words that"),
         (
             direct,
             "rr_attention",
             spoils("block_mask", flips_a_bit),
-            DTYPES,
+            ATTENTION,
             "selection of rr_attention, in words that differ",
         ),
         (
             direct,
             "rr_attention",
             spoils("out", zeroes_last_value),
-            DTYPES,
+            ATTENTION,
             "output of rr_attention, in words that differ",
         ),
         (
@@ -248,10 +264,10 @@ DTYPES = ("float32", "float16", "bfloat16")
         (direct, "block_sparse_attention_backward", gives_other_bits_each_time, DTYPES, "differ from run to run: 1, "),
         (direct, "block_sparse_attention_backward", ends_early, DTYPES, "RuntimeError: no such kernel"),
         (direct, "estimate_block_scores", takes_any_head_size, ("bad arguments",), "a head size of 7 raised nothing"),
-        (functional, "block_sparse_attention", doubles, DTYPES, "output, largest error: "),
+        (functional, "block_sparse_attention", doubles, ATTENTION, "output, largest error: "),
         (functional, "select_blocks", doubles, DTYPES, "selection, in words that differ: "),
-        (functional, "rr_attention", selects_otherwise, DTYPES, "selection of rr_attention, in words that differ"),
-        (functional, "rr_attention", doubles, DTYPES, "output of rr_attention, in words that differ"),
+        (functional, "rr_attention", selects_otherwise, ATTENTION, "selection of rr_attention, in words that differ"),
+        (functional, "rr_attention", doubles, ATTENTION, "output of rr_attention, in words that differ"),
         (functional, "estimate_block_scores", ends_early, (*DTYPES, "bad arguments"), "RuntimeError: no such kernel"),
     ],
 )
@@ -293,10 +309,10 @@ def test_a_device_that_cannot_be_used_fails_its_groups_alone(monkeypatch, capsys
     )
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(", ")[1] for line in lines if " FAILED" in line and "operators" in line] == ["gpu:99"] * 3
-    assert sum(" ok " in line for line in lines) == 4
-    assert sum(line.startswith("    ") and "Error: " in line for line in lines) == 3
-    assert lines[-1].startswith("3 of 7 groups FAILED")
+    assert [line.split(", ")[1] for line in lines if " FAILED" in line and "operators" in line] == ["gpu:99"] * 4
+    assert sum(" ok " in line for line in lines) == 5
+    assert sum(line.startswith("    ") and "Error: " in line for line in lines) == 4
+    assert lines[-1].startswith("4 of 9 groups FAILED")
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))

@@ -19,6 +19,14 @@ constexpr int floor_log2(int n) { return n <= 1 ? 0 : 1 + floor_log2(n / 2); }
 // The mass as in csrc/cpu/select.cpp, from the bits of score * 2^32, which is exact in float.
 __device__ inline long long mass_of(uint32_t bits) { return __float2ll_rn(__uint_as_float(bits)); }
 
+// The least bits of a score times 2^32 that has at least this mass, which is below 2^53.
+__device__ inline uint32_t bits_of_mass(long long mass) {
+  if (mass <= 0) return 0;
+  // All from half a unit below are rounded up to the mass, but the half itself to an even one.
+  const uint32_t bits = __float_as_uint(__double2float_ru(static_cast<double>(mass) - 0.5));
+  return mass_of(bits) < mass ? bits + 1 : bits;
+}
+
 // All scores above `bits` are kept, and some of the `ties` equal to it, from the lowest index on.
 struct Cut {
   uint32_t bits;

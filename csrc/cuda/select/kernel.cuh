@@ -106,12 +106,18 @@ __global__ void __launch_bounds__(kWarps * 32, 32 / kWarps) select_kernel(Kernel
   // The bits of negative scores and of NaN are greater as well.
   const bool keep_all = !(tau > 0 && tau < 1) || highest >= __float_as_uint(kScoreEnd * 0x1p32f);
 
+  int num_visible = row.end_block;
+  if constexpr (kFlashMask) {
+    num_visible = static_cast<int>(reduction.sum(static_cast<uint32_t>(__popc(visible_bits))));
+  }
   Cut cut{keep_all ? 0 : kNothing, 0, 0};
   const long long row_sum = keep_all ? 0 : reduction.sum(mass);
   if (row_sum > 0) {
     Search search(of_search, words, score_bits, reduction, tau, row_sum);
     cut = search.find(0u - reduction.max(lowest), highest);
     search.drop_ties(cut, score_bits);
+    const double least = least_mass(select.rules.min_share, row_sum, num_visible);
+    cut.bits = max(cut.bits, bits_of_mass(static_cast<long long>(ceil(least))));
   }
   uint32_t kept_bits = 0;
   words.each([&](int i) {

@@ -22,15 +22,29 @@ constexpr int kConsumerRows = kBlockSize / kConsumers;
 struct RowItem {
   int index;  // in [B, Hq, Mq]; < 0: no row is left
   int m_block, head, batch;
-  bool nothing_selected;
+  bool without_tiles;
 };
 
-// Keys of a selected block: what the consumers take at a time.
+// Keys of a selected block, or with compensation the mean keys of some blocks: what the consumers
+// take at a time.
 struct KeyTile {
-  int first_key;
-  bool plain;  // no score is hidden, and the softmax scale is positive
-  bool last;   // of the mask row
+  int first_key;  // of a tile of means -1 - its first block, which is a multiple of kTileN
+  bool plain;     // no score is hidden or increased, and the softmax scale is late
+  bool last;      // of the mask row
+
+  __device__ static KeyTile of_means(int first_block, bool last) {
+    return {-1 - first_block, false, last};
+  }
+  __device__ bool is_of_means() const { return first_key < 0; }
+  __device__ int first_block() const { return -1 - first_key; }
 };
+
+// Products are multiplied by a softmax scale above this together with log2(e), as their probabilities
+// are computed: `late` below. Not by one that is not positive, where the largest product is not the
+// largest score; nor, with compensation, by one so small that what is added to products (their
+// scores' increase, divided by it) has no room in a float.
+template <bool kCompensate>
+constexpr float kLateScalesAbove = kCompensate ? 0x1p-64f : 0;
 
 // Shared memory (227 KB): the query block, and kSlots tiles of kTileN keys and as many of values.
 // Smaller tiles, a second query block and multicast to clusters are slower: see docs/tuning.md.
@@ -40,6 +54,7 @@ struct KernelTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;  // at 256 out takes 128 registers
   static constexpr int kTilesPerBlock = kBlockSize / kTileN;
+  static constexpr int kMeanWords = kTileN / 32;  // of the block mask, for a tile of means
   static constexpr int kSlots = kHeadDim == 64 ? 4 : kHeadDim == 128 ? 3 : 2;
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again. The
@@ -82,6 +97,8 @@ struct KernelTraits {
     Barrier value_uncleared[kSlots];  // values that are there, but still to be cleared
     RowItem row;
     KeyTile tile[kSlots];  // in the key slot
+    uint32_t stood_in_for[kSlots]
+                         [kMeanWords];  // if that is one of means: those that are not hidden
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };
@@ -90,6 +107,9 @@ struct Workspace {
   SpanBounds* block_bounds;  // [B, bounds heads, Mk]
   int* next_item;
   void *query, *key, *value;  // copies of what no tensor map can describe; else empty
+  // With compensation:
+  Rows mean_key, mean_value;  // [B, Mk, Hkv, D]
+  uint32_t* stood_in_for;     // [B, Hq, Mq, words]
 
   Workspace(Arena& arena, const AttendParams& params) {
     block_bounds = arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
@@ -99,6 +119,23 @@ struct Workspace {
     query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape));
     key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape));
     value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape));
+    if (!params.compensate) return;
+    const TensorShape shape = mean_shape_of(params.visibility, params.heads);
+    const int64_t row_stride = shape.num_heads * shape.head_dim;
+    const int64_t batch_stride = shape.seqlen * row_stride;
+    for (Rows* means : {&mean_key, &mean_value}) {
+      void* data = arena.take<uint16_t>(shape.batch * batch_stride);
+      *means = {data, batch_stride, row_stride, shape.head_dim};
+    }
+    const Visibility& visibility = params.visibility;
+    stood_in_for = arena.take<uint32_t>(visibility.batch * visibility.num_heads *
+                                        visibility.num_m_blocks() * visibility.num_mask_words());
+  }
+
+  static TensorShape mean_shape_of(const Visibility& visibility, const Heads& heads) {
+    TensorShape shape = key_shape_of(visibility, heads);
+    shape.seqlen = visibility.num_n_blocks();
+    return shape;
   }
 };
 

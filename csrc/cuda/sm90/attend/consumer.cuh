@@ -24,8 +24,9 @@ namespace rrattn::cuda::sm90::attend {
 // below float16's largest number, and far above 1.
 constexpr float kLargestFittingSum = 0x1p12f;
 
-// kUnseenKeys: whether some blocks may hold keys that no row sees.
-template <typename Traits, bool kUnseenKeys>
+// kUnseenKeys: whether some blocks may hold keys that no row sees. kCompensate: whether there are
+// tiles of means.
+template <typename Traits, bool kUnseenKeys, bool kCompensate>
 class Consumer {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
@@ -46,11 +47,9 @@ class Consumer {
  public:
   __device__ Consumer(const KernelParams& params, SharedStorage& shared, int consumer)
       : params_(params), shared_(shared), consumer_(consumer) {
-    // With a scale that is not positive the largest product is not the largest score, so there the
-    // products are scaled first.
     const float scale = params.attend.softmax_scale;
-    product_scale_ = scale > 0 ? 1 : scale;
-    score_scale_ = (scale > 0 ? scale : 1) * kLog2E;
+    product_scale_ = scale > kLateScalesAbove<kCompensate> ? 1 : scale;
+    score_scale_ = (scale > kLateScalesAbove<kCompensate> ? scale : 1) * kLog2E;
     if (consumer == 1) give_turn(0);
   }
 
@@ -65,7 +64,7 @@ class Consumer {
       row_base_[0] = row_base_[1] = -INFINITY;
       unseen_ = true;
       row_sum_[0] = row_sum_[1] = 0;
-      if (!row.nothing_selected) attend(row, out);
+      if (!row.without_tiles) attend(row, out);
       write(row, out);
     }
   }
@@ -258,13 +257,41 @@ class Consumer {
 
   __device__ static float finite(float base) { return base == -INFINITY ? 0 : base; }
 
-  // Scales products by a scale that is not positive, and makes hidden scores -infinity.
+  // Scales products by a scale that is not late, makes hidden scores -infinity, and adds to those of
+  // means the logarithm of how many keys they stand for.
   __device__ void adjust(const RowItem& row, const KeyTile& tile, Scores& scores) const {
+    uint32_t hidden[2];  // bit i: score i is hidden
+    float added = 0, added_to_last = 0;
+    int last = -1;  // of the thread's columns, the last block's
+    if (kCompensate && tile.is_of_means()) {
+      const int first = static_cast<int>(threadIdx.x) % 4 * 2;  // column of the thread
+      hidden[0] = hidden[1] = hidden_means(first);
+      added = params_.added_to_mean;
+      added_to_last = params_.added_to_last_mean;
+      last = static_cast<int>(params_.attend.visibility.num_n_blocks()) - 1 - tile.first_block() -
+             first;
+    } else {
+      find_hidden(row, tile, hidden);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kRowScores; ++i) {
+        float& score = scores(accumulator_index(half, i));
+        float adjusted = score * product_scale_;
+        if (kCompensate) adjusted += accumulator_column(i) == last ? added_to_last : added;
+        score = hidden[half] >> i & 1 ? -INFINITY : adjusted;
+      }
+    }
+  }
+
+  // Of keys. Bit i of hidden[half]: score i is hidden.
+  __device__ void find_hidden(const RowItem& row, const KeyTile& tile,
+                              uint32_t (&hidden)[2]) const {
     const Visibility& visibility = params_.attend.visibility;
     const RowBounds& layout = visibility.row_bounds;
     const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
     const int end_key = static_cast<int>(visibility.seqlen_k);
-    uint32_t hidden[2];  // bit i: score i is hidden
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = row_token(row, half);
@@ -289,14 +316,20 @@ class Consumer {
         }
       }
     }
+  }
+
+  // The same of a tile of means, for all rows. The thread has columns first + accumulator_column(i).
+  __device__ uint32_t hidden_means(int first) const {
+    uint32_t hidden = 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < kRowScores; ++i) {
-        float& score = scores(accumulator_index(half, i));
-        score = hidden[half] >> i & 1 ? -INFINITY : score * product_scale_;
-      }
+    for (int word = 0; word < Traits::kMeanWords; ++word) {
+      // Bits 0, 1, 8, 9, 16, 17, 24 and 25 close ranks.
+      uint32_t bits = ~shared_.stood_in_for[keys_.slot][word] >> first & 0x03030303;
+      bits = (bits | bits >> 6) & 0x000f000f;
+      bits = (bits | bits >> 12) & 0xff;
+      hidden |= bits << word * 8;
     }
+    return hidden;
   }
 
   __device__ static void convert(const Scores& scores, Probabilities& probabilities) {

@@ -7,6 +7,9 @@
 // of a head, 64 for each of two consumer warp groups. Producer warps walk the row's bits and copy
 // the queries and the selected tiles of keys and values to shared memory (TMA). Only the producers
 // read the mask; they tell the consumers which tiles have hidden scores.
+//
+// With compensation tiles of mean keys and mean values follow those of a row's blocks, with the bits
+// of those that stand in for theirs.
 #pragma once
 
 #include "consumer.cuh"
@@ -33,7 +36,8 @@ __device__ inline void init_shared(typename Traits::SharedStorage& shared) {
 }
 
 // kUnseenKeys: whether some blocks may hold keys that no row sees. Their values are then zeroed.
-template <typename Traits, bool kUnseenKeys>
+// kCompensate: whether means stand in for blocks.
+template <typename Traits, bool kUnseenKeys, bool kCompensate>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attend_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ char shared_memory[];
@@ -44,13 +48,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp_group == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    if (warp == 0) produce_keys<Traits>(params, shared);
-    if (warp == 1) produce_values<Traits, kUnseenKeys>(params, shared);
+    if (warp == 0) produce_keys<Traits, kCompensate>(params, shared);
+    if (warp == 1) produce_values<Traits, kUnseenKeys, kCompensate>(params, shared);
     if (warp == 2) produce_queries<Traits>(params, shared);
-    if (kUnseenKeys && warp == 3) clear_values<Traits>(params, shared);
+    if (kUnseenKeys && warp == 3) clear_values<Traits, kCompensate>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    Consumer<Traits, kUnseenKeys>(params, shared, warp_group - 1).consume_rows();
+    Consumer<Traits, kUnseenKeys, kCompensate>(params, shared, warp_group - 1).consume_rows();
   }
 }
 

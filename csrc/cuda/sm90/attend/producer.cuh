@@ -1,6 +1,7 @@
 // The producer warps of block-sparse attention. The first takes rows of the block mask and copies
-// the keys that their bits select. The others follow it row by row and copy the values and the
-// queries. So each waits only for room for what it copies itself.
+// the keys that their bits select, and with compensation tiles of mean keys after them. The others
+// follow it row by row and copy the values and the queries. So each waits only for room for what it
+// copies itself.
 #pragma once
 
 #include "../../common/bit_walk.cuh"
@@ -21,9 +22,13 @@ struct KernelParams {
   int num_items;
   int section_heads;  // query heads of a section
   bool aligned_out;
+  // With compensation:
+  CUtensorMap mean_key, mean_value;
+  const uint32_t* stood_in_for;             // [B, Hq, Mq, words]
+  float added_to_mean, added_to_last_mean;  // before score_scale: for how many keys it stands
 };
 
-// The mask row of an item; whether it selects anything is not known yet. Query blocks go from the
+// The mask row of an item; whether it has any tiles is not known yet. Query blocks go from the
 // last, under the diagonal the longest, to the first.
 __device__ inline RowItem row_of_item(const KernelParams& params, int item) {
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
@@ -37,13 +42,14 @@ __device__ inline RowItem row_of_item(const KernelParams& params, int item) {
 
 // The blocks of a row that its bits select and that it sees, from the last to the first. All lanes
 // of a warp call it together.
+template <bool kCompensate>
 class RowBlocks {
  public:
   __device__ RowBlocks(const KernelParams& params, const RowItem& row)
       : visibility_(params.attend.visibility),
         bounds_(span_bounds_of(visibility_, kBlockSize, params.block_bounds, row.batch, row.head)),
         m_block_(row.m_block),
-        plain_end_(params.attend.softmax_scale > 0
+        plain_end_(params.attend.softmax_scale > kLateScalesAbove<kCompensate>
                        ? first_hidden_key(visibility_, m_block_) / kBlockSize
                        : 0),
         seen_end_(visibility_.causal && visibility_.shift() % kBlockSize != 0
@@ -62,7 +68,7 @@ class RowBlocks {
     return n_block_;
   }
 
-  // Whether the last block returned has no hidden score, and the softmax scale is positive.
+  // Whether the last block returned has no hidden score, and the softmax scale is late.
   __device__ bool is_plain() const { return n_block_ < plain_end_ && kind_ == BlockKind::kOpen; }
 
   // Whether the last block returned may hold keys that no row sees.
@@ -91,6 +97,40 @@ class RowBlocks {
   int n_block_ = -1;
 };
 
+// The tiles of means of a row in which some stand in for their blocks, from the last to the first.
+// All lanes of a warp call it together.
+template <typename Traits>
+class RowMeans {
+ public:
+  __device__ RowMeans(const KernelParams& params, const RowItem& row)
+      : num_words_(static_cast<int>(params.attend.visibility.num_mask_words())),
+        words_(params.stood_in_for + static_cast<int64_t>(row.index) * num_words_) {
+    const int end = static_cast<int>(end_under_diagonal(params.attend.visibility, row.m_block));
+    first_block_ = (end + Traits::kTileN - 1) / Traits::kTileN * Traits::kTileN;
+  }
+
+  // The first block of the next tile; < 0: none is left.
+  __device__ int next() {
+    while (first_block_ > 0) {
+      first_block_ -= Traits::kTileN;
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      const int word = first_block_ / kMaskWordBits + lane;
+      own_word_ = lane < Traits::kMeanWords && word < num_words_ ? words_[word] : 0;
+      if (__any_sync(~0u, own_word_ != 0)) return first_block_;
+    }
+    return -1;
+  }
+
+  // Of the tile returned last, a bit for each mean that stands in for its block: a lane's word.
+  __device__ uint32_t own_word() const { return own_word_; }
+
+ private:
+  const int num_words_;
+  const uint32_t* words_;
+  int first_block_;
+  uint32_t own_word_ = 0;
+};
+
 // Copies a tile of keys or of values.
 template <typename Traits>
 __device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, int first_key,
@@ -99,8 +139,35 @@ __device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, 
   copy_rows<Traits::kPanels>(to, map, Traits::kTileN, first_key, key_head, batch, full);
 }
 
-// Takes rows, and copies their keys.
+// Copies the tiles of mean keys of a row.
 template <typename Traits>
+__device__ void produce_mean_keys(const KernelParams& params, const RowItem& row, int key_head,
+                                  RingPosition<Traits::kSlots>& keys,
+                                  typename Traits::SharedStorage& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  RowMeans<Traits> means(params, row);
+  int block = -1;
+  uint32_t own_word = 0;
+  do {
+    const int next = means.next();
+    if (block >= 0) {
+      shared.key_empty[keys.slot].wait(keys.parity ^ 1);
+      if (lane < Traits::kMeanWords) shared.stood_in_for[keys.slot][lane] = own_word;
+      __syncwarp();
+      if (lane == 0) {
+        shared.tile[keys.slot] = KeyTile::of_means(block, next < 0);
+        copy_tile<Traits>(shared.key[keys.slot], params.mean_key, block, key_head, row.batch,
+                          shared.key_full[keys.slot]);
+      }
+      keys.advance();
+    }
+    block = next;
+    own_word = means.own_word();
+  } while (block >= 0);
+}
+
+// Takes rows, and copies their keys.
+template <typename Traits, bool kCompensate>
 __device__ void produce_keys(const KernelParams& params, typename Traits::SharedStorage& shared) {
   const int group = static_cast<int>(group_size(params.attend.visibility, params.attend.heads));
   const bool leader = threadIdx.x % 32 == 0;
@@ -119,9 +186,14 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
     }
     RowItem row = row_of_item(params, item);
     const int key_head = row.head / group;
-    RowBlocks blocks(params, row);
+    RowBlocks<kCompensate> blocks(params, row);
     int n_block = blocks.next();
-    row.nothing_selected = n_block < 0;
+    row.without_tiles = n_block < 0;
+    bool means_follow = false;
+    if constexpr (kCompensate) {
+      means_follow = RowMeans<Traits>(params, row).next() >= 0;
+      row.without_tiles = n_block < 0 && !means_follow;
+    }
     if (leader) {
       shared.row = row;
       shared.row_full.arrive();
@@ -133,7 +205,7 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);
         if (leader) {
           const int first_key = n_block * kBlockSize + t * Traits::kTileN;
-          shared.tile[keys.slot] = {first_key, plain, next < 0 && t == 0};
+          shared.tile[keys.slot] = {first_key, plain, next < 0 && t == 0 && !means_follow};
           copy_tile<Traits>(shared.key[keys.slot], params.key, first_key, key_head, row.batch,
                             shared.key_full[keys.slot]);
         }
@@ -141,10 +213,13 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
       }
       n_block = next;
     }
+    if constexpr (kCompensate) {
+      produce_mean_keys<Traits>(params, row, key_head, keys, shared);
+    }
   }
 }
 
-// Calls `produce(row)` for every row that the first producer takes, unless it selects nothing.
+// Calls `produce(row)` for every row that the first producer takes, unless it has no tiles.
 template <typename SharedStorage, typename Produce>
 __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
   for (RingPosition<1> rows;; rows.advance()) {
@@ -152,18 +227,18 @@ __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
     const RowItem row = shared.row;
     shared.row_empty.arrive();
     if (row.index < 0) return;
-    if (!row.nothing_selected) produce(row);
+    if (!row.without_tiles) produce(row);
   }
 }
 
 // kUnseenKeys: values of blocks that may hold such keys go to `clear_values` first.
-template <typename Traits, bool kUnseenKeys>
+template <typename Traits, bool kUnseenKeys, bool kCompensate>
 __device__ void produce_values(const KernelParams& params, typename Traits::SharedStorage& shared) {
   const int group = static_cast<int>(group_size(params.attend.visibility, params.attend.heads));
   RingPosition<Traits::kSlots> values;
   follow_rows(shared, [&](const RowItem& row) {
     const int key_head = row.head / group;
-    RowBlocks blocks(params, row);
+    RowBlocks<kCompensate> blocks(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
       Barrier* full =
           kUnseenKeys && blocks.may_hold_unseen_keys() ? shared.value_uncleared : shared.value_full;
@@ -177,12 +252,25 @@ __device__ void produce_values(const KernelParams& params, typename Traits::Shar
         values.advance();
       }
     }
+    if constexpr (kCompensate) {
+      RowMeans<Traits> means(params, row);
+      for (;;) {
+        const int block = means.next();
+        if (block < 0) break;
+        shared.value_empty[values.slot].wait(values.parity ^ 1);
+        if (threadIdx.x % 32 == 0) {
+          copy_tile<Traits>(shared.value[values.slot], params.mean_value, block, key_head,
+                            row.batch, shared.value_full[values.slot]);
+        }
+        values.advance();
+      }
+    }
   });
 }
 
 // Zeroes values whose keys no row of the query block sees: a NaN or infinity there, even times a
 // probability of 0, would make all rows NaN.
-template <typename Traits>
+template <typename Traits, bool kCompensate>
 __device__ void clear_values(const KernelParams& params, typename Traits::SharedStorage& shared) {
   const Visibility& visibility = params.attend.visibility;
   RingPosition<Traits::kSlots> values;
@@ -194,7 +282,7 @@ __device__ void clear_values(const KernelParams& params, typename Traits::Shared
             : nullptr;
     const int64_t first_row = row.m_block * kBlockSize;
     const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-    RowBlocks blocks(params, row);
+    RowBlocks<kCompensate> blocks(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
       const bool clears = blocks.may_hold_unseen_keys();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t, values.advance()) {
@@ -218,6 +306,10 @@ __device__ void clear_values(const KernelParams& params, typename Traits::Shared
         __syncwarp();
         if (threadIdx.x % 32 == 0) shared.value_full[values.slot].arrive();
       }
+    }
+    if constexpr (kCompensate) {
+      RowMeans<Traits> means(params, row);
+      while (means.next() >= 0) values.advance();  // there is nothing to clear in means
     }
   });
 }

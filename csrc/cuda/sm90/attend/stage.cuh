@@ -1,8 +1,12 @@
-// Defines Stage: the launch of the kernel.
+// Defines Stage: the launches of its kernels.
 #pragma once
+
+#include <cmath>
 
 #include "../../common/element.cuh"
 #include "../../common/rows.cuh"
+#include "../../common/stood_in_for.cuh"
+#include "block_means.cuh"
 #include "kernel.cuh"
 #include "stage.h"
 
@@ -48,8 +52,29 @@ void Stage<kDataType, kHeadDim>::launch(const AttendParams& attend) {
                          static_cast<int>(group_size(visibility, attend.heads));
   params.aligned_out = aligned_rows(attend.out);
 
-  const auto kernel = may_leave_unseen_keys(visibility) ? attend_kernel<Traits, true>
-                                                        : attend_kernel<Traits, false>;
+  if (attend.compensate) {
+    launch_block_means<typename Traits::Element, kHeadDim>(attend, workspace.mean_key,
+                                                           workspace.mean_value, stream);
+    find_stood_in_for(attend, workspace.block_bounds, workspace.stood_in_for, stream);
+    params.stood_in_for = workspace.stood_in_for;
+    const TensorShape mean_shape = Workspace::mean_shape_of(visibility, attend.heads);
+    const auto map_means = [&](const Rows& means) {
+      return map_rows(means, mean_shape, nullptr, Traits::kTileN, stream);
+    };
+    params.mean_key = map_means(workspace.mean_key);
+    params.mean_value = map_means(workspace.mean_value);
+    const float scale = attend.softmax_scale > kLateScalesAbove<true> ? attend.softmax_scale : 1;
+    const auto added = [&](int64_t num_keys) {
+      return static_cast<float>(std::log(static_cast<double>(num_keys)) / scale);
+    };
+    params.added_to_mean = added(kBlockSize);
+    params.added_to_last_mean =
+        added(visibility.seqlen_k - (visibility.num_n_blocks() - 1) * kBlockSize);
+    launch_persistent<Traits>(attend_kernel<Traits, true, true>, params.num_items, stream, params);
+    return;
+  }
+  const auto kernel = may_leave_unseen_keys(visibility) ? attend_kernel<Traits, true, false>
+                                                        : attend_kernel<Traits, false, false>;
   launch_persistent<Traits>(kernel, params.num_items, stream, params);
 }
 

@@ -17,27 +17,29 @@ __host__ __device__ constexpr int column_of(int stride) {
   return i / 2 * 8 + t * 2 + i % 2;
 }
 
-template <int kStride>
+template <int kKeyStride>
 struct BlockSums {
-  static constexpr int kBlockStrides = kBlockSize / kStride;
+  static constexpr int kBlockStrides = kBlockSize / kKeyStride;
   static constexpr int kBlocks = kTileStrides / kBlockStrides;  // of a tile
   static constexpr int kOwnStrides =
       kBlockStrides < kThreadStrides ? kBlockStrides : kThreadStrides;
   static constexpr int kOwn = kThreadStrides / kOwnStrides;  // blocks of which a thread has strides
+  static constexpr int kSharers = kBlockStrides / kOwnStrides;  // threads that share a block
 
   // Where a thread writes in sums[kTileQueries][kBlocks] of a tile; `row` is g's.
   __device__ static int offset(int row) {
     const int t = threadIdx.x % 4;
-    return row * kBlocks + (kBlockStrides > kThreadStrides ? t / 2 : t * kOwn);
+    return row * kBlocks + (kSharers > 1 ? t / kSharers : t * kOwn);
   }
 
   // Writes own[row half][block] there.
   __device__ static void store(const float (&own)[2][kOwn], float* to) {
 #pragma unroll
     for (int half = 0; half < 2; ++half, to += 8 * kBlocks) {
-      if constexpr (kBlockStrides > kThreadStrides) {  // two threads share a block
-        const float sum = own[half][0] + __shfl_xor_sync(~0u, own[half][0], 1);
-        if (threadIdx.x % 2 == half) *to = sum;
+      if constexpr (kSharers > 1) {
+        float sum = own[half][0] + __shfl_xor_sync(~0u, own[half][0], 1);
+        if constexpr (kSharers == 4) sum += __shfl_xor_sync(~0u, sum, 2);
+        if (threadIdx.x % kSharers == half) *to = sum;
       } else if constexpr (kOwn == 1) {
         *to = own[half][0];
       } else if constexpr (kOwn == 2) {

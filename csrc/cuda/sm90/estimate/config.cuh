@@ -3,6 +3,7 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include <cfloat>
 #include <cute/tensor.hpp>
 
 #include "../../common/heads.cuh"
@@ -17,6 +18,12 @@ using namespace cute;
 constexpr int kTileStrides = 128;  // pooled keys of a tile
 constexpr int kTileQueries = 64;   // sampled queries of a consumer warp group: the m of wgmma
 
+// Floats in which the variances of a tile lie: those of the strides of a thread and 16 bytes more,
+// so that the four threads of a row read from different banks.
+constexpr int kThreadVariances = kTileStrides / 4 + 4;
+constexpr int kTileVariances = 4 * kThreadVariances;
+
+constexpr int kMaxChunkSlots = 2;
 constexpr int kItemSlots = 2;  // items under way: one at the consumers, one before or after them
 
 // The 64 sampled queries of one consumer in one item.
@@ -38,22 +45,21 @@ struct WorkItem {
 };
 
 // The tile sizes by head size. Shared memory (227 KB): kConsumers query tiles, kKeySlots key tiles
-// and kChunkSlots chunks of sums on their way back. Four consumers beat fewer, since what is short
-// is warps to hide latency with: see docs/tuning.md.
+// with their variances, and chunks of sums on their way back. Four consumers beat fewer, since what
+// is short is warps to hide latency with: see docs/tuning.md.
 template <typename Element_, int kHeadDim_>
 struct KernelTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kHeadDim <= 128 ? 4 : 2;
   static constexpr int kKeySlots = kHeadDim == 64 ? 8 : kHeadDim == 128 ? 4 : 2;
-  static constexpr int kChunkSlots = 2;
-  static constexpr int kChunkBytes = 16384;
+  static constexpr int kChunkBytes = 28672;  // of all chunks: what is left
   static constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
   // A thread block starts with 65,536 / kThreads registers a thread, rounded down to a multiple of
   // 8; the warp groups share these out again. A group that asks for more than are left waits
   // forever.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kServiceRegisters = 56;
+  static constexpr int kServiceRegisters = 64;
   static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : 216;
   static_assert(kServiceRegisters + kConsumers * kConsumerRegisters <=
                 (kConsumers + 1) * kStartRegisters);
@@ -71,23 +77,23 @@ struct KernelTraits {
   static constexpr int kKeyTileElements = kTileStrides * kHeadDim;
   static constexpr uint32_t kKeyTileBytes = kKeyTileElements * sizeof(Element);
 
-  using Chunk = float[kChunkBytes / sizeof(float)];
-
   struct SharedStorage {
     alignas(1024) Element query[kConsumers][kTileQueries * kHeadDim];
     alignas(1024) Element key[kKeySlots][kKeyTileElements];
-    alignas(128) Chunk chunk[kChunkSlots];
-    float row_factor[kItemSlots][kConsumers][kTileQueries];  // 1 / the sum of the row
+    alignas(128) float variance[kKeySlots][kTileVariances];
+    alignas(128) float chunk[kChunkBytes / sizeof(float)];
+    // 1 / the sum of the row; until that is known, what a variance of 1 adds to its products
+    float row_factor[kItemSlots][kConsumers][kTileQueries];
     Barrier key_full[kKeySlots], key_empty[kKeySlots];
     Barrier item_full[kItemSlots], item_empty[kItemSlots], sums_full[kItemSlots];
-    Barrier chunk_full[kConsumers + 1][kChunkSlots];
+    Barrier chunk_full[kConsumers + 1][kMaxChunkSlots];
     int tile[kKeySlots];  // in that slot; < 0: none, the pass is over
     WorkItem<kConsumers> item[kItemSlots];
     bool outgrown[kItemSlots];       // a row sum has reached kOutgrown
     volatile int64_t sums_position;  // up to here sums have been read back
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
-  static_assert(kKeySlots * kKeyTileBytes >= kConsumers * kChunkSlots * kChunkBytes);
+  static_assert(kKeySlots * kKeyTileBytes >= kConsumers * kChunkBytes);
 };
 
 // Counts of strides, rows and items. They are below 2^30, so that index arithmetic on the GPU stays
@@ -99,22 +105,29 @@ struct WorkLayout {
   int group_size;     // query heads of a key head
   int key_heads;      // over all batch entries
   int num_items;
-  float score_scale;  // brings products to scores in units of log2
+  float score_scale;      // brings products to scores in units of log2
+  float variance_weight;  // times |q|^2: what a variance of 1 adds to a product
 
   WorkLayout(const EstimateParams& params, int consumers)
-      : num_strides(static_cast<int>(ceil_div(params.visibility.seqlen_k, params.sampling.stride))),
+      : num_strides(
+            static_cast<int>(ceil_div(params.visibility.seqlen_k, params.sampling.key_stride))),
         num_tiles(static_cast<int>(ceil_div(num_strides, kTileStrides))),
         num_row_tiles(static_cast<int>(
             ceil_div(ceil_div(params.visibility.seqlen_q, params.sampling.stride), kTileQueries))),
         group_size(static_cast<int>(cuda::group_size(params.visibility, params.heads))),
         key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)),
         num_items(key_heads * static_cast<int>(ceil_div(num_row_tiles * group_size, consumers))),
-        score_scale(params.sampling.softmax_scale * kLog2E) {}
+        // Not 0, which times the infinity of a hidden score would be NaN.
+        score_scale(params.sampling.softmax_scale == 0 ? FLT_MIN
+                                                       : params.sampling.softmax_scale * kLog2E),
+        variance_weight(params.sampling.spread / 2 * params.sampling.softmax_scale) {}
 };
 
 template <typename Traits>
 struct Workspace {
   typename Traits::Element* pooled_keys;  // [B, Hkv, num_tiles] images of KeyLayout
+  // [B, Hkv, num_tiles, kTileVariances], over D on average; nothing without spread
+  float* variances;
   float* block_sums;  // [multiprocessors, kConsumers, num_tiles, kTileQueries, blocks of a tile]
   int64_t consumer_sums;      // elements of these for one consumer
   SpanBounds* stride_bounds;  // [B, bounds heads, num_strides]
@@ -127,13 +140,14 @@ struct Workspace {
     const WorkLayout layout(params, Traits::kConsumers);
     const int64_t key_tiles = static_cast<int64_t>(layout.key_heads) * layout.num_tiles;
     pooled_keys = arena.take<typename Traits::Element>(key_tiles * Traits::kKeyTileElements);
+    variances = arena.take<float>(params.sampling.spread > 0 ? key_tiles * kTileVariances : 0);
     consumer_sums = static_cast<int64_t>(layout.num_tiles) * kTileQueries *
-                    (kTileStrides * params.sampling.stride / kBlockSize);
+                    (kTileStrides * params.sampling.key_stride / kBlockSize);
     block_sums = arena.take<float>(num_multiprocessors * Traits::kConsumers * consumer_sums);
     stride_bounds =
-        arena.take<SpanBounds>(params.visibility.num_span_bounds(params.sampling.stride));
+        arena.take<SpanBounds>(params.visibility.num_span_bounds(params.sampling.key_stride));
     tile_bounds = arena.take<SpanBounds>(
-        params.visibility.num_span_bounds(params.sampling.stride * kTileStrides));
+        params.visibility.num_span_bounds(params.sampling.key_stride * kTileStrides));
     next_item = arena.take<int>(3 + layout.num_items);
     num_outgrown = next_item + 2;
     outgrown_items = next_item + 3;

@@ -14,9 +14,9 @@ constexpr float kOutgrown = 0x1p100f;  // a row sum from here on asks for the ex
 // bit 32 on, and tiles below it.
 constexpr int64_t kItemPosition = int64_t{1} << 32;
 
-template <typename Traits, int kStride>
+template <typename Traits, int kKeyStride>
 class Consumer {
-  using Sums = BlockSums<kStride>;
+  using Sums = BlockSums<kKeyStride>;
   using SharedStorage = typename Traits::SharedStorage;
   using Scores = decltype(partition_fragment_C(typename Traits::Mma{},
                                                Shape<Int<kTileQueries>, Int<kTileStrides>>{}));
@@ -41,11 +41,12 @@ class Consumer {
     using Element = typename Traits::Element;
     constexpr int kChunks = Traits::kHeadDim / 8;
     const RowTile& rows = this->rows();
+    const int stride = static_cast<int>(params_.sampling.stride);
     const auto* queries = static_cast<const Element*>(params_.query.data) +
                           shared_.item[slot].batch * params_.query.batch_stride +
                           rows.head * params_.query.head_stride;
     for (int i = threadIdx.x % kWarpGroup; i < kTileQueries * kChunks; i += kWarpGroup) {
-      const int64_t token = rows.first_token + i / kChunks * kStride;
+      const int64_t token = rows.first_token + i / kChunks * stride;
       const int column = i % kChunks * 8;
       uint4 eight = make_uint4(0, 0, 0, 0);
       if (rows.active && token < params_.visibility.seqlen_q) {
@@ -54,6 +55,12 @@ class Consumer {
       }
       *reinterpret_cast<uint4*>(shared_.query[consumer_] +
                                 typename Traits::QueryOffsets{}(i / kChunks, column)) = eight;
+      if (params_.sampling.spread > 0) {
+        const float square = sum_over_row<kChunks>(square_of<Element>(eight));
+        if (i % kChunks == 0) {
+          shared_.row_factor[slot][consumer_][i / kChunks] = layout_.variance_weight * square;
+        }
+      }
     }
     fence_async_proxy_shared();  // wgmma reads what these stores wrote
     cutlass::arch::NamedBarrier::sync(kWarpGroup, consumer_);
@@ -74,6 +81,7 @@ class Consumer {
 
   // Hands the item to the finisher.
   __device__ void end_item() {
+    __syncwarp();  // until all of the warp have read their rows' factors of variances
     if (threadIdx.x % 4 == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -102,6 +110,7 @@ class Consumer {
     const int tile = shared_.tile[keys_.slot];
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
+    if (params_.sampling.spread > 0) add_spread(scores);
     if (threadIdx.x % 32 == 0) shared_.key_empty[keys_.slot].arrive();
     keys_.advance();
     return tile;
@@ -150,6 +159,46 @@ class Consumer {
     Sums::store(sums, block_sums_ + static_cast<int64_t>(tile) * (kTileQueries * Sums::kBlocks));
   }
 
+  // Adds to the products what the variances within the strides add to the scores.
+  __device__ void add_spread(Scores& scores) const {
+    const auto* variances = reinterpret_cast<const float4*>(shared_.variance[keys_.slot] +
+                                                            threadIdx.x % 4 * kThreadVariances);
+    const float* weights = shared_.row_factor[slot_][consumer_] + row();
+#pragma unroll
+    for (int i = 0; i < kThreadStrides; i += 4) {
+      const float4 four = variances[i / 4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto add = [&](int j, float variance) {
+          float& score = scores(accumulator_index(half, i + j));
+          score = fmaf(weights[half * 8], variance, score);
+        };
+        add(0, four.x), add(1, four.y), add(2, four.z), add(3, four.w);
+      }
+    }
+  }
+
+  template <typename Element>
+  __device__ static float square_of(const uint4& eight) {
+    float square = 0;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const auto q = static_cast<float>(reinterpret_cast<const Element*>(&eight)[e]);
+      square = fmaf(q, q, square);
+    }
+    return square;
+  }
+
+  // The sum over the neighbouring threads that have the chunks of a row.
+  template <int kChunks>
+  __device__ static float sum_over_row(float value) {
+#pragma unroll
+    for (int lanes = kChunks / 2; lanes > 0; lanes /= 2) {
+      value += __shfl_xor_sync(~0u, value, lanes);
+    }
+    return value;
+  }
+
   // Makes the largest score so far the reference of each row, or unless `always` only of rows that
   // have none yet.
   template <typename At>
@@ -173,14 +222,14 @@ class Consumer {
   __device__ static int row() { return threadIdx.x % kWarpGroup / 32 * 16 + threadIdx.x % 32 / 4; }
 
   __device__ int row_token(int half) const {
-    return rows().first_token + (row() + half * 8) * kStride;
+    return rows().first_token + (row() + half * 8) * static_cast<int>(params_.sampling.stride);
   }
 
   // How many strides a row may see under the diagonal and before the end of the sequence.
   __device__ int row_limit(int half) const {
     const int token = row_token(half);
     return rows().active && token < params_.visibility.seqlen_q
-               ? visible_strides<kStride>(params_.visibility, layout_, token)
+               ? visible_strides<kKeyStride>(params_.visibility, layout_, token)
                : 0;
   }
 
@@ -193,11 +242,11 @@ class Consumer {
     if (visibility.row_bounds.data == nullptr || !rows().active) return hidden;
 
     const int64_t batch = shared_.item[slot_].batch;
-    const SpanBounds* tile_bounds = span_bounds_of(visibility, kStride * kTileStrides,
+    const SpanBounds* tile_bounds = span_bounds_of(visibility, kKeyStride * kTileStrides,
                                                    workspace_.tile_bounds, batch, rows().head);
     if (!tile_bounds[tile].meets(rows().first_token, rows().last_token)) return hidden;
     const SpanBounds* stride_bounds =
-        span_bounds_of(visibility, kStride, workspace_.stride_bounds, batch, rows().head);
+        span_bounds_of(visibility, kKeyStride, workspace_.stride_bounds, batch, rows().head);
     const int token = row_token(half);
     const int end = min(kThreadStrides, layout_.num_strides - first);
 #pragma unroll 4

@@ -10,16 +10,17 @@ namespace rrattn::cuda::sm90::estimate {
 constexpr int kFinisherThreads = kWarpGroup - 32;  // the producer has the first warp of the group
 
 // A team of kThreads threads, with its own ring of chunks in shared memory.
-template <typename Traits, int kStride, int kThreads>
+template <typename Traits, int kKeyStride, int kThreads>
 class Finisher {
-  using Sums = BlockSums<kStride>;
+  using Sums = BlockSums<kKeyStride>;
   using Item = WorkItem<Traits::kConsumers>;
   using SharedStorage = typename Traits::SharedStorage;
-  using Chunk = typename Traits::Chunk;
-  static constexpr int kRows = kBlockSize / kStride;  // sampled queries of a query block
+  // Sampled queries of a query block where these have the stride of the keys.
+  static constexpr int kUsualRows = kBlockSize / kKeyStride;
   static constexpr int kTileElements = kTileQueries * Sums::kBlocks;
   static constexpr int kTileBytes = kTileElements * sizeof(float);
-  static constexpr int kChunkTiles = Traits::kChunkBytes / kTileBytes;
+  static constexpr int kChunkSlots = 2 * kTileBytes <= Traits::kChunkBytes ? kMaxChunkSlots : 1;
+  static constexpr int kChunkTiles = Traits::kChunkBytes / kChunkSlots / kTileBytes;
   static_assert(kChunkTiles > 0);
 
  public:
@@ -30,10 +31,11 @@ class Finisher {
         shared_(shared),
         thread_(thread),
         team_(team),
+        rows_per_block_(kBlockSize / static_cast<int>(params.sampling.stride)),
         // Consumers use the memory of the key tiles, once all of them are done with these.
-        chunks_(team == Traits::kConsumers
-                    ? shared.chunk
-                    : reinterpret_cast<Chunk*>(shared.key) + team * Traits::kChunkSlots) {}
+        chunks_(team == Traits::kConsumers ? shared.chunk
+                                           : reinterpret_cast<float*>(shared.key) +
+                                                 team * (Traits::kChunkBytes / sizeof(float))) {}
 
   // Divides by the row sums, adds up the rows of each query block, and writes whole rows of
   // block_scores, for the item's consumers [first, end).
@@ -52,11 +54,11 @@ class Finisher {
         full.arrive_and_expect(bytes);
         SM90_BULK_COPY_G2S::copy(workspace_.sums_of(first + chunk % consumers) +
                                      static_cast<int64_t>(first_tile) * kTileElements,
-                                 full.raw(), chunks_[loading_.slot], bytes);
+                                 full.raw(), chunk_in(loading_.slot), bytes);
       }
       loading_.advance();
     };
-    for (int chunk = 0; chunk < Traits::kChunkSlots; ++chunk) load(chunk);
+    for (int chunk = 0; chunk < kChunkSlots; ++chunk) load(chunk);
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
       const int first_tile = chunk / consumers * kChunkTiles;
       const int consumer = first + chunk % consumers;
@@ -65,11 +67,18 @@ class Finisher {
         free_sums(position_ + first_tile + kChunkTiles);
       }
       if (item.rows[consumer].active) {
-        write_chunk(item, item.rows[consumer], first_tile, chunks_[reading_.slot],
-                    shared_.row_factor[slot][consumer]);
+        const auto write = [&](auto num_rows) {
+          write_chunk(item, item.rows[consumer], first_tile, chunk_in(reading_.slot),
+                      shared_.row_factor[slot][consumer], num_rows);
+        };
+        if (rows_per_block_ == kUsualRows) {
+          write(Int<kUsualRows>{});
+        } else {
+          write(rows_per_block_);
+        }
       }
       cutlass::arch::NamedBarrier::sync(kThreads, team_);  // all have read it
-      load(chunk + Traits::kChunkSlots);
+      load(chunk + kChunkSlots);
       reading_.advance();
     }
     for (int consumer = first; consumer < end; ++consumer) {
@@ -84,6 +93,10 @@ class Finisher {
   }
 
  private:
+  __device__ float* chunk_in(int slot) const {
+    return chunks_ + slot * (kChunkTiles * kTileElements);
+  }
+
   // Lets the consumers overwrite the sums before this position.
   __device__ void free_sums(int64_t position) {
     if (thread_ == 0) shared_.sums_position = position;
@@ -97,28 +110,32 @@ class Finisher {
                visibility.num_n_blocks();
   }
 
-  // Writes the scores of a chunk. `sums` are those of the tiles from first_tile on.
+  // Writes the scores of a chunk. `sums` are those of the tiles from first_tile on; query blocks
+  // have `num_rows` of their rows, an int or a constant.
+  template <typename NumRows>
   __device__ void write_chunk(const Item& item, const RowTile& rows, int first_tile,
-                              const float* sums, const float* row_factor) const {
+                              const float* sums, const float* row_factor, NumRows num_rows) const {
     constexpr int kVector = Sums::kBlocks < 4 ? Sums::kBlocks : 4;  // key blocks of a thread
     constexpr int kVectors = kChunkTiles * Sums::kBlocks / kVector;
-    using Vector = std::conditional_t<kVector == 4, float4, float2>;
+    using Vector =
+        std::conditional_t<kVector == 4, float4, std::conditional_t<kVector == 2, float2, float>>;
     const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
     const int num_m_blocks = static_cast<int>(params_.visibility.num_m_blocks());
-    for (int i = thread_; i < kTileQueries / kRows * kVectors; i += kThreads) {
-      const int m = i / kVectors, m_block = rows.first_sample / kRows + m;
+    const int first_m_block = rows.first_sample / num_rows;
+    for (int i = thread_; i < kTileQueries / num_rows * kVectors; i += kThreads) {
+      const int m = i / kVectors, m_block = first_m_block + m;
       const int block = i % kVectors * kVector, tile = first_tile + block / Sums::kBlocks;
       const int n_block = first_tile * Sums::kBlocks + block;
       if (m_block >= num_m_blocks || tile >= item.num_tiles) continue;
       const float* column = sums + block / Sums::kBlocks * kTileElements +
-                            m * kRows * Sums::kBlocks + block % Sums::kBlocks;
+                            m * num_rows * Sums::kBlocks + block % Sums::kBlocks;
       float scores[kVector] = {};
-      if (!hides<kStride>(item, params_, workspace_, tile)) {
+      if (!hides<kKeyStride>(item, params_, workspace_, tile)) {
 #pragma unroll 8
-        for (int step = 0; step < kRows; ++step) {
-          const int r = (step + i) % kRows;  // neighbouring threads on different banks
+        for (int step = 0; step < num_rows; ++step) {
+          const int r = (step + i) % num_rows;  // neighbouring threads on different banks
           const Vector of_row = *reinterpret_cast<const Vector*>(column + r * Sums::kBlocks);
-          const float factor = row_factor[m * kRows + r];
+          const float factor = row_factor[m * num_rows + r];
 #pragma unroll
           for (int j = 0; j < kVector; ++j) {
             scores[j] += reinterpret_cast<const float*>(&of_row)[j] * factor;
@@ -136,8 +153,8 @@ class Finisher {
   // Writes zeros past the last tile.
   __device__ void clear_rest(const Item& item, const RowTile& rows) const {
     const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
-    for (int m = 0; m < kTileQueries / kRows; ++m) {
-      const int m_block = rows.first_sample / kRows + m;
+    for (int m = 0; m < kTileQueries / rows_per_block_; ++m) {
+      const int m_block = rows.first_sample / rows_per_block_ + m;
       if (m_block >= params_.visibility.num_m_blocks()) break;
       float* out = scores_of(item, rows.head, m_block);
       for (int n_block = item.num_tiles * Sums::kBlocks + thread_; n_block < num_n_blocks;
@@ -151,9 +168,10 @@ class Finisher {
   const Workspace<Traits>& workspace_;
   SharedStorage& shared_;
   const int thread_;
-  const int team_;  // number of a consumer; kConsumers: the three warps
-  Chunk* chunks_;
-  RingPosition<Traits::kChunkSlots> loading_, reading_;
+  const int team_;            // number of a consumer; kConsumers: the three warps
+  const int rows_per_block_;  // sampled queries of a query block
+  float* chunks_;
+  RingPosition<kChunkSlots> loading_, reading_;
   int64_t position_ = 0;
 };
 

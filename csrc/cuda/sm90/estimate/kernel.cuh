@@ -46,7 +46,7 @@ __device__ inline void init_shared(typename Traits::SharedStorage& shared) {
   cutlass::arch::fence_barrier_init();
 }
 
-template <typename Traits, int kStride>
+template <typename Traits, int kKeyStride>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     estimate_kernel(const __grid_constant__ EstimateParams params,
                     const __grid_constant__ WorkLayout layout,
@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kServiceRegisters>();
     if (threadIdx.x == 0) {
       RingPosition<Traits::kKeySlots> keys;
+      const bool spread = params.sampling.spread > 0;
       // The slot is free once all consumers have read it.
       const auto next_slot = [&](int tile) {
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);
@@ -80,21 +81,29 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         item.index = -1;
         if (next < num_items) {
           const int index = outgrown ? workspace.outgrown_items[next] : next;
-          fill_item<kStride>(item, params, layout, index);
+          fill_item<kKeyStride>(item, params, layout, index);
         }
         shared.outgrown[items.slot] = false;
         shared.item_full[items.slot].arrive();
         if (item.index < 0) break;
-        const auto* tiles = workspace.pooled_keys + static_cast<int64_t>(item.key_head) *
-                                                        layout.num_tiles * Traits::kKeyTileElements;
+        const int64_t first_tile = static_cast<int64_t>(item.key_head) * layout.num_tiles;
+        const auto* tiles = workspace.pooled_keys + first_tile * Traits::kKeyTileElements;
+        const float* variances = workspace.variances + first_tile * kTileVariances;
         for (int pass = 0; pass < passes; ++pass) {
           for (int tile = 0; tile < item.num_tiles; ++tile) {
-            if (hides<kStride>(item, params, workspace, tile)) continue;
+            if (hides<kKeyStride>(item, params, workspace, tile)) continue;
             next_slot(tile);
-            shared.key_full[keys.slot].arrive_and_expect(Traits::kKeyTileBytes);
+            constexpr uint32_t kVarianceBytes = sizeof(shared.variance[0]);
+            shared.key_full[keys.slot].arrive_and_expect(Traits::kKeyTileBytes +
+                                                         (spread ? kVarianceBytes : 0));
             SM90_BULK_COPY_G2S::copy(tiles + static_cast<int64_t>(tile) * Traits::kKeyTileElements,
                                      shared.key_full[keys.slot].raw(), shared.key[keys.slot],
                                      Traits::kKeyTileBytes);
+            if (spread) {
+              SM90_BULK_COPY_G2S::copy(variances + tile * kTileVariances,
+                                       shared.key_full[keys.slot].raw(), shared.variance[keys.slot],
+                                       kVarianceBytes);
+            }
             keys.advance();
           }
           next_slot(-1);
@@ -104,8 +113,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         items.advance();
       }
     } else if (threadIdx.x >= 32) {
-      Finisher<Traits, kStride, kFinisherThreads> finisher(params, workspace, shared,
-                                                           threadIdx.x - 32, Traits::kConsumers);
+      Finisher<Traits, kKeyStride, kFinisherThreads> finisher(params, workspace, shared,
+                                                              threadIdx.x - 32, Traits::kConsumers);
       for (;;) {
         const int slot = items.slot;
         shared.item_full[slot].wait(items.parity);
@@ -129,7 +138,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     const int consumer_index = warp_group - 1;
-    Consumer<Traits, kStride> consumer(params, layout, workspace, shared, consumer_index);
+    Consumer<Traits, kKeyStride> consumer(params, layout, workspace, shared, consumer_index);
     RingPosition<kItemSlots> last;
     for (;; items.advance()) {
       shared.item_full[items.slot].wait(items.parity);
@@ -141,8 +150,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     shared.sums_full[last.slot].wait(last.parity);  // until all consumers are done
     if (!shared.outgrown[last.slot]) {
-      Finisher<Traits, kStride, kWarpGroup>(params, workspace, shared, threadIdx.x % kWarpGroup,
-                                            consumer_index)
+      Finisher<Traits, kKeyStride, kWarpGroup>(params, workspace, shared, threadIdx.x % kWarpGroup,
+                                               consumer_index)
           .finish(last.slot, consumer_index, consumer_index + 1);
     }
   }

@@ -1,5 +1,6 @@
 // Averages the keys of each stride, and writes tiles of the averages as shared memory is to hold
-// them. A NaN or infinity in a key that no query sees counts as zero.
+// them; with spread, finds the variances too. A NaN or infinity in a key that no query sees counts
+// as zero, and so do the keys that the last stride lacks.
 #pragma once
 
 #include "../../common/rows.cuh"
@@ -17,14 +18,38 @@ __device__ inline bool all_finite(const float (&values)[8]) {
   return finite;
 }
 
+// The moments of 8 columns of a stride. Squares are of the differences to its first key, which are
+// not much larger than those to the mean.
+struct Moments {
+  float sum[8] = {}, first[8], difference_sum[8] = {}, squares[8] = {};
+
+  __device__ void add(int e, float value, bool is_first) {
+    if (is_first) first[e] = value;
+    sum[e] += value;
+    const float difference = value - first[e];
+    difference_sum[e] += difference;
+    squares[e] = fmaf(difference, difference, squares[e]);
+  }
+
+  // The sum of the columns' variances, times the `count` of keys.
+  __device__ float variance(float count) const {
+    float total = 0;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      total += fmaxf(squares[e] - difference_sum[e] * difference_sum[e] / count, 0);
+    }
+    return total;
+  }
+};
+
 // A thread averages 8 columns of one stride, with up to 8 loads in flight.
-template <typename Traits, int kStride, bool kFlashMask>
+template <typename Traits, int kKeyStride, bool kFlashMask>
 __global__ void __launch_bounds__(kPoolThreads)
     pool_keys_kernel(EstimateParams params, WorkLayout layout, Workspace<Traits> workspace,
                      bool aligned) {
   using Element = typename Traits::Element;
   constexpr int kChunks = Traits::kHeadDim / 8;
-  constexpr int kLoads = kStride < 8 ? kStride : 8;
+  constexpr int kLoads = kKeyStride < 8 ? kKeyStride : 8;
   const int64_t head = blockIdx.y, batch = blockIdx.z;
   if (blockIdx.x == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
     workspace.next_item[0] = workspace.next_item[1] = *workspace.num_outgrown = 0;
@@ -36,9 +61,9 @@ __global__ void __launch_bounds__(kPoolThreads)
   for (int i = threadIdx.x; i < kPoolStrides * kChunks; i += kPoolThreads) {
     const int64_t stride = static_cast<int64_t>(blockIdx.x) * kPoolStrides + i / kChunks;
     const int column = i % kChunks * 8;
-    float sum[8] = {};
+    Moments moments;
 #pragma unroll 1
-    for (int64_t key = stride * kStride; key < (stride + 1) * kStride; key += kLoads) {
+    for (int64_t key = stride * kKeyStride; key < (stride + 1) * kKeyStride; key += kLoads) {
       uint4 rows[kLoads];
 #pragma unroll
       for (int r = 0; r < kLoads; ++r) {
@@ -50,32 +75,50 @@ __global__ void __launch_bounds__(kPoolThreads)
 #pragma unroll
       for (int r = 0; r < kLoads; ++r) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
-          sum[e] += static_cast<float>(reinterpret_cast<const Element*>(&rows[r])[e]);
+        for (int e = 0; e < 8; ++e) {
+          moments.add(e, static_cast<float>(reinterpret_cast<const Element*>(&rows[r])[e]),
+                      key + r == stride * kKeyStride);
+        }
       }
     }
-    if (kFlashMask && !all_finite(sum)) {
-      for (float& value : sum) value = 0;
+    if (kFlashMask && !all_finite(moments.sum)) {
+      moments = {};
 #pragma unroll 1
-      for (int64_t key = stride * kStride;
-           key < min((stride + 1) * kStride, params.visibility.seqlen_k); ++key) {
-        const uint4 row = load_eight(keys + key * params.key.row_stride, column, head_dim, aligned);
-        const bool seen = seen_by_group(params.visibility, group, batch, head, key);
+      for (int64_t key = stride * kKeyStride; key < (stride + 1) * kKeyStride; ++key) {
+        const bool exists = key < params.visibility.seqlen_k;
+        const bool seen = exists && seen_by_group(params.visibility, group, batch, head, key);
+        uint4 row = make_uint4(0, 0, 0, 0);
+        if (exists) {
+          row = load_eight(keys + key * params.key.row_stride, column, head_dim, aligned);
+        }
         for (int e = 0; e < 8; ++e) {
           const auto value = static_cast<float>(reinterpret_cast<const Element*>(&row)[e]);
-          if (seen || isfinite(value)) sum[e] += value;
+          moments.add(e, seen || isfinite(value) ? value : 0, key == stride * kKeyStride);
         }
       }
     }
     alignas(16) Element mean[8];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) mean[e] = static_cast<Element>(sum[e] / kStride);
+    for (int e = 0; e < 8; ++e) mean[e] = static_cast<Element>(moments.sum[e] / kKeyStride);
     const int64_t tile =
         (batch * params.heads.num_heads_k + head) * layout.num_tiles + stride / kTileStrides;
     const int offset =
         typename Traits::KeyOffsets{}(column_of(static_cast<int>(stride % kTileStrides)), column);
     *reinterpret_cast<uint4*>(workspace.pooled_keys + tile * Traits::kKeyTileElements + offset) =
         *reinterpret_cast<const uint4*>(mean);
+    if (params.sampling.spread > 0) {
+      float variance = moments.variance(kKeyStride);
+#pragma unroll
+      for (int lanes = kChunks / 2; lanes > 0; lanes /= 2) {
+        variance += __shfl_xor_sync(~0u, variance, lanes);
+      }
+      if (i % kChunks == 0) {
+        const auto in_tile = static_cast<int>(stride % kTileStrides);
+        workspace.variances[tile * kTileVariances + in_tile / kThreadStrides * kThreadVariances +
+                            in_tile % kThreadStrides] =
+            variance / static_cast<float>(kKeyStride * head_dim);
+      }
+    }
   }
 }
 

@@ -8,28 +8,29 @@
 
 namespace rrattn::cuda::sm90::estimate {
 
-template <typename Traits, int kStride>
+template <typename Traits, int kKeyStride>
 void launch_pool_keys(const EstimateParams& params, const WorkLayout& layout,
                       const Workspace<Traits>& workspace) {
   const dim3 grid(static_cast<unsigned>(layout.num_tiles * kTileStrides / kPoolStrides),
                   static_cast<unsigned>(params.heads.num_heads_k),
                   static_cast<unsigned>(params.visibility.batch));
-  const auto kernel = params.visibility.row_bounds.data ? pool_keys_kernel<Traits, kStride, true>
-                                                        : pool_keys_kernel<Traits, kStride, false>;
+  const auto kernel = params.visibility.row_bounds.data
+                          ? pool_keys_kernel<Traits, kKeyStride, true>
+                          : pool_keys_kernel<Traits, kKeyStride, false>;
   kernel<<<grid, kPoolThreads, 0, stream_of(params.execution)>>>(params, layout, workspace,
                                                                  aligned_rows(params.key));
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 
-template <DataType kDataType, int kHeadDim, int kStride>
-int64_t Stage<kDataType, kHeadDim, kStride>::workspace_bytes(const EstimateParams& params) {
+template <DataType kDataType, int kHeadDim, int kKeyStride>
+int64_t Stage<kDataType, kHeadDim, kKeyStride>::workspace_bytes(const EstimateParams& params) {
   Arena arena;
   Workspace<KernelTraits<ElementOf<kDataType>, kHeadDim>>(arena, params, num_multiprocessors());
   return arena.used();
 }
 
-template <DataType kDataType, int kHeadDim, int kStride>
-void Stage<kDataType, kHeadDim, kStride>::launch(const EstimateParams& params) {
+template <DataType kDataType, int kHeadDim, int kKeyStride>
+void Stage<kDataType, kHeadDim, kKeyStride>::launch(const EstimateParams& params) {
   using Traits = KernelTraits<ElementOf<kDataType>, kHeadDim>;
   const Visibility& visibility = params.visibility;
   if (visibility.batch == 0 || visibility.num_heads == 0 || visibility.seqlen_q == 0 ||
@@ -40,19 +41,20 @@ void Stage<kDataType, kHeadDim, kStride>::launch(const EstimateParams& params) {
   const WorkLayout layout(params, Traits::kConsumers);
   Arena arena(params.execution.workspace);
   const Workspace<Traits> workspace(arena, params, num_multiprocessors());
-  compute_span_bounds(visibility, kStride, workspace.stride_bounds, stream);
-  compute_span_bounds(visibility, kStride * kTileStrides, workspace.tile_bounds, stream);
-  launch_pool_keys<Traits, kStride>(params, layout, workspace);
+  compute_span_bounds(visibility, kKeyStride, workspace.stride_bounds, stream);
+  compute_span_bounds(visibility, kKeyStride * kTileStrides, workspace.tile_bounds, stream);
+  launch_pool_keys<Traits, kKeyStride>(params, layout, workspace);
   for (const bool outgrown : {false, true}) {
-    launch_persistent<Traits>(estimate_kernel<Traits, kStride>, layout.num_items, stream, params,
+    launch_persistent<Traits>(estimate_kernel<Traits, kKeyStride>, layout.num_items, stream, params,
                               layout, workspace, outgrown, aligned_rows(params.query));
   }
 }
 
 }  // namespace rrattn::cuda::sm90::estimate
 
-// The stage for all sample strides.
+// The stage for all strides of keys.
 #define RRATTN_INSTANTIATE_ESTIMATE(kDataType, kHeadDim)                        \
+  template struct rrattn::cuda::sm90::estimate::Stage<kDataType, kHeadDim, 1>;  \
   template struct rrattn::cuda::sm90::estimate::Stage<kDataType, kHeadDim, 2>;  \
   template struct rrattn::cuda::sm90::estimate::Stage<kDataType, kHeadDim, 4>;  \
   template struct rrattn::cuda::sm90::estimate::Stage<kDataType, kHeadDim, 8>;  \

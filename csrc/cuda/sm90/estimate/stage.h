@@ -1,4 +1,4 @@
-// The estimate for one element type, padded head size and sample stride, instantiated in
+// The estimate for one element type, padded head size and stride of keys, instantiated in
 // instantiations/estimate_<type>_<head size>.cu.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace rrattn::cuda::sm90::estimate {
 
-template <DataType kDataType, int kHeadDim, int kStride>
+template <DataType kDataType, int kHeadDim, int kKeyStride>
 struct Stage {
   static int64_t workspace_bytes(const EstimateParams& params);
   static void launch(const EstimateParams& params);
