@@ -98,9 +98,11 @@ def test_settings_reach_the_kernels_by_name():
     query, key, value = (
         torch.randn(2, n, heads, 32, generator=generator) for n, heads in ((650, 4), (906, 2), (906, 2))
     )
+    found = []
     for settings in ("threshold=0.5", "threshold=[0.9,[0.2,0.4,0.6,0.8]]", "stride=32,threshold=0.5", "min_length=907",
                      "softmax_scale=0.5,threshold=0.6", "keep_last=false,keep_local=0,keep_sink=false,threshold=0.4",
-                     "head_offset=3,threshold=0.5", "dense_layers=[1],threshold=0.1"):  # fmt: skip
+                     "head_offset=3,threshold=0.5", "dense_layers=[1],threshold=0.1,compensate=true",
+                     "compensate=true,threshold=0.5", "min_share=0.9", "spread=2,key_stride=1,threshold=0.6"):  # fmt: skip
         method = Method(f"rrattn:{settings}")
         mask, out = torch_rrattn.attend(method.config, 1, 2, query, key, value, 0.2)
         core = method.core(1, 2, 4)
@@ -109,7 +111,10 @@ def test_settings_reach_the_kernels_by_name():
         selected = rrattn.unpack_block_mask(core.last_selection.block_mask, 8).numpy()
         visible = torch_selection.visible_blocks(650, 906, "cpu").numpy()
         np.testing.assert_array_equal(mask.numpy(), selected & visible)
-        assert (mask.numpy() == visible).all() == (settings[:3] in ("min", "den"))
+        is_dense = settings[:5] in ("min_l", "dense")
+        assert (mask.numpy() == visible).all() == is_dense
+        found += [] if is_dense else [out.numpy().tobytes()]
+    assert len(found) == len(set(found)) == 9
 
 
 def test_no_build_for_the_device_is_named(monkeypatch):
