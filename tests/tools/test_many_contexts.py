@@ -102,7 +102,8 @@ def test_settings_reach_the_kernels_by_name():
     for settings in ("threshold=0.5", "threshold=[0.9,[0.2,0.4,0.6,0.8]]", "stride=32,threshold=0.5", "min_length=907",
                      "softmax_scale=0.5,threshold=0.6", "keep_last=false,keep_local=0,keep_sink=false,threshold=0.4",
                      "head_offset=3,threshold=0.5", "dense_layers=[1],threshold=0.1,compensate=true",
-                     "compensate=true,threshold=0.5", "min_share=0.9", "spread=2,key_stride=1,threshold=0.6"):  # fmt: skip
+                     "compensate=true,threshold=0.5", "min_share=1,threshold=0.9",
+                     "spread=2,key_stride=1,threshold=0.6"):  # fmt: skip
         method = Method(f"rrattn:{settings}")
         mask, out = torch_rrattn.attend(method.config, 1, 2, query, key, value, 0.2)
         core = method.core(1, 2, 4)
