@@ -36,7 +36,6 @@ from rrattn.tokens import Bytes
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "build" / "smollm2"
 BYTES_OF_A_TOKEN = 5  # so many hold one for sure, as a tokenizer reads English
-PANELS = 64  # that the picture has at most: a model of many layers would take minutes to draw
 ROWS = 1024  # of logits at once, which a large vocabulary makes long
 
 
@@ -270,7 +269,7 @@ def main():
     report([*comparisons, whole], tokens)
 
     title = f"Blocks attended at threshold {config.threshold:g}, {arguments.tokens:,} tokens of {arguments.file.name}"
-    drawn = visualize.layers_to_draw(layers, heads, PANELS)
+    drawn = visualize.layers_to_draw(layers, heads)
     visualize.plot_layers(whole.sparse.selections, layers=drawn, title=title, path=arguments.output)
     print(f"picture: {arguments.output}")
 

@@ -125,8 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
     if of_bound <= arguments.loss:
         return 0
     print(
-        f"rrattn calibrate: the bound does not hold on the held-out text: {what} loses {of_bound:.3%} of the true mass, "
-        f"more than --loss {arguments.loss:.3%}; {arguments.config} was written all the same",
+        f"rrattn calibrate: the bound does not hold on the held-out text: {what} loses {of_bound:.3%} of the true "
+        f"mass, more than --loss {arguments.loss:.3%}; {arguments.config} was written all the same",
         file=sys.stderr,
     )
     return 1
@@ -162,9 +162,7 @@ class _Measurement:
             measured.append(np.stack(density_and_kept(selected, mass), axis=-1))
         self.results.append(np.stack(measured))
         block_mask = dense_block_mask(1, query.shape[2], **sizes)
-        out = block_sparse_attention(
-            query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale, compensate=False
-        )
+        out = block_sparse_attention(query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale)
         return out, block_mask
 
 

@@ -269,7 +269,7 @@ def select(
     return keep & visible
 
 
-def top_tau(scores: Array, visible: NDArray[np.bool_], tau: np.float32, min_share: float) -> NDArray[np.bool_]:
+def top_tau(scores: Array, visible: NDArray[np.bool_], tau: np.float32, min_share: float = 0) -> NDArray[np.bool_]:
     """The fewest visible blocks, largest scores first, that hold tau of the row's mass: bool [Mk].
 
     Those of them that have less than `min_share` of the mass of an average visible block are left out.

@@ -39,7 +39,8 @@ class Tokenizer:
         self.start = np.asarray([token for token in first if token == tokenizer.bos_token_id], np.int64)
 
     def encode(self, text: bytes) -> NDArray[np.int64]:
-        ids = self._tokenizer(text.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"]
+        options = {"add_special_tokens": False, "verbose": False}  # a text may be longer than the model takes
+        ids = self._tokenizer(text.decode("utf-8", "replace"), **options)["input_ids"]
         return np.asarray(ids, np.int64).reshape(-1)
 
     def decode(self, tokens: NDArray[np.int64]) -> bytes:

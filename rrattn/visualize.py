@@ -45,6 +45,7 @@ ThingT = TypeVar("ThingT")
 
 CELLS_PER_PANEL = 128  # a side
 MAX_PANELS = 256
+QUICK_PANELS = 64  # drawn in a few seconds, and legible on a screen
 
 _HIDDEN_COLOR = "#d5d7db"
 _INK = "#2b2f36"
@@ -52,6 +53,7 @@ _GRID_COLOR = "#ffffff"
 _MASK_COLORS = ["#f3f6fb", "#bcd3ee", "#5b93cf", "#1c5aa0", "#0a2a5e"]
 _SCORE_COLORS = ["#fbf7f0", "#f6d9a8", "#ee9c5a", "#c44e52", "#6b1f5c", "#22103a"]
 _GRID_UP_TO_CELLS = 24  # a side; finer grids would cover what they divide
+_BAR_INCHES = 0.2  # width of the colour bar
 _LOWEST_SHARE_SHOWN = 0.03  # of what each block would hold if all held the same
 
 
@@ -111,9 +113,9 @@ def plot_block_mask(
     return _draw(panels, columns, _mask_style(), **sizes, title=title, path=path)
 
 
-def layers_to_draw(num_layers: int, num_heads: int, num_panels: int) -> list[int]:
-    """The numbers of layers, spread evenly, of which so many heads each make at most so many panels; one at least."""
-    drawn = max(1, min(num_layers, num_panels // num_heads))
+def layers_to_draw(num_layers: int, num_heads: int) -> list[int]:
+    """The numbers of layers, spread evenly, of which so many heads each make QUICK_PANELS at most; one at least."""
+    drawn = max(1, min(num_layers, QUICK_PANELS // num_heads))
     return [index * num_layers // drawn for index in range(drawn)]
 
 
@@ -464,11 +466,14 @@ def _draw(
     title: str | None,
     path: str | os.PathLike[str] | None,
 ) -> Figure:
-    """A grid of (title, cells) panels with shared axes and one colour bar."""
+    """A grid of (title, cells) panels of the same limits and one colour bar; ticks are at the left and below alone.
+
+    matplotlib takes most of its time for ticks, and for shared axes, each of whose limits it looks up in all others.
+    """
     _matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    from matplotlib.ticker import FuncFormatter, MultipleLocator
+    from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
     if len(panels) > MAX_PANELS:
         raise ValueError(f"{len(panels)} panels are too many to draw, the most is {MAX_PANELS}: choose heads or layers")
@@ -481,7 +486,7 @@ def _draw(
         dpi=150,
         layout="constrained",
     )
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
     first_position = seqlen_k - seqlen_q if causal else 0
     label_tokens = FuncFormatter(lambda tokens, _: _token_label(tokens))
     for index, panel in enumerate(axes.flat):
@@ -506,14 +511,19 @@ def _draw(
         panel.set_ylim(first_position + seqlen_q, first_position)
         panel.set_title(name, fontsize=9 if width > 2.5 else 7.5, color=_INK)
         panel.tick_params(labelsize=8, color=_INK, labelcolor=_INK, length=3)
-        for axis, length in ((panel.xaxis, seqlen_k), (panel.yaxis, seqlen_q)):
-            axis.set_major_locator(MultipleLocator(2 ** max(length - 1, 1).bit_length() / 4))
+        has_ticks = index + columns >= len(panels), index % columns == 0
+        for axis, length, ticks in zip((panel.xaxis, panel.yaxis), (seqlen_k, seqlen_q), has_ticks):
+            axis.set_major_locator(
+                MultipleLocator(2 ** max(length - 1, 1).bit_length() / 4) if ticks else NullLocator()
+            )
             axis.set_major_formatter(label_tokens)
         for spine in panel.spines.values():
             spine.set_color(_HIDDEN_COLOR)
     figure.supxlabel("key token", fontsize=9, color=_INK)
     figure.supylabel("query token", fontsize=9, color=_INK)
-    bar = figure.colorbar(image, ax=axes, format=bar_format, fraction=0.03, pad=0.015, aspect=30)
+    # Beside the last column alone: for each of its parents the layout looks at all others.
+    aspect = max(20, figure.get_figheight() / _BAR_INCHES)
+    bar = figure.colorbar(image, ax=axes[:, -1], format=bar_format, fraction=0.1, pad=0.03, aspect=aspect)
     bar.set_label(bar_label, fontsize=9, color=_INK)
     bar.ax.tick_params(labelsize=8, labelcolor=_INK, color=_INK)
     bar.outline.set_visible(False)  # type: ignore[operator]  # matplotlib has it typed as a mapping

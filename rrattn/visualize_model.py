@@ -20,9 +20,8 @@ DESCRIPTION = """Draws the blocks that each head of a model selects for a docume
 
 The document is the beginning of a text, in tokens of the checkpoint's own tokenizer, or in bytes where it has none and
 at most 512 tokens (they then begin with a byte 0, as the texts of examples/probe do). The model runs on Paddle's
-device, in bfloat16 on a GPU and in float32 on a CPU, through PaddleFormers or PaddleNLP, whichever is installed. A
-picture holds up to 256 heads: of a model with more, layers spread evenly over it are drawn unless --layers or --heads
-choose some.
+device, in bfloat16 on a GPU and in float32 on a CPU, through PaddleFormers or PaddleNLP, whichever is installed. Of a
+model of more than 64 heads, layers spread evenly over it are drawn, unless --layers says which: up to 256 heads.
 """
 
 
@@ -41,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", type=Path, help="settings in place of these two, as `rrattn calibrate` writes them"
     )
-    parser.add_argument("--layers", type=int, nargs="+", help="numbers of layers to draw, from 0 (default: all)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="numbers of layers to draw, from 0 (default: as many as make 64 panels)"
+    )
     parser.add_argument("--heads", type=int, nargs="+", help="numbers of query heads to draw, from 0 (default: all)")
 
 
@@ -73,7 +74,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
             parser.error(f"--{name} names {absent[0]}, but the model has {count} {name}, from 0 on")
     heads = len(arguments.heads or range(counts["heads"]))
     if arguments.layers is None:
-        arguments.layers = layers_to_draw(counts["layers"], heads, MAX_PANELS)
+        arguments.layers = layers_to_draw(counts["layers"], heads)
     if len(arguments.layers) * heads > MAX_PANELS:
         parser.error(
             f"{len(arguments.layers)} layers of {heads} heads are more than the {MAX_PANELS} panels of a picture: "
@@ -112,6 +113,13 @@ def run(arguments: argparse.Namespace) -> int:
     plot_layers(
         layer_selections(model), layers=arguments.layers, heads=arguments.heads, title=title, path=arguments.output
     )
-    layers = f"{len(arguments.layers)} of {len(densities)} layers"
-    print(f"picture: {arguments.output}, {layers}")
+    print(f"picture: {arguments.output}, of {_drawn(arguments.layers, len(densities))}")
     return 0
+
+
+def _drawn(layers: list[int], num_layers: int) -> str:
+    """Which layers a picture has, and whether others are left out."""
+    if len(set(layers)) == num_layers:
+        return "all layers"
+    names = ", ".join(map(str, layers))
+    return f"layers {names}; the others of {num_layers} are not drawn: --layers chooses"

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import make_model
 
 import rrattn
-from rrattn import attention_mass, calibrate, checkpoint, reference, visualize_model
+from rrattn import attention_mass, calibrate, checkpoint, reference, visualize, visualize_model
 from rrattn.__main__ import main
 from rrattn.tokens import Bytes
 
@@ -274,7 +274,7 @@ def test_visualize_draws_and_tells_what_the_model_selects(folder, files, capfd, 
         numbers = [float(number) / 100 for number in re.findall(r"([\d.]+)%", lines[layer])]
         assert numbers == pytest.approx([density.mean(), density.min(), density.max()], abs=6e-4)
     assert lines[2].startswith(f"density {np.mean(densities):.1%}: ") and 0 < np.mean(densities) < 1
-    assert lines[3] == "picture: blocks.png, 2 of 2 layers"
+    assert lines[3] == "picture: blocks.png, of all layers"
 
 
 def test_visualize_takes_a_file_of_settings(folder, files, capsys):
@@ -283,14 +283,15 @@ def test_visualize_takes_a_file_of_settings(folder, files, capsys):
     assert main(["visualize", str(folder), *options.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "density 100.0%" in lines[1] and "density 100.0%" not in lines[0]
-    assert lines[3] == "picture: blocks.svg, 1 of 2 layers"
+    assert lines[3] == "picture: blocks.svg, of layers 1; the others of 2 are not drawn: --layers chooses"
 
 
 def test_of_more_heads_than_a_picture_holds_layers_are_left_out(folder, files, monkeypatch, capsys):
+    monkeypatch.setattr(visualize, "QUICK_PANELS", 5)
     monkeypatch.setattr(visualize_model, "MAX_PANELS", 5)
     options = "--text long --output blocks.png --length 600"
     assert main(["visualize", str(folder), *options.split()]) == 0
-    assert "picture: blocks.png, 1 of 2 layers" in capsys.readouterr().out
+    assert "picture: blocks.png, of layers 0; the others of 2 are not drawn" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["visualize", str(folder), *options.split(), "--layers", "0", "1"])
     assert "2 layers of 4 heads are more than the 5 panels of a picture" in capsys.readouterr().err

@@ -246,7 +246,17 @@ def test_missing_matplotlib_is_named(monkeypatch):
 
 
 def test_layers_that_a_picture_has_room_for():
-    assert visualize.layers_to_draw(6, 6, 36) == list(range(6))
-    drawn = visualize.layers_to_draw(30, 9, 256)
-    assert len(drawn) == 28 == len(set(drawn)) and drawn[0] == 0 and max(np.diff(drawn)) == 2 and max(drawn) < 30
-    assert visualize.layers_to_draw(3, 100, 99) == [0]
+    assert visualize.layers_to_draw(6, 6) == list(range(6))
+    drawn = visualize.layers_to_draw(30, 9)
+    assert len(drawn) == 7 == len(set(drawn)) and drawn[0] == 0 and set(np.diff(drawn)) == {4, 5} and max(drawn) < 30
+    assert visualize.layers_to_draw(3, 100) == [0]
+
+
+def test_ticks_are_on_the_outer_panels_alone():
+    block_mask = random_mask(8, heads=7)[1]
+    figure = visualize.plot_block_mask(block_mask, **geometry(8))
+    drawn = panels(figure)
+    assert len(drawn) == 7  # four in a row
+    assert [len(axes.get_yticks()) > 0 for axes in drawn] == [True, False, False, False, True, False, False]
+    assert [len(axes.get_xticks()) > 0 for axes in drawn] == [False, False, False, True, True, True, True]
+    assert all(axes.get_xlim() == drawn[0].get_xlim() and axes.get_ylim() == drawn[0].get_ylim() for axes in drawn)

@@ -92,24 +92,34 @@ def test_plain_attention_is_that_over_the_blocks():
     np.testing.assert_allclose(out.numpy(), expected.numpy()[0], atol=1e-5)
 
 
+DENSE_SETTINGS = ["min_length=907", "dense_layers=[1],threshold=0.1,compensate=true"]
+SETTINGS = ["threshold=0.7", "threshold=[0.9,[0.2,0.4,0.6,0.8]]", "stride=32", "head_offset=3", "softmax_scale=0.3"]
+SETTINGS += [
+    "keep_last=false,keep_local=0,keep_sink=false",
+    "min_share=0.9",
+    "spread=2,key_stride=1",
+    "compensate=true",
+]
+
+
 def test_settings_reach_the_kernels_by_name():
-    """Each that changes what attention selects or computes does so, as in the layer that a model would run."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(2, n, heads, 32, generator=generator) for n, heads in ((650, 4), (906, 2), (906, 2))
-    )
-    for settings in ("threshold=0.5", "threshold=[0.9,[0.2,0.4,0.6,0.8]]", "stride=32,threshold=0.5", "min_length=907",
-                     "softmax_scale=0.5,threshold=0.6", "keep_last=false,keep_local=0,keep_sink=false,threshold=0.4",
-                     "head_offset=3,threshold=0.5", "dense_layers=[1],threshold=0.1"):  # fmt: skip
-        method = Method(f"rrattn:{settings}")
-        mask, out = torch_rrattn.attend(method.config, 1, 2, query, key, value, 0.2)
+    """As they reach the layer that a model would run; each changes what attention gives."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((2, *size, 32), np.float32) for size in ((650, 4), (906, 2), (906, 2)))
+    key += np.repeat(rng.standard_normal((2, 8, 2, 32), np.float32), 128, axis=1)[:, :906]  # of each block
+    found = {}
+    for settings in [*SETTINGS, *DENSE_SETTINGS]:
+        method = Method(f"rrattn:{settings}" if "threshold" in settings else f"rrattn:threshold=0.8,{settings}")
+        mask, out = torch_rrattn.attend(method.config, 1, 2, *map(torch.from_numpy, (query, key, value)), 0.2)
         core = method.core(1, 2, 4)
-        expected = core(*(paddle.to_tensor(x.numpy()) for x in (query, key, value)), causal=True, softmax_scale=0.2)
+        expected = core(*map(paddle.to_tensor, (query, key, value)), causal=True, softmax_scale=0.2)
         np.testing.assert_array_equal(out.numpy(), expected.numpy())
         selected = rrattn.unpack_block_mask(core.last_selection.block_mask, 8).numpy()
         visible = torch_selection.visible_blocks(650, 906, "cpu").numpy()
         np.testing.assert_array_equal(mask.numpy(), selected & visible)
-        assert (mask.numpy() == visible).all() == (settings[:3] in ("min", "den"))
+        assert (mask.numpy() == visible).all() == (settings in DENSE_SETTINGS)
+        found[settings] = out.numpy().tobytes()
+    assert len({found[settings] for settings in SETTINGS}) == len(SETTINGS)
 
 
 def test_no_build_for_the_device_is_named(monkeypatch):

@@ -139,7 +139,7 @@ def test_the_demo_on_a_checkpoint_with_a_tokenizer(tiny, tmp_path):
     pytest.importorskip("paddleformers")
     pytest.importorskip("matplotlib")
     smollm2.write_checkpoint(tiny[0], tmp_path / "model")
-    (tmp_path / "text").write_text("One line and then another, in the tin.\n" * 40)
+    (tmp_path / "text").write_text("One line and then another, in the tin.\n" * 80)
     command = [sys.executable, str(ROOT / "examples" / "prefill_document.py"), "text", "--model", "model"]
 
     def run(*options):
@@ -147,8 +147,10 @@ def test_the_demo_on_a_checkpoint_with_a_tokenizer(tiny, tmp_path):
 
     process = run("--tokens", "600", "--own-tokens", "0", "--threshold", "1")
     assert process.returncode == 0, process.stderr
+    assert "longer than the specified maximum" not in process.stderr  # which the text is
     assert "model:    model, a model of 1 layers and 4 heads" in process.stdout
     assert "document: 600 tokens" in process.stdout and "output difference: 0.00e+00" in process.stdout
+    (tmp_path / "text").write_text("One line and then another, in the tin.\n" * 40)
     process = run("--tokens", "2000")
     assert process.returncode == 2
     assert "FILE text for --tokens 2000: the text is of 1,560 bytes: it has 1,280 tokens" in process.stderr
