@@ -80,42 +80,58 @@ class Consumer {
     multiply_keys(scores);
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
-    start_bases(row, tile, scores);
+    if (kCompensate && tile.is_of_means()) {
+      start_bases<kCompensate>(row, tile, scores);
+    } else {
+      start_bases<false>(row, tile, scores);
+    }
     ChainSums sums;
     exponentiate<0, kRowScores>(scores, sums);
     add_sums(sums);
     convert(scores, probabilities);
     release_key(tile);
-    while (!tile.last) {
-      shared_.key_full[keys_.slot].wait(keys_.parity);
-      tile = shared_.tile[keys_.slot];
-      take_turn();
-      multiply_keys(scores);
-      shared_.value_full[values_.slot].wait(values_.parity);
-      multiply_values(probabilities, out);
-      give_turn(1 - consumer_);
-      warpgroup_wait<1>();
-      warpgroup_fence_operand(scores);
-      if (!tile.plain || unseen_) start_bases(row, tile, scores);
-      exponentiate<0, kEarlyScores>(scores, sums);
-      compute_here(sums[0][kChains - 1] + sums[1][kChains - 1]);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(out);
-      release_value();
-      exponentiate<kEarlyScores, kRowScores>(scores, sums);
-      convert(scores, probabilities);
-      if (may_not_fit(sums)) {
-        raise_bases(row, tile, scores, sums, out);
-        convert(scores, probabilities);
-      }
-      add_sums(sums);
-      release_key(tile);
+    // Two loops, so that what tiles of means need costs those of keys nothing.
+    while (!(kCompensate ? tile.last_of_keys : tile.last))
+      take_tile<false>(row, tile, scores, probabilities, sums, out);
+    if constexpr (kCompensate) {
+      while (!tile.last) take_tile<true>(row, tile, scores, probabilities, sums, out);
     }
     shared_.value_full[values_.slot].wait(values_.parity);
     multiply_values(probabilities, out);
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     release_value();
+  }
+
+  // The products with the next tile, while those of the last tile's probabilities with its values
+  // are under way.
+  template <bool kMeans>
+  __device__ __forceinline__ void take_tile(const RowItem& row, KeyTile& tile, Scores& scores,
+                                            Probabilities& probabilities, ChainSums& sums,
+                                            Out& out) {
+    shared_.key_full[keys_.slot].wait(keys_.parity);
+    tile = shared_.tile[keys_.slot];
+    take_turn();
+    multiply_keys(scores);
+    shared_.value_full[values_.slot].wait(values_.parity);
+    multiply_values(probabilities, out);
+    give_turn(1 - consumer_);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(scores);
+    if (!tile.plain || unseen_) start_bases<kMeans>(row, tile, scores);
+    exponentiate<0, kEarlyScores>(scores, sums);
+    compute_here(sums[0][kChains - 1] + sums[1][kChains - 1]);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    release_value();
+    exponentiate<kEarlyScores, kRowScores>(scores, sums);
+    convert(scores, probabilities);
+    if (may_not_fit(sums)) {
+      raise_bases<kMeans>(row, tile, scores, sums, out);
+      convert(scores, probabilities);
+    }
+    add_sums(sums);
+    release_key(tile);
   }
 
   // Starts scores = Q K^T of the current slot.
@@ -156,8 +172,9 @@ class Consumer {
 
   // Scales and hides scores, and gives rows that have seen nothing before their largest score as a
   // base.
+  template <bool kMeans>
   __device__ void start_bases(const RowItem& row, const KeyTile& tile, Scores& scores) {
-    if (!tile.plain) adjust(row, tile, scores);
+    if (!tile.plain) adjust<kMeans>(row, tile, scores);
     if (!unseen_) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -175,10 +192,11 @@ class Consumer {
   }
 
   // Computes the warp's part of the tile again, with the largest score so far as each row's base.
+  template <bool kMeans>
   __device__ void raise_bases(const RowItem& row, const KeyTile& tile, Scores& scores,
                               ChainSums& sums, Out& out) {
     multiply_keys_again(scores);
-    if (!tile.plain) adjust(row, tile, scores);
+    if (!tile.plain) adjust<kMeans>(row, tile, scores);
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -259,14 +277,13 @@ class Consumer {
 
   // Scales products by a scale that is not late, makes hidden scores -infinity, and adds to those of
   // means the logarithm of how many keys they stand for.
+  template <bool kMeans>
   __device__ void adjust(const RowItem& row, const KeyTile& tile, Scores& scores) const {
     uint32_t hidden[2];  // bit i: score i is hidden
-    float added = 0;
-    int last = -1;  // of the thread's columns, the sequence's last block
-    if (kCompensate && tile.is_of_means()) {
+    int last = -1;       // of the thread's columns, the last block's
+    if constexpr (kMeans) {
       const int first = static_cast<int>(threadIdx.x) % 4 * 2;  // column of the thread
       hidden[0] = hidden[1] = hidden_means(first);
-      added = params_.added_to_mean;
       last = static_cast<int>(params_.attend.visibility.num_n_blocks()) - 1 - tile.first_block() -
              first;
     } else {
@@ -278,9 +295,9 @@ class Consumer {
       for (int i = 0; i < kRowScores; ++i) {
         float& score = scores(accumulator_index(half, i));
         float adjusted = score * product_scale_;
-        if (kCompensate) adjusted += added;
+        if constexpr (kMeans) adjusted += params_.added_to_mean;
         score = hidden[half] >> i & 1 ? -INFINITY : adjusted;
-        if (kCompensate && accumulator_column(i) == last) score += params_.added_to_last_mean;
+        if (kMeans && accumulator_column(i) == last) score += params_.added_to_last_mean;
       }
     }
   }

@@ -227,7 +227,8 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);
         if (leader) {
           const int first_key = n_block * kBlockSize + t * Traits::kTileN;
-          shared.tile[keys.slot] = {first_key, plain, next < 0 && t == 0 && !means_follow};
+          const bool last_of_keys = next < 0 && t == 0;
+          shared.tile[keys.slot] = {first_key, plain, last_of_keys && !means_follow, last_of_keys};
           copy_tile<Traits>(shared.key[keys.slot], params.key, first_key, key_head, row.batch,
                             shared.key_full[keys.slot]);
         }
