@@ -105,9 +105,10 @@ def rr_attention(
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output if given: the selected blocks
     block_scores : [B, Hq, Mq, Mk] float32, output if given: what they were selected by
     threshold : float in (0, 1], or [Hq] or [1] float32
-    startend_row_indices, causal, stride, key_stride, head_offset, softmax_scale, spread, keep_sink, keep_last,
-    keep_local, min_share, compensate
+    startend_row_indices, causal, stride, key_stride, head_offset, softmax_scale, spread
         As in :func:`rrattn.rr_attention`.
+    keep_sink, keep_last, keep_local, min_share, compensate
+        As there.
 
     The workspace holds the outputs that are not given too.
 
