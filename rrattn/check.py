@@ -387,7 +387,8 @@ def compare(kernels: Kernels, case: Case, dtype: str) -> Iterator[Measured]:
         yield from named(f"deterministic {what}", reference.errors(first, *bounds))
         yield f"deterministic {what}, in words that differ from run to run", words_that_differ(second, first), 0
 
-    whole = kernels.rr_attention(*forward, known.startend, compensate=False, **sampled, **selection)
+    rows = known.startend
+    whole = kernels.rr_attention(known.query, known.key, known.value, rows, compensate=False, **sampled, **selection)
     block_mask = kernels.select(scores, known.startend, **lengths, **selection)
     stages = *kernels.attend(*forward, block_mask, known.startend, **plain), block_mask
     for what, one, other in zip(("output", "log-sum-exp", "selection"), whole, stages):
@@ -408,9 +409,12 @@ def compare_compensated(kernels: Kernels, case: Case, dtype: str) -> Iterator[Me
         yield from named(what, reference.errors(result, *exact_and_naive))
 
     settings: dict[str, Any] = {"stride": case.stride, "threshold": THRESHOLD, **case.rules}
-    *whole, selected = kernels.rr_attention(*forward, known.startend, **options, **settings, dtype=dtype)
+    settings.update(options)
+    out, lse, selected = kernels.rr_attention(
+        known.query, known.key, known.value, known.startend, dtype=dtype, **settings
+    )
     stage = kernels.attend(*forward, selected, known.startend, **options, dtype=dtype)
-    for what, one, other in zip(("output", "log-sum-exp"), whole, stage):
+    for what, one, other in zip(("output", "log-sum-exp"), (out, lse), stage):
         yield f"{what} of rr_attention, in words that differ from its stage", words_that_differ(one, other), 0
 
 

@@ -51,6 +51,29 @@ def with_bad_rows(array, rows, large):
 
 @pytest.mark.parametrize("bounds", (padding, two_intervals), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_no_query_sees_is_in_no_mean(kernels, dtype, case, bounds):
+    """With compensation, which takes no mean of blocks with hidden keys, and those of others beside them."""
+    if bounds is two_intervals and case.causal:
+        pytest.skip("causal bounds have one interval")
+    hidden = hidden_keys(case)
+    startend = bounds(case, hidden)
+    inputs = make_inputs(case, dtype)
+    mask = np.zeros(case.block_shape, bool)
+    mask[..., ::2, -1] = True
+
+    def run(key, value):
+        return kernels.attend(
+            inputs.query, key, value, mask, startend, causal=case.causal, dtype=dtype, compensate=True
+        )
+
+    clean = run(*(np.where(hidden[:, None, None], np.float32(0), x) for x in (inputs.key, inputs.value)))
+    assert np.isfinite(clean[0]).all()
+    large = 6e4 if dtype == "float16" else 3e38
+    assert_identical(run(*(with_bad_rows(x, hidden, large) for x in (inputs.key, inputs.value))), clean)
+
+
+@pytest.mark.parametrize("bounds", (padding, two_intervals), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_no_query_sees_is_nowhere(kernels, dtype, case, bounds):
     if bounds is two_intervals and case.causal:
         pytest.skip("causal bounds have one interval")

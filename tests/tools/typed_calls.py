@@ -22,10 +22,11 @@ def functions(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) ->
     _, _, block_mask = rrattn.rr_attention(query, key, value, return_softmax_lse=True, return_block_mask=True)
     scores = rrattn.estimate_block_scores(query, key, causal=True)
     block_mask = rrattn.select_blocks(scores, 0.9, causal=True, seqlen_q=query.shape[1], seqlen_k=key.shape[1])
-    attended = rrattn.block_sparse_attention(query, key, value, block_mask, causal=True)
+    attended = rrattn.block_sparse_attention(query, key, value, block_mask, causal=True, compensate=True)
     rrattn.rr_attention(query, key, 3)  # wrong: call-overload
     rrattn.rr_attention(query, key, value, treshold=0.9)  # wrong: call-overload
     rrattn.rr_attention(query, key, value, threshold="0.9")  # wrong: call-overload
+    rrattn.rr_attention(query, key, value, compensate="yes")  # wrong: call-overload
     rrattn.rr_attention(query, key, value, return_block_mask=True).mean()  # wrong: attr-defined
     rrattn.estimate_block_scores(query, key, stride=0.5)  # wrong: arg-type
     rrattn.select_blocks(scores, 0.9, causal=True)  # wrong: call-arg

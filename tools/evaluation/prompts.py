@@ -43,6 +43,7 @@ TASKS = tuple(task for group in CONTEXTS.values() for task in group)
 MULTI = 4  # facts that a multi-needle prompt asks for
 LONGEST_COPY = 256
 DEFAULT_DOCUMENTS = 12
+MOST_SIZES = 12  # that are tried for a prompt of so many tokens
 SHOTS = 4  # records of a recall prompt that stand again unscored, before the others
 _SEED = 2_000_003  # other data than in training and in train.py's own measurement
 
@@ -186,20 +187,30 @@ def in_tokens(prompt, codec):
 
 
 def token_prompt(codec, kind, text, length, index, num_questions):
-    """The prompt number `index` of a kind, in a codec's tokens: its context is of about `length` of them, within 1%
-    where it can be; a text of exactly so many. See `make_prompt`."""
+    """The prompt number `index` of a kind, in a codec's tokens: its context has at most `length` of them and, where it
+    can be, not 1% fewer; a text exactly so many. See `make_prompt`.
+
+    Raises
+    ------
+    ValueError
+        Also where no prompt of at most so many tokens was found.
+    """
     sample = text[:10_000].tobytes()
-    size = length * len(sample) // len(codec.encode(sample))
-    for _ in range(4):
+    size, best = length * len(sample) // len(codec.encode(sample)), None
+    for _ in range(MOST_SIZES):
         of_bytes = make_prompt(kind, text, size, index, num_questions)
         prompt = in_tokens(of_bytes, codec)
         tokens = len(prompt.context)
         if kind == "text" and tokens >= length:
             return Prompt(prompt.context[:length], [], prompt.scored[:length])
-        if tokens == len(of_bytes.context) or (kind != "text" and 0.99 * length <= tokens <= length):
-            break
+        if kind != "text" and tokens <= length and (best is None or tokens > len(best.context)):
+            best = prompt
+            if tokens >= 0.99 * length:
+                break
         size = int(size * length / tokens * (1.02 if kind == "text" else 0.995))
-    return prompt
+    if best is None:
+        raise ValueError(f"none of at most {length:,} tokens was found in {MOST_SIZES} tries: the last has {tokens:,}")
+    return best
 
 
 def check_prompts(make, text, kinds, lengths, contexts, num_questions):

@@ -98,7 +98,8 @@ class RowBlocks {
 };
 
 // The tiles of means of a row in which some stand in for their blocks, from the last to the first.
-// All lanes of a warp call it together.
+// All lanes of a warp call it together; each holds the bits of one of 32 tiles, so that the memory is
+// waited for once in a row and not before each tile.
 template <typename Traits>
 class RowMeans {
  public:
@@ -106,29 +107,52 @@ class RowMeans {
       : num_words_(static_cast<int>(params.attend.visibility.num_mask_words())),
         words_(params.stood_in_for + static_cast<int64_t>(row.index) * num_words_) {
     const int end = static_cast<int>(end_under_diagonal(params.attend.visibility, row.m_block));
-    first_block_ = (end + Traits::kTileN - 1) / Traits::kTileN * Traits::kTileN;
+    first_tile_ = (end + Traits::kTileN - 1) / Traits::kTileN;
+    load();
   }
 
   // The first block of the next tile; < 0: none is left.
   __device__ int next() {
-    while (first_block_ > 0) {
-      first_block_ -= Traits::kTileN;
-      const int lane = static_cast<int>(threadIdx.x) % 32;
-      const int word = first_block_ / kMaskWordBits + lane;
-      own_word_ = lane < Traits::kMeanWords && word < num_words_ ? words_[word] : 0;
-      if (__any_sync(~0u, own_word_ != 0)) return first_block_;
+    while (filled_tiles_ == 0) {
+      if (first_tile_ <= 0) return -1;
+      load();
     }
-    return -1;
+    tile_ = 31 - __clz(filled_tiles_);
+    filled_tiles_ ^= 1u << tile_;
+    return (first_tile_ + tile_) * Traits::kTileN;
   }
 
   // Of the tile returned last, a bit for each mean that stands in for its block: a lane's word.
-  __device__ uint32_t own_word() const { return own_word_; }
+  __device__ uint32_t lane_word() const {
+    uint32_t of_lane = 0;
+#pragma unroll
+    for (int word = 0; word < Traits::kMeanWords; ++word) {
+      const uint32_t of_tile = __shfl_sync(~0u, own_words_[word], tile_);
+      if (static_cast<int>(threadIdx.x) % 32 == word) of_lane = of_tile;
+    }
+    return of_lane;
+  }
 
  private:
+  // The 32 tiles before first_tile_.
+  __device__ void load() {
+    const int end_tile = first_tile_;
+    first_tile_ = max(first_tile_ - 32, 0);
+    const int tile = first_tile_ + static_cast<int>(threadIdx.x) % 32;
+    uint32_t any = 0;
+#pragma unroll
+    for (int word = 0; word < Traits::kMeanWords; ++word) {
+      const int at = tile * Traits::kMeanWords + word;
+      own_words_[word] = tile < end_tile && at < num_words_ ? words_[at] : 0;
+      any |= own_words_[word];
+    }
+    filled_tiles_ = __ballot_sync(~0u, any != 0);
+  }
+
   const int num_words_;
   const uint32_t* words_;
-  int first_block_;
-  uint32_t own_word_ = 0;
+  int first_tile_, tile_ = 0;
+  uint32_t own_words_[Traits::kMeanWords], filled_tiles_;
 };
 
 // Copies a tile of keys or of values.
@@ -146,24 +170,20 @@ __device__ void produce_mean_keys(const KernelParams& params, const RowItem& row
                                   typename Traits::SharedStorage& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   RowMeans<Traits> means(params, row);
-  int block = -1;
-  uint32_t own_word = 0;
-  do {
+  for (int block = means.next(); block >= 0;) {
+    const uint32_t word = means.lane_word();
     const int next = means.next();
-    if (block >= 0) {
-      shared.key_empty[keys.slot].wait(keys.parity ^ 1);
-      if (lane < Traits::kMeanWords) shared.stood_in_for[keys.slot][lane] = own_word;
-      __syncwarp();
-      if (lane == 0) {
-        shared.tile[keys.slot] = KeyTile::of_means(block, next < 0);
-        copy_tile<Traits>(shared.key[keys.slot], params.mean_key, block, key_head, row.batch,
-                          shared.key_full[keys.slot]);
-      }
-      keys.advance();
+    shared.key_empty[keys.slot].wait(keys.parity ^ 1);
+    if (lane < Traits::kMeanWords) shared.stood_in_for[keys.slot][lane] = word;
+    __syncwarp();
+    if (lane == 0) {
+      shared.tile[keys.slot] = KeyTile::of_means(block, next < 0);
+      copy_tile<Traits>(shared.key[keys.slot], params.mean_key, block, key_head, row.batch,
+                        shared.key_full[keys.slot]);
     }
+    keys.advance();
     block = next;
-    own_word = means.own_word();
-  } while (block >= 0);
+  }
 }
 
 // Takes rows, and copies their keys.
