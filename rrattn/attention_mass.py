@@ -72,10 +72,12 @@ def row_mass(
             seen = np.stack([keys_seen(rows, bounds[batch, i], end, causal=causal, shift=shift) for i in of_heads])
         q = paddle.gather(query[batch, :, heads], index).astype("float32").transpose([1, 0, 2]) * scale
         k = key[batch, :end, head].astype("float32")
-        scores = paddle.matmul(q, k, transpose_y=True)  # [group, n, end]
-        visible = paddle.to_tensor(seen, place=query.place)
-        chances = paddle.nn.functional.softmax(paddle.where(visible, scores, paddle.full_like(scores, -1e30)), axis=-1)
-        chances = chances * visible.astype("float32")  # in a row that sees nothing, all were equal
+        hidden = paddle.to_tensor(np.where(seen, np.float32(0), np.float32(-1e30)), place=query.place)
+        chances = paddle.nn.functional.softmax(
+            paddle.matmul(q, k, transpose_y=True) + hidden, axis=-1
+        )  # [group, n, end]
+        if bounds is not None:  # a row may see nothing, where all are equal then
+            chances = chances * paddle.to_tensor(seen, dtype="float32", place=query.place)
         behind = paddle.zeros([group, len(rows), num_blocks * BLOCK_SIZE - end])
         by_block = paddle.concat([chances, behind], axis=-1).reshape([group, len(rows), num_blocks, BLOCK_SIZE])
         mass[batch, heads, :, :num_blocks] = by_block.sum(axis=-1).numpy()

@@ -18,6 +18,7 @@ tokenizer, and of this package no Paddle, and a build only where a method names 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ DEFAULT_METHODS = (
     + [f"window:{blocks}" for blocks in (8, 16, 32)]
     + [f"random:{share}" for share in ("0.1", "0.3", "0.5")]
 )
+
+DEFAULT_LENGTHS = (4096, 8192, 16384)
 
 BOTH = "+last+near"  # rrattn's defaults
 MANY_METHODS = (
@@ -60,7 +63,12 @@ def add_common(parser, lengths):
     parser.add_argument("model", type=Path, help="a checkpoint directory")
     parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, metavar="METHOD", help="(default: all)")
     if lengths:
-        parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384], help="(default: 4K to 16K)")
+        parser.add_argument(
+            "--lengths",
+            nargs="+",
+            type=int,
+            help="tokens of a context (default: 4K, 8K and 16K, up to the model's own)",
+        )
 
 
 def add_text(parser):
@@ -100,7 +108,7 @@ def parse_arguments():
     command.add_argument(
         "--mass", nargs="*", default=MANY_MASS_METHODS, metavar="METHOD", help="to measure the mass of"
     )
-    command.add_argument("--length", type=int, default=16384, help="tokens of a context (default: 16384)")
+    command.add_argument("--length", type=int, help="tokens of a context (default: 16384, up to the model's own)")
     command.add_argument("--contexts", type=int, default=10, help="of each task (default: 10)")
     command.add_argument("--questions", type=int, default=24, help="about each context (default: 24)")
     command.add_argument("--device", help="(default: cuda where there is one)")
@@ -120,11 +128,12 @@ def parse_arguments():
         if arguments.plots is not None:
             check_output_folder(parser, "--plots", arguments.plots)
         return arguments
+    check_checkpoint(parser, "MODEL", arguments.model)
+    set_lengths(arguments)
     counts = {"contexts": 1, "questions": 1, "samples": 1, "longest": 1, "length": 512}
     check_at_least(parser, arguments, **{name: least for name, least in counts.items() if hasattr(arguments, name)})
     if min(getattr(arguments, "lengths", [512])) < 512:
         parser.error(f"--lengths must be at least 512, got {min(arguments.lengths)}")
-    check_checkpoint(parser, "MODEL", arguments.model)
     check_output_file(parser, "RESULTS", arguments.results)
     try:
         for method in [*arguments.methods, *getattr(arguments, "mass", [])]:
@@ -150,6 +159,17 @@ def parse_arguments():
     sizes = (arguments.tasks, lengths, arguments.contexts, arguments.questions)
     arguments.text = read_text_for(parser, "--text", arguments.text, make, *sizes)
     return arguments
+
+
+def set_lengths(arguments):
+    """Where no lengths of contexts are given, those of the defaults that the model was made for."""
+    most = json.loads((arguments.model / "config.json").read_text()).get(
+        "max_position_embeddings", max(DEFAULT_LENGTHS)
+    )
+    if getattr(arguments, "lengths", ()) is None:
+        arguments.lengths = [length for length in DEFAULT_LENGTHS if length <= most] or [most]
+    if getattr(arguments, "length", 0) is None:
+        arguments.length = min(max(DEFAULT_LENGTHS), most)
 
 
 def check_many(arguments):

@@ -253,6 +253,7 @@ def test_the_default_text_has_documents_for_8192_tokens(checkpoint, tmp_path, mo
     joined = b"".join(document.tobytes() for document in documents).decode()
     assert joined.startswith("The") and all(document[-1] == ord("\n") for document in documents[:-1])
     assert topics["assignment"] in joined
+    assert parse("--tasks", "lookup").lengths == [4096]  # of the defaults, what the model was made for
     contexts = {prompts.make_prompt("text", text, 30_000, index, 1).context[1:] for index in range(12)}
     assert len(contexts) == 12 and all(context.decode("utf-8", "ignore") in joined for context in contexts)
     with pytest.raises(SystemExit):

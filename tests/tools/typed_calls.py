@@ -54,7 +54,7 @@ def models(model: Model, config: rrattn.RRAttentionConfig, path: Path) -> int:
     for density in rrattn.layer_densities(rrattn.disable(model)):
         print("no prefill yet" if density is None else float(density.mean()))
         print(density.mean())  # wrong: union-attr
-    with rrattn.collect_stats(model) as stats:
+    with rrattn.collect_stats(model, mass_rows=8) as stats:
         seconds: float = stats.layers[0].prefill_seconds
     stats.plot(path, title="a title").savefig("elsewhere.png")
     stats.plot(title=3)  # wrong: arg-type
