@@ -103,11 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Calibrates, and returns the exit status; the arguments are checked."""
     with quiet_libraries():
         model = checkpoint.load_model(arguments.model, checkpoint.usual_dtype())
-        enable(model, RRAttentionConfig(stride=arguments.stride))
+        enable(model, config_of(1.0, arguments.stride))
     kept, density = measure(model, arguments.text, "sample text")
     chosen = choose(kept, density, arguments)
     thresholds = as_thresholds(chosen, kept.shape[1], arguments.per)
-    RRAttentionConfig(threshold=thresholds, stride=arguments.stride).to_json(arguments.config)
+    config_of(thresholds, arguments.stride).to_json(arguments.config)
     held_kept, held_density = measure(model, arguments.held_out, "held-out text")
     print(f"{'':22} {'true mass lost':>14} {'density':>9} {'one threshold of that loss':>28} {'blocks saved':>13}")
     for name, k, d in (("sample text", kept, density), ("held-out text", held_kept, held_density)):
@@ -164,6 +164,11 @@ class _Measurement:
         block_mask = dense_block_mask(1, query.shape[2], **sizes)
         out = block_sparse_attention(query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale)
         return out, block_mask
+
+
+def config_of(threshold: Any, stride: int) -> RRAttentionConfig:
+    """What is calibrated. It has no least share, which might keep less than a bound allows at any threshold."""
+    return RRAttentionConfig(threshold=threshold, stride=stride, min_share=0.0)
 
 
 def measure(

@@ -168,7 +168,7 @@ def estimate(
     key_stride: int | None = None,
     head_offset: int = 0,
     softmax_scale: float | None = None,
-    spread: float = 0,
+    spread: float = 1.0,
     dtype: str = "float64",
     mean_dtype: str | None = None,
 ) -> Array:
@@ -244,7 +244,7 @@ def select(
     keep_sink: bool = True,
     keep_last: bool = True,
     keep_local: int = 1,
-    min_share: float = 0,
+    min_share: float = 0.25,
 ) -> NDArray[np.bool_]:
     """Stage 2. The blocks to keep, bool [B, Hq, Mq, Mk], by one threshold or one for each head."""
     batch, num_heads, num_q_blocks, _ = block_scores.shape

@@ -1,5 +1,6 @@
 """The oracle against the definitions written with scalars, and its backward against finite differences."""
 
+import inspect
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from cases import CAUSAL_FLASHMASKS, FULL_FLASHMASKS, Case, make_inputs
 
 from rrattn import reference
+from rrattn.config import RRAttentionConfig
 from rrattn.reference import BLOCK
 
 SMALL = Case(5, 9, num_heads=4, num_heads_k=2, head_dim=8, batch=2)
@@ -82,8 +84,9 @@ def test_token_mask_is_flashmask_written_out(case):
         assert visible[b, h, r, c] == expected
 
 
+@pytest.mark.parametrize("key_stride, spread", [(8, 1.0), (8, 0), (4, 0.7), (32, 1.0), (1, 1.0)])
 @pytest.mark.parametrize("stride, head_offset", ((8, 0), (32, 27)))
-def test_estimate_is_the_formula_written_out(stride, head_offset):
+def test_estimate_is_the_formula_written_out(stride, head_offset, key_stride, spread):
     case = Case(140, 265, num_heads=2, num_heads_k=1, head_dim=8)
     query, key, _ = (x.astype(np.float64) for x in make_inputs(case).forward)
     expected = np.zeros(case.block_shape)
@@ -92,15 +95,18 @@ def test_estimate_is_the_formula_written_out(stride, head_offset):
             token = i + (h + head_offset) % stride
             if token >= 140:
                 continue
-            strides = [j for j in range(0, 265, stride) if j <= token + 125]
-            weight = [
-                math.exp(sum(query[0, token, h] @ key[0, c, 0] for c in range(j, min(j + stride, 265)))
-                         / (stride * math.sqrt(8)))
-                for j in strides
-            ]  # fmt: skip
+            strides = [j for j in range(0, 265, key_stride) if j <= token + 125]
+            weight = []
+            for j in strides:
+                keys = [key[0, c, 0] if c < 265 else np.zeros(8) for c in range(j, j + key_stride)]
+                mean = sum(keys) / key_stride
+                variance = sum(((k - mean) ** 2).sum() for k in keys) / key_stride / 8  # the mean of the 8 columns'
+                q = query[0, token, h]
+                weight.append(math.exp(q @ mean / math.sqrt(8) + spread / 2 * (q @ q) / 8 * variance))
             for j, w in zip(strides, weight):
                 expected[0, h, token // BLOCK, j // BLOCK] += w / sum(weight)
-    scores = reference.estimate(query, key, causal=True, stride=stride, head_offset=head_offset)
+    options = {"stride": stride, "key_stride": key_stride, "head_offset": head_offset, "spread": spread}
+    scores = reference.estimate(query, key, causal=True, **options)
     np.testing.assert_allclose(scores, expected, rtol=1e-12, atol=1e-15)
 
 
@@ -116,6 +122,25 @@ def test_top_tau_is_the_smallest_set_that_reaches_tau(rng):
             if keep.any():
                 assert scores[keep].sum(dtype=np.float64) - scores[keep].min() < tau * total + 1e-6
                 assert scores[keep].min() >= scores[visible & ~keep].max(initial=0)
+
+
+def test_min_share_leaves_out_what_has_less_than_that_share_of_an_average(rng):
+    for min_share in (0.1, 0.5, 1.0):
+        for _ in range(50):
+            scores = rng.random(12).astype(np.float32) ** 4
+            visible = rng.random(12) < 0.7
+            every = reference.top_tau(scores, visible, np.float32(0.99))
+            keep = reference.top_tau(scores, visible, np.float32(0.99), min_share)
+            average = scores[visible].sum(dtype=np.float64) / max(visible.sum(), 1)
+            assert np.array_equal(keep, every & (scores >= min_share * average))
+            assert np.array_equal(reference.top_tau(scores, visible, np.float32(1), min_share), visible)
+
+
+def test_the_defaults_are_those_of_the_config():
+    config = {**RRAttentionConfig().sampling(), **RRAttentionConfig().keep_rules()}
+    for function in (reference.estimate, reference.select):
+        for name, parameter in inspect.signature(function).parameters.items():
+            assert name not in config or parameter.default == config[name], name
 
 
 def test_attend_is_softmax_written_out():

@@ -391,9 +391,10 @@ def test_the_published_names_patch_models(model_type, tokens):
         assert patch(model, "rrattn", [0.5, 0.7], use_triton=True, chunk_size=2048, keep_recent=False) is model
     assert len([entry for entry in caught if entry.category is DeprecationWarning]) == 1
     patched = logits(model, tokens)
-    config = rrattn.RRAttentionConfig(threshold=[0.5, 0.7], keep_last=False, keep_local=0)
+    off = {"keep_local": 0, "spread": 0, "min_share": 0}
+    config = rrattn.RRAttentionConfig(threshold=[0.5, 0.7], keep_last=False, **off)
     assert (patched == logits(rrattn.enable(make_model(model_type), config), tokens)).all()
-    defaults = rrattn.RRAttentionConfig(threshold=0.9, keep_last=True, keep_local=0)
+    defaults = rrattn.RRAttentionConfig(threshold=0.9, keep_last=True, **off)
     expected = logits(rrattn.enable(make_model(model_type), defaults), tokens)
     assert (logits(patch(model), tokens) == expected).all()
 

@@ -21,13 +21,18 @@ from rrattn import _direct, direct
 
 PLAIN = {
     "stride": 16,
+    "key_stride": 4,
     "threshold": 0.5,
     "keep_sink": False,
     "keep_last": True,
     "keep_local": 2,
+    "min_share": 0.125,
     "head_offset": 3,
     "softmax_scale": 0.25,
+    "spread": 0.5,
 }
+SAMPLING = ("stride", "key_stride", "head_offset", "softmax_scale", "spread")
+KEEP = ("keep_sink", "keep_last", "keep_local", "min_share")
 
 
 def as_scalars(numbers):
@@ -66,8 +71,8 @@ def test_functions_take_any_numbers(kind):
     tensors = to_tensors(make_inputs(CASE))
     flags = kind({"causal": True, "training": False, "compensate": False})
     assert_all_identical(run(tensors, **kind(PLAIN), **flags), run(tensors, **PLAIN))
-    sampling = {name: PLAIN[name] for name in ("stride", "head_offset", "softmax_scale")}
-    keep = {name: PLAIN[name] for name in ("keep_sink", "keep_last", "keep_local")}
+    sampling = {name: PLAIN[name] for name in SAMPLING}
+    keep = {name: PLAIN[name] for name in KEEP}
     keep |= {"seqlen_q": CASE.seqlen_q, "seqlen_k": CASE.seqlen_k}
     if kind is as_scalars:  # lengths do not fit int8
         keep.update(seqlen_q=np.int16(CASE.seqlen_q), seqlen_k=np.uint64(CASE.seqlen_k))
@@ -85,9 +90,9 @@ def test_direct_takes_any_numbers(kind):
     results = []
     for convert in (dict, kind):
         scores, mask = np.zeros((1, 4, 2, 2), np.float32), np.zeros((1, 4, 2, 1), np.int32)
-        sampling = convert({"stride": 16, "head_offset": 3, "softmax_scale": 0.25, "num_threads": 1, "causal": True})
+        sampling = convert({**{name: PLAIN[name] for name in SAMPLING}, "num_threads": 1, "causal": True})
         size = direct.estimate_block_scores(query, key, block_scores=scores, **sampling)
-        keep = convert({"threshold": 0.5, "keep_sink": False, "keep_last": False, "keep_local": 0, "causal": True})
+        keep = convert({"threshold": 0.5, **{name: PLAIN[name] for name in KEEP}, "causal": True})
         threshold = keep.pop("threshold")
         lengths = {"seqlen_q": 200, "seqlen_k": np.int64(200)}
         direct.select_blocks(scores, threshold, block_mask=mask, **lengths, **keep)
@@ -102,7 +107,7 @@ def test_settings_are_kept_as_plain_python(kind, tmp_path):
     others = {"min_length": 100, "deterministic": True, "compensate": True}
     config = rrattn.RRAttentionConfig(**kind(PLAIN), **kind(others))
     assert config == rrattn.RRAttentionConfig(**PLAIN, **others)
-    types = [int, float, bool, bool, int, int, float, tuple, int, bool, bool]
+    types = [int, int, float, bool, bool, int, float, int, float, float, tuple, int, bool, bool]
     assert [type(value) for value in asdict(config).values()] == types
     config.to_json(tmp_path / "config.json")
     assert rrattn.RRAttentionConfig.from_json(tmp_path / "config.json") == config
@@ -307,8 +312,18 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
 @pytest.mark.parametrize(
     "function, inputs, outputs, own",
     (
-        (direct.estimate_block_scores, 2, "block_scores", "causal, stride, head_offset, softmax_scale, dtype"),
-        (direct.select_blocks, 2, "block_mask", "causal, seqlen_q, seqlen_k, keep_sink, keep_last, keep_local"),
+        (
+            direct.estimate_block_scores,
+            2,
+            "block_scores",
+            "causal, stride, key_stride, head_offset, softmax_scale, spread, dtype",
+        ),
+        (
+            direct.select_blocks,
+            2,
+            "block_mask",
+            "causal, seqlen_q, seqlen_k, keep_sink, keep_last, keep_local, min_share",
+        ),
         (direct.block_sparse_attention, 4, "out, lse", "causal, softmax_scale, compensate, dtype"),
         (
             direct.block_sparse_attention_backward,
@@ -320,8 +335,8 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
             direct.rr_attention,
             3,
             "out, lse, block_mask, block_scores",
-            "causal, stride, threshold, head_offset, softmax_scale, keep_sink, keep_last, keep_local, compensate, "
-            "dtype",
+            "causal, stride, key_stride, threshold, head_offset, softmax_scale, spread, keep_sink, keep_last, "
+            "keep_local, min_share, compensate, dtype",
         ),
         (direct.startend_rows_from_dense, 1, "start_rows, verdict", "dtype"),
     ),

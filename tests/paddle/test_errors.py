@@ -382,7 +382,28 @@ def test_the_operator_itself_refuses_a_negative_keep_local():
     """As a saved program may hold it, which no Python looks at."""
     scores = paddle.zeros([B, HQ, MQ, MK])
     with pytest.raises(ValueError, match="keep_local is -1, but must be at least 0"):
-        call("select", scores, None, None, True, LQ, LK, 0.9, True, False, -1)
+        call("select", scores, None, None, True, LQ, LK, 0.9, True, False, -1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "sampling, message",
+    (
+        ((8, 5, 0, 1.0, 0.0), "key_stride is 5, but must be a divisor of 128 from 1 to 64"),
+        ((8, 8, 0, 1.0, -1.0), "spread is -1.*at least 0"),
+        ((8, 8, 0, 1.0, float("inf")), "spread is inf.*finite"),
+    ),
+)
+def test_the_operator_itself_refuses_sampling(sampling, message):
+    query, key = paddle.zeros([B, LQ, HQ, 8]), paddle.zeros([B, LK, HQ, 8])
+    with pytest.raises(ValueError, match=message):
+        call("estimate", query, key, None, True, *sampling)
+
+
+@pytest.mark.parametrize("min_share", (-0.5, 1.5, float("nan")))
+def test_the_operator_itself_refuses_a_min_share(min_share):
+    scores = paddle.zeros([B, HQ, MQ, MK])
+    with pytest.raises(ValueError, match=r"min_share is .*, but must be in \[0, 1\]"):
+        call("select", scores, None, None, True, LQ, LK, 0.9, True, False, 1, min_share)
 
 
 @pytest.mark.parametrize(
@@ -402,6 +423,15 @@ def test_the_operator_itself_refuses_a_negative_keep_local():
         ({"keep_local": True}, "keep_local is True,.*integer of at least 0"),
         ({"keep_local": 0.5}, "keep_local is 0.5,.*integer of at least 0"),
         ({"compensate": 1}, "compensate is 1,.*True or False"),
+        ({"key_stride": 3}, "key_stride is 3,.*1, 2, 4, 8, 16, 32, 64"),
+        ({"key_stride": 128}, "key_stride is 128,.*1, 2, 4, 8, 16, 32, 64"),
+        ({"key_stride": "8"}, "key_stride is '8',.*integer"),
+        ({"spread": -0.1}, "spread is -0.1,.*at least 0"),
+        ({"spread": 1e39}, "spread is 1e.39, which is inf in float32,.*finite"),
+        ({"spread": True}, "spread is True,.*number"),
+        ({"min_share": 1.1}, r"min_share is 1.1,.*\[0, 1\]"),
+        ({"min_share": float("nan")}, r"min_share is nan,.*\[0, 1\]"),
+        ({"min_share": None}, r"min_share is None,.*\[0, 1\]"),
     ),
     ids=str,
 )

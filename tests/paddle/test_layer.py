@@ -10,7 +10,9 @@ import rrattn
 from rrattn import layer as layer_module
 from rrattn import masks
 
-CONFIG = rrattn.RRAttentionConfig(threshold=0.6, stride=16, keep_last=True, keep_local=2, head_offset=3)
+CONFIG = rrattn.RRAttentionConfig(
+    threshold=0.4, stride=16, key_stride=4, keep_last=True, keep_local=1, min_share=0.5, head_offset=3, spread=0.5
+)
 
 
 def make_inputs(seqlen_q=700, seqlen_k=700, heads=4, kv_heads=2, head_dim=32, batch=2, seed=0):

@@ -26,7 +26,7 @@ def states():
 def stages(states, threshold, keep_sink=False, keep_last=False):
     """(scores, mask, out) of the oracle, in Paddle's layout."""
     query, key, value = (tensor.numpy().transpose(0, 2, 1, 3).astype(np.float64) for tensor in states)
-    scores = reference.estimate(query, key, causal=True)
+    scores = reference.estimate(query, key, causal=True, spread=0)  # the release has none
     mask = reference.select(
         scores.astype(np.float32),
         threshold,
@@ -36,6 +36,7 @@ def stages(states, threshold, keep_sink=False, keep_last=False):
         keep_sink=keep_sink,
         keep_last=keep_last,
         keep_local=0,  # the release has no such rule
+        min_share=0,
     )
     return scores, mask, reference.attend(query, key, value, mask, causal=True)[0]
 
@@ -64,9 +65,9 @@ def test_the_sparse_ratio_is_of_what_the_masks_let_see():
     assert float(of_dense) == 0
     _, ratio = rrattn.rrattn_prefill(query, key, value, threshold=0.5, startend_row_indices=rows)
     arrays = [tensor.transpose([0, 2, 1, 3]).numpy().astype(np.float64) for tensor in (query, key)]
-    scores = reference.estimate(*arrays, rows.numpy(), causal=True).astype(np.float32)
+    scores = reference.estimate(*arrays, rows.numpy(), causal=True, spread=0).astype(np.float32)
     sizes = {"causal": True, "seqlen_q": 1000, "seqlen_k": 1000}
-    keep = {"keep_sink": False, "keep_last": False, "keep_local": 0}
+    keep = {"keep_sink": False, "keep_last": False, "keep_local": 0, "min_share": 0}
     mask = reference.select(scores, 0.5, rows.numpy(), **sizes, **keep)
     hidden, _ = reference.block_geometry(rows.numpy(), batch=3, num_heads=4, **sizes)
     assert float(ratio) == pytest.approx(1 - mask.sum() / (~hidden).sum()) and 0 < float(ratio) < 1
@@ -84,7 +85,8 @@ def test_masks_and_not_causal(states):
     rows = paddle.concat([paddle.full([1, 1, 1000, 1], end, "int32") for end in (300, 450)], -1)
     out, _ = rrattn.rrattn_prefill(*states, causal=False, startend_row_indices=rows)
     query, key, value = (tensor.transpose([0, 2, 1, 3]) for tensor in states)
-    expected = rrattn.rr_attention(query, key, value, rows, threshold=0.8, keep_sink=False, keep_last=False)
+    off = {"keep_sink": False, "keep_last": False, "spread": 0, "min_share": 0}
+    expected = rrattn.rr_attention(query, key, value, rows, threshold=0.8, **off)
     assert (out == expected).all() and (out[:, 300:450] == 0).all()
 
 

@@ -1,7 +1,7 @@
 """The ways to choose blocks that are compared, each from a short text.
 
 dense                       every block
-rrattn:0.95[:8]             rrattn at a threshold, with a stride (default 8)
+rrattn:0.95[:8]             rrattn at a threshold, with a stride (default 8) and without spread and least share
 rrattn:stride=16,threshold=0.98     rrattn with any settings of RRAttentionConfig by name, its defaults for the others;
                             values are JSON: numbers, true, false, null, lists
 rrattn:FILE.json            rrattn with the settings of a file (RRAttentionConfig.from_json)
@@ -16,8 +16,7 @@ group-mean:0.95[:8]         rrattn's estimate, changed: see baselines.sampled_sc
 
 A name with "+last", as in rrattn+last:0.95, keeps every block of the last query block row as well: the end of the
 prompt, where its question is, attends all of it (rrattn's keep_last). With "+near" each row also keeps the block before
-its diagonal (keep_local=1). Both may stand together: rrattn+last+near:0.95 is what rrattn does by default. Without them
-neither rule is on.
+its diagonal (keep_local=1), both of which rrattn does by default. Without them neither rule is on.
 """
 
 from __future__ import annotations
@@ -100,7 +99,8 @@ class Method:
         if self.stride not in STRIDES:
             raise ValueError(f"method {text!r}: the stride must be one of {', '.join(map(str, STRIDES))}")
         if self.name == "rrattn":
-            self.config = RRAttentionConfig(threshold=self.knob, stride=self.stride, **self.keep)
+            off = {"spread": 0, "min_share": 0}
+            self.config = RRAttentionConfig(threshold=self.knob, stride=self.stride, **self.keep, **off)
 
     @property
     def by_config(self):
