@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -262,7 +262,7 @@ def _settings_named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # The defaults of the functions of the published release (`rrattn.published`), as they were there.
-_PUBLISHED: Settings = {"keep_local": 0, "min_share": 0.0, "spread": 0.0, "compensate": False}  # what came later is off
-PUBLISHED_PREFILL = RRAttentionConfig(threshold=0.8, keep_sink=False, keep_last=False, **_PUBLISHED)
-PUBLISHED_ESTIMATE = RRAttentionConfig(threshold=0.9, keep_sink=False, keep_last=False, **_PUBLISHED)
-PUBLISHED_PATCH = RRAttentionConfig(threshold=0.9, keep_last=True, **_PUBLISHED)
+_PUBLISHED = RRAttentionConfig(keep_local=0, min_share=0.0, spread=0.0, compensate=False)  # what came later is off
+PUBLISHED_PREFILL = replace(_PUBLISHED, threshold=0.8, keep_sink=False, keep_last=False)
+PUBLISHED_ESTIMATE = replace(_PUBLISHED, threshold=0.9, keep_sink=False, keep_last=False)
+PUBLISHED_PATCH = replace(_PUBLISHED, threshold=0.9, keep_last=True)
