@@ -571,7 +571,7 @@ def test_config_files(tmp_path):
     for content, message in (
         ('{"threshold": 2}', "threshold is 2, but must be in"),
         ('{"keep_local": true}', "keep_local is True, but must be an integer of at least 0"),
-        ('{"treshold": 0.5}', "sets treshold, but the settings are stride, threshold"),
+        ('{"treshold": 0.5}', "sets treshold, but the settings are stride, key_stride, threshold, "),
         ("[1]", "holds a list, but must hold an object"),
         ("{", "is not JSON"),
     ):
