@@ -23,22 +23,21 @@ from tiny_models import (
 import rrattn
 from rrattn import reference
 
-CONFIG = rrattn.RRAttentionConfig(threshold=[0.5, (0.3, 0.6, 1.0, 0.4)], keep_last=True, keep_local=2)
+CONFIG = rrattn.RRAttentionConfig(threshold=[0.4, (0.3, 0.6, 1.0, 0.4)], keep_last=True, keep_local=1)
 
 
 class Oracle(paddle.autograd.PyLayer):
     """The three stages of the reference in float64, and its backward, as a function of Paddle tensors."""
 
     @staticmethod
-    def forward(context, query, key, value, rows, settings, causal, softmax_scale):
+    def forward(context, query, key, value, rows, core, causal, softmax_scale):
         query, key, value = (tensor.numpy().astype(np.float64) for tensor in (query, key, value))
         lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         mask = {"startend": rows, "causal": causal}
-        sampling = {"stride": settings["stride"], "softmax_scale": softmax_scale}
+        sampling = {**core.config.sampling(), "softmax_scale": softmax_scale}
         scores = reference.estimate(query, key, **mask, **sampling).astype(np.float32)
-        kept = {name: settings[name] for name in ("keep_sink", "keep_last", "keep_local")}
-        threshold = 1.0 if lengths["seqlen_q"] == 1 < lengths["seqlen_k"] else settings["threshold"]
-        selected = reference.select(scores, threshold, **mask, **lengths, **kept)
+        threshold = 1.0 if lengths["seqlen_q"] == 1 < lengths["seqlen_k"] else core.threshold
+        selected = reference.select(scores, threshold, **mask, **lengths, **core.config.keep_rules())
         out, _ = reference.attend(query, key, value, selected, **mask, softmax_scale=softmax_scale)
         context.arguments = (query, key, value, selected), {**mask, "softmax_scale": softmax_scale}
         return paddle.to_tensor(out.astype(np.float32))
@@ -53,14 +52,7 @@ class Oracle(paddle.autograd.PyLayer):
 def oracle_forward(core, query, key, value, startend_row_indices=None, *, causal=True, softmax_scale=None):
     """RRAttention.forward by the oracle."""
     rows = None if startend_row_indices is None else startend_row_indices.numpy()
-    settings = {
-        "stride": core.config.stride,
-        "threshold": core.threshold,
-        "keep_sink": core.config.keep_sink,
-        "keep_last": core.config.keep_last,
-        "keep_local": core.config.keep_local,
-    }
-    return Oracle.apply(query, key, value, rows, settings, causal, softmax_scale)
+    return Oracle.apply(query, key, value, rows, core, causal, softmax_scale)
 
 
 @pytest.fixture(params=MODELS)
