@@ -189,7 +189,12 @@ def test_settings_by_keyword_win_over_those_of_the_model(model):
     ("config", "settings", "error", "message"),
     [
         (SPARSE, {"threshold": 0.9, "stride": 8}, TypeError, "either a config or settings.*a config and threshold, st"),
-        (None, {"treshold": 0.9, "threshold": 0.8}, TypeError, "no setting treshold;.* stride, key_stride, threshold, keep_sink,"),
+        (
+            None,
+            {"treshold": 0.9, "threshold": 0.8},
+            TypeError,
+            "no setting treshold;.* stride, key_stride, threshold, keep_sink,",
+        ),
         (0.9, {}, TypeError, r"config is 0\.9, but must be an RRAttentionConfig"),
         (None, {"threshold": 1.5}, ValueError, r"threshold is 1\.5, but must be in \(0, 1\]"),
         (None, {"threshold": "0.9"}, TypeError, "threshold is '0.9', but must be a number"),

@@ -320,8 +320,10 @@ def test_tables_show_the_gpu_stages_that_were_measured():
     common.update(commit="abc", command="python gpu.py", seqlen_q=8192, seqlen_k=8192, density=0.254, tflops=500.0)
     attend = {"stage": "attend", "ms": 2.0, "baselines": {"cudnn dense": 5.0, "fa4": 3.0}, **common}
     alone = {"stage": "attend", "ms": 4.0, "baselines": {"cudnn dense": 5.0}, **common}
-    whole = {"stage": "rr_attention", "ms": 2.5, "baselines": {"cudnn dense": 5.0}, "threshold": 0.9, **common}
-    whole["data"] = "structured"
+    whole = {"stage": "rr_attention", "ms": 2.5, "baselines": {"cudnn dense": 5.0}, "data": "random", **common}
+    whole["settings"] = {"threshold": 0.9, "compensate": True}
+    sampled = {"stage": "estimate+select", "ms": 0.05, "floor_ms": 0.01, "stride": 8, "key_stride": 4, **common}
+    sampled["baselines"] = {"cudnn dense": 1.0}
     quick = {"stage": "backward", "ms": 4.0, "baselines": {"cudnn dense": 6.0}, "deterministic": False, **common}
     same_bits = {**quick, "ms": 4.5, "deterministic": True}
     assert tables.gpu_tables([]) == ""
@@ -334,7 +336,9 @@ def test_tables_show_the_gpu_stages_that_were_measured():
     ]
     both = tables.gpu_tables([whole, attend])
     assert both.startswith(tables.gpu_tables([attend]))
-    assert both.splitlines()[-1] == "| 8,192 | structured | 0.90 | 25.4% | 2.500 ms | 5.000 ms, 2.00 x |"
+    cells = "| 8,192 | random | `threshold=0.9`, `compensate=True` | 25.4% | 2.500 ms | 5.000 ms, 2.00 x |"
+    assert both.splitlines()[-1] == cells
+    assert tables.gpu_tables([sampled]).splitlines()[-1] == "| 8,192 | 8,192 | 8 | 4 | 0.050 ms | 5.00% | 0.010 ms |"
     assert tables.gpu_tables([quick, same_bits]).splitlines()[-3:] == [
         "| tokens | blocks | backward | TFLOP/s | deterministic | cuDNN, dense |",
         "|---|---|---|---|---|---|",

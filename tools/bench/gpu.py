@@ -21,8 +21,9 @@ backward
     backward passes of cuDNN's dense attention and of block-sparse FlexAttention and FlashAttention-4, whose lists of
     blocks are made beforehand; their gradients must agree with ours. TFLOP/s count 2.5 times attend's operations.
 rr_attention
-    Estimate, select and attend in a row, on queries and keys with structure (gpu_inputs.structured) and on random ones,
-    and cuDNN's dense attention in turns. TFLOP/s count the attended blocks as above over the time of all three stages.
+    Estimate, select and attend in a row, with the settings of gpu_attend.RR_ATTENTION_SETTINGS, on queries and keys
+    with structure (gpu_inputs.structured) and on random ones, and cuDNN's dense attention in turns. TFLOP/s count
+    the attended blocks as above over the time of all three stages.
 
 Densities are shares of the visible blocks. A run with --json replaces the records of the stages and lengths that it
 measures and keeps the file's others.
@@ -50,8 +51,14 @@ from .gpu_rivals import DENSE, elapsed_ms
 SAMPLING_STAGES = ("estimate", "select", "estimate+select")
 STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention")
 THRESHOLD = 0.9
-# seqlen_q, seqlen_k, stride
-SHAPES = [(8192, 8192, 8), (32768, 32768, 8), (131072, 131072, 8), (131072, 131072, 16), (16384, 1 << 20, 8)]
+# seqlen_q, seqlen_k, stride, key stride
+SHAPES = [
+    (8192, 8192, 8, 8),
+    (32768, 32768, 8, 8),
+    *((131072, 131072, 8, key_stride) for key_stride in (8, 4, 2, 1)),
+    (131072, 131072, 16, 16),
+    (16384, 1 << 20, 8, 8),
+]
 DENSE_UP_TO = 131072  # keys
 GEMM_TFLOPS, COPY_GBS = 766, 4200
 
@@ -70,8 +77,9 @@ def median_ms(call, repeats=20, graph=True):
 class Problem:
     """Random inputs, and the stages on them."""
 
-    def __init__(self, seqlen_q, seqlen_k, stride):
-        self.seqlen_q, self.seqlen_k, self.stride = seqlen_q, seqlen_k, stride
+    def __init__(self, seqlen_q, seqlen_k, stride, key_stride):
+        self.seqlen_q, self.seqlen_k = seqlen_q, seqlen_k
+        self.sampling = {"stride": stride, "key_stride": key_stride}
         self.query, self.key = normal(seqlen_q, NUM_HEADS), normal(seqlen_k, NUM_HEADS_K)
         blocks = seqlen_q // 128, seqlen_k // 128
         self.scores = torch.empty(1, NUM_HEADS, *blocks, device="cuda")
@@ -85,7 +93,7 @@ class Problem:
 
     def call_estimate(self, **options):
         return direct.estimate_block_scores(
-            self.query, self.key, block_scores=self.scores, causal=True, stride=self.stride, **options
+            self.query, self.key, block_scores=self.scores, causal=True, **self.sampling, **options
         )
 
     def call_select(self, **options):
@@ -106,9 +114,10 @@ class Problem:
     def work(self, stage):
         """(floating-point operations, bytes) that the stage cannot do without."""
         pairs = (self.seqlen_k - self.seqlen_q / 2) * self.seqlen_q
-        flops = 2 * NUM_HEADS * HEAD_DIM * pairs / self.stride**2
+        stride, key_stride = self.sampling.values()
+        flops = 2 * NUM_HEADS * HEAD_DIM * pairs / stride / key_stride
         score_bytes = 4 * NUM_HEADS * pairs / 128**2
-        read_bytes = self.key.numel() * 2 + self.query.numel() * 2 / self.stride
+        read_bytes = self.key.numel() * 2 + self.query.numel() * 2 / stride
         return {
             "estimate": (flops, read_bytes + score_bytes),
             "select": (0, score_bytes),
@@ -127,7 +136,7 @@ def measure(stage, shape):
         "stage": stage,
         "seqlen_q": shape[0],
         "seqlen_k": shape[1],
-        "stride": shape[2],
+        **problem.sampling,
         "density": selected_blocks(problem.mask) / NUM_HEADS / visible_blocks(*shape[:2]),
         "ms": ms,
         "tflops": flops / ms / 1e9,
@@ -142,7 +151,8 @@ def line(record):
     """One line of text."""
     share = [f"{100 * record['ms'] / dense:.2f}% of dense" for dense in record["baselines"].values()]
     return (
-        f"{record['stage']:16}{record['seqlen_q']:9}{record['seqlen_k']:9} S {record['stride']:2} |"
+        f"{record['stage']:16}{record['seqlen_q']:9}{record['seqlen_k']:9} S {record['stride']:2} /"
+        f" {record['key_stride']:2} |"
         f"{1e3 * record['ms']:9.1f} us |{record['tflops']:6.1f} TFLOP/s |{record['gbs']:6.0f} GB/s | floor"
         f" {1e3 * record['floor_ms']:.1f} us | {''.join(share)}"
     )

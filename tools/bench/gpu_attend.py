@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rrattn import direct
+from rrattn.config import RRAttentionConfig
 
 from .gpu_inputs import (
     NUM_HEADS,
@@ -27,8 +28,11 @@ ATTEND_SHAPES = {
     (16384, 1 << 20): (0.25, 0.1),
 }
 RR_ATTENTION_TOKENS = (8192, 32768, 131072)
-RR_ATTENTION_THRESHOLDS = {"structured": (0.90, 0.95), "random": (0.5,)}  # the last for about half the blocks
-STRIDE = 8
+HALF = {"threshold": 0.5, "min_share": 0}  # of random data about half the blocks
+RR_ATTENTION_SETTINGS = {
+    "structured": ({}, {"threshold": 0.9}),
+    "random": (HALF, {**HALF, "compensate": True}, {**HALF, "key_stride": 1}),
+}
 
 
 def rounds_for(seqlen_k):
@@ -65,18 +69,19 @@ class Pipeline:
         arrays, outputs = (self.query, self.key, self.value, block_mask), {"out": self.out, "lse": self.lse}
         return lambda **options: direct.block_sparse_attention(*arrays, **outputs, causal=True, **options)
 
-    def stages(self, scores, block_mask, threshold):
-        """All three, through these scores and this block mask."""
+    def stages(self, scores, block_mask, config):
+        """All three with an RRAttentionConfig, through these scores and this block mask."""
+        attend = self.attend(block_mask)
 
         def estimate(**options):
-            sampling = {"causal": True, "stride": STRIDE}
+            sampling = {"causal": True, **config.sampling()}
             return direct.estimate_block_scores(self.query, self.key, block_scores=scores, **sampling, **options)
 
         def select(**options):
-            given = {"block_mask": block_mask, "causal": True, **self.lengths}
-            return direct.select_blocks(scores, threshold, **given, **options)
+            given = {"block_mask": block_mask, "causal": True, **self.lengths, **config.keep_rules()}
+            return direct.select_blocks(scores, config.threshold, **given, **options)
 
-        return [estimate, select, self.attend(block_mask)]
+        return [estimate, select, lambda **options: attend(compensate=config.compensate, **options)]
 
 
 def rivals_ms(ms, density, dense, sparse):
@@ -121,36 +126,35 @@ def measure_attend(shape, densities):
 
 
 def measure_rr_attention(tokens, data):
-    """Records of one length and kind of data, all thresholds and cuDNN's dense attention in turns."""
+    """Records of one length and kind of data, all settings and cuDNN's dense attention in turns."""
     if data == "random":
         inputs = normal(tokens, NUM_HEADS), normal(tokens, NUM_HEADS_K), normal(tokens, NUM_HEADS_K)
     else:
         inputs = structured(tokens)
-    pipeline, thresholds = Pipeline(*inputs), RR_ATTENTION_THRESHOLDS[data]
+    pipeline, all_settings = Pipeline(*inputs), RR_ATTENTION_SETTINGS[data]
     blocks = tokens // 128
     scores = empty(torch.float32, 1, NUM_HEADS, blocks, blocks)
     calls, masks, workspace_bytes = {}, {}, {}
-    for threshold in thresholds:
-        masks[threshold] = empty(torch.int32, 1, NUM_HEADS, blocks, -(-blocks // 32))
-        stages = pipeline.stages(scores, masks[threshold], threshold)
-        calls[threshold], workspace_bytes[threshold] = pipeline.with_workspace(stages)
-        calls[threshold]()
+    for number, settings in enumerate(all_settings):
+        masks[number] = empty(torch.int32, 1, NUM_HEADS, blocks, -(-blocks // 32))
+        stages = pipeline.stages(scores, masks[number], RRAttentionConfig(**settings))
+        calls[number], workspace_bytes[number] = pipeline.with_workspace(stages)
+        calls[number]()
     calls["cudnn dense"] = make("cudnn dense", DENSE["cudnn dense"], pipeline.query, pipeline.key, pipeline.value)
     ms = interleaved_ms({name: call for name, call in calls.items() if call}, rounds_for(tokens))
     records = []
-    for threshold in thresholds:
-        num_selected = selected_blocks(masks[threshold])
+    for number, settings in enumerate(all_settings):
+        num_selected = selected_blocks(masks[number])
         records.append(
             {
                 "stage": "rr_attention",
                 **pipeline.lengths,
-                "stride": STRIDE,
                 "data": data,
-                "threshold": threshold,
+                "settings": settings,
                 "density": num_selected / NUM_HEADS / visible_blocks(tokens, tokens),
-                "ms": ms[threshold],
-                "tflops": attend_flops(num_selected, tokens) / ms[threshold] / 1e9,
-                "workspace_bytes": workspace_bytes[threshold],
+                "ms": ms[number],
+                "tflops": attend_flops(num_selected, tokens) / ms[number] / 1e9,
+                "workspace_bytes": workspace_bytes[number],
                 "baselines": {"cudnn dense": ms["cudnn dense"]} if "cudnn dense" in ms else {},
             }
         )
@@ -169,7 +173,7 @@ def measure_all_rr_attention(tokens=None):
     """Records of rr_attention, for these lengths; default: all."""
     for length in RR_ATTENTION_TOKENS:
         if not tokens or length in tokens:
-            for data in RR_ATTENTION_THRESHOLDS:
+            for data in RR_ATTENTION_SETTINGS:
                 yield from measure_rr_attention(length, data)
 
 
@@ -180,8 +184,8 @@ def rivals_text(record):
 
 def line(record):
     """One line of text."""
-    threshold = f"{record['data']} tau {record['threshold']:.2f} " if "threshold" in record else ""
+    settings = f"{record['data']} {record['settings'] or 'defaults'} " if "settings" in record else ""
     return (
-        f"{record['stage']:16}{record['seqlen_q']:9}{record['seqlen_k']:9} {threshold}density {record['density']:.3f} |"
+        f"{record['stage']:16}{record['seqlen_q']:9}{record['seqlen_k']:9} {settings}density {record['density']:.3f} |"
         f"{record['ms']:9.3f} ms |{record['tflops']:5.0f} TFLOP/s | {rivals_text(record)}"
     )

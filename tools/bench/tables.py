@@ -65,15 +65,15 @@ def sampling_table(rows):
     lines = [
         f"{gpu_setting(rows, 'random data')} The floor is what the products or the bytes alone take.",
         "",
-        "| queries | keys | stride | estimate + select | of cuDNN's dense attention | floor |",
-        "|---|---|---|---|---|---|",
+        "| queries | keys | stride | key stride | estimate + select | of cuDNN's dense attention | floor |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         dense = row["baselines"].get("cudnn dense")
         share = f"{100 * row['ms'] / dense:.2f}%" if dense else "not measured"
         lines.append(
-            f"| {row['seqlen_q']:,} | {row['seqlen_k']:,} | {row['stride']} | {row['ms']:.3f} ms |"
-            f" {share} | {row['floor_ms']:.3f} ms |"
+            f"| {row['seqlen_q']:,} | {row['seqlen_k']:,} | {row['stride']} | {row['key_stride']} |"
+            f" {row['ms']:.3f} ms | {share} | {row['floor_ms']:.3f} ms |"
         )
     return "\n".join(lines)
 
@@ -135,15 +135,20 @@ def rr_attention_table(rows):
         f"{gpu_setting(rows, 'queries and keys that are random or have sink, local, vertical and needle patterns')}"
         " Estimate, select and attend together, in turns with cuDNN's dense attention.",
         "",
-        "| tokens | data | threshold | blocks | rr_attention | cuDNN, dense |",
+        "| tokens | data | settings | blocks | rr_attention | cuDNN, dense |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['seqlen_q']:,} | {row['data']} | {row['threshold']:.2f} | {100 * row['density']:.1f}% |"
+            f"| {row['seqlen_q']:,} | {row['data']} | {settings_text(row)} | {100 * row['density']:.1f}% |"
             f" {row['ms']:.3f} ms | {times(row, 'cudnn dense')} |"
         )
     return "\n".join(lines)
+
+
+def settings_text(row):
+    """The settings of a whole call, but for the defaults."""
+    return ", ".join(f"`{name}={value}`" for name, value in row["settings"].items()) or "the defaults"
 
 
 def times(row, rival):
@@ -163,8 +168,8 @@ def headline(records):
     dense = row["baselines"]["cudnn dense"]
     text = (
         f"- **{dense / row['ms']:.0f} times as fast as cuDNN's dense attention** over {row['seqlen_q']:,} tokens:"
-        f" {row['ms']:.1f} ms in place of {dense:.0f} ms, at a threshold of {row['threshold']:.2f} on {row['data']}"
-        f" data, which takes {100 * row['density']:.1f}% of the blocks ({row['gpu']}, {row['dtype']},"
+        f" {row['ms']:.1f} ms in place of {dense:.0f} ms, with {settings_text(row)} on"
+        f" {row['data']} data, which takes {100 * row['density']:.1f}% of the blocks ({row['gpu']}, {row['dtype']},"
         f" {row['num_heads']} query heads over {row['num_heads_k']} key heads, head size {row['head_dim']}, causal)."
         " [Performance](docs/performance.md) has other lengths, densities and rivals, gradients, and CPUs."
     )
