@@ -81,7 +81,7 @@ def test_prefills_do_what_the_enabled_model_does(model, checkpoint):
     plain.config.fuse_rms_norm = False
     plain.eval()
     for method, threshold in (("dense", 1.0), ("rrattn+last+near:0.5:16", 0.5)):
-        rrattn.enable(plain, rrattn.RRAttentionConfig(threshold=threshold, stride=16))
+        rrattn.enable(plain, threshold=threshold, stride=16, spread=0, min_share=0)
         with paddle.no_grad():
             expected = plain(paddle.to_tensor(tokens[None]), return_dict=True).logits[0].numpy()
         model.method = Method(method)
@@ -496,9 +496,10 @@ def test_settings_by_name_in_a_run_and_its_report(model, text, tmp_path):
     run.run_tasks(model, results, text, ["text"], methods, [1500], 1, 4)
     density = {row["method"]: row["density"] for row in results.rows}
     assert density[methods[1]] < density[methods[3]] < 1 and density[methods[1]] < density[methods[2]] < 1
-    run.measure_mass(model, results, text, ["text"], [*methods[1:], "rrattn+last+near:0.5"], [1500], 1, 4)
+    same = ["rrattn:threshold=0.5,spread=0,min_share=0", "rrattn+last+near:0.5"]
+    run.measure_mass(model, results, text, ["text"], [*methods[1:], *same], [1500], 1, 4)
     kept = {row["method"]: row["kept"] for row in results.rows if "kept" in row}
-    assert kept[methods[1]] == kept["rrattn+last+near:0.5"] < kept[methods[3]]
+    assert kept[same[0]] == kept[same[1]] and kept[methods[1]] < kept[methods[3]]
     written = report.write_report(tmp_path / "results.jsonl", tmp_path / "plots")
     assert all(f"| {name} |" in written for name in ("rrattn", "rrattn, keep_local=3", *methods))
 

@@ -323,7 +323,7 @@ def test_tables_show_the_gpu_stages_that_were_measured():
     whole = {"stage": "rr_attention", "ms": 2.5, "baselines": {"cudnn dense": 5.0}, "data": "random", **common}
     whole["settings"] = {"threshold": 0.9, "compensate": True}
     sampled = {"stage": "estimate+select", "ms": 0.05, "floor_ms": 0.01, "stride": 8, "key_stride": 4, **common}
-    sampled["baselines"] = {"cudnn dense": 1.0}
+    sampled |= {"baselines": {"cudnn dense": 1.0}, "settings": {"spread": 0}}
     quick = {"stage": "backward", "ms": 4.0, "baselines": {"cudnn dense": 6.0}, "deterministic": False, **common}
     same_bits = {**quick, "ms": 4.5, "deterministic": True}
     assert tables.gpu_tables([]) == ""
@@ -339,6 +339,7 @@ def test_tables_show_the_gpu_stages_that_were_measured():
     cells = "| 8,192 | random | `threshold=0.9`, `compensate=True` | 25.4% | 2.500 ms | 5.000 ms, 2.00 x |"
     assert both.splitlines()[-1] == cells
     assert tables.gpu_tables([sampled]).splitlines()[-1] == "| 8,192 | 8,192 | 8 | 4 | 0.050 ms | 5.00% | 0.010 ms |"
+    assert "With `spread=0` for what" in tables.gpu_tables([sampled])
     assert tables.gpu_tables([quick, same_bits]).splitlines()[-3:] == [
         "| tokens | blocks | backward | TFLOP/s | deterministic | cuDNN, dense |",
         "|---|---|---|---|---|---|",

@@ -66,11 +66,11 @@ def test_sampled_scores(rng, seqlen_q, seqlen_k):
     """Not rotated they are rrattn's estimate; rotated by blocks or strides, that of other heads there."""
     query, key = inputs(rng, seqlen_q, seqlen_k)
     group = np.repeat(np.arange(2), 2)
-    own = reference.estimate(query[None], key[None], causal=True, stride=8)[0]
+    own = reference.estimate(query[None], key[None], causal=True, stride=8, spread=0)[0]
     np.testing.assert_allclose(baselines.sampled_scores(query, key, 0.25, 8), own, atol=1e-3)
     by_block = baselines.sampled_scores(query, key, 0.25, 8, "rotated-blocks")
     for m in range(own.shape[1]):
-        turned = reference.estimate(query[None], key[None], causal=True, stride=8, head_offset=m)[0]
+        turned = reference.estimate(query[None], key[None], causal=True, stride=8, head_offset=m, spread=0)[0]
         np.testing.assert_allclose(by_block[:, m], turned[:, m], atol=1e-3)
     by_stride = baselines.sampled_scores(query, key, 0.25, 8, "rotated-strides")
     shift = seqlen_k - seqlen_q

@@ -137,6 +137,7 @@ def measure(stage, shape):
         "seqlen_q": shape[0],
         "seqlen_k": shape[1],
         **problem.sampling,
+        "settings": {},
         "density": selected_blocks(problem.mask) / NUM_HEADS / visible_blocks(*shape[:2]),
         "ms": ms,
         "tflops": flops / ms / 1e9,
@@ -198,7 +199,7 @@ def what_is_measured(stages):
     """({lengths of keys}, {densities}) that there are of these stages."""
     lengths, densities = set(), set()
     if set(stages) & set(SAMPLING_STAGES):
-        lengths |= {seqlen_k for _, seqlen_k, _ in SHAPES}
+        lengths |= {shape[1] for shape in SHAPES}
     if "attend" in stages:
         lengths |= {seqlen_k for _, seqlen_k in gpu_attend.ATTEND_SHAPES}
         densities |= {density for of_shape in gpu_attend.ATTEND_SHAPES.values() for density in of_shape}

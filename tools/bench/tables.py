@@ -63,7 +63,8 @@ def gpu_setting(rows, data):
 
 def sampling_table(rows):
     lines = [
-        f"{gpu_setting(rows, 'random data')} The floor is what the products or the bytes alone take.",
+        f"{gpu_setting(rows, 'random data')} With {settings_text(rows[0])} for what is not in the table. The floor is"
+        " what the products or the bytes alone take.",
         "",
         "| queries | keys | stride | key stride | estimate + select | of cuDNN's dense attention | floor |",
         "|---|---|---|---|---|---|---|",
