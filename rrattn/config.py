@@ -54,7 +54,7 @@ class RRAttentionConfig:
     Parameters
     ----------
     stride : int
-        Sample stride in tokens: one query in `stride` is sampled, keys are summed over `stride` tokens. A larger one
+        Sample stride in tokens: one query in `stride` is sampled. A larger one
         estimates faster and less finely. One of 2, 4, 8, 16, 32, 64; the paper uses 8 and 16.
     key_stride : int, optional
         Tokens over which keys are summed, one of 1, 2, 4, 8, 16, 32, 64. A smaller one estimates more finely, at as

@@ -89,10 +89,15 @@ def test_the_readme_installs_what_the_build_asks_for():
 
 
 def test_the_readmes_quality_is_that_of_the_page():
-    quality, density = re.search(
-        r"\*\*(\S+ ± \S+) of dense quality at (\S+) of the blocks", (ROOT / "README.md").read_text()
-    ).groups()
-    assert f"| S = 8, 0.95 (the defaults) | {quality} | {density} |" in (ROOT / "docs" / "quality.md").read_text()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    page = (ROOT / "docs" / "quality.md").read_text()
+    answers = r"with `([^`]+)` (\S+) of 1,068 numbers are looked up right, dense attention has (\S+),"
+    settings, right, of_dense = re.search(answers, readme).groups()
+    loss = re.search(r"a text's loss is (\S+) above", readme).group(1)
+    assert re.search(rf"^\| `{settings}` \| \S+ \| \+{loss} \|.* 44.4% \| {right} \|$", page, re.MULTILINE)
+    assert re.search(rf"^\| dense \|.*\| {of_dense} \|$", page, re.MULTILINE)
+    defaults = re.search(r"look (\S+) up at (\S+)% of the blocks", readme).groups()
+    assert re.search(rf"^\| rrattn, the defaults \|.*\| {defaults[1]}\.\d% \| {defaults[0]} \|$", page, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
