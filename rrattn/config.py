@@ -54,8 +54,8 @@ class RRAttentionConfig:
     Parameters
     ----------
     stride : int
-        Sample stride in tokens: one query in `stride` is sampled. A larger one
-        estimates faster and less finely. One of 2, 4, 8, 16, 32, 64; the paper uses 8 and 16.
+        Sample stride in tokens: one query in `stride` is sampled. A larger one estimates faster and less finely. One of
+        2, 4, 8, 16, 32, 64; the paper uses 8 and 16.
     key_stride : int, optional
         Tokens over which keys are summed, one of 1, 2, 4, 8, 16, 32, 64. A smaller one estimates more finely, at as
         many times the products. Default: `stride`, as in the paper.
@@ -83,9 +83,9 @@ class RRAttentionConfig:
     min_share : float
         Below a threshold of 1: a block whose share of the row's estimated mass is less than `min_share` times that of
         an average block that the row sees is not kept for its mass, from 0 (the paper) to 1. Rows whose mass is spread
-        over many blocks would else keep nearly all of them. Together with the least share a high threshold is better
-        than a lower one without: a public model of 135 million weights lost 0.30% at 35.7% of the blocks with the
-        defaults, and 0.40% at 34.8% with 0.95 and no least share (docs/quality.md).
+        over many blocks would else keep nearly all of them. A high threshold with a least share is better than a lower
+        one without: a public model of 135 million weights lost 0.52% at 32.7% of the blocks with the defaults, and
+        0.79% at 31.5% with 0.95 and neither least share nor spread (docs/quality.md).
     head_offset : int
         Number of the first query head, for heads sharded over ranks: the sampled positions depend on it.
     softmax_scale : float, optional
