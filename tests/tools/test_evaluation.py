@@ -579,3 +579,16 @@ def test_config_files(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             rrattn.RRAttentionConfig.from_json(path)
+
+
+@pytest.mark.parametrize("label", ("dense", "rrattn, threshold=0.98, min_share=0.15, compensate=true, key_stride=1"))
+def test_a_legend_stays_within_its_figure(label):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = plt.subplots(2, 2, figsize=(8, 8), squeeze=False)
+    for i in range(9):
+        axes.flat[i % 4].plot([0, 1], [i, 1], label=f"{label} {i}")
+    report.add_legend(figure, axes)
+    figure.canvas.draw()
+    extent = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1 and extent.y0 >= figure.bbox.y0
+    plt.close(figure)

@@ -343,10 +343,12 @@ def without_rules(name):
     return ",".join([method.split("+")[0], *stride])
 
 
-def add_legend(figure, axes, columns):
-    """One legend below all panels, of every line that any of them has."""
+def add_legend(figure, axes):
+    """One legend below all panels, of every line that any of them has, in as many columns as there is room for."""
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
     labels = sorted(handles, key=in_order)
+    label_inches = 0.6 + 0.062 * max(map(len, labels), default=0)
+    columns = max(1, min(4, int(figure.get_figwidth() / label_inches)))
     rows = -(-len(labels) // columns)
     height = 0.2 * rows / figure.get_figheight() + 0.01
     figure.legend([handles[label] for label in labels], labels, loc="lower center", ncol=columns, fontsize=8)
@@ -381,7 +383,7 @@ def draw_quality(rows, path):
         axis.axhline(1, color="0.6", linewidth=0.8)
         axis.set(title=panel, xlabel="density", ylabel="share of dense")
     figure.suptitle(f"Quality against density, {length:,} tokens")
-    add_legend(figure, axes, 4)
+    add_legend(figure, axes)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -402,7 +404,7 @@ def draw_mass(rows, path):
         axis.set(title=f"{kind}, {length:,} tokens", xlabel="density", xlim=(0, 0.6), ylim=(0.004, 0.3))
     for axis in axes[:, 0]:
         axis.set_ylabel("true attention mass lost")
-    add_legend(figure, axes, 4)
+    add_legend(figure, axes)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
