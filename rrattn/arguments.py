@@ -141,9 +141,7 @@ def softmax_scale(value: object) -> float | None:
     """A number that is finite in float32, in which the kernels compute; None stays None."""
     if value is None:
         return None
-    scale = _float(value)
-    if scale is None:
-        raise refused(value, "softmax_scale", "a finite number")
+    scale = _number(value, "softmax_scale", "a finite number")
     if not math.isfinite(_float32(scale)):
         raise ValueError(f"softmax_scale is {_in_float32(value, scale)}, but must be finite")
     return scale
@@ -151,9 +149,7 @@ def softmax_scale(value: object) -> float | None:
 
 def spread(value: object) -> float:
     """A number of at least 0 that is finite in float32."""
-    weight = _float(value)
-    if weight is None:
-        raise refused(value, "spread", "a finite number of at least 0")
+    weight = _number(value, "spread", "a finite number of at least 0")
     if not (weight >= 0 and math.isfinite(_float32(weight))):
         raise ValueError(f"spread is {_in_float32(value, weight)}, but must be finite and at least 0")
     return weight
@@ -161,9 +157,7 @@ def spread(value: object) -> float:
 
 def min_share(value: object) -> float:
     """A number in [0, 1]."""
-    share = _float(value)
-    if share is None:
-        raise refused(value, "min_share", "a number in [0, 1]")
+    share = _number(value, "min_share", "a number in [0, 1]")
     if not 0 <= share <= 1:
         raise ValueError(f"min_share is {shown(value)}, but must be in [0, 1]")
     return share
@@ -171,9 +165,7 @@ def min_share(value: object) -> float:
 
 def threshold(value: object, name: str = "threshold", allowed: str = "a number in (0, 1]") -> float:
     """A number in (0, 1], in float32 too."""
-    share = _float(value)
-    if share is None:
-        raise refused(value, name, allowed)
+    share = _number(value, name, allowed)
     if not 0 < share <= 1 or _float32(share) == 0:
         raise ValueError(f"{name} is {_in_float32(value, share)}, but must be in (0, 1]")
     return share
@@ -222,17 +214,17 @@ def _index(value: Any) -> int | None:
         return None
 
 
-def _float(value: Any) -> float | None:
-    """A real number as float, infinite beyond its range; None for anything else."""
+def _number(value: Any, name: str, allowed: str) -> float:
+    """A real number as float, infinite beyond its range; anything else is refused."""
     if type(value) is float:
         return value
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise refused(value, name, allowed)
     try:
-        return float(value)
+        return float(number)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if number > 0 else -math.inf
 
 
 def _float32(number: float) -> float:

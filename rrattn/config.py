@@ -227,6 +227,11 @@ def checked_sampling(
     }
 
 
+def sampling_of_call(stride: object, key_stride: object, *others: object) -> Sampling:
+    """The same of a call, where keys have the stride of the queries unless they have their own."""
+    return checked_sampling(stride, stride if key_stride is None else key_stride, *others)
+
+
 def checked_keep_rules(keep_sink: object, keep_last: object, keep_local: object, min_share: object) -> KeepRules:
     """The keep rules besides the threshold, by name, as plain Python."""
     return {

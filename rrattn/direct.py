@@ -30,7 +30,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, Callable, Protocol, TypedDict, Union, cast
 
 from . import _direct, arguments
-from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, checked_sampling
+from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, sampling_of_call
 
 _DEFAULTS = RRAttentionConfig()
 _DEFAULT_THRESHOLD = cast(float, _DEFAULTS.threshold)  # one number, where a config may have several
@@ -135,7 +135,7 @@ def rr_attention(
         block_mask=block_mask,
         block_scores=block_scores,
         causal=arguments.flag(causal, "causal"),
-        sampling=_sampling(stride, key_stride, head_offset, softmax_scale, spread),
+        sampling=_direct.Sampling(**sampling_of_call(stride, key_stride, head_offset, softmax_scale, spread)),
         rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local, min_share)),
         compensate=arguments.flag(compensate, "compensate"),
         dtype=_name(dtype),
@@ -174,7 +174,7 @@ def estimate_block_scores(
         startend_row_indices,
         block_scores=block_scores,
         causal=arguments.flag(causal, "causal"),
-        sampling=_sampling(stride, key_stride, head_offset, softmax_scale, spread),
+        sampling=_direct.Sampling(**sampling_of_call(stride, key_stride, head_offset, softmax_scale, spread)),
         dtype=_name(dtype),
         options=_options(estimate_block_scores, options),
     )
@@ -333,10 +333,6 @@ def startend_rows_from_dense(
         dtype=_name(dtype),
         options=_options(startend_rows_from_dense, options),
     )
-
-
-def _sampling(stride: object, key_stride: object, *others: object) -> Any:
-    return _direct.Sampling(**checked_sampling(stride, stride if key_stride is None else key_stride, *others))
 
 
 def _split_threshold(threshold: Any) -> tuple[float, Array | None]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, overload
 import paddle
 
 from . import arguments, config
-from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, checked_sampling
+from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, sampling_of_call
 from .layout import watch_layout
 from .operators import call
 
@@ -504,8 +504,8 @@ def _deterministic(deterministic: object) -> bool:
 
 
 def _sampling(query: Tensor, stride: object, key_stride: object, *others: object) -> tuple[object, ...]:
-    """The values of `checked_sampling`, with those that the query or the stride give where none are given."""
-    sampling = checked_sampling(stride, stride if key_stride is None else key_stride, *others)
+    """The values of `sampling_of_call`, with the scale that the query gives where none is given."""
+    sampling = sampling_of_call(stride, key_stride, *others)
     sampling["softmax_scale"] = _scale(sampling["softmax_scale"], query)
     return tuple(sampling.values())
 
