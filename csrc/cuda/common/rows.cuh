@@ -19,6 +19,22 @@ __device__ inline uint4 load_eight(const Element* row, int column, int head_dim,
   return eight;
 }
 
+// Element i of the eight.
+template <typename Element>
+__device__ inline float element(const uint4& eight, int i) {
+  return static_cast<float>(reinterpret_cast<const Element*>(&eight)[i]);
+}
+
+// The sum over the kLanes neighbouring threads of a row, in each of them.
+template <int kLanes>
+__device__ inline float row_sum(float value) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    value += __shfl_xor_sync(~0u, value, lanes);
+  }
+  return value;
+}
+
 inline bool aligned_rows(const Rows& rows) {
   return (reinterpret_cast<uintptr_t>(rows.data) | rows.batch_stride * 2 | rows.row_stride * 2 |
           rows.head_stride * 2) %

@@ -32,8 +32,7 @@ __device__ inline void sum_rows(const Element* rows, int64_t row_stride, int fir
 #pragma unroll
     for (int r = 0; r < kLoads; ++r) {
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        sum[e] += static_cast<float>(reinterpret_cast<const Element*>(&eights[r])[e]);
+      for (int e = 0; e < 8; ++e) sum[e] += element<Element>(eights[r], e);
     }
   }
 }

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
       norm += value * value;
       largest[e] = max(largest[e], __float_as_uint(fabsf(element<Element>(keys, e))));
     }
-    largest_norm = max(largest_norm, __float_as_uint(fabsf(row_sum(norm))));
+    largest_norm = max(largest_norm, __float_as_uint(fabsf(row_sum<kRowLanes>(norm))));
   }
   for (int e = 0; e < 8; ++e) atomicMax(shared_largest + column + e, largest[e]);
   atomicMax(&shared_largest_norm, largest_norm);

@@ -20,18 +20,4 @@ __device__ inline uint4 load_part(const Rows& rows, int64_t batch, int64_t head,
                     column, head_dim, aligned);
 }
 
-// Element i of the eight.
-template <typename Element>
-__device__ inline float element(const uint4& eight, int i) {
-  return static_cast<float>(reinterpret_cast<const Element*>(&eight)[i]);
-}
-
-// The sum over the threads of a row, in each of them.
-__device__ inline float row_sum(float value) {
-  for (int lanes = kRowLanes / 2; lanes > 0; lanes /= 2) {
-    value += __shfl_xor_sync(~0u, value, lanes);
-  }
-  return value;
-}
-
 }  // namespace rrattn::cuda::sm90::backward

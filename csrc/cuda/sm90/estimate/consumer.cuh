@@ -56,7 +56,7 @@ class Consumer {
       *reinterpret_cast<uint4*>(shared_.query[consumer_] +
                                 typename Traits::QueryOffsets{}(i / kChunks, column)) = eight;
       if (params_.sampling.spread > 0) {
-        const float square = sum_over_row<kChunks>(square_of<Element>(eight));
+        const float square = row_sum<kChunks>(square_of<Element>(eight));
         if (i % kChunks == 0) {
           shared_.row_factor[slot][consumer_][i / kChunks] = layout_.variance_weight * square;
         }
@@ -183,20 +183,10 @@ class Consumer {
     float square = 0;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const auto q = static_cast<float>(reinterpret_cast<const Element*>(&eight)[e]);
+      const float q = element<Element>(eight, e);
       square = fmaf(q, q, square);
     }
     return square;
-  }
-
-  // The sum over the neighbouring threads that have the chunks of a row.
-  template <int kChunks>
-  __device__ static float sum_over_row(float value) {
-#pragma unroll
-    for (int lanes = kChunks / 2; lanes > 0; lanes /= 2) {
-      value += __shfl_xor_sync(~0u, value, lanes);
-    }
-    return value;
   }
 
   // Makes the largest score so far the reference of each row, or unless `always` only of rows that

@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(kPoolThreads)
       for (int r = 0; r < kLoads; ++r) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          moments.add(e, static_cast<float>(reinterpret_cast<const Element*>(&rows[r])[e]),
-                      key + r == stride * kKeyStride);
+          moments.add(e, element<Element>(rows[r], e), key + r == stride * kKeyStride);
         }
       }
     }
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kPoolThreads)
           row = load_eight(keys + key * params.key.row_stride, column, head_dim, aligned);
         }
         for (int e = 0; e < 8; ++e) {
-          const auto value = static_cast<float>(reinterpret_cast<const Element*>(&row)[e]);
+          const float value = element<Element>(row, e);
           moments.add(e, seen || isfinite(value) ? value : 0, key == stride * kKeyStride);
         }
       }
@@ -107,11 +106,7 @@ __global__ void __launch_bounds__(kPoolThreads)
     *reinterpret_cast<uint4*>(workspace.pooled_keys + tile * Traits::kKeyTileElements + offset) =
         *reinterpret_cast<const uint4*>(mean);
     if (params.sampling.spread > 0) {
-      float variance = moments.variance(kKeyStride);
-#pragma unroll
-      for (int lanes = kChunks / 2; lanes > 0; lanes /= 2) {
-        variance += __shfl_xor_sync(~0u, variance, lanes);
-      }
+      const float variance = row_sum<kChunks>(moments.variance(kKeyStride));
       if (i % kChunks == 0) {
         const auto in_tile = static_cast<int>(stride % kTileStrides);
         workspace.variances[tile * kTileVariances + in_tile / kThreadStrides * kThreadVariances +
