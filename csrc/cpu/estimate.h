@@ -257,8 +257,10 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
              queries.count,
              params.sampling.softmax_scale * kLog2E / static_cast<float>(shape.key_stride),
              scratch.query_strip, scratch.row_buffer);
-  alignas(64) float weights[kStrip];
-  variance_weights(params, shape, scratch.query_strip, weights);
+  alignas(64) float weights[kStrip] = {};
+  if (params.sampling.spread > 0) {
+    variance_weights(params, shape, scratch.query_strip, weights);
+  }
 
   alignas(64) float row_base[kStrip], row_sum[kStrip] = {};
   for (float& base : row_base) base = kNothingSeen;
