@@ -62,19 +62,23 @@ def row_mass(
     bounds = None if startend_row_indices is None else startend_row_indices.numpy()[:, :, :end]
     index = paddle.to_tensor(rows, dtype="int64", place=query.place)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+
+    def added_to_scores(seen: NDArray[np.bool_]) -> paddle.Tensor:
+        return paddle.to_tensor(np.where(seen, np.float32(0), np.float32(-1e30)), place=query.place)
+
+    if bounds is None:  # the same for all heads
+        added = added_to_scores(keys_seen(rows, None, end, causal=causal, shift=shift))
     for batch, head in np.ndindex(batch_size, num_heads_k):
         heads = slice(head * group, (head + 1) * group)
-        if bounds is None:
-            seen = keys_seen(rows, None, end, causal=causal, shift=shift)
-        else:  # of each query head, or one for all of these
+        if bounds is not None:  # of each query head, or one for all of these
             shared = num_heads // bounds.shape[1]
             of_heads = sorted({query_head // shared for query_head in range(heads.start, heads.stop)})
             seen = np.stack([keys_seen(rows, bounds[batch, i], end, causal=causal, shift=shift) for i in of_heads])
+            added = added_to_scores(seen)
         q = paddle.gather(query[batch, :, heads], index).astype("float32").transpose([1, 0, 2]) * scale
         k = key[batch, :end, head].astype("float32")
-        hidden = paddle.to_tensor(np.where(seen, np.float32(0), np.float32(-1e30)), place=query.place)
         chances = paddle.nn.functional.softmax(
-            paddle.matmul(q, k, transpose_y=True) + hidden, axis=-1
+            paddle.matmul(q, k, transpose_y=True) + added, axis=-1
         )  # [group, n, end]
         if bounds is not None:  # a row may see nothing, where all are equal then
             chances = chances * paddle.to_tensor(seen, dtype="float32", place=query.place)
