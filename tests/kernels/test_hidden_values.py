@@ -33,6 +33,14 @@ def two_intervals(case, hidden):
     return np.broadcast_to(bounds, (case.batch, 1, case.seqlen_k, 4))
 
 
+# Causal bounds have one interval.
+every_mask = pytest.mark.parametrize(
+    "case, bounds",
+    [(case, padding) for case in CASES] + [(case, two_intervals) for case in CASES if not case.causal],
+    ids=lambda part: getattr(part, "__name__", str(part)),
+)
+
+
 def hidden_keys(case):
     """Whole blocks, parts of one, and single keys: bool [Lk]. The last query still sees its own key."""
     hidden = np.zeros(case.seqlen_k, bool)
@@ -49,12 +57,9 @@ def with_bad_rows(array, rows, large):
     return array
 
 
-@pytest.mark.parametrize("bounds", (padding, two_intervals), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_mask
 def test_what_no_query_sees_is_in_no_mean(kernels, dtype, case, bounds):
     """With compensation, which takes no mean of blocks with hidden keys, and those of others beside them."""
-    if bounds is two_intervals and case.causal:
-        pytest.skip("causal bounds have one interval")
     hidden = hidden_keys(case)
     startend = bounds(case, hidden)
     inputs = make_inputs(case, dtype)
@@ -72,11 +77,8 @@ def test_what_no_query_sees_is_in_no_mean(kernels, dtype, case, bounds):
     assert_identical(run(*(with_bad_rows(x, hidden, large) for x in (inputs.key, inputs.value))), clean)
 
 
-@pytest.mark.parametrize("bounds", (padding, two_intervals), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_mask
 def test_what_no_query_sees_is_nowhere(kernels, dtype, case, bounds):
-    if bounds is two_intervals and case.causal:
-        pytest.skip("causal bounds have one interval")
     hidden = hidden_keys(case)
     startend = bounds(case, hidden)
     inputs = make_inputs(case, dtype)
