@@ -78,7 +78,8 @@ struct Visibility {
 
 struct Heads {
   int64_t num_heads_k = 0;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;    // D, of queries and keys
+  int64_t head_dim_v = 0;  // Dv, of values and outputs; the estimate has none
   DataType dtype = DataType::kFloat32;
 };
 
@@ -141,8 +142,9 @@ inline auto settings_of(KeepRules& rules) {
 struct EstimateParams {
   Visibility visibility;
   Heads heads;
-  Rows query;  // [B, Lq, Hq, D]
-  Rows key;    // [B, Lk, Hkv, D]
+  Rows query;                   // [B, Lq, Hq, D]
+  Rows key;                     // [B, Lk, Hkv, D]
+  const float* sink = nullptr;  // [Hq], logits that join each row's softmax; or null
   Sampling sampling;
   float* block_scores = nullptr;  // [B, Hq, Mq, Mk], written whole
   Execution execution;
@@ -161,12 +163,13 @@ struct AttendParams {
   Heads heads;
   Rows query;                            // [B, Lq, Hq, D]
   Rows key;                              // [B, Lk, Hkv, D]
-  Rows value;                            // [B, Lk, Hkv, D]
+  Rows value;                            // [B, Lk, Hkv, Dv]
   const uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)]
+  const float* sink = nullptr;           // [Hq], logits that join each row's softmax; or null
   float softmax_scale = 0;
   bool compensate = false;  // means stand in for key blocks (stood_in_for in geometry.h)
-  Rows out;                 // [B, Lq, Hq, D], written whole
-  float* lse = nullptr;     // [B, Hq, Lq], written whole
+  Rows out;                 // [B, Lq, Hq, Dv], written whole
+  float* lse = nullptr;     // [B, Hq, Lq], of all that joins the softmax; written whole
   Execution execution;
 };
 
@@ -175,16 +178,19 @@ struct BackwardParams {
   Heads heads;
   Rows query;                            // [B, Lq, Hq, D]
   Rows key;                              // [B, Lk, Hkv, D]
-  Rows value;                            // [B, Lk, Hkv, D]
+  Rows value;                            // [B, Lk, Hkv, Dv]
   const uint32_t* block_mask = nullptr;  // [B, Hq, Mq, ceil(Mk / 32)]
-  Rows out;                              // [B, Lq, Hq, D], of the forward pass
+  const float* sink = nullptr;           // [Hq], as in the forward pass
+  Rows out;                              // [B, Lq, Hq, Dv], of the forward pass
   const float* lse = nullptr;            // [B, Hq, Lq], of the forward pass
   float softmax_scale = 0;
-  Rows grad_out;               // [B, Lq, Hq, D]
-  Rows grad_query;             // [B, Lq, Hq, D], written whole
-  Rows grad_key;               // [B, Lk, Hkv, D], written whole
-  Rows grad_value;             // [B, Lk, Hkv, D], written whole
-  bool deterministic = false;  // the same bits on every run; the CPU's always are
+  Rows grad_out;                    // [B, Lq, Hq, Dv]
+  const float* grad_lse = nullptr;  // [B, Hq, Lq], or null for zeros
+  Rows grad_query;                  // [B, Lq, Hq, D], written whole
+  Rows grad_key;                    // [B, Lk, Hkv, D], written whole
+  Rows grad_value;                  // [B, Lk, Hkv, Dv], written whole
+  float* grad_sink = nullptr;       // [Hq], written whole; null without sink
+  bool deterministic = false;       // the same bits on every run; the CPU's always are
   Execution execution;
 };
 
