@@ -1,5 +1,6 @@
 // The one dispatch site of the GPU stages: from the device's architecture, types, head sizes and
 // whatever else kernels are compiled for to their instances.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -19,8 +20,8 @@ namespace {
 struct Sm90 {
   template <DataType kDataType, int kHeadDim, int kKeyStride>
   using EstimateStage = sm90::estimate::Stage<kDataType, kHeadDim, kKeyStride>;
-  template <DataType kDataType, int kHeadDim>
-  using AttendStage = sm90::attend::Stage<kDataType, kHeadDim>;
+  template <DataType kDataType, int kHeadDim, int kHeadDimV>
+  using AttendStage = sm90::attend::Stage<kDataType, kHeadDim, kHeadDimV>;
   template <DataType kDataType, bool kDeterministic>
   using BackwardStage = sm90::backward::Stage<kDataType, kDeterministic>;
 };
@@ -57,6 +58,17 @@ auto with_head_dim(const Heads& heads, const Use& use) {
   if (heads.head_dim <= 256) return use(std::integral_constant<int, 256>());
   throw std::invalid_argument("query has head_dim " + std::to_string(heads.head_dim) +
                               ", but on a GPU must have at most 256");
+}
+
+// The same of queries and keys and of values, as two arguments.
+template <typename Use>
+auto with_head_dims(const Heads& heads, const Use& use) {
+  if (heads.head_dim > 128 && heads.head_dim <= 192 && heads.head_dim_v <= 128) {
+    return use(std::integral_constant<int, 192>(), std::integral_constant<int, 128>());
+  }
+  Heads larger = heads;
+  larger.head_dim = std::max(heads.head_dim, heads.head_dim_v);
+  return with_head_dim(larger, [&](auto head_dim) { return use(head_dim, head_dim); });
 }
 
 template <typename Use>
@@ -124,10 +136,11 @@ template <typename Use>
 auto with_stage(const AttendParams& params, const Use& use) {
   return with_architecture([&](auto architecture) {
     return with_data_type(params.heads, [&](auto data_type) {
-      return with_head_dim(params.heads, [&](auto head_dim) {
+      return with_head_dims(params.heads, [&](auto head_dim, auto head_dim_v) {
         return use(
             typename decltype(architecture)::template AttendStage<decltype(data_type)::value,
-                                                                  decltype(head_dim)::value>());
+                                                                  decltype(head_dim)::value,
+                                                                  decltype(head_dim_v)::value>());
       });
     });
   });

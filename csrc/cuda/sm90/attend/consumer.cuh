@@ -33,12 +33,12 @@ class Consumer {
   using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
                                                Shape<Int<kConsumerRows>, Int<Traits::kTileN>>{}));
   using Out = decltype(partition_fragment_C(typename Traits::OutMma{},
-                                            Shape<Int<kConsumerRows>, Int<Traits::kHeadDim>>{}));
+                                            Shape<Int<kConsumerRows>, Int<Traits::kHeadDimV>>{}));
   static constexpr int kRowScores = Traits::kTileN / 4;  // of a row, in one thread
   static constexpr int kEarlyScores = kRowScores / 4;    // exponentiated before the wait for P V
   static constexpr int kChains = 4;  // of additions, side by side to hide their latency
   using ChainSums = float[2][kChains];
-  static constexpr int kRowOuts = Traits::kHeadDim / 4;
+  static constexpr int kRowOuts = Traits::kHeadDimV / 4;
   // The first operand of the second product lies in registers, in the order of the scores.
   using Probabilities = decltype(typename Traits::OutMma{}.get_thread_slice(0).partition_fragment_A(
       make_tensor(static_cast<Element*>(nullptr),
@@ -354,22 +354,28 @@ class Consumer {
     for (int i = 0; i < size(scores); ++i) probabilities(i) = static_cast<Element>(scores(i));
   }
 
-  // Divides by the row sums and writes out and lse.
+  // Lets the sink join the rows' sums, divides by these, and writes out and lse.
   __device__ void write(const RowItem& row, Out& out) {
     const AttendParams& attend = params_.attend;
     const Visibility& visibility = attend.visibility;
-    const int head_dim = static_cast<int>(attend.heads.head_dim);
+    const int head_dim = static_cast<int>(attend.heads.head_dim_v);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(row_sum_[half]);
-      const float scale = sum == 0 ? 0 : 1 / sum;
+      float base = row_base_[half], sum = quad_sum(row_sum_[half]), factor = 1;
+      if (attend.sink != nullptr) {
+        const float sink = attend.sink[row.head] * kLog2E;
+        base = fmaxf(row_base_[half], sink);
+        factor = exp2_approx(row_base_[half] - finite(base));
+        sum = sum * factor + exp2_approx(sink - finite(base));
+      }
+      const float scale = sum == 0 ? 0 : factor / sum;
       const int64_t token = row_token(row, half);
       Element* out_row = static_cast<Element*>(attend.out.data) +
                          row.batch * attend.out.batch_stride + row.head * attend.out.head_stride +
                          token * attend.out.row_stride;
       if (token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
         attend.lse[(row.batch * visibility.num_heads + row.head) * visibility.seqlen_q + token] =
-            sum == 0 ? -INFINITY : (row_base_[half] + log2f(sum)) * kLn2;
+            sum == 0 ? -INFINITY : (base + log2f(sum)) * kLn2;
       }
       store_row(out, half, scale, out_row, token < visibility.seqlen_q, head_dim,
                 params_.aligned_out);

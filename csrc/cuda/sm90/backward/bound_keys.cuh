@@ -14,15 +14,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     bound_keys_kernel(const __grid_constant__ KernelParams params, bool aligned) {
   const BackwardParams& backward = params.backward;
   const Visibility& visibility = backward.visibility;
-  const int head_dim = static_cast<int>(backward.heads.head_dim);
   const int64_t key_head = blockIdx.y;  // of all batch entries
   const int64_t head = key_head % backward.heads.num_heads_k;
   const int64_t batch = key_head / backward.heads.num_heads_k;
   const int64_t group = group_size(visibility, backward.heads);
   const int column = static_cast<int>(threadIdx.x) % kRowLanes * 8;
   const int row = static_cast<int>(threadIdx.x) / kRowLanes;
-  const auto eight = [&](const Rows& rows, int64_t key) {
-    return load_part<Element>(rows, batch, head, key, column, head_dim, aligned);
+  const auto eight = [&](const Rows& rows, int64_t key, int64_t head_dim) {
+    return load_part<Element>(rows, batch, head, key, column, static_cast<int>(head_dim), aligned);
   };
   __shared__ uint32_t shared_largest[128], shared_largest_norm;
   if (threadIdx.x < 128) shared_largest[threadIdx.x] = 0;
@@ -34,8 +33,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
     const bool seen = first + row < visibility.seqlen_k &&
                       seen_by_group(visibility, group, batch, head, first + row);
     const uint4 none = make_uint4(0, 0, 0, 0);
-    const uint4 keys = seen ? eight(backward.key, first + row) : none;
-    const uint4 values = seen ? eight(backward.value, first + row) : none;
+    const uint4 keys = seen ? eight(backward.key, first + row, backward.heads.head_dim) : none;
+    const uint4 values =
+        seen ? eight(backward.value, first + row, backward.heads.head_dim_v) : none;
     float norm = 0;
     for (int e = 0; e < 8; ++e) {
       const float value = element<Element>(values, e);

@@ -127,7 +127,7 @@ struct Workspace {
   SpanBounds* block_bounds;   // [B, bounds heads, Mk]
   uint32_t* transposed_mask;  // [B, Hq, Mk, ceil(Mq / 32)]
   float* score_start;         // [B, Hq, Mq, kBlockSize]: -lse / scale, or P = 0 if nothing is seen
-  float* grad_score_start;    // the same: -delta
+  float* grad_score_start;    // the same: -delta = grad_lse - rowsum(dO * O)
   float* query_scale;         // the same, if deterministic
   uint32_t* grad_query;  // [B, Hq, Mq, tiles of a block, kQueryTile * 128], in accumulator order
   int* next_item;
@@ -154,12 +154,13 @@ struct Workspace {
     key_column = arena.take<uint32_t>(params.deterministic ? key_heads * 128 : 0);
     value_norm = arena.take<uint32_t>(params.deterministic ? key_heads : 0);
     key_scale = arena.take<float>(params.deterministic ? key_heads * 128 : 0);
-    const TensorShape query_shape = query_shape_of(params.visibility, params.heads);
-    const TensorShape key_shape = key_shape_of(params.visibility, params.heads);
-    query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape));
-    key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape));
-    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape));
-    grad_out = arena.take<uint16_t>(elements_to_pack(params.grad_out, query_shape));
+    const auto take_packed = [&](const Rows& rows, const TensorShape& shape) {
+      return arena.take<uint16_t>(elements_to_pack(rows, shape));
+    };
+    query = take_packed(params.query, query_shape_of(visibility, params.heads));
+    key = take_packed(params.key, key_shape_of(visibility, params.heads));
+    value = take_packed(params.value, value_shape_of(visibility, params.heads));
+    grad_out = take_packed(params.grad_out, out_shape_of(visibility, params.heads));
   }
 };
 

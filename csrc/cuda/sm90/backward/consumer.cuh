@@ -58,8 +58,10 @@ class Consumer {
       }
       shared_.item_empty.arrive();
       const BackwardParams& backward = params_.backward;
-      store(place, grad_key, backward.softmax_scale, backward.grad_key, params_.aligned_grad_key);
-      store(place, grad_value, 1, backward.grad_value, params_.aligned_grad_value);
+      store(place, grad_key, backward.softmax_scale, backward.grad_key, backward.heads.head_dim,
+            params_.aligned_grad_key);
+      store(place, grad_value, 1, backward.grad_value, backward.heads.head_dim_v,
+            params_.aligned_grad_value);
     }
     shared_.sums_empty.wait(sums_.parity ^ 1);
     shared_.sums_full.arrive();  // the writer finds that no step is left
@@ -356,15 +358,14 @@ class Consumer {
   }
 
   __device__ void store(const Place& place, const GradKey& grad, float scale, const Rows& rows,
-                        bool aligned) const {
-    const BackwardParams& backward = params_.backward;
+                        int64_t head_dim, bool aligned) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t key = place.n_block * kBlockSize + key_row() + half * 8;
       Element* row = static_cast<Element*>(rows.data) + place.batch * rows.batch_stride +
                      place.key_head * rows.head_stride + key * rows.row_stride;
-      store_row(grad, half, scale, row, key < backward.visibility.seqlen_k,
-                static_cast<int>(backward.heads.head_dim), aligned);
+      store_row(grad, half, scale, row, key < params_.backward.visibility.seqlen_k,
+                static_cast<int>(head_dim), aligned);
     }
   }
 

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   if (token < visibility.seqlen_q) {
     const auto eight = [&](const Rows& rows) {
       return load_part<Element>(rows, batch, head, token, column,
-                                static_cast<int>(backward.heads.head_dim), aligned);
+                                static_cast<int>(backward.heads.head_dim_v), aligned);
     };
     const uint4 out = eight(backward.out), grad_out = eight(backward.grad_out);
     for (int e = 0; e < 8; ++e) {
@@ -63,10 +63,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
     workspace.key_scale[at] = scale_to(__uint_as_float(workspace.key_column[at]), 1, -30);
   }
   if (lane != 0) return;
-  const float lse = token < visibility.seqlen_q
-                        ? backward.lse[(batch * num_heads + head) * visibility.seqlen_q + token]
-                        : -INFINITY;
+  const int64_t of_lse = (batch * num_heads + head) * visibility.seqlen_q + token;
+  const float lse = token < visibility.seqlen_q ? backward.lse[of_lse] : -INFINITY;
   const bool sees_nothing = lse == -INFINITY;
+  if (backward.grad_lse != nullptr && !sees_nothing) delta -= backward.grad_lse[of_lse];
   workspace.score_start[row] =
       (sees_nothing ? -INFINITY : -lse) / usable_scale(backward.softmax_scale);
   workspace.grad_score_start[row] = sees_nothing ? 0 : -delta;

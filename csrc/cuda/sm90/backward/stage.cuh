@@ -4,6 +4,7 @@
 #include "../../common/element.cuh"
 #include "bound_keys.cuh"
 #include "finish_grad_query.cuh"
+#include "finish_grad_sink.cuh"
 #include "kernel.cuh"
 #include "prepare_rows.cuh"
 #include "stage.h"
@@ -25,17 +26,19 @@ KernelParams kernel_params(const BackwardParams& backward, const Workspace& work
   const Visibility& visibility = backward.visibility;
   const cudaStream_t stream = stream_of(backward.execution);
   const int64_t key_heads = visibility.batch * backward.heads.num_heads_k;
-  const TensorShape query_shape = query_shape_of(visibility, backward.heads);
-  const TensorShape key_shape = key_shape_of(visibility, backward.heads);
+  const auto map = [&](const Rows& rows, const TensorShape& shape, void* packed, int box_rows) {
+    return map_rows(rows, shape, packed, box_rows, stream);
+  };
+  const Heads& heads = backward.heads;
   const int64_t row_bytes =
       Traits::kHeadDim * (2 * sizeof(typename Traits::Element) + sizeof(float));
   const int64_t head_bytes =
       num_padded_rows(visibility) / std::max<int64_t>(1, key_heads) * row_bytes;
   return {backward,
-          map_rows(backward.query, query_shape, workspace.query, kQueryTile, stream),
-          map_rows(backward.key, key_shape, workspace.key, kBlockSize, stream),
-          map_rows(backward.value, key_shape, workspace.value, kBlockSize, stream),
-          map_rows(backward.grad_out, query_shape, workspace.grad_out, kQueryTile, stream),
+          map(backward.query, query_shape_of(visibility, heads), workspace.query, kQueryTile),
+          map(backward.key, key_shape_of(visibility, heads), workspace.key, kBlockSize),
+          map(backward.value, value_shape_of(visibility, heads), workspace.value, kBlockSize),
+          map(backward.grad_out, out_shape_of(visibility, heads), workspace.grad_out, kQueryTile),
           workspace,
           static_cast<int>(key_heads * visibility.num_n_blocks()),
           heads_in_section(kSectionBytes, head_bytes, key_heads),
@@ -94,6 +97,14 @@ void launch_finish_grad_query(const KernelParams& params) {
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 
+inline void launch_finish_grad_sink(const KernelParams& params) {
+  const BackwardParams& backward = params.backward;
+  const auto grid = static_cast<unsigned>(backward.visibility.num_heads);
+  if (backward.sink == nullptr || grid == 0) return;
+  finish_grad_sink_kernel<<<grid, kSinkThreads, 0, stream_of(backward.execution)>>>(params);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
 template <DataType kDataType, bool kDeterministic>
 int64_t Stage<kDataType, kDeterministic>::workspace_bytes(const BackwardParams& params) {
   Arena arena;
@@ -118,6 +129,7 @@ void Stage<kDataType, kDeterministic>::launch(const BackwardParams& backward) {
     launch_persistent<Traits>(backward_kernel<Traits>, params.num_items, stream, params);
   }
   launch_finish_grad_query<Traits>(params);
+  launch_finish_grad_sink(params);
 }
 
 }  // namespace rrattn::cuda::sm90::backward
