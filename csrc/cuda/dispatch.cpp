@@ -145,7 +145,7 @@ template <typename Use>
 auto with_stage(const AttendParams& params, const Use& use) {
   return with_architecture([&](auto architecture) {
     return with_data_type(params.heads, [&](auto data_type) {
-      return with_head_dims(params.heads, [&](auto head_dim, auto head_dim_v) {
+      return with_attend_head_dims(params.heads, [&](auto head_dim, auto head_dim_v) {
         return use(
             typename decltype(architecture)::template AttendStage<decltype(data_type)::value,
                                                                   decltype(head_dim)::value,
