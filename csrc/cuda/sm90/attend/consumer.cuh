@@ -65,6 +65,7 @@ class Consumer {
       unseen_ = true;
       row_sum_[0] = row_sum_[1] = 0;
       if (!row.without_tiles) attend(row, out);
+      if (params_.attend.sink != nullptr) add_sink(row, out);
       write(row, out);
     }
   }
@@ -197,10 +198,18 @@ class Consumer {
                               ChainSums& sums, Out& out) {
     multiply_keys_again(scores);
     if (!tile.plain) adjust<kMeans>(row, tile, scores);
+    const float largest[2] = {score_scale_ * largest_score(scores, 0),
+                              score_scale_ * largest_score(scores, 1)};
+    raise_bases_to(largest, out);
+    exponentiate<0, kRowScores>(scores, sums);
+  }
+
+  // Brings the sums and out to the bases that are at least these.
+  __device__ void raise_bases_to(const float (&least)[2], Out& out) {
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float base = fmaxf(row_base_[half], score_scale_ * largest_score(scores, half));
+      const float base = fmaxf(row_base_[half], least[half]);
       factor[half] = exp2_approx(row_base_[half] - finite(base));
       row_base_[half] = base;
       row_sum_[half] *= factor[half];
@@ -210,7 +219,16 @@ class Consumer {
       out(accumulator_index(0, i)) *= factor[0];
       out(accumulator_index(1, i)) *= factor[1];
     }
-    exponentiate<0, kRowScores>(scores, sums);
+  }
+
+  // Lets the sink join the sums of the rows, once in each quad.
+  __device__ void add_sink(const RowItem& row, Out& out) {
+    const float sink = params_.attend.sink[row.head] * kLog2E;
+    raise_bases_to({sink, sink}, out);
+    if (threadIdx.x % 4 != 0) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      row_sum_[half] += exp2_approx(sink - finite(row_base_[half]));
   }
 
   __device__ static float largest_score(const Scores& scores, int half) {
@@ -354,28 +372,22 @@ class Consumer {
     for (int i = 0; i < size(scores); ++i) probabilities(i) = static_cast<Element>(scores(i));
   }
 
-  // Lets the sink join the rows' sums, divides by these, and writes out and lse.
+  // Divides by the row sums and writes out and lse.
   __device__ void write(const RowItem& row, Out& out) {
     const AttendParams& attend = params_.attend;
     const Visibility& visibility = attend.visibility;
     const int head_dim = static_cast<int>(attend.heads.head_dim_v);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float base = row_base_[half], sum = quad_sum(row_sum_[half]), factor = 1;
-      if (attend.sink != nullptr) {
-        const float sink = attend.sink[row.head] * kLog2E;
-        base = fmaxf(row_base_[half], sink);
-        factor = exp2_approx(row_base_[half] - finite(base));
-        sum = sum * factor + exp2_approx(sink - finite(base));
-      }
-      const float scale = sum == 0 ? 0 : factor / sum;
+      const float sum = quad_sum(row_sum_[half]);
+      const float scale = sum == 0 ? 0 : 1 / sum;
       const int64_t token = row_token(row, half);
       Element* out_row = static_cast<Element*>(attend.out.data) +
                          row.batch * attend.out.batch_stride + row.head * attend.out.head_stride +
                          token * attend.out.row_stride;
       if (token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
         attend.lse[(row.batch * visibility.num_heads + row.head) * visibility.seqlen_q + token] =
-            sum == 0 ? -INFINITY : (base + log2f(sum)) * kLn2;
+            sum == 0 ? -INFINITY : (row_base_[half] + log2f(sum)) * kLn2;
       }
       store_row(out, half, scale, out_row, token < visibility.seqlen_q, head_dim,
                 params_.aligned_out);
