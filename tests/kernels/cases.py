@@ -104,8 +104,8 @@ def make_inputs(case, dtype="float32", query_scale=2.0, density=0.6):
     startend = make_flashmask(case, rng) if case.flashmask else None
     block_mask = rng.random(case.block_shape) < density
     arrays = [reference.cast(x, dtype).astype(np.float32) for x in (query, key, value, grad_out)]
-    # Scores are of about this size, so that neither the sink nor the keys have all of the mass.
-    sink = (1 + 4 * rng.standard_normal(case.num_heads)).astype(np.float32) if case.sink else None
+    # About as large as the log-sum-exp of the keys, so that neither has all of the mass.
+    sink = (8 + 3 * rng.standard_normal(case.num_heads)).astype(np.float32) if case.sink else None
     lse = case.batch, case.num_heads, case.seqlen_q
     grad_lse = rng.standard_normal(lse).astype(np.float32) if case.grad_lse else None
     return Inputs(*arrays, startend, block_mask, sink, grad_lse)
