@@ -48,7 +48,7 @@ def torch_out(query, key, value, mask, causal):
         (2000, 4333, 8, 1, 64),
         (4096, 4096, 4, 4, 128),
         (4096, 4096, 4, 1, 128),
-        (2048, 2300, 4, 2, 256),
+        (2048, 2304, 4, 2, 256),
         (8192, 8192, 12, 3, 128),  # two key heads in the first section of the work, one in the last
     ),
     ids=str,
