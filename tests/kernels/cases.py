@@ -246,6 +246,7 @@ SINKS = [
     Case(400, 600, num_heads=4, num_heads_k=2, head_dim=128, flashmask="no_row_between", sink=True, grad_lse=True),
     Case(400, 600, num_heads=4, num_heads_k=2, flashmask="document", head_dim_v=32, sink=True),
     Case(200, 600, False, 4, 2, 32, batch=2, flashmask="two_random_intervals", flashmask_heads="Hq", sink=True),
+    Case(400, 600, False, 4, 2, 192, flashmask="two_random_intervals", head_dim_v=136, sink=True, grad_lse=True),
 ]
 GRADIENTS_OF_LSE = [
     Case(127, 127, grad_lse=True),

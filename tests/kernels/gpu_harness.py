@@ -34,7 +34,6 @@ class GpuKernels(harness.Kernels):
     """The stages through rrattn.direct on torch tensors, with a workspace full of NaN."""
 
     dtypes = ("bfloat16", "float16")
-    max_gradient_head_dim = 128
 
     def __init__(self, layout="contiguous"):
         super().__init__(layout)

@@ -37,7 +37,6 @@ class Kernels:
     """The stages through rrattn.direct. gpu_harness.py overrides what another memory and other units change."""
 
     dtypes = DTYPES
-    max_gradient_head_dim = 256
 
     def __init__(self, layout="contiguous", num_threads=None):
         self.layout = layout
