@@ -30,14 +30,14 @@ class Oracle(paddle.autograd.PyLayer):
     """The three stages of the reference in float64, and its backward, as a function of Paddle tensors."""
 
     @staticmethod
-    def forward(context, query, key, value, rows, core, causal, softmax_scale):
+    def forward(context, query, key, value, sink, rows, core, causal, softmax_scale):
         query, key, value = (tensor.numpy().astype(np.float64) for tensor in (query, key, value))
         lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
-        mask = {"startend": rows, "causal": causal}
+        mask = {"startend": rows, "causal": causal, "sink": None if sink is None else sink.astype("float64").numpy()}
         sampling = {**core.config.sampling(), "softmax_scale": softmax_scale}
         scores = reference.estimate(query, key, **mask, **sampling).astype(np.float32)
         threshold = 1.0 if lengths["seqlen_q"] == 1 < lengths["seqlen_k"] else core.threshold
-        selected = reference.select(scores, threshold, **mask, **lengths, **core.config.keep_rules())
+        selected = reference.select(scores, threshold, rows, causal=causal, **lengths, **core.config.keep_rules())
         out, _ = reference.attend(query, key, value, selected, **mask, softmax_scale=softmax_scale)
         context.arguments = (query, key, value, selected), {**mask, "softmax_scale": softmax_scale}
         return paddle.to_tensor(out.astype(np.float32))
@@ -49,10 +49,10 @@ class Oracle(paddle.autograd.PyLayer):
         return tuple(paddle.to_tensor(grad.astype(np.float32)) for grad in grads)
 
 
-def oracle_forward(core, query, key, value, startend_row_indices=None, *, causal=True, softmax_scale=None):
+def oracle_forward(core, query, key, value, startend_row_indices=None, *, causal=True, softmax_scale=None, sink=None):
     """RRAttention.forward by the oracle."""
     rows = None if startend_row_indices is None else startend_row_indices.numpy()
-    return Oracle.apply(query, key, value, rows, core, causal, softmax_scale)
+    return Oracle.apply(query, key, value, sink, rows, core, causal, softmax_scale)
 
 
 @pytest.fixture(params=MODELS)
