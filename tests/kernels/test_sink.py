@@ -127,3 +127,19 @@ def test_a_slice_of_sinks_is_read_in_place(make_kernels, main_dtype, case):
             return whole[1:-1] if values is inputs.sink else super().input(values, dtype, strided)
 
     assert_identical(test_attend.run(Sliced(), case, main_dtype), test_attend.run(kernels, case, main_dtype))
+
+
+def test_sizes_of_zero(kernels, main_dtype):
+    """Without rows the gradient is zero; without keys the sink is all there is."""
+    sizes = {"num_heads": 4, "num_heads_k": 2, "sink": True, "grad_lse": True}
+    for case in (Case(0, 0, **sizes), Case(0, 200, **sizes), Case(5, 5, batch=0, **sizes)):
+        *_, grad_sink = test_backward.run(kernels, case, main_dtype)
+        assert_identical(grad_sink, np.zeros(4, np.float32))
+    case = Case(200, 0, causal=False, **sizes)
+    inputs = make_inputs(case, main_dtype)
+    out, lse = test_attend.run(kernels, case, main_dtype)
+    assert not out.any()
+    np.testing.assert_allclose(lse, np.broadcast_to(inputs.sink[:, None], lse.shape), rtol=1e-6)
+    np.testing.assert_allclose(
+        test_backward.run(kernels, case, main_dtype)[3], inputs.grad_lse.sum((0, 2)), rtol=1e-5, atol=1e-5
+    )
