@@ -58,7 +58,14 @@ FLAG = "_attn_implementation"
 # Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
 # Arguments that add nothing to the tensors and masks: positions are in the queries and keys, a window in the mask.
-_WITHOUT_EFFECT = ("position_ids", "cache_position", "sliding_window", "return_dict", "use_cache", "output_hidden_states")
+_WITHOUT_EFFECT = (
+    "position_ids",
+    "cache_position",
+    "sliding_window",
+    "return_dict",
+    "use_cache",
+    "output_hidden_states",
+)
 _LAYER_FLAG = "attn_implementation"  # of layers that read the config's flag once, when they are built
 _SETTINGS = "_rrattn_settings"  # of a core that was made by the flag: what the layer's config said then
 
@@ -183,8 +190,9 @@ class AttentionTableLibrary(ModelLibrary):
         is_causal : bool, optional
             Default: the layer's is_causal, or True.
         kwargs
-            `position_ids` and `cache_position` have no effect of their own. `sliding_window` has none either: a layer
-            with a window gets a mask that says it. Anything else that is neither None nor False is an error.
+            Positions and the arguments of a model that its layers hand down have no effect. `sliding_window` has none
+            either: a layer with a window gets a mask that says it. Anything else that is set, neither None nor False,
+            is an error.
 
         Returns
         -------
