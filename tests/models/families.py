@@ -260,6 +260,7 @@ def build(family, **more):
         part.fuse_rms_norm = False
     for part in (config, getattr(config, "text_config", config)):
         part._attn_implementation = family.dense
+        vars(part).update(more)  # what a constructor takes back, such as layers that predict further tokens
     if family.name == "ernie4_5_moe_vl":
         _without_async_copies()
     model = model_class(config)
