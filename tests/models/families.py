@@ -1,14 +1,30 @@
-"""The families of PaddleFormers' models that rrattn is tested with, and a tiny random model of each.
+"""The families of models that rrattn is tested with, and a tiny random model of each of PaddleFormers'.
 
-`tests/models/test_families.py` runs them all in the version that is installed, and the table of `docs/support.md` is
-made from this list (`python -m tools.support`): a family that is not to be built fails there.
+The tests run over these lists in the versions that are installed, so that a family that cannot be built fails, and the
+tables of `docs/support.md` and the README are made from them (`python -m tools.support`).
 """
 
+import copy
 import importlib
 import sys
 from dataclasses import dataclass, field
 
 VERSIONS = ("1.0.0", "1.2.0")  # of PaddleFormers
+PADDLENLP = {"3.0.0b4": ("llama", "qwen2"), "2.8.1": ("llama",)}
+# Of PaddleFormers 1.2.0, built as PaddleFleet's GPTModel over a stand-in (tests/models/test_gpt_provider.py), and of
+# PaddleFormers' sources under PaddleFleet's name (tests/models/test_attention_table.py).
+GPT_MODEL = ("qwen2", "qwen3")
+UNDER_PADDLEFLEET = ("llama",)
+# Families that PaddleFormers 1.2.0 has as GPTModel alone, and what is known of their core attention.
+GPT_MODEL_ALONE = {
+    "kimi_k2": ("Kimi K2", True),
+    "minimax_m2": ("MiniMax M2", True),
+    "qwen3_5": ("Qwen3.5", True),
+    "qwen3_5_moe": ("Qwen3.5 MoE", True),
+    "deepseek_v32": ("DeepSeek V3.2", False),
+    "deepseek_v4": ("DeepSeek V4", False),
+    "glm_moe_dsa": ("GLM-5", False),
+}
 VOCABULARY = 97
 NUM_LAYERS = 2
 WINDOW = 128
@@ -55,7 +71,9 @@ class Family:
     tower: dict = None
     """Of the config of its tower for pictures, where it has one."""
     missing: dict = field(default_factory=dict)
-    """Version -> packages that a CPU has none of, for which there are stand-ins. Versions without the family: None."""
+    """Version -> a package that a CPU has none of, for which there is a stand-in; None for one without the family."""
+    old_class: tuple = ()
+    """Versions in which its newer class is PaddleFleet's GPTModel, so that the older one is tested."""
     dense: str = "eager"
     """The attention function that is its dense twin."""
     generates: bool = True
@@ -71,13 +89,15 @@ class Family:
 
 
 _FLEET = {"1.2.0": "PaddleFleet"}
+_ALWAYS_FLEET = {"1.0.0": "PaddleFleet", **_FLEET}
+_NEW = ("1.2.0",)
 
 FAMILIES = (
     Family("llama", "LLaMA", "Llama"),
-    Family("qwen2", "Qwen2", "Qwen2", missing=_FLEET),
-    Family("qwen3", "Qwen3", "Qwen3", missing=_FLEET),
-    Family("qwen2_moe", "Qwen2 MoE", "Qwen2Moe", settings=_EXPERTS, missing=_FLEET),
-    Family("qwen3_moe", "Qwen3 MoE", "Qwen3Moe", settings=_EXPERTS, missing={"1.0.0": "PaddleFleet", **_FLEET}),
+    Family("qwen2", "Qwen2", "Qwen2", missing=_FLEET, old_class=_NEW),
+    Family("qwen3", "Qwen3", "Qwen3", missing=_FLEET, old_class=_NEW),
+    Family("qwen2_moe", "Qwen2 MoE", "Qwen2Moe", settings=_EXPERTS, missing=_FLEET, old_class=_NEW),
+    Family("qwen3_moe", "Qwen3 MoE", "Qwen3Moe", settings=_EXPERTS, missing=_ALWAYS_FLEET, old_class=VERSIONS),
     Family(
         "qwen3_next",
         "Qwen3-Next",
@@ -91,7 +111,7 @@ FAMILIES = (
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
         },
-        missing={"1.0.0": "PaddleFleet", **_FLEET},
+        missing=_ALWAYS_FLEET,
         dense="sdpa",  # its model makes no causal mask for "eager"
     ),
     Family("ernie4_5", "ERNIE 4.5", "Ernie4_5"),
@@ -126,7 +146,8 @@ FAMILIES = (
         "GLM-4 MoE",
         "Glm4Moe",
         settings=_ROUTED_EXPERTS,
-        missing={"1.0.0": "PaddleFleet", **_FLEET},
+        missing=_ALWAYS_FLEET,
+        old_class=VERSIONS,
     ),
     Family(
         "deepseek_v3",
@@ -165,6 +186,7 @@ FAMILIES = (
         model_type="qwen3_vl_text",
         settings={"rope_scaling": _positions()},
         tower={**_TOWER, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        old_class=VERSIONS,
     ),
     Family(
         "qwen3_vl_moe",
@@ -173,7 +195,8 @@ FAMILIES = (
         model_type="qwen3_vl_moe_text",
         settings={**_EXPERTS, "rope_scaling": _positions()},
         tower={**_TOWER, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
-        missing={"1.0.0": "PaddleFleet", **_FLEET},
+        missing=_ALWAYS_FLEET,
+        old_class=VERSIONS,
     ),
     Family(
         "paddleocr_vl",
@@ -270,8 +293,6 @@ def build(family, **more):
 
 def _arguments(family, more):
     """Of a family's config; each time new dicts, which configs add to."""
-    import copy
-
     text, tower = copy.deepcopy({**_COMMON, **family.settings, **more}), copy.deepcopy(family.tower)
     if tower is None:
         return text

@@ -16,7 +16,7 @@ from paddle import nn
 pytest.importorskip("paddleformers")
 
 import paddleformers  # noqa: E402
-from families import FAMILIES, build  # noqa: E402
+from families import FAMILIES, UNDER_PADDLEFLEET, build  # noqa: E402
 from paddleformers.nn.attention.interface import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from paddleformers.transformers import PretrainedConfig  # noqa: E402
 from tiny_models import assert_differs, assert_same, assert_same_gradients, gradients, logits, make_model  # noqa: E402
@@ -99,20 +99,22 @@ def test_the_library_is_that_of_the_layers(monkeypatch):
 
 
 @pytest.mark.skipif(metadata.version("paddleformers") != "1.0.0", reason="it imports other parts of PaddleFleet")
-def test_models_under_paddlefleets_name(tmp_path):
+@pytest.mark.parametrize("name", UNDER_PADDLEFLEET)
+def test_models_under_paddlefleets_name(name, tmp_path):
     """PaddleFleet has PaddleFormers' models as well: here PaddleFormers' own sources under that name."""
     (tmp_path / "paddlefleet").symlink_to(Path(paddleformers.__file__).parent)
-    program = """
+    title = next(family.classes for family in FAMILIES if family.name == name)
+    program = f"""
 import numpy as np
 import paddle
 import rrattn
-from paddlefleet.transformers.llama.configuration import LlamaConfig
-from paddlefleet.transformers.llama.modeling import LlamaForCausalLM
+from paddlefleet.transformers.{name}.configuration import {title}Config
+from paddlefleet.transformers.{name}.modeling import {title}ForCausalLM
 
-sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
-config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, initializer_range=0.3, **sizes)
+sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=96, head_dim=16, num_hidden_layers=2)
+config = {title}Config(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, initializer_range=0.3, **sizes)
 config.fuse_rms_norm = False
-model = LlamaForCausalLM(config)
+model = {title}ForCausalLM(config)
 model.eval()
 tokens = paddle.to_tensor(np.random.default_rng(1).integers(3, 97, [1, 500]))
 dense = model(tokens, return_dict=True).logits
@@ -131,7 +133,7 @@ assert (model(tokens, return_dict=True).logits == enabled).all()
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert "rrattn runs 2 attention layers of LlamaForCausalLM (PaddleFleet)" in process.stdout + process.stderr
+    assert f"rrattn runs 2 attention layers of {title}ForCausalLM (PaddleFleet)" in process.stdout + process.stderr
 
 
 # Gemma 3, whose layers ask for "sdpa" where there is no mask

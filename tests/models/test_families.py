@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("paddleformers")
 
 import paddleformers  # noqa: E402
-from families import FAMILIES, VERSIONS, build  # noqa: E402
+from families import FAMILIES, GPT_MODEL_ALONE, VERSIONS, build  # noqa: E402
 from tiny_models import assert_differs, assert_same, assert_same_gradients, generate, gradients, logits  # noqa: E402
 
 import rrattn  # noqa: E402
@@ -93,6 +93,12 @@ def test_a_family(family, tokens, by_oracle):
 
 
 @each(HERE)
+def test_the_class_is_the_one_that_the_list_says(family):
+    old = type(build(family)).__name__.endswith(("Deprecated", "Decapitated"))
+    assert old == (VERSION in family.old_class)
+
+
+@each(HERE)
 def test_the_flag_runs_a_family_or_says_why_not(family, tokens):
     model = build(family)
     expected = logits(rrattn.enable(model), tokens)
@@ -124,6 +130,8 @@ def test_every_family_that_looks_up_the_table_is_in_the_list():
         path.parent.name for path in folder.glob("*/modeling*.py") if "ALL_ATTENTION_FUNCTIONS" in path.read_text()
     }
     assert with_table <= {family.name for family in HERE}
+    others = {path.parent.name for path in folder.glob("*/modeling.py")} - {family.name for family in HERE} - {"auto"}
+    assert others == (set(GPT_MODEL_ALONE) if VERSION == "1.2.0" else set())
 
 
 def test_packages_are_missing_as_the_list_says():

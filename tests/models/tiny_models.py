@@ -3,12 +3,14 @@
 Where the libraries differ, the difference is here, so that the same tests run with both.
 """
 
+from importlib import metadata
 from importlib.util import find_spec
 from inspect import signature
 
 import numpy as np
 import paddle
 import pytest
+from families import PADDLENLP
 
 import rrattn
 
@@ -27,8 +29,11 @@ def _is_there(name):
         return False
 
 
-_TESTED = {"paddleformers": ("llama", "qwen2", "qwen3", "ernie4_5"), "paddlenlp": ("llama", "qwen2")}
-MODELS = tuple(filter(_is_there, _TESTED[LIBRARY]))
+# of PaddleFormers those that show what all have in common; test_families.py has all
+MODELS = {
+    "paddleformers": lambda: tuple(filter(_is_there, ("llama", "qwen2", "qwen3", "ernie4_5"))),
+    "paddlenlp": lambda: PADDLENLP[metadata.version("paddlenlp")],
+}[LIBRARY]()
 VOCABULARY = 97
 NUM_LAYERS = 2
 NUM_HEADS = 4
