@@ -41,6 +41,32 @@ def test_results_lie_beside_the_inputs(small):
         assert out.stop_gradient and lse.stop_gradient
 
 
+@pytest.mark.parametrize("sink", (False, True))
+def test_gradients_through_the_log_sum_exp_alone(paddle_kernels, make_kernels, sink):
+    """Paddle has no gradient of the output for the operator then, which stands for zeros."""
+    case = Case(200, 300, num_heads=4, num_heads_k=2, head_dim=64, head_dim_v=32, sink=sink, grad_lse=True)
+    inputs = make_inputs(case, "bfloat16")
+    leaves = [paddle_kernels.tensor(x, "bfloat16") for x in inputs.forward]
+    if sink:
+        leaves.append(paddle_kernels.tensor(inputs.sink, "float32"))
+    for leaf in leaves:
+        leaf.stop_gradient = False
+    mask = paddle_kernels.tensor(reference.pack(inputs.block_mask), "int32")
+    options = {"causal": True, "deterministic": True}
+    _, lse = rrattn.block_sparse_attention(
+        *leaves[:3], mask, sink=leaves[3] if sink else None, return_softmax_lse=True, **options
+    )
+    grads = [
+        paddle_kernels.values(grad)
+        for grad in paddle.grad([lse], leaves, [paddle_kernels.tensor(inputs.grad_lse, "float32")])
+    ]
+    nothing = np.zeros_like(inputs.grad_out)
+    given = {"sink": inputs.sink, "grad_lse": inputs.grad_lse, "dtype": "bfloat16", **options}
+    expected = make_kernels().backward(*inputs.forward, inputs.block_mask, nothing, **given)
+    assert_identical((*(decode(grad, "bfloat16") for grad in grads[:3]), *grads[3:]), expected)
+    assert not expected[2].any()
+
+
 def test_calls_in_a_row_need_no_synchronisation(paddle_kernels, make_kernels):
     """Each stage may run in the workspace of the one before, and in memory that an earlier result gave back."""
     inputs = make_inputs(CASE, "bfloat16")

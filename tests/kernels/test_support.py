@@ -53,17 +53,28 @@ def test_the_table_has_every_platform():
     assert {row.device for row in read_table()} == set(PLATFORMS)
 
 
+HEAD_SIZES = [(size, size) for size in (4, 8, 12, 64, 96, 128, 130, 136, 192, 256, 264)] + [
+    (size, of_values)
+    for pair in ((8, 256), (12, 64), (64, 128), (128, 136), (128, 192), (136, 192), (264, 64))
+    for size, of_values in (pair, pair[::-1])
+]
+
+
 @pytest.mark.parametrize("any_dtype", DTYPES)
-@pytest.mark.parametrize("head_size", (4, 8, 12, 64, 96, 128, 130, 136, 192, 256, 264))
-def test_what_is_in_the_table_runs_and_nothing_else_does(kernels, platform, any_dtype, head_size):
-    row = row_of(platform, any_dtype, head_size)
-    case = Case(130, 260, num_heads=2, num_heads_k=1, head_dim=head_size)
+@pytest.mark.parametrize("head_size, of_values", HEAD_SIZES)
+@pytest.mark.parametrize("beside", (False, True), ids=("", "sink and gradient of lse"))
+def test_what_is_in_the_table_runs_and_nothing_else_does(kernels, platform, any_dtype, head_size, of_values, beside):
+    rows = [row_of(platform, any_dtype, size) for size in (head_size, of_values)]
+    case = Case(
+        130, 260, num_heads=2, num_heads_k=1, head_dim=head_size, head_dim_v=of_values, sink=beside, grad_lse=beside
+    )
     culprit = "head_dim" if any_dtype in kernels.dtypes else "head_dim|dtype"
+    forward = all(row is not None and row.forward for row in rows)
     for stage, runs in (
-        (test_estimate, row is not None and row.forward),
-        (test_attend, row is not None and row.forward),
-        (test_compensate, row is not None and row.forward),
-        (test_backward, row is not None and row.gradients),
+        (test_estimate, rows[0] is not None and rows[0].forward),
+        (test_attend, forward),
+        (test_compensate, forward),
+        (test_backward, all(row is not None and row.gradients for row in rows)),
     ):
         if runs:
             stage.check(kernels, case, any_dtype)
