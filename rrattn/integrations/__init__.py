@@ -90,11 +90,13 @@ class _HookWhenImported(importlib.abc.MetaPathFinder):
 
 
 def _library_of(model: Layer) -> ModelLibrary:
-    for base in type(model).__mro__:
-        package = base.__module__.partition(".")[0]
-        if package in _LIBRARIES:
-            library: ModelLibrary = importlib.import_module(f"{__name__}.{package}").LIBRARY
-            return library
+    packages = [base.__module__.partition(".")[0] for base in type(model).__mro__]
+    # PaddleFormers' GPTModel is PaddleFleet's: the last of these packages is the one whose layers it has.
+    known = [package for package in packages if package in _LIBRARIES]
+    if known:
+        package = "paddlefleet" if "paddlefleet" in known else known[0]
+        library: ModelLibrary = importlib.import_module(f"{__name__}.{package}").LIBRARY
+        return library
     raise ValueError(
         f"rrattn has no integration for {type(model).__module__}.{type(model).__qualname__}; "
         f"supported are models of {', '.join(_LIBRARIES)}"

@@ -277,5 +277,6 @@ def _report_once(config: Any, settings: RRAttentionConfig) -> None:
     """Logs what the flag runs, for the first layer of a model and not for each."""
     global _last_report
     if _last_report is None or _last_report[0]() is not config or _last_report[1] != settings:
-        LIBRARY.log(report(f"a {config.model_type} model", LIBRARY.name, settings, config.num_hidden_layers))
+        num_layers = config.num_hidden_layers
+        LIBRARY.log(report(f"a {config.model_type} model", LIBRARY.name, settings, range(num_layers), num_layers))
         _last_report = weakref.ref(config), settings
