@@ -29,6 +29,7 @@ def row_mass(
     *,
     causal: bool,
     softmax_scale: float | None = None,
+    sink: paddle.Tensor | None = None,
 ) -> NDArray[np.float32]:
     """The true attention mass of some queries in each block of keys: softmax probabilities, summed over its tokens.
 
@@ -45,11 +46,13 @@ def row_mass(
     causal : bool
     softmax_scale : float, optional
         Default: 1 / sqrt(D).
+    sink : Tensor, optional
+        [Hq], a logit for each query head that joins the softmax of each row.
 
     Returns
     -------
     float32 [B, Hq, n, Mk]
-        Mk = ceil(Lk / 128); a row sums to 1, or to 0 where it sees nothing.
+        Mk = ceil(Lk / 128); a row sums to 1 less what the sink takes, or to 0 where it sees nothing.
     """
     batch_size, seqlen_q, num_heads, head_dim = query.shape
     seqlen_k, num_heads_k = key.shape[1:3]
@@ -77,9 +80,11 @@ def row_mass(
             added = added_to_scores(seen)
         q = paddle.gather(query[batch, :, heads], index).astype("float32").transpose([1, 0, 2]) * scale
         k = key[batch, :end, head].astype("float32")
-        chances = paddle.nn.functional.softmax(
-            paddle.matmul(q, k, transpose_y=True) + added, axis=-1
-        )  # [group, n, end]
+        scores = paddle.matmul(q, k, transpose_y=True) + added  # [group, n, end]
+        if sink is not None:
+            of_sink = sink[heads].astype("float32").reshape([group, 1, 1]).expand([group, len(rows), 1])
+            scores = paddle.concat([scores, of_sink], axis=-1)
+        chances = paddle.nn.functional.softmax(scores, axis=-1)[:, :, :end]
         if bounds is not None:  # a row may see nothing, where all are equal then
             chances = chances * paddle.to_tensor(seen, dtype="float32", place=query.place)
         behind = paddle.zeros([group, len(rows), num_blocks * BLOCK_SIZE - end])
@@ -101,7 +106,7 @@ def sampled_rows(length: int, count: int) -> NDArray[np.int64]:
 
 
 def exact_block_mass(
-    query: paddle.Tensor, key: paddle.Tensor, softmax_scale: float | None = None
+    query: paddle.Tensor, key: paddle.Tensor, softmax_scale: float | None = None, sink: paddle.Tensor | None = None
 ) -> NDArray[np.float32]:
     """The true attention mass of each pair of blocks in a causal call: what `row_mass` gives, summed over the queries.
 
@@ -113,11 +118,14 @@ def exact_block_mass(
         [1, Lq, Hq, D], the last Lq positions of the keys, and [1, Lk, Hkv, D], Hq % Hkv == 0.
     softmax_scale : float, optional
         Default: 1 / sqrt(D).
+    sink : Tensor, optional
+        [Hq], a logit for each query head that joins the softmax of each row.
 
     Returns
     -------
     float32 [Hq, Mq, Mk]
-        Mq = ceil(Lq / 128), Mk = ceil(Lk / 128); a row of blocks sums to its number of queries.
+        Mq = ceil(Lq / 128), Mk = ceil(Lk / 128); a row of blocks sums to its number of queries, less what the sink
+        takes.
     """
     query, key = query.astype("float32"), key.astype("float32")
     seqlen_q = query.shape[1]
@@ -128,6 +136,7 @@ def exact_block_mass(
             np.arange(begin, min(begin + BLOCK_SIZE, seqlen_q)),
             causal=True,
             softmax_scale=softmax_scale,
+            sink=sink,
         )[0].sum(axis=1)
         for begin in range(0, seqlen_q, BLOCK_SIZE)
     ]
@@ -137,9 +146,10 @@ def exact_block_mass(
 def density_and_kept(selected: NDArray[np.bool_], mass: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
     """(share of the visible blocks, share of the attention mass) that selected blocks are and hold, float64 [Hq] each.
 
-    selected is bool [Hq, M, M], of a causal prefill; mass is what `exact_block_mass` returns.
+    selected is bool [Hq, M, M], of a causal prefill; mass is what `exact_block_mass` returns: that on keys. Where a
+    sink has taken all of it, nothing of it is lost.
     """
     visible = np.tril(np.ones(selected.shape[1:], bool))
     density = (selected & visible).sum((1, 2)) / visible.sum()
-    kept = (mass * selected).sum((1, 2), dtype=np.float64) / mass.sum((1, 2), dtype=np.float64)
-    return density, kept
+    of_selected, of_all = (x.sum((1, 2), dtype=np.float64) for x in (mass * selected, mass))
+    return density, np.divide(of_selected, of_all, out=np.ones_like(of_all), where=of_all > 0)

@@ -148,12 +148,13 @@ class _Measurement:
         *,
         causal: bool,
         softmax_scale: float | None,
+        sink: paddle.Tensor | None,
     ) -> tuple[paddle.Tensor, paddle.Tensor]:
         """(out, block mask). The prefills are plain causal, so bounds that the library makes of that say no more."""
         config, sizes = self.config, {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
-        mass = exact_block_mass(query, key, softmax_scale)
+        mass = exact_block_mass(query, key, softmax_scale, sink)
         sampling: Sampling = {**config.sampling(), "softmax_scale": softmax_scale}  # the scale is the call's
-        scores = estimate_block_scores(query, key, causal=causal, **sampling)
+        scores = estimate_block_scores(query, key, causal=causal, sink=sink, **sampling)
         rules = config.keep_rules()
         measured = []
         for threshold in THRESHOLDS:
@@ -162,7 +163,9 @@ class _Measurement:
             measured.append(np.stack(density_and_kept(selected, mass), axis=-1))
         self.results.append(np.stack(measured))
         block_mask = dense_block_mask(1, query.shape[2], **sizes)
-        out = block_sparse_attention(query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale)
+        out = block_sparse_attention(
+            query, key, value, block_mask, causal=causal, softmax_scale=softmax_scale, sink=sink
+        )
         return out, block_mask
 
 

@@ -8,7 +8,8 @@ except that ``out`` may be ``query``. Functions release the GIL. They raise Valu
 array, and for options that they do not have) with the value and what is allowed, before anything is written.
 
 NumPy has no bfloat16: pass uint16 arrays that hold the bits, and ``dtype="bfloat16"``. B, L, H, D stand for batch,
-length, heads and head size; blocks are of 128 tokens; Mq and Mk are the numbers of query and key blocks.
+length, heads and head size, Dv for that of values; blocks are of 128 tokens; Mq and Mk are the numbers of query and key
+blocks.
 
 All functions take these options and return the bytes of workspace that they need:
 
@@ -75,6 +76,7 @@ def rr_attention(
     value: Array,
     startend_row_indices: Array | None = None,
     *,
+    sink: Array | None = None,
     out: Array,
     lse: Array | None = None,
     block_mask: Array | None = None,
@@ -99,9 +101,11 @@ def rr_attention(
     Parameters
     ----------
     query : [B, Lq, Hq, D] float32, float16 or bfloat16
-    key, value : [B, Lk, Hkv, D], same dtype
-    out : [B, Lq, Hq, D], output, same dtype
-    lse : [B, Hq, Lq] float32, output if given: log-sum-exp of each row, -inf where nothing is visible
+    key : [B, Lk, Hkv, D], same dtype
+    value : [B, Lk, Hkv, Dv], same dtype
+    out : [B, Lq, Hq, Dv], output, same dtype
+    sink : [Hq] float32, optional
+    lse : [B, Hq, Lq] float32, output if given: log-sum-exp of each row; where nothing is visible the sink, or -inf
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output if given: the selected blocks
     block_scores : [B, Hq, Mq, Mk] float32, output if given: what they were selected by
     threshold : float in (0, 1], or [Hq] or [1] float32
@@ -130,6 +134,7 @@ def rr_attention(
         value,
         startend_row_indices=startend_row_indices,
         head_thresholds=per_head,
+        sink=sink,
         out=out,
         lse=lse,
         block_mask=block_mask,
@@ -148,6 +153,7 @@ def estimate_block_scores(
     key: Array,
     startend_row_indices: Array | None = None,
     *,
+    sink: Array | None = None,
     block_scores: Array,
     causal: bool = CAUSAL,
     stride: int = _DEFAULTS.stride,
@@ -165,6 +171,7 @@ def estimate_block_scores(
     query : [B, Lq, Hq, D] float32, float16 or bfloat16
     key : [B, Lk, Hkv, D], same dtype
     startend_row_indices : [B, 1 | Hkv | Hq, Lk, 1 | 2 | 4] int32, FlashMask
+    sink : [Hq] float32, optional
     block_scores : [B, Hq, Mq, Mk] float32, output
     causal, stride, key_stride, head_offset, softmax_scale, spread : as in :func:`rrattn.rr_attention`
     """
@@ -172,6 +179,7 @@ def estimate_block_scores(
         query,
         key,
         startend_row_indices,
+        sink=sink,
         block_scores=block_scores,
         causal=arguments.flag(causal, "causal"),
         sampling=_direct.Sampling(**sampling_of_call(stride, key_stride, head_offset, softmax_scale, spread)),
@@ -226,6 +234,7 @@ def block_sparse_attention(
     block_mask: Array,
     startend_row_indices: Array | None = None,
     *,
+    sink: Array | None = None,
     out: Array,
     lse: Array,
     causal: bool = CAUSAL,
@@ -239,10 +248,12 @@ def block_sparse_attention(
     Parameters
     ----------
     query : [B, Lq, Hq, D] float32, float16 or bfloat16
-    key, value : [B, Lk, Hkv, D], same dtype
+    key : [B, Lk, Hkv, D], same dtype
+    value : [B, Lk, Hkv, Dv], same dtype
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32
-    out : [B, Lq, Hq, D], output, same dtype
-    lse : [B, Hq, Lq] float32, output: log-sum-exp of each row, -inf where nothing is visible
+    out : [B, Lq, Hq, Dv], output, same dtype
+    sink : [Hq] float32, optional
+    lse : [B, Hq, Lq] float32, output: log-sum-exp of each row; where nothing is visible the sink, or -inf
     startend_row_indices, causal, softmax_scale, compensate : as in :func:`rrattn.rr_attention`
     """
     return _direct.block_sparse_attention(
@@ -251,6 +262,7 @@ def block_sparse_attention(
         value,
         block_mask,
         startend_row_indices,
+        sink=sink,
         out=out,
         lse=lse,
         causal=arguments.flag(causal, "causal"),
@@ -271,9 +283,12 @@ def block_sparse_attention_backward(
     grad_out: Array,
     startend_row_indices: Array | None = None,
     *,
+    sink: Array | None = None,
+    grad_lse: Array | None = None,
     grad_query: Array,
     grad_key: Array,
     grad_value: Array,
+    grad_sink: Array | None = None,
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     deterministic: bool = False,
@@ -284,12 +299,18 @@ def block_sparse_attention_backward(
 
     Parameters
     ----------
-    query, out, grad_out : [B, Lq, Hq, D] float32, float16 or bfloat16
-    key, value : [B, Lk, Hkv, D], same dtype
+    query : [B, Lq, Hq, D] float32, float16 or bfloat16
+    key : [B, Lk, Hkv, D], same dtype
+    value : [B, Lk, Hkv, Dv], same dtype
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32
+    out, grad_out : [B, Lq, Hq, Dv], same dtype
     lse : [B, Hq, Lq] float32
+    sink : [Hq] float32, where the forward pass had one
+    grad_lse : [B, Hq, Lq] float32, optional: zeros without it
     grad_query : [B, Lq, Hq, D], output, same dtype
-    grad_key, grad_value : [B, Lk, Hkv, D], outputs, same dtype
+    grad_key : [B, Lk, Hkv, D], output, same dtype
+    grad_value : [B, Lk, Hkv, Dv], output, same dtype
+    grad_sink : [Hq] float32, output with a sink; the same bits on every run
     startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
     deterministic : whether a GPU too is to give the same bits on every run, as a CPU always does
     """
@@ -302,9 +323,12 @@ def block_sparse_attention_backward(
         lse,
         grad_out,
         startend_row_indices,
+        sink=sink,
+        grad_lse=grad_lse,
         grad_query=grad_query,
         grad_key=grad_key,
         grad_value=grad_value,
+        grad_sink=grad_sink,
         causal=arguments.flag(causal, "causal"),
         softmax_scale=arguments.softmax_scale(softmax_scale),
         deterministic=arguments.flag(deterministic, "deterministic"),

@@ -1,11 +1,12 @@
 """RRAttention and its three stages as functions on Paddle tensors.
 
-Shapes are Paddle's attention layout: query [B, Lq, Hq, D], key and value [B, Lk, Hkv, D], Hq a multiple of Hkv. Queries
-are the last Lq positions of the keys. Blocks are of 128 tokens; Mq = ceil(Lq / 128) and Mk = ceil(Lk / 128).
+Shapes are Paddle's attention layout: query [B, Lq, Hq, D], key [B, Lk, Hkv, D], value [B, Lk, Hkv, Dv], Hq a multiple
+of Hkv. Queries are the last Lq positions of the keys. Blocks are of 128 tokens; Mq = ceil(Lq / 128) and
+Mk = ceil(Lk / 128).
 
-float32, float16 and bfloat16 are computed in float32. Head sizes are the multiples of 8 up to 256. Tensors are read in
-place when their last dimension is contiguous. Where `paddle.amp.auto_cast` is active, query, key and value are cast to
-its dtype first, as for Paddle's own attention.
+float32, float16 and bfloat16 are computed in float32. Head sizes D and Dv are multiples of 8 up to 256. Tensors are
+read in place when their last dimension is contiguous. Where `paddle.amp.auto_cast` is active, query, key and value are
+cast to its dtype first, as for Paddle's own attention.
 
 A program saved by `paddle.jit.save` names the operators and does not hold them: import rrattn before `paddle.jit.load`
 and `paddle.inference.create_predictor`. `jit.load` does not check, and without the operators the first call ends the
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         threshold: float | Tensor
         deterministic: bool | None
         compensate: bool
+        sink: Tensor | None
 
 
 _DEFAULTS = RRAttentionConfig()
@@ -140,6 +142,7 @@ def rr_attention(
     min_share: float = _DEFAULTS.min_share,
     deterministic: bool | None = _DEFAULTS.deterministic,
     compensate: bool = _DEFAULTS.compensate,
+    sink: Tensor | None = None,
     return_softmax_lse: bool = False,
     return_block_mask: bool = False,
 ) -> Any:
@@ -147,14 +150,16 @@ def rr_attention(
 
     Estimates block scores from one query in `stride` and keys summed over `key_stride`, keeps for each query block the
     smallest set of key blocks whose scores reach `threshold` of the row's sum, and attends to these alone.
-    Differentiable in query, key and value; the selection itself carries no gradient.
+    Differentiable in query, key, value and sink; the selection itself carries no gradient.
 
     Parameters
     ----------
     query : Tensor
         [B, Lq, Hq, D] float32, float16 or bfloat16.
-    key, value : Tensor
+    key : Tensor
         [B, Lk, Hkv, D], same dtype.
+    value : Tensor
+        [B, Lk, Hkv, Dv], same dtype.
     startend_row_indices : Tensor, optional
         [B, 1 | Hkv | Hq, Lk, 1 | 2 | 4] int32: FlashMask, as in `paddle.nn.functional.flashmask_attention`.
     causal : bool
@@ -193,16 +198,20 @@ def rr_attention(
         Let the mean key and the mean value of a block stand in for it where it is not selected but wholly visible:
         every row of the query block sees all of its keys. A mean counts as often as its block has keys. There are no
         gradients of this: a call that would record them is refused, and a traced program raises in its backward pass.
+    sink : Tensor, optional
+        [Hq] float32, float16 or bfloat16: a logit for each query head that joins the softmax of each of its rows, as
+        one more key that all see and that has no value. It is not multiplied by softmax_scale. -inf is the same as
+        none. The estimate counts it too, as a part of the mass that is in no block.
     return_softmax_lse, return_block_mask : bool
         Return these too.
 
     Returns
     -------
     out : Tensor
-        [B, Lq, Hq, D], the query's dtype. A row that sees nothing is zero.
+        [B, Lq, Hq, Dv], the query's dtype. A row that sees nothing is zero.
     lse : Tensor, with return_softmax_lse
-        [B, Hq, Lq] float32: log-sum-exp of each row over the selected blocks and what stands in for others, -inf where
-        it sees nothing. No gradient.
+        [B, Hq, Lq] float32: log-sum-exp of each row over the selected blocks, what stands in for others and the sink.
+        Where a row sees nothing it is the sink, -inf without one. Differentiable.
     block_mask : Tensor, with return_block_mask
         [B, Hq, Mq, ceil(Mk / 32)] int32, see :func:`rrattn.unpack_block_mask`.
 
@@ -220,6 +229,7 @@ def rr_attention(
     query, key, value = _attention_inputs(query, key, value)
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
+    sink = _sink(sink, query)
     scalar, per_head = _split_threshold(threshold)
     attributes = (
         causal,
@@ -234,9 +244,9 @@ def rr_attention(
         arguments.flag(return_block_mask, "return_block_mask"),
     )
     if arguments.flag(training, "training"):
-        _check_gradients(compensate, query, key, value)
+        _check_gradients(compensate, query, key, value, sink)
     with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
-        out, *extras = call("rr_attention", query, key, value, rows, per_head, *attributes)
+        out, *extras = call("rr_attention", query, key, value, rows, sink, per_head, *attributes)
     return _results(out, extras, asked)
 
 
@@ -252,6 +262,7 @@ def estimate_block_scores(
     head_offset: int = _DEFAULTS.head_offset,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     spread: float = _DEFAULTS.spread,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Estimate how much each query block attends to each key block: the first stage of :func:`rr_attention`.
 
@@ -261,7 +272,8 @@ def estimate_block_scores(
     -------
     block_scores : Tensor
         [B, Hq, Mq, Mk] float32, no gradient: softmax probabilities over strides, summed over the pairs of strides of
-        each pair of blocks. A row sums to the number of its sampled queries that see anything (at most 128 / stride).
+        each pair of blocks. A row sums to the number of its sampled queries that see anything (at most 128 / stride),
+        less what the sink takes.
 
     Raises
     ------
@@ -272,8 +284,9 @@ def estimate_block_scores(
     causal = arguments.flag(causal, "causal")
     rows = _row_indices(startend_row_indices, key, causal)
     sampling = _sampling(query, stride, key_stride, head_offset, softmax_scale, spread)
+    sink = _sink(sink, query)
     with paddle.no_grad(), watch_layout(query, key, rows, causal=causal):
-        block_scores: Tensor = call("estimate", query, key, rows, causal, *sampling)
+        block_scores: Tensor = call("estimate", query, key, rows, sink, causal, *sampling)
     return block_scores
 
 
@@ -349,6 +362,7 @@ def block_sparse_attention(
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
     compensate: bool = ...,
+    sink: Tensor | None = ...,
     return_softmax_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -363,6 +377,7 @@ def block_sparse_attention(
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
     compensate: bool = ...,
+    sink: Tensor | None = ...,
     return_softmax_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -377,6 +392,7 @@ def block_sparse_attention(
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
     compensate: bool = ...,
+    sink: Tensor | None = ...,
     return_softmax_lse: bool = ...,
 ) -> Any: ...
 @unified
@@ -391,16 +407,17 @@ def block_sparse_attention(
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     deterministic: bool | None = _DEFAULTS.deterministic,
     compensate: bool = _DEFAULTS.compensate,
+    sink: Tensor | None = None,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Attention over given blocks: the third stage of :func:`rr_attention`, differentiable in query, key and value.
+    """Attention over given blocks: the third stage of :func:`rr_attention`, differentiable as that is.
 
     Parameters
     ----------
     block_mask : Tensor
         [B, Hq, Mq, ceil(Mk / 32)] int32, from :func:`select_blocks` or :func:`rrattn.pack_block_mask`. Bits of blocks
         that causal or FlashMask hide do no harm.
-    query, key, value, startend_row_indices, causal, softmax_scale, deterministic, compensate, return_softmax_lse
+    query, key, value, startend_row_indices, causal, softmax_scale, deterministic, compensate, sink, return_softmax_lse
         As in :func:`rr_attention`.
 
     Returns
@@ -420,9 +437,10 @@ def block_sparse_attention(
     scale = _scale(arguments.softmax_scale(softmax_scale), query)
     attributes = causal, scale, _deterministic(deterministic), arguments.flag(compensate, "compensate")
     asked = (arguments.flag(return_softmax_lse, "return_softmax_lse"),)
-    _check_gradients(compensate, query, key, value)
+    sink = _sink(sink, query)
+    _check_gradients(compensate, query, key, value, sink)
     with watch_layout(query, key, rows, causal=causal):
-        out, *extras = call("attend", query, key, value, block_mask, rows, *attributes)
+        out, *extras = call("attend", query, key, value, block_mask, rows, sink, *attributes)
     return _results(out, extras, asked)
 
 
@@ -440,18 +458,18 @@ def checked_tensor(tensor: Any, name: str) -> Tensor:
     return checked
 
 
-def records_gradient(*tensors: Tensor) -> bool:
-    """Whether Paddle records a gradient of what is computed of these tensors, eagerly."""
-    return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors)
+def records_gradient(*tensors: Tensor | None) -> bool:
+    """Whether Paddle records a gradient of what is computed of these tensors, eagerly; None is an absent one."""
+    return paddle.is_grad_enabled() and not all(tensor is None or tensor.stop_gradient for tensor in tensors)
 
 
-def _check_gradients(compensate: bool, *tensors: Tensor) -> None:
+def _check_gradients(compensate: bool, *tensors: Tensor | None) -> None:
     """Refuses compensation where gradients would be recorded. What a program is traced for is not known: that one
     raises in its backward pass."""
     if compensate and paddle.in_dynamic_mode() and records_gradient(*tensors):
         raise ValueError(
-            "compensate is True, but attention that is compensated has no gradients, and query, key or value asks for "
-            "them (stop_gradient is False): give compensate=False to train, or call it under paddle.no_grad()"
+            "compensate is True, but attention that is compensated has no gradients, and query, key, value or sink "
+            "asks for them (stop_gradient is False): give compensate=False to train, or call it under paddle.no_grad()"
         )
 
 
@@ -466,6 +484,16 @@ def _row_indices(indices: Tensor | None, like: Tensor, causal: bool) -> Tensor |
             f"but must have {'1 or 2' if causal else '2 or 4'} when causal is {causal}, and no size of 0"
         )
     return indices
+
+
+def _sink(sink: Tensor | None, query: Tensor) -> Tensor | None:
+    """The sink in float32, which the kernels read; a model's parameters may be of 16 bits. See also _row_indices."""
+    if sink is None:
+        return None
+    shape = list(checked_tensor(sink, "sink").shape)
+    if 0 in shape and 0 not in query.shape:
+        raise ValueError(f"sink has shape {shape}, but must have one element for each query head")
+    return sink.astype("float32") if sink.dtype in (paddle.float16, paddle.bfloat16) else sink
 
 
 def _attention_inputs(*tensors: Tensor) -> list[Tensor]:

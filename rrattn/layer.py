@@ -140,6 +140,7 @@ class RRAttention(nn.Layer):
         *,
         causal: bool = CAUSAL,
         softmax_scale: float | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attends the selected blocks.
 
@@ -148,17 +149,19 @@ class RRAttention(nn.Layer):
         query : Tensor
             [B, Lq, Hq, D] float32, bfloat16 or float16. Queries are the last Lq positions of the keys.
         key, value : Tensor
-            [B, Lk, Hkv, D], of the query's dtype; Hq % Hkv == 0.
+            [B, Lk, Hkv, D] and [B, Lk, Hkv, Dv], of the query's dtype; Hq % Hkv == 0.
         startend_row_indices : Tensor, optional
             int32 [B, 1|Hkv|Hq, Lk, 1|2|4], FlashMask row bounds.
         causal : bool
         softmax_scale : float, optional
             Used where the config sets none. Default: 1 / sqrt(D).
+        sink : Tensor, optional
+            [Hq], a logit for each query head that joins the softmax of each row: see :func:`rrattn.rr_attention`.
 
         Returns
         -------
         Tensor
-            [B, Lq, Hq, D], of the query's dtype.
+            [B, Lq, Hq, Dv], of the query's dtype.
 
         Raises
         ------
@@ -178,7 +181,7 @@ class RRAttention(nn.Layer):
         attend: Callable[..., tuple[Tensor, Tensor | None]] = self._attend
         if self._observer is not None and paddle.in_dynamic_mode():
             attend = self._observer
-        out, block_mask = attend(query, key, value, startend_row_indices, causal=causal, softmax_scale=scale)
+        out, block_mask = attend(query, key, value, startend_row_indices, causal=causal, softmax_scale=scale, sink=sink)
         if block_mask is not None:
             self.last_selection = BlockSelection(
                 block_mask, startend_row_indices, causal=causal, seqlen_q=query.shape[1], seqlen_k=key.shape[1]
@@ -197,6 +200,7 @@ class RRAttention(nn.Layer):
         *,
         causal: bool,
         softmax_scale: float | None,
+        sink: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """(out, block mask); no block mask from decoding steps and while tracing."""
         config = self.config
@@ -219,6 +223,7 @@ class RRAttention(nn.Layer):
                 softmax_scale=softmax_scale,
                 deterministic=config.deterministic,
                 compensate=False,  # nothing is left out
+                sink=sink,
             )
             return out, every_block if eager and not decoding else None
         sampling: Sampling = {**config.sampling(), "softmax_scale": softmax_scale}
@@ -228,10 +233,11 @@ class RRAttention(nn.Layer):
             value,
             startend_row_indices,
             causal=causal,
-            training=not eager or records_gradient(query, key, value),
+            training=not eager or records_gradient(query, key, value, sink),
             threshold=self._threshold_for(query),
             deterministic=config.deterministic,
             compensate=config.compensate,
+            sink=sink,
             return_block_mask=eager,
             **sampling,
             **config.keep_rules(),

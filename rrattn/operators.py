@@ -41,10 +41,14 @@ _load()
 _run_custom_op = getattr(_C_ops, "_run_custom_op", None) or paddle.base.core.eager._run_custom_op
 
 
+# Outputs of each operator through which gradients flow, its first ones.
+_DIFFERENTIABLE = {"attend": 2, "rr_attention": 2}
+
+
 def call(name: str, *arguments: object) -> Any:
     """Runs the operator rrattn_<name>: its inputs (None for an absent one), then its attributes, in order.
 
-    Gradients flow to its first output alone, and to none where Paddle records none.
+    No gradients flow where Paddle records none.
     """
     if not paddle.framework.in_dynamic_or_pir_mode():
         raise RuntimeError(
@@ -52,6 +56,6 @@ def call(name: str, *arguments: object) -> Any:
             "old kind: set FLAGS_enable_pir_api=1"
         )
     outputs = _run_custom_op(f"rrattn_{name}", *arguments)
-    for output in outputs if not paddle.is_grad_enabled() else outputs[1:]:
+    for output in outputs[_DIFFERENTIABLE.get(name, 0) if paddle.is_grad_enabled() else 0 :]:
         output.stop_gradient = True
     return outputs if len(outputs) > 1 else outputs[0]

@@ -1,12 +1,14 @@
 """The oracle: block-sparse attention in NumPy float64, written to be read, not to be fast.
 
-Shapes are those of the package: query [B, Lq, Hq, D], key and value [B, Lk, Hkv, D], shift = Lk - Lq. Block
-masks here are plain booleans [B, Hq, Mq, Mk]; `pack` and `unpack` translate them to the package's words.
+Shapes are those of the package: query [B, Lq, Hq, D], key [B, Lk, Hkv, D], value [B, Lk, Hkv, Dv], shift = Lk - Lq.
+Block masks here are plain booleans [B, Hq, Mq, Mk]; `pack` and `unpack` translate them to the package's words.
 
     estimate  -> block_scores [B, Hq, Mq, Mk]
     select    -> block mask   [B, Hq, Mq, Mk]
-    attend    -> out [B, Lq, Hq, D], lse [B, Hq, Lq]
-    backward  -> grad_query, grad_key, grad_value
+    attend    -> out [B, Lq, Hq, Dv], lse [B, Hq, Lq]
+    backward  -> grad_query, grad_key, grad_value, and with a sink grad_sink [Hq]
+
+A `sink` [Hq] is one more key for each row, of this score and without a value.
 
 `estimate`, `attend` and `backward` take `dtype`: "float64" is the oracle; "float32", "float16" and "bfloat16"
 are the naive implementation in that type, which rounds every intermediate to it. A kernel may err twice that, see
@@ -169,6 +171,7 @@ def estimate(
     head_offset: int = 0,
     softmax_scale: float | None = None,
     spread: float = 1.0,
+    sink: Array | None = None,
     dtype: str = "float64",
     mean_dtype: str | None = None,
 ) -> Array:
@@ -177,7 +180,7 @@ def estimate(
     The score of a stride is that of its mean key, plus `spread` / 2 times the variance that its keys' scores would have
     if their spread were alike in all directions: scale^2 |q|^2 times the mean over the head of the keys' variances.
     That is the logarithm of the mean of exp(score) over the stride to second order (spread 1). Keys past the end are
-    zeros.
+    zeros. A stride has one score for `key_stride` keys, so the sink, one key, counts as a `key_stride`th of it.
 
     `mean_dtype` is what mean keys are rounded to, if not `dtype`: tensor cores multiply numbers of 16 bits.
     """
@@ -214,7 +217,8 @@ def estimate(
             max_start = np.maximum.reduceat(start[b, h], first_key)
             min_end = np.minimum.reduceat(end[b, h], first_key)
             visible &= ~((token[:, None] >= max_start) & (token[:, None] < min_end))
-        probability = masked_softmax(score, visible)[0]
+        of_sink = None if sink is None else sink[h] - np.log(key_stride)
+        probability = masked_softmax(score, visible, of_sink)[0]
         by_key_block = np.add.reduceat(probability, np.arange(0, len(first_key), BLOCK // key_stride), axis=1)
         np.add.at(block_scores[b, h], token // BLOCK, by_key_block)  # [Nq, Mk] into [Mq, Mk]
     return block_scores
@@ -299,15 +303,16 @@ def attend(
     causal: bool,
     softmax_scale: float | None = None,
     compensate: bool = False,
+    sink: Array | None = None,
     dtype: str = "float64",
     mean_dtype: str | None = None,
 ) -> tuple[Array, Array]:
-    """Stage 3. Attention over the selected blocks: out [B, Lq, Hq, D] and lse [B, Hq, Lq].
+    """Stage 3. Attention over the selected blocks: out [B, Lq, Hq, Dv] and lse [B, Hq, Lq].
 
     With `compensate`, the mean key and value of each block that `stood_in_for` says are one key and value more, with
     the weight of as many as the block has. `mean_dtype` is the type that means are rounded to, if not `dtype`.
     """
-    batch, seqlen_q, num_heads, head_dim = query.shape
+    batch, seqlen_q, num_heads, _ = query.shape
     seqlen_k = key.shape[1]
     group = num_heads // key.shape[2]
     visible = selected_tokens(query, key, block_mask, startend, causal)
@@ -324,12 +329,12 @@ def attend(
         )
         visible = np.concatenate([visible, rows], axis=3)
         logarithm = np.concatenate([logarithm, cast(np.log(count), dtype)])
-    out = np.zeros_like(query)
+    out = np.zeros((batch, seqlen_q, num_heads, value.shape[-1]), query.dtype)
     lse = np.zeros((batch, num_heads, seqlen_q), query.dtype)
     for b, h in np.ndindex(batch, num_heads):
-        k, v = key[b, :, h // group], value[b, :, h // group]  # [Lk, D], or [Lk + Mk, D]
+        k, v = key[b, :, h // group], value[b, :, h // group]  # [Lk, D], [Lk, Dv], or of Lk + Mk rows
         score = cast(scaled_scores(query[b, :, h], k, softmax_scale, dtype) + logarithm, dtype)
-        probability, lse[b, h] = masked_softmax(score, visible[b, h])
+        probability, lse[b, h] = masked_softmax(score, visible[b, h], None if sink is None else sink[h])
         out[b, :, h] = cast(cast(probability, dtype) @ v, dtype)
     return out, lse
 
@@ -359,37 +364,50 @@ def backward(
     *,
     causal: bool,
     softmax_scale: float | None = None,
+    sink: Array | None = None,
+    grad_lse: Array | None = None,
     dtype: str = "float64",
     stored: str | None = None,
     terms: bool = False,
-) -> tuple[Array, Array, Array]:
-    """The gradients of sum(out * grad_out) by query, key and value. The selection is held constant.
+) -> tuple[Array, ...]:
+    """The gradients of sum(out * grad_out) + sum(lse * grad_lse) by query, key and value, and by the sink if given.
+
+    The selection is held constant.
 
     `stored` is the type that the forward pass left its result in, if not `dtype`.
 
     With `terms`, the sums of their terms' absolute values instead: what rounding errors are relative to where terms
     cancel (of one visible key the probability is 1, so its scores have no gradient: all of dP - delta cancels).
     """
-    batch, _, num_heads, head_dim = query.shape
+    batch, seqlen_q, num_heads, head_dim = query.shape
     group = num_heads // key.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     visible = selected_tokens(query, key, block_mask, startend, causal)
     query, key, value, grad_out = (cast(x, dtype) for x in (query, key, value, grad_out))
     grad_query, grad_key, grad_value = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
+    grad_sink = np.zeros(num_heads, query.dtype)
+    if grad_lse is None:
+        grad_lse = np.zeros((batch, num_heads, seqlen_q))
     for b, h in np.ndindex(batch, num_heads):
         q, k, v, do = query[b, :, h], key[b, :, h // group], value[b, :, h // group], grad_out[b, :, h]
         score = scaled_scores(q, k, softmax_scale, dtype)  # [Lq, Lk]
-        lse = masked_softmax(score, visible[b, h])[1][:, None]  # all that the forward keeps of the softmax
+        of_sink = None if sink is None else sink[h]
+        lse = masked_softmax(score, visible[b, h], of_sink)[1][:, None]  # all that the forward keeps of the softmax
         p = cast(np.exp(np.where(visible[b, h], score - lse, -np.inf)), dtype)  # [Lq, Lk]
         if terms:
             q, k, v, do = np.abs(q), np.abs(k), np.abs(v), np.abs(do)
-        out = cast(cast(p @ v, stored or dtype), dtype)  # [Lq, D]
-        delta = (do * out).sum(-1, keepdims=True)  # [Lq, 1]
+        out = cast(cast(p @ v, stored or dtype), dtype)  # [Lq, Dv]
+        of_lse = grad_lse[b, h, :, None].astype(query.dtype)
+        delta = (do * out).sum(-1, keepdims=True) + (np.abs(of_lse) if terms else -of_lse)  # [Lq, 1]
         ds = cast(p * (cast(do @ v.T, dtype) + (delta if terms else -delta)), dtype)  # [Lq, Lk]
         grad_query[b, :, h] = ds @ k * cast(scale, dtype)
         grad_key[b, :, h // group] += ds.T @ q * cast(scale, dtype)
         grad_value[b, :, h // group] += p.T @ do
-    return cast(grad_query, dtype), cast(grad_key, dtype), cast(grad_value, dtype)
+        if of_sink is not None and not np.isneginf(of_sink):
+            share = np.exp(of_sink.astype(query.dtype) - lse)  # [Lq, 1], of the sink in each row's softmax
+            grad_sink[h] += (share * (delta if terms else -delta)).sum()
+    grads = cast(grad_query, dtype), cast(grad_key, dtype), cast(grad_value, dtype)
+    return grads if sink is None else (*grads, grad_sink)
 
 
 def selected_tokens(
@@ -410,12 +428,17 @@ def scaled_scores(q: Array, k: Array, softmax_scale: float | None, dtype: str) -
     return cast(cast(q @ k.T, dtype) * cast(scale, dtype), dtype)
 
 
-def masked_softmax(score: Array, visible: NDArray[np.bool_]) -> tuple[Array, Array]:
-    """(probability, lse) over the last axis, in the type of score. A row that sees nothing: zeros, -inf."""
+def masked_softmax(score: Array, visible: NDArray[np.bool_], sink: Any = None) -> tuple[Array, Array]:
+    """(probability, lse) over the last axis, in the type of score, beside one more score that has no place there.
+
+    A row that sees nothing: zeros and that score, or -inf.
+    """
     score = np.where(visible, score, -np.inf)
-    row_max = score.max(-1, keepdims=True, initial=-np.inf)
-    exponential = np.exp(score - np.where(np.isneginf(row_max), 0, row_max))
-    row_sum = exponential.sum(-1, keepdims=True)
+    sink = np.asarray(-np.inf if sink is None else sink, score.dtype)
+    row_max = np.maximum(score.max(-1, keepdims=True, initial=-np.inf), sink)
+    base = np.where(np.isneginf(row_max), 0, row_max)
+    exponential = np.exp(score - base)
+    row_sum = exponential.sum(-1, keepdims=True) + np.exp(sink - base)
     with np.errstate(divide="ignore"):
         lse = (np.log(row_sum) + row_max)[..., 0]
     probability = exponential / np.where(row_sum == 0, 1, row_sum)

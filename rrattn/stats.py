@@ -74,8 +74,8 @@ class LayerStats:
         """float64 [Hq]: the share of the estimated mass in the blocks that the prefills attended; None likewise.
 
         The mass is that of the estimate: sums of block scores (see `rrattn.estimate_block_scores`), in which each
-        sampled query that sees anything has a mass of 1. It says what the selection aimed at, so it is hardly below the
-        threshold.
+        sampled query that sees anything has a mass of 1, less what a sink takes. It says what the selection aimed at,
+        so it is hardly below the threshold.
         """
         return None if self._sums is None else _ratio(self._sums[2], self._sums[3])
 
@@ -84,8 +84,8 @@ class LayerStats:
         """float64 [Hq]: the share of the true attention mass in these blocks; None likewise, or where no queries are
         sampled for it.
 
-        It is the mean over queries, spread over each call, of the softmax probabilities of the keys in the attended
-        blocks, computed in float32 from all keys.
+        It is of queries spread over each call: the softmax probabilities of the keys in the attended blocks as a part
+        of those of all keys, computed in float32. A sink joins these softmaxes, and is no key.
         """
         return None if self._sums is None or not self._sums[5].any() else _ratio(self._sums[4], self._sums[5])
 
@@ -191,11 +191,12 @@ class _Observer:
         *,
         causal: bool,
         softmax_scale: float | None,
+        sink: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         _wait_for(query)
         begin = time.perf_counter()
         out, block_mask = self.core._attend(
-            query, key, value, startend_row_indices, causal=causal, softmax_scale=softmax_scale
+            query, key, value, startend_row_indices, causal=causal, softmax_scale=softmax_scale, sink=sink
         )
         _wait_for(query)
         seconds = time.perf_counter() - begin
@@ -204,12 +205,12 @@ class _Observer:
             self.stats.decode_seconds += seconds
             return out, block_mask
         sampling: Sampling = {**self.core.config.sampling(), "softmax_scale": softmax_scale}  # the scale is the call's
-        scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, **sampling)
+        scores = estimate_block_scores(query, key, startend_row_indices, causal=causal, sink=sink, **sampling)
         self.stats.prefills += 1
         self.stats.prefill_seconds += seconds
         sizes: Sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         rows = sampled_rows(query.shape[1], self.mass_rows)
-        mass = row_mass(query, key, rows, startend_row_indices, causal=causal, softmax_scale=softmax_scale)
+        mass = row_mass(query, key, rows, startend_row_indices, causal=causal, softmax_scale=softmax_scale, sink=sink)
         self.stats._add(_sums(scores.numpy(), rows, mass, block_mask, startend_row_indices, sizes))
         return out, block_mask
 

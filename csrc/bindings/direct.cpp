@@ -91,7 +91,7 @@ int64_t run(const Stage<Params>& stage, Params params, const Arrays& arrays, con
 }
 
 int64_t estimate_block_scores(const py::object& query, const py::object& key,
-                              const py::object& startend_row_indices,
+                              const py::object& startend_row_indices, const py::object& sink,
                               const py::object& block_scores, bool causal,
                               const GivenSampling& sampling, const Name& dtype,
                               const Options& options) {
@@ -101,6 +101,7 @@ int64_t estimate_block_scores(const py::object& query, const py::object& key,
       kEstimate,
       estimate_params(first, arrays.read_values(key, "key"),
                       arrays.read_optional(startend_row_indices, "startend_row_indices"),
+                      arrays.read_optional(sink, "sink"),
                       arrays.write(block_scores, "block_scores"), causal, sampling.of(first)),
       arrays, first, options);
 }
@@ -121,9 +122,10 @@ int64_t select_blocks(const py::object& block_scores, const py::object& head_thr
 
 int64_t block_sparse_attention(const py::object& query, const py::object& key,
                                const py::object& value, const py::object& block_mask,
-                               const py::object& startend_row_indices, const py::object& out,
-                               const py::object& lse, bool causal, const Scale& softmax_scale,
-                               bool compensate, const Name& dtype, const Options& options) {
+                               const py::object& startend_row_indices, const py::object& sink,
+                               const py::object& out, const py::object& lse, bool causal,
+                               const Scale& softmax_scale, bool compensate, const Name& dtype,
+                               const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   return run(
@@ -131,20 +133,18 @@ int64_t block_sparse_attention(const py::object& query, const py::object& key,
       attend_params(first, arrays.read_values(key, "key"), arrays.read_values(value, "value"),
                     arrays.read(block_mask, "block_mask"),
                     arrays.read_optional(startend_row_indices, "startend_row_indices"),
-                    arrays.write_values(out, "out"), arrays.write(lse, "lse"), causal,
-                    scale_for(first, softmax_scale), compensate),
+                    arrays.read_optional(sink, "sink"), arrays.write_values(out, "out"),
+                    arrays.write(lse, "lse"), causal, scale_for(first, softmax_scale), compensate),
       arrays, first, options);
 }
 
-int64_t block_sparse_attention_backward(const py::object& query, const py::object& key,
-                                        const py::object& value, const py::object& block_mask,
-                                        const py::object& out, const py::object& lse,
-                                        const py::object& grad_out,
-                                        const py::object& startend_row_indices,
-                                        const py::object& grad_query, const py::object& grad_key,
-                                        const py::object& grad_value, bool causal,
-                                        const Scale& softmax_scale, bool deterministic,
-                                        const Name& dtype, const Options& options) {
+int64_t block_sparse_attention_backward(
+    const py::object& query, const py::object& key, const py::object& value,
+    const py::object& block_mask, const py::object& out, const py::object& lse,
+    const py::object& grad_out, const py::object& startend_row_indices, const py::object& sink,
+    const py::object& grad_lse, const py::object& grad_query, const py::object& grad_key,
+    const py::object& grad_value, const py::object& grad_sink, bool causal,
+    const Scale& softmax_scale, bool deterministic, const Name& dtype, const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   return run(
@@ -153,10 +153,12 @@ int64_t block_sparse_attention_backward(const py::object& query, const py::objec
           first, arrays.read_values(key, "key"), arrays.read_values(value, "value"),
           arrays.read(block_mask, "block_mask"),
           arrays.read_optional(startend_row_indices, "startend_row_indices"),
-          arrays.read_values(out, "out"), arrays.read(lse, "lse"),
-          arrays.read_values(grad_out, "grad_out"), arrays.write_values(grad_query, "grad_query"),
+          arrays.read_optional(sink, "sink"), arrays.read_values(out, "out"),
+          arrays.read(lse, "lse"), arrays.read_values(grad_out, "grad_out"),
+          arrays.read_optional(grad_lse, "grad_lse"), arrays.write_values(grad_query, "grad_query"),
           arrays.write_values(grad_key, "grad_key"), arrays.write_values(grad_value, "grad_value"),
-          causal, scale_for(first, softmax_scale), deterministic),
+          arrays.write_optional(grad_sink, "grad_sink"), causal, scale_for(first, softmax_scale),
+          deterministic),
       arrays, first, options);
 }
 
@@ -202,7 +204,7 @@ struct Plan {
 // has what was not given, and behind it the workspace of each stage in turn.
 struct Pipeline {
   const Array &query, &key, &value;
-  OptionalArray head_thresholds, startend_row_indices;
+  OptionalArray head_thresholds, startend_row_indices, sink;
   const Array& out;
   OptionalArray lse, block_mask, block_scores;
   bool causal;
@@ -223,16 +225,17 @@ struct Pipeline {
                                                  mask_shape(of_scores));
     const Array row_lse =
         lse ? *lse : scratch.take("lse", ElementType::kFloat32, "float32", lse_shape(query.shape));
-    Plan plan{estimate_params(query, key, startend_row_indices, scores, causal, sampling),
+    Plan plan{estimate_params(query, key, startend_row_indices, sink, scores, causal, sampling),
               select_params(scores, head_thresholds, startend_row_indices, mask, causal,
                             query.shape[1], key.shape[1], rules),
-              attend_params(query, key, value, mask, startend_row_indices, out, row_lse, causal,
-                            sampling.softmax_scale, compensate),
+              attend_params(query, key, value, mask, startend_row_indices, sink, out, row_lse,
+                            causal, sampling.softmax_scale, compensate),
               scratch.bytes()};
     // Each of these has looked at the arrays of its own stage.
     std::vector<const Array*> inputs = {&query, &key, &value};
     if (head_thresholds) inputs.push_back(&*head_thresholds);
     if (startend_row_indices) inputs.push_back(&*startend_row_indices);
+    if (sink) inputs.push_back(&*sink);
     require_own_memory({&out, &row_lse, &mask, &scores}, inputs, &query);
     plan.estimate.execution = execution;
     plan.estimate.execution.workspace = scratch.end();
@@ -243,10 +246,10 @@ struct Pipeline {
 
 int64_t rr_attention(const py::object& query, const py::object& key, const py::object& value,
                      const py::object& head_thresholds, const py::object& startend_row_indices,
-                     const py::object& out, const py::object& lse, const py::object& block_mask,
-                     const py::object& block_scores, bool causal, const GivenSampling& sampling,
-                     const KeepRules& rules, bool compensate, const Name& dtype,
-                     const Options& options) {
+                     const py::object& sink, const py::object& out, const py::object& lse,
+                     const py::object& block_mask, const py::object& block_scores, bool causal,
+                     const GivenSampling& sampling, const KeepRules& rules, bool compensate,
+                     const Name& dtype, const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   const Kernel<EstimateParams>& estimate = kEstimate.kernel_for(first);
@@ -257,6 +260,7 @@ int64_t rr_attention(const py::object& query, const py::object& key, const py::o
                           arrays.read_values(value, "value"),
                           arrays.read_optional(head_thresholds, "threshold"),
                           arrays.read_optional(startend_row_indices, "startend_row_indices"),
+                          arrays.read_optional(sink, "sink"),
                           arrays.write_values(out, "out"),
                           arrays.write_optional(lse, "lse"),
                           arrays.write_optional(block_mask, "block_mask"),
@@ -320,28 +324,31 @@ PYBIND11_MODULE(_direct, module) {
            py::arg("num_threads") = none, py::arg("workspace") = none, py::arg("stream") = 0,
            py::arg("size_only") = false);
   module.def("estimate_block_scores", &estimate_block_scores, py::arg("query"), py::arg("key"),
-             py::arg("startend_row_indices") = none, py::kw_only(), py::arg("block_scores"),
-             py::arg("causal"), py::arg("sampling"), py::arg("dtype") = none, py::arg("options"));
+             py::arg("startend_row_indices") = none, py::kw_only(), py::arg("sink") = none,
+             py::arg("block_scores"), py::arg("causal"), py::arg("sampling"),
+             py::arg("dtype") = none, py::arg("options"));
   module.def("select_blocks", &select_blocks, py::arg("block_scores"),
              py::arg("head_thresholds") = none, py::arg("startend_row_indices") = none,
              py::kw_only(), py::arg("block_mask"), py::arg("causal"), py::arg("seqlen_q"),
              py::arg("seqlen_k"), py::arg("rules"), py::arg("options"));
   module.def("block_sparse_attention", &block_sparse_attention, py::arg("query"), py::arg("key"),
              py::arg("value"), py::arg("block_mask"), py::arg("startend_row_indices") = none,
-             py::kw_only(), py::arg("out"), py::arg("lse"), py::arg("causal"),
-             py::arg("softmax_scale") = none, py::arg("compensate"), py::arg("dtype") = none,
-             py::arg("options"));
+             py::kw_only(), py::arg("sink") = none, py::arg("out"), py::arg("lse"),
+             py::arg("causal"), py::arg("softmax_scale") = none, py::arg("compensate"),
+             py::arg("dtype") = none, py::arg("options"));
   module.def("block_sparse_attention_backward", &block_sparse_attention_backward, py::arg("query"),
              py::arg("key"), py::arg("value"), py::arg("block_mask"), py::arg("out"),
              py::arg("lse"), py::arg("grad_out"), py::arg("startend_row_indices") = none,
-             py::kw_only(), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"),
-             py::arg("causal"), py::arg("softmax_scale") = none, py::arg("deterministic") = false,
-             py::arg("dtype") = none, py::arg("options"));
+             py::kw_only(), py::arg("sink") = none, py::arg("grad_lse") = none,
+             py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"),
+             py::arg("grad_sink") = none, py::arg("causal"), py::arg("softmax_scale") = none,
+             py::arg("deterministic") = false, py::arg("dtype") = none, py::arg("options"));
   module.def("rr_attention", &rr_attention, py::arg("query"), py::arg("key"), py::arg("value"),
              py::arg("head_thresholds") = none, py::arg("startend_row_indices") = none,
-             py::kw_only(), py::arg("out"), py::arg("lse") = none, py::arg("block_mask") = none,
-             py::arg("block_scores") = none, py::arg("causal"), py::arg("sampling"),
-             py::arg("rules"), py::arg("compensate"), py::arg("dtype") = none, py::arg("options"));
+             py::kw_only(), py::arg("sink") = none, py::arg("out"), py::arg("lse") = none,
+             py::arg("block_mask") = none, py::arg("block_scores") = none, py::arg("causal"),
+             py::arg("sampling"), py::arg("rules"), py::arg("compensate"), py::arg("dtype") = none,
+             py::arg("options"));
   module.def("startend_rows_from_dense", &startend_rows_from_dense, py::arg("mask"), py::kw_only(),
              py::arg("start_rows"), py::arg("verdict"), py::arg("dtype") = none,
              py::arg("options"));

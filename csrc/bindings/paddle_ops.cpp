@@ -222,16 +222,21 @@ void run(const Kernel<Params>& kernel, Params params, const Tensor& first) {
   kernel.run(params);
 }
 
+Tensor zeros_like(const Tensor& tensor) {
+  return paddle::full(tensor.shape(), 0, tensor.dtype(), tensor.place());
+}
+
 std::vector<Tensor> estimate(const EstimateAttributes& attributes, const Tensor& query,
-                             const Tensor& key, const OptionalTensor& startend_row_indices) {
+                             const Tensor& key, const OptionalTensor& startend_row_indices,
+                             const OptionalTensor& sink) {
   const Kernel<EstimateParams>& kernel = kEstimate.kernel_for(describe(query, "query"));
   Tensor block_scores =
       paddle::empty(scores_shape(query.shape(), key.shape()), DType::FLOAT32, query.place());
   run(kernel,
       estimate_params(describe(query, "query"), describe(key, "key"),
                       describe(startend_row_indices, "startend_row_indices"),
-                      describe(block_scores, "block_scores"), attributes.causal,
-                      attributes.sampling),
+                      describe(sink, "sink"), describe(block_scores, "block_scores"),
+                      attributes.causal, attributes.sampling),
       query);
   return {block_scores};
 }
@@ -253,17 +258,17 @@ std::vector<Tensor> select(const SelectAttributes& attributes, const Tensor& blo
 
 std::vector<Tensor> attend(const AttendAttributes& attributes, const Tensor& query,
                            const Tensor& key, const Tensor& value, const Tensor& block_mask,
-                           const OptionalTensor& startend_row_indices) {
+                           const OptionalTensor& startend_row_indices, const OptionalTensor& sink) {
   const Kernel<AttendParams>& kernel = kAttend.kernel_for(describe(query, "query"));
   check_ranks(query.shape(), key.shape());
-  Tensor out = paddle::empty(query.shape(), query.dtype(), query.place());
+  Tensor out = paddle::empty(out_shape(query.shape(), value.shape()), query.dtype(), query.place());
   Tensor lse = paddle::empty(lse_shape(query.shape()), DType::FLOAT32, query.place());
   run(kernel,
       attend_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
                     describe(block_mask, "block_mask"),
-                    describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
-                    describe(lse, "lse"), attributes.causal, attributes.softmax_scale,
-                    attributes.compensate),
+                    describe(startend_row_indices, "startend_row_indices"), describe(sink, "sink"),
+                    describe(out, "out"), describe(lse, "lse"), attributes.causal,
+                    attributes.softmax_scale, attributes.compensate),
       query);
   return {out, lse};
 }
@@ -271,8 +276,10 @@ std::vector<Tensor> attend(const AttendAttributes& attributes, const Tensor& que
 std::vector<Tensor> attend_backward(const AttendAttributes& attributes, const Tensor& query,
                                     const Tensor& key, const Tensor& value,
                                     const Tensor& block_mask,
-                                    const OptionalTensor& startend_row_indices, const Tensor& out,
-                                    const Tensor& lse, const Tensor& grad_out) {
+                                    const OptionalTensor& startend_row_indices,
+                                    const OptionalTensor& sink, const Tensor& out,
+                                    const Tensor& lse, const Tensor& grad_out,
+                                    const Tensor& grad_lse) {
   if (attributes.compensate) {
     throw std::invalid_argument(
         "compensate is True, but attention that is compensated has no gradients: train with "
@@ -282,31 +289,39 @@ std::vector<Tensor> attend_backward(const AttendAttributes& attributes, const Te
   Tensor grad_query = paddle::empty(query.shape(), query.dtype(), query.place());
   Tensor grad_key = paddle::empty(key.shape(), key.dtype(), key.place());
   Tensor grad_value = paddle::empty(value.shape(), value.dtype(), value.place());
+  const Tensor grad_out_rows = grad_out.initialized() ? grad_out : zeros_like(out);
+  OptionalTensor grad_sink;
+  if (sink) grad_sink = paddle::empty(sink->shape(), DType::FLOAT32, query.place());
+  OptionalTensor grad_lse_rows;  // the gradient of a transposed log-sum-exp comes transposed
+  if (grad_lse.initialized()) grad_lse_rows = grad_lse.contiguous();
   run(kernel,
       backward_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
                       describe(block_mask, "block_mask"),
-                      describe(startend_row_indices, "startend_row_indices"), describe(out, "out"),
-                      describe(lse, "lse"), describe(grad_out, "grad_out"),
+                      describe(startend_row_indices, "startend_row_indices"),
+                      describe(sink, "sink"), describe(out, "out"), describe(lse, "lse"),
+                      describe(grad_out_rows, "grad_out"), describe(grad_lse_rows, "grad_lse"),
                       describe(grad_query, "grad_query"), describe(grad_key, "grad_key"),
-                      describe(grad_value, "grad_value"), attributes.causal,
-                      attributes.softmax_scale, attributes.deterministic),
+                      describe(grad_value, "grad_value"), describe(grad_sink, "grad_sink"),
+                      attributes.causal, attributes.softmax_scale, attributes.deterministic),
       query);
-  return {grad_query, grad_key, grad_value};
+  if (!grad_sink) grad_sink = paddle::empty({1}, DType::FLOAT32, query.place());
+  return {grad_query, grad_key, grad_value, *grad_sink};
 }
 
 std::vector<Tensor> rr_attention(const RRAttentionAttributes& attributes, const Tensor& query,
                                  const Tensor& key, const Tensor& value,
                                  const OptionalTensor& startend_row_indices,
+                                 const OptionalTensor& sink,
                                  const OptionalTensor& head_thresholds) {
   kAttend.kernel_for(describe(query, "query"));  // throws before the other stages run in vain
   const bool causal = attributes.causal;
   const Tensor block_scores =
-      estimate({causal, attributes.sampling}, query, key, startend_row_indices)[0];
+      estimate({causal, attributes.sampling}, query, key, startend_row_indices, sink)[0];
   const Tensor block_mask = select({causal, query.shape()[1], key.shape()[1], attributes.rules},
                                    block_scores, startend_row_indices, head_thresholds)[0];
   std::vector<Tensor> outputs = attend(
       {causal, attributes.sampling.softmax_scale, attributes.deterministic, attributes.compensate},
-      query, key, value, block_mask, startend_row_indices);
+      query, key, value, block_mask, startend_row_indices, sink);
   outputs.push_back(block_mask);
   return outputs;
 }
@@ -315,10 +330,11 @@ std::vector<Tensor> rr_attention(const RRAttentionAttributes& attributes, const 
 std::vector<Tensor> rr_attention_backward(const AttendAttributes& attributes, const Tensor& query,
                                           const Tensor& key, const Tensor& value,
                                           const OptionalTensor& startend_row_indices,
-                                          const Tensor& out, const Tensor& lse,
-                                          const Tensor& block_mask, const Tensor& grad_out) {
-  return attend_backward(attributes, query, key, value, block_mask, startend_row_indices, out, lse,
-                         grad_out);
+                                          const OptionalTensor& sink, const Tensor& out,
+                                          const Tensor& lse, const Tensor& block_mask,
+                                          const Tensor& grad_out, const Tensor& grad_lse) {
+  return attend_backward(attributes, query, key, value, block_mask, startend_row_indices, sink, out,
+                         lse, grad_out, grad_lse);
 }
 
 std::vector<Tensor> dense_mask(const Tensor& mask) {
@@ -345,10 +361,13 @@ using OptionalDType = paddle::optional<DType>;
 std::vector<Shape> dense_mask_shape(const Shape& mask) { return {start_rows_shape(mask), {2}}; }
 std::vector<DType> dense_mask_dtype(DType) { return {DType::INT32, DType::INT32}; }
 
-std::vector<Shape> estimate_shape(const Shape& query, const Shape& key, const OptionalShape&) {
+std::vector<Shape> estimate_shape(const Shape& query, const Shape& key, const OptionalShape&,
+                                  const OptionalShape&) {
   return {scores_shape(query, key)};
 }
-std::vector<DType> estimate_dtype(DType, DType, const OptionalDType&) { return {DType::FLOAT32}; }
+std::vector<DType> estimate_dtype(DType, DType, const OptionalDType&, const OptionalDType&) {
+  return {DType::FLOAT32};
+}
 
 std::vector<Shape> select_shape(const Shape& block_scores, const OptionalShape&,
                                 const OptionalShape&) {
@@ -358,20 +377,22 @@ std::vector<DType> select_dtype(DType, const OptionalDType&, const OptionalDType
   return {DType::INT32};
 }
 
-std::vector<Shape> attend_shape(const Shape& query, const Shape&, const Shape&, const Shape&,
-                                const OptionalShape&) {
-  return {query, lse_shape(query)};
+std::vector<Shape> attend_shape(const Shape& query, const Shape&, const Shape& value, const Shape&,
+                                const OptionalShape&, const OptionalShape&) {
+  return {out_shape(query, value), lse_shape(query)};
 }
-std::vector<DType> attend_dtype(DType query, DType, DType, DType, const OptionalDType&) {
+std::vector<DType> attend_dtype(DType query, DType, DType, DType, const OptionalDType&,
+                                const OptionalDType&) {
   return {query, DType::FLOAT32};
 }
 
-std::vector<Shape> rr_attention_shape(const Shape& query, const Shape& key, const Shape&,
-                                      const OptionalShape&, const OptionalShape&) {
-  return {query, lse_shape(query), mask_shape(scores_shape(query, key))};
+std::vector<Shape> rr_attention_shape(const Shape& query, const Shape& key, const Shape& value,
+                                      const OptionalShape&, const OptionalShape&,
+                                      const OptionalShape&) {
+  return {out_shape(query, value), lse_shape(query), mask_shape(scores_shape(query, key))};
 }
 std::vector<DType> rr_attention_dtype(DType query, DType, DType, const OptionalDType&,
-                                      const OptionalDType&) {
+                                      const OptionalDType&, const OptionalDType&) {
   return {query, DType::FLOAT32, DType::INT32};
 }
 
@@ -380,7 +401,7 @@ std::vector<DType> rr_attention_dtype(DType query, DType, DType, const OptionalD
 }  // namespace rrattn
 
 PD_BUILD_OP(rrattn_estimate)
-    .Inputs({"Query", "Key", paddle::Optional("StartendRowIndices")})
+    .Inputs({"Query", "Key", paddle::Optional("StartendRowIndices"), paddle::Optional("Sink")})
     .Outputs({"BlockScores"})
     .Attrs(rrattn::attributes<rrattn::EstimateAttributes>())
     .SetKernelFn(PD_KERNEL(rrattn::Operator<rrattn::estimate, rrattn::EstimateAttributes>::call))
@@ -397,7 +418,8 @@ PD_BUILD_OP(rrattn_select)
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::select_dtype));
 
 PD_BUILD_OP(rrattn_attend)
-    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices")})
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("Sink")})
     .Outputs({"Out", "Lse"})
     .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
     .SetKernelFn(PD_KERNEL(rrattn::Operator<rrattn::attend, rrattn::AttendAttributes>::call))
@@ -405,16 +427,18 @@ PD_BUILD_OP(rrattn_attend)
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::attend_dtype));
 
 PD_BUILD_GRAD_OP(rrattn_attend)
-    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
-             "Lse", paddle::Grad("Out")})
-    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("Sink"), "Out", "Lse", paddle::Grad("Out"), paddle::Grad("Lse")})
+    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value"),
+              paddle::Grad(paddle::Optional("Sink"))})
     .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
     .SetKernelFn(
         PD_KERNEL(rrattn::Operator<rrattn::attend_backward, rrattn::AttendAttributes>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(rrattn_attend)
-    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
-             "Lse", paddle::Grad("Out"), paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("Sink"), "Out", "Lse", paddle::Grad("Out"),
+             paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Value")))})
     .Outputs({paddle::Grad(paddle::Grad("Out"))})
@@ -422,7 +446,7 @@ PD_BUILD_DOUBLE_GRAD_OP(rrattn_attend)
 
 PD_BUILD_OP(rrattn_rr_attention)
     .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
-             paddle::Optional("HeadThresholds")})
+             paddle::Optional("Sink"), paddle::Optional("HeadThresholds")})
     .Outputs({"Out", "Lse", "BlockMask"})
     .Attrs(rrattn::attributes<rrattn::RRAttentionAttributes>())
     .SetKernelFn(
@@ -431,16 +455,18 @@ PD_BUILD_OP(rrattn_rr_attention)
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::rr_attention_dtype));
 
 PD_BUILD_GRAD_OP(rrattn_rr_attention)
-    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Out", "Lse",
-             "BlockMask", paddle::Grad("Out")})
-    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("Sink"), "Out", "Lse", "BlockMask", paddle::Grad("Out"),
+             paddle::Grad("Lse")})
+    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value"),
+              paddle::Grad(paddle::Optional("Sink"))})
     .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
     .SetKernelFn(
         PD_KERNEL(rrattn::Operator<rrattn::rr_attention_backward, rrattn::AttendAttributes>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(rrattn_rr_attention)
-    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Out", "Lse",
-             "BlockMask", paddle::Grad("Out"),
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("Sink"), "Out", "Lse", "BlockMask", paddle::Grad("Out"),
              paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Value")))})

@@ -29,6 +29,11 @@ inline Shape mask_shape(const Shape& scores) {
   return {scores[0], scores[1], scores[2], blocks < 0 ? -1 : ceil_div(blocks, kMaskWordBits)};
 }
 
+inline Shape out_shape(const Shape& query, const Shape& value) {
+  require_rank("value", value, 4, "[batch, seqlen_k, num_heads_k, head_dim of value]");
+  return {query[0], query[1], query[2], value[3]};
+}
+
 inline Shape lse_shape(const Shape& query) { return {query[0], query[2], query[1]}; }
 
 }  // namespace rrattn

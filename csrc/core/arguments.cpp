@@ -75,17 +75,24 @@ Rows rows_of(const Array& array) {
   return {array.data, array.strides[0], array.strides[1], array.strides[2]};
 }
 
-// A tensor that must have the shape, dtype and device of the query (or the key). Its strides may
-// differ.
-Rows rows_like(const Array& array, const Array& model, const char* meaning) {
-  require_shape(array, model.shape, meaning);
-  require_type(array, model.type, model.type_name.c_str());
-  require_same_device(array, model);
+// A tensor that must have this shape, and the dtype and device of the query. Its strides may differ.
+Rows rows_like(const Array& array, const std::vector<int64_t>& shape, const Array& query,
+               const char* meaning) {
+  require_shape(array, shape, meaning);
+  require_type(array, query.type, query.type_name.c_str());
+  require_same_device(array, query);
   return rows_of(array);
+}
+
+// The shape of one tensor [B, L, H, D] with the head size of another.
+std::vector<int64_t> with_head_dim_of(const Array& model, const Array& value) {
+  return {model.shape[0], model.shape[1], model.shape[2], value.shape[3]};
 }
 
 constexpr const char* kQueryMeaning = "[batch, seqlen_q, num_heads, head_dim]";
 constexpr const char* kKeyMeaning = "[batch, seqlen_k, num_heads_k, head_dim]";
+constexpr const char* kValueMeaning = "[batch, seqlen_k, num_heads_k, head_dim of value]";
+constexpr const char* kOutMeaning = "[batch, seqlen_q, num_heads, head_dim of value]";
 
 RowBounds row_bounds(const OptionalArray& indices, const Visibility& visibility,
                      int64_t num_heads_k, const Array& first) {
@@ -134,6 +141,12 @@ void check_lengths(int64_t seqlen_q, int64_t seqlen_k, bool causal) {
   }
 }
 
+void check_head_dim(int64_t head_dim, const char* name) {
+  if (head_dim < 8 || head_dim > 256 || head_dim % 8 != 0) {
+    fail(name, " is ", head_dim, ", but must be a multiple of 8 from 8 to 256");
+  }
+}
+
 struct QueryKey {
   Visibility visibility;
   Heads heads;
@@ -147,7 +160,9 @@ QueryKey check_query_key(const Array& query, const Array& key,
   Visibility& visibility = found.visibility;
   Heads& heads = found.heads;
   visibility = {query.shape[0], query.shape[1], key.shape[1], query.shape[2], causal, {}};
-  heads = {key.shape[2], query.shape[3], data_type(query)};
+  heads.num_heads_k = key.shape[2];
+  heads.head_dim = query.shape[3];
+  heads.dtype = data_type(query);
   require_type(key, query.type, query.type_name.c_str());
   require_same_device(key, query);
   if (key.shape[0] != visibility.batch) {
@@ -156,9 +171,7 @@ QueryKey check_query_key(const Array& query, const Array& key,
   if (key.shape[3] != heads.head_dim) {
     fail("key has head_dim ", key.shape[3], ", but must have that of query, ", heads.head_dim);
   }
-  if (heads.head_dim < 8 || heads.head_dim > 256 || heads.head_dim % 8 != 0) {
-    fail("head_dim is ", heads.head_dim, ", but must be a multiple of 8 from 8 to 256");
-  }
+  check_head_dim(heads.head_dim, "head_dim");
   if (heads.num_heads_k == 0 ? visibility.num_heads != 0
                              : visibility.num_heads % heads.num_heads_k != 0) {
     fail("query has ", visibility.num_heads, " heads and key has ", heads.num_heads_k,
@@ -254,29 +267,48 @@ float* check_block_scores(const Array& block_scores, const Visibility& visibilit
   return static_cast<float*>(block_scores.data);
 }
 
-float* check_lse(const Array& lse, const Visibility& visibility, const Array& first) {
-  require_type(lse, ElementType::kFloat32, "float32");
-  require_same_device(lse, first);
-  require_shape(lse, {visibility.batch, visibility.num_heads, visibility.seqlen_q},
-                "[batch, num_heads, seqlen_q]");
-  require_contiguous(lse);
-  return static_cast<float*>(lse.data);
+float* check_floats(const Array& array, const std::vector<int64_t>& shape, const char* meaning,
+                    const Array& first) {
+  require_type(array, ElementType::kFloat32, "float32");
+  require_same_device(array, first);
+  require_shape(array, shape, meaning);
+  require_contiguous(array);
+  return static_cast<float*>(array.data);
+}
+
+// One number for each row, as the log-sum-exp.
+float* check_row_floats(const Array& array, const Visibility& visibility, const Array& first) {
+  return check_floats(array, {visibility.batch, visibility.num_heads, visibility.seqlen_q},
+                      "[batch, num_heads, seqlen_q]", first);
+}
+
+// One number for each query head, as the sink. Null where there is none.
+float* check_head_floats(const OptionalArray& array, const Visibility& visibility,
+                         const Array& first) {
+  if (!array) return nullptr;
+  return check_floats(*array, {visibility.num_heads}, "[num_heads], one for each query head",
+                      first);
 }
 
 AttendParams check_attend(const Array& query, const Array& key, const Array& value,
                           const Array& block_mask, const OptionalArray& startend_row_indices,
-                          const Array& out, const Array& lse, bool causal, float softmax_scale) {
+                          const OptionalArray& sink, const Array& out, const Array& lse,
+                          bool causal, float softmax_scale) {
   AttendParams params;
   const QueryKey checked = check_query_key(query, key, startend_row_indices, causal);
   params.visibility = checked.visibility;
   params.heads = checked.heads;
   params.query = rows_of(query);
   params.key = rows_of(key);
-  params.value = rows_like(value, key, kKeyMeaning);
+  require_rank(value.name, value.shape, 4, kValueMeaning);
+  params.value = rows_like(value, with_head_dim_of(key, value), query, kValueMeaning);
+  check_head_dim(value.shape[3], "head_dim of value");
+  params.heads.head_dim_v = value.shape[3];
   params.block_mask = check_block_mask(block_mask, params.visibility, query);
+  params.sink = check_head_floats(sink, params.visibility, query);
   params.softmax_scale = check_scale(softmax_scale);
-  params.out = rows_like(out, query, kQueryMeaning);
-  params.lse = check_lse(lse, params.visibility, query);
+  params.out = rows_like(out, with_head_dim_of(query, value), query, kOutMeaning);
+  params.lse = check_row_floats(lse, params.visibility, query);
   return params;
 }
 
@@ -317,18 +349,19 @@ float default_softmax_scale(const Array& query) {
 }
 
 EstimateParams estimate_params(const Array& query, const Array& key,
-                               const OptionalArray& startend_row_indices, const Array& block_scores,
-                               bool causal, const Sampling& sampling) {
+                               const OptionalArray& startend_row_indices, const OptionalArray& sink,
+                               const Array& block_scores, bool causal, const Sampling& sampling) {
   EstimateParams params;
   const QueryKey checked = check_query_key(query, key, startend_row_indices, causal);
   params.visibility = checked.visibility;
   params.heads = checked.heads;
   params.query = rows_of(query);
   params.key = rows_of(key);
+  params.sink = check_head_floats(sink, params.visibility, query);
   params.sampling = check_sampling(sampling);
   require_same_device(block_scores, query);
   params.block_scores = check_block_scores(block_scores, params.visibility);
-  require_own_memory({&block_scores}, present({&query, &key}, {&startend_row_indices}));
+  require_own_memory({&block_scores}, present({&query, &key}, {&startend_row_indices, &sink}));
   return params;
 }
 
@@ -360,26 +393,28 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& head_
 
 AttendParams attend_params(const Array& query, const Array& key, const Array& value,
                            const Array& block_mask, const OptionalArray& startend_row_indices,
-                           const Array& out, const Array& lse, bool causal, float softmax_scale,
-                           bool compensate) {
-  AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, out, lse,
-                                     causal, softmax_scale);
+                           const OptionalArray& sink, const Array& out, const Array& lse,
+                           bool causal, float softmax_scale, bool compensate) {
+  AttendParams params = check_attend(query, key, value, block_mask, startend_row_indices, sink, out,
+                                     lse, causal, softmax_scale);
   params.compensate = compensate;
   // `out` may be the query: a row of queries is read before its result is written, and whatever
   // writes the result is the only reader of that row.
   require_own_memory({&out, &lse},
-                     present({&query, &key, &value, &block_mask}, {&startend_row_indices}), &query);
+                     present({&query, &key, &value, &block_mask}, {&startend_row_indices, &sink}),
+                     &query);
   return params;
 }
 
 BackwardParams backward_params(const Array& query, const Array& key, const Array& value,
                                const Array& block_mask, const OptionalArray& startend_row_indices,
-                               const Array& out, const Array& lse, const Array& grad_out,
+                               const OptionalArray& sink, const Array& out, const Array& lse,
+                               const Array& grad_out, const OptionalArray& grad_lse,
                                const Array& grad_query, const Array& grad_key,
-                               const Array& grad_value, bool causal, float softmax_scale,
-                               bool deterministic) {
+                               const Array& grad_value, const OptionalArray& grad_sink, bool causal,
+                               float softmax_scale, bool deterministic) {
   const AttendParams forward = check_attend(query, key, value, block_mask, startend_row_indices,
-                                            out, lse, causal, softmax_scale);
+                                            sink, out, lse, causal, softmax_scale);
   BackwardParams params;
   params.visibility = forward.visibility;
   params.heads = forward.heads;
@@ -387,17 +422,24 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
   params.key = forward.key;
   params.value = forward.value;
   params.block_mask = forward.block_mask;
+  params.sink = forward.sink;
   params.out = forward.out;
   params.lse = forward.lse;
   params.softmax_scale = forward.softmax_scale;
-  params.grad_out = rows_like(grad_out, query, kQueryMeaning);
-  params.grad_query = rows_like(grad_query, query, kQueryMeaning);
-  params.grad_key = rows_like(grad_key, key, kKeyMeaning);
-  params.grad_value = rows_like(grad_value, key, kKeyMeaning);
+  params.grad_out = rows_like(grad_out, out.shape, query, kOutMeaning);
+  if (grad_lse) params.grad_lse = check_row_floats(*grad_lse, params.visibility, query);
+  params.grad_query = rows_like(grad_query, query.shape, query, kQueryMeaning);
+  params.grad_key = rows_like(grad_key, key.shape, query, kKeyMeaning);
+  params.grad_value = rows_like(grad_value, value.shape, query, kValueMeaning);
+  if (sink.has_value() != grad_sink.has_value()) {
+    fail(sink ? "sink" : "grad_sink", " is given, but ", sink ? "grad_sink" : "sink",
+         " is not: give both or neither");
+  }
+  params.grad_sink = check_head_floats(grad_sink, params.visibility, query);
   params.deterministic = deterministic;
-  require_own_memory(
-      {&grad_query, &grad_key, &grad_value},
-      present({&query, &key, &value, &block_mask, &out, &lse, &grad_out}, {&startend_row_indices}));
+  require_own_memory(present({&grad_query, &grad_key, &grad_value}, {&grad_sink}),
+                     present({&query, &key, &value, &block_mask, &out, &lse, &grad_out},
+                             {&startend_row_indices, &sink, &grad_lse}));
   return params;
 }
 

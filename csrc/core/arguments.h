@@ -42,12 +42,13 @@ float default_softmax_scale(const Array& query);
 //
 //   block_scores  [B, Hq, Mq, Mk]
 //   block_mask    [B, Hq, Mq, ceil(Mk / 32)]
-//   lse           [B, Hq, Lq]
+//   lse           [B, Hq, Lq], and so its gradient
+//   sink          [Hq], and so its gradient
 //
 // Settings come as they were given, without the thresholds of single heads.
 EstimateParams estimate_params(const Array& query, const Array& key,
-                               const OptionalArray& startend_row_indices, const Array& block_scores,
-                               bool causal, const Sampling& sampling);
+                               const OptionalArray& startend_row_indices, const OptionalArray& sink,
+                               const Array& block_scores, bool causal, const Sampling& sampling);
 
 SelectParams select_params(const Array& block_scores, const OptionalArray& head_thresholds,
                            const OptionalArray& startend_row_indices, const Array& block_mask,
@@ -55,15 +56,16 @@ SelectParams select_params(const Array& block_scores, const OptionalArray& head_
 
 AttendParams attend_params(const Array& query, const Array& key, const Array& value,
                            const Array& block_mask, const OptionalArray& startend_row_indices,
-                           const Array& out, const Array& lse, bool causal, float softmax_scale,
-                           bool compensate);
+                           const OptionalArray& sink, const Array& out, const Array& lse,
+                           bool causal, float softmax_scale, bool compensate);
 
 BackwardParams backward_params(const Array& query, const Array& key, const Array& value,
                                const Array& block_mask, const OptionalArray& startend_row_indices,
-                               const Array& out, const Array& lse, const Array& grad_out,
+                               const OptionalArray& sink, const Array& out, const Array& lse,
+                               const Array& grad_out, const OptionalArray& grad_lse,
                                const Array& grad_query, const Array& grad_key,
-                               const Array& grad_value, bool causal, float softmax_scale,
-                               bool deterministic);
+                               const Array& grad_value, const OptionalArray& grad_sink, bool causal,
+                               float softmax_scale, bool deterministic);
 
 //   mask        [B, H, Lq, Lk] bool, float32, float16 or bfloat16
 //   start_rows  [B, H, Lk, 1] int32, contiguous

@@ -1,12 +1,12 @@
 // Block-sparse flash attention on the CPU.
 //
-//   query [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
-//     ->  out [B, Lq, Hq, D], lse [B, Hq, Lq]
+//   query [B, Lq, Hq, D], key [B, Lk, Hkv, D], value [B, Lk, Hkv, Dv], block_mask [B, Hq, Mq, words]
+//     ->  out [B, Lq, Hq, Dv], lse [B, Hq, Lq]
 //
 // A thread takes one query block of up to kHeadsPerItem heads that share a key head, and walks the
 // key blocks that any of them selected. So it reads K and V once for all of these heads. Queries
-// are the lanes (tiles.h), which makes the online softmax plain vector arithmetic. With
-// compensation, tiles of the means of key blocks (block_means.h) follow.
+// are the lanes (tiles.h), which makes the online softmax plain vector arithmetic. A row begins with
+// its sink. With compensation, tiles of the means of key blocks (block_means.h) follow.
 #pragma once
 
 #include "block_means.h"
@@ -17,23 +17,23 @@ namespace rrattn::cpu::RRATTN_SIMD {
 constexpr int64_t kHeadsPerItem = 4;
 
 struct AttendScratch {
-  float *query_strips, *out_strips;  // [kHeadsPerItem][kStrips][D][kStrip]
-  float *row_max, *row_sum;          // [kHeadsPerItem][kBlockSize]
-  float *key_tile, *value_tile;      // [kBlockSize][D]
-  float* scores;                     // [kBlockSize][kStrip]
-  float* row_buffer;                 // [D]
+  float* query_strips;           // [kHeadsPerItem][kStrips][D][kStrip]
+  float* out_strips;             // [kHeadsPerItem][kStrips][Dv][kStrip]
+  float *row_max, *row_sum;      // [kHeadsPerItem][kBlockSize]
+  float *key_tile, *value_tile;  // [kBlockSize][D], [kBlockSize][Dv]
+  float* scores;                 // [kBlockSize][kStrip]
+  float* row_buffer;             // [D] or [Dv]
 
-  AttendScratch(Arena& arena, const AttendParams& params)
-      : AttendScratch(arena, params.heads.head_dim) {}
-  AttendScratch(Arena& arena, int64_t head_dim)
-      : query_strips(arena.take<float>(kHeadsPerItem * kBlockSize * head_dim)),
-        out_strips(arena.take<float>(kHeadsPerItem * kBlockSize * head_dim)),
+  AttendScratch(Arena& arena, const AttendParams& params) : AttendScratch(arena, params.heads) {}
+  AttendScratch(Arena& arena, const Heads& heads)
+      : query_strips(arena.take<float>(kHeadsPerItem * kBlockSize * heads.head_dim)),
+        out_strips(arena.take<float>(kHeadsPerItem * kBlockSize * heads.head_dim_v)),
         row_max(arena.take<float>(kHeadsPerItem * kBlockSize)),
         row_sum(arena.take<float>(kHeadsPerItem * kBlockSize)),
-        key_tile(arena.take<float>(kBlockSize * head_dim)),
-        value_tile(arena.take<float>(kBlockSize * head_dim)),
+        key_tile(arena.take<float>(kBlockSize * heads.head_dim)),
+        value_tile(arena.take<float>(kBlockSize * heads.head_dim_v)),
         scores(arena.take<float>(kBlockSize * kStrip)),
-        row_buffer(arena.take<float>(head_dim)) {}
+        row_buffer(arena.take<float>(largest_head_dim(heads))) {}
 };
 
 // Turns scores[num_keys][kStrip] into probabilities relative to the new row_max, and updates
@@ -63,19 +63,20 @@ inline void softmax_step(int64_t num_keys, float* scores, float* row_max, float*
 // The strip of queries that starts at `column` of the block, against num_keys rows of tiles of keys
 // and values. `adjust_scores` hides scores and adds to them.
 template <typename AdjustScores>
-inline void attend_tile(int64_t head_dim, int64_t slot, int64_t column, int64_t num_keys,
+inline void attend_tile(const Heads& heads, int64_t slot, int64_t column, int64_t num_keys,
                         const float* key_tile, const float* value_tile, AttendScratch& scratch,
                         const AdjustScores& adjust_scores) {
+  const int64_t head_dim = heads.head_dim, head_dim_v = heads.head_dim_v;
   float* query_strip = scratch.query_strips + (slot * kBlockSize + column) * head_dim;
-  float* out_strip = scratch.out_strips + (slot * kBlockSize + column) * head_dim;
+  float* out_strip = scratch.out_strips + (slot * kBlockSize + column) * head_dim_v;
   float* row_max = scratch.row_max + slot * kBlockSize + column;
   float* row_sum = scratch.row_sum + slot * kBlockSize + column;
   alignas(64) float rescale[kStrip];
   multiply<Into::kFresh>(num_keys, head_dim, key_tile, head_dim, 1, query_strip, scratch.scores);
   adjust_scores();
   softmax_step(num_keys, scratch.scores, row_max, row_sum, rescale);
-  multiply<Into::kScaledSum>(head_dim, num_keys, value_tile, 1, head_dim, scratch.scores, out_strip,
-                             rescale);
+  multiply<Into::kScaledSum>(head_dim_v, num_keys, value_tile, 1, head_dim_v, scratch.scores,
+                             out_strip, rescale);
 }
 
 // One strip of queries against one block of keys.
@@ -93,7 +94,7 @@ inline void attend_strip(const AttendParams& params, const HeadMask& mask, bool 
   const bool diagonal =
       visibility.causal && first_key + padded_keys - 1 > first_query + visibility.shift();
   const bool hides = diagonal || flash_mask || first_key + padded_keys > visibility.seqlen_k;
-  attend_tile(params.heads.head_dim, slot, first_query % kBlockSize, padded_keys, scratch.key_tile,
+  attend_tile(params.heads, slot, first_query % kBlockSize, padded_keys, scratch.key_tile,
               scratch.value_tile, scratch, [&] {
                 if (!hides) return;
                 mask_keys_by_queries(mask, flash_mask, first_key, padded_keys, first_query,
@@ -108,7 +109,6 @@ inline void attend_means(const AttendParams& params, const HeadMask& mask, const
                          const BlockMeans& means, int64_t head, int64_t m_block,
                          int64_t first_block, int64_t slot, AttendScratch& scratch) {
   const Visibility& visibility = params.visibility;
-  const int64_t head_dim = params.heads.head_dim;
   const int64_t num_blocks =
       clip_count(first_block, end_under_diagonal(visibility, m_block), kBlockSize);
   float added[kBlockSize];  // to the scores of each block
@@ -123,20 +123,20 @@ inline void attend_means(const AttendParams& params, const HeadMask& mask, const
   if (!any) return;
   const int64_t padded_blocks = round_up(num_blocks, kTileRows);
   for (int64_t i = num_blocks; i < padded_blocks; ++i) added[i] = kMinusInfinity;
-  const int64_t tile = head * means.head_elements + first_block * head_dim;
+  const float *key_tile = means.key(head, first_block),
+              *value_tile = means.value(head, first_block);
   const int64_t num_queries = clip_count(m_block * kBlockSize, visibility.seqlen_q, kBlockSize);
   for (int64_t c = 0; c < num_queries; c += kStrip) {
-    attend_tile(
-        head_dim, slot, c, padded_blocks, means.key + tile, means.value + tile, scratch, [&] {
-          for (int64_t i = 0; i < padded_blocks; ++i) {
-            for (int v = 0; v < kTileVecs; ++v) {
-              float* scores = scratch.scores + i * kStrip + v * kLanes;
-              // Not a sum where it hides: a score may be NaN.
-              store(scores,
-                    added[i] == kMinusInfinity ? splat(kMinusInfinity) : load(scores) + added[i]);
-            }
-          }
-        });
+    attend_tile(params.heads, slot, c, padded_blocks, key_tile, value_tile, scratch, [&] {
+      for (int64_t i = 0; i < padded_blocks; ++i) {
+        for (int v = 0; v < kTileVecs; ++v) {
+          float* scores = scratch.scores + i * kStrip + v * kLanes;
+          // Not a sum where it hides: a score may be NaN.
+          store(scores,
+                added[i] == kMinusInfinity ? splat(kMinusInfinity) : load(scores) + added[i]);
+        }
+      }
+    });
   }
 }
 
@@ -146,7 +146,7 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
                         int64_t first_head, int64_t num_heads, int64_t m_block,
                         AttendScratch& scratch) {
   const Visibility& visibility = params.visibility;
-  const int64_t head_dim = params.heads.head_dim;
+  const int64_t head_dim = params.heads.head_dim, head_dim_v = params.heads.head_dim_v;
   const int64_t first_query = m_block * kBlockSize;
   const int64_t num_words = visibility.num_mask_words();
   const uint32_t* mask_rows[kHeadsPerItem];
@@ -156,20 +156,22 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
     mask_rows[slot] =
         params.block_mask +
         ((batch * visibility.num_heads + head) * visibility.num_m_blocks() + m_block) * num_words;
-    const HeadView query(params.query, params.heads, batch, head);
+    const HeadView query = key_head_of(params.query, params.heads, batch, head);
     for (int64_t c = 0; c < kBlockSize; c += kStrip) {
       read_strip(query, first_query + c, 1,
                  clip_count(first_query + c, visibility.seqlen_q, kStrip), params.softmax_scale,
                  scratch.query_strips + (slot * kBlockSize + c) * head_dim, scratch.row_buffer);
     }
-    for (int64_t i = 0; i < kBlockSize; ++i)
-      scratch.row_max[slot * kBlockSize + i] = kMinusInfinity;
+    const float sink = params.sink ? params.sink[head] : kMinusInfinity;
+    for (int64_t i = slot * kBlockSize; i < (slot + 1) * kBlockSize; ++i) {
+      scratch.row_max[i] = sink;
+      scratch.row_sum[i] = sink == kMinusInfinity ? 0 : 1;
+    }
   }
-  memset(scratch.row_sum, 0, num_heads * kBlockSize * sizeof(float));
-  memset(scratch.out_strips, 0, num_heads * kBlockSize * head_dim * sizeof(float));
+  memset(scratch.out_strips, 0, num_heads * kBlockSize * head_dim_v * sizeof(float));
 
-  const HeadView key(params.key, params.heads, batch, key_head),
-      value(params.value, params.heads, batch, key_head);
+  const HeadView key = key_head_of(params.key, params.heads, batch, key_head);
+  const HeadView value = value_head_of(params.value, params.heads, batch, key_head);
   for (int64_t n_block = 0; n_block < visibility.num_n_blocks(); ++n_block) {
     const int64_t first_key = n_block * kBlockSize;
     bool tile_read = false;
@@ -185,7 +187,7 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
         tile_read = true;
       }
       const bool cleared =
-          clear_unseen_keys(mask, kind, m_block, n_block, head_dim, {scratch.value_tile});
+          clear_unseen_keys(mask, kind, m_block, n_block, {{scratch.value_tile, head_dim_v}});
       for (int64_t c = 0; c < kBlockSize; c += kStrip) {
         attend_strip(params, mask, kind == BlockKind::kPartial, first_query + c, first_key, slot,
                      scratch);
@@ -208,7 +210,7 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
 
   for (int64_t slot = 0; slot < num_heads; ++slot) {
     const int64_t head = first_head + slot;
-    const HeadView out(params.out, params.heads, batch, head);
+    const HeadView out = value_head_of(params.out, params.heads, batch, head);
     const int64_t num_queries = clip_count(first_query, visibility.seqlen_q, kBlockSize);
     float* row_max = scratch.row_max + slot * kBlockSize;
     float* row_sum = scratch.row_sum + slot * kBlockSize;
@@ -220,7 +222,7 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
     }
     for (int64_t c = 0; c < num_queries; c += kStrip) {
       write_strip(out, first_query + c, clip_count(c, num_queries, kStrip),
-                  scratch.out_strips + (slot * kBlockSize + c) * head_dim, row_sum + c,
+                  scratch.out_strips + (slot * kBlockSize + c) * head_dim_v, row_sum + c,
                   scratch.row_buffer);
     }
   }
@@ -248,7 +250,8 @@ inline void run_attend(const AttendParams& params) {
     }
   };
   parallel_for(num_threads, BlockMeans::num_heads(params) * means.rows,
-               grain_for(2 * kBlockSize * params.heads.head_dim), compute_means);
+               grain_for(kBlockSize * (params.heads.head_dim + params.heads.head_dim_v)),
+               compute_means);
 
   const int64_t group = visibility.num_heads / params.heads.num_heads_k;
   const int64_t chunks = ceil_div(group, kHeadsPerItem);

@@ -91,7 +91,7 @@ inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, co
       const int64_t first_key = i % shape.num_strides * shape.key_stride;
       const int64_t head = i / shape.num_strides;
       const int64_t batch = head / num_heads_k, key_head = head % num_heads_k;
-      const HeadView key(params.key, params.heads, batch, key_head);
+      const HeadView key = key_head_of(params.key, params.heads, batch, key_head);
       const int64_t count = clip_count(first_key, visibility.seqlen_k, shape.key_stride);
       const auto read_key = [&](int64_t r) {
         key.read(first_key + r, row);
@@ -239,6 +239,19 @@ inline void sum_blocks(int64_t num_blocks, int64_t strides_per_block, const floa
   }
 }
 
+// The base and the sum of rows that have seen no stride: the sink's. A stride counts once for all of
+// its keys, so the sink counts as one of so many.
+inline void begin_rows(const EstimateParams& params, int64_t head, float* row_base,
+                       float* row_sum) {
+  const Vec sink = splat(params.sink ? params.sink[head] * kLog2E : kMinusInfinity);
+  const Vec base = max(splat(kNothingSeen), round_to_whole(sink));
+  const Vec sum = exp2_from(sink, base) / static_cast<float>(params.sampling.key_stride);
+  for (int v = 0; v < kTileVecs; ++v) {
+    store(row_base + v * kLanes, base);
+    store(row_sum + v * kLanes, sum);
+  }
+}
+
 // Adds one strip of sampled queries to the rows of block_scores from m_block on.
 inline void estimate_strip(const EstimateParams& params, const EstimateShape& shape,
                            const PooledKeys& pooled, int64_t batch, int64_t head,
@@ -253,8 +266,8 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
   const float* variances = pooled.variances + key_head * shape.num_strides;
   const SpanBounds* bounds =
       span_bounds_of(visibility, shape.key_stride, pooled.bounds, batch, head);
-  read_strip(HeadView(params.query, params.heads, batch, head), queries.first_token, shape.stride,
-             queries.count,
+  read_strip(key_head_of(params.query, params.heads, batch, head), queries.first_token,
+             shape.stride, queries.count,
              params.sampling.softmax_scale * kLog2E / static_cast<float>(shape.key_stride),
              scratch.query_strip, scratch.row_buffer);
   alignas(64) float weights[kStrip] = {};
@@ -262,8 +275,8 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
     variance_weights(params, shape, scratch.query_strip, weights);
   }
 
-  alignas(64) float row_base[kStrip], row_sum[kStrip] = {};
-  for (float& base : row_base) base = kNothingSeen;
+  alignas(64) float row_base[kStrip], row_sum[kStrip];
+  begin_rows(params, head, row_base, row_sum);
   const int64_t end_stride =
       clip_count(0, queries.last_stride_seen[queries.count - 1] + 1, shape.num_strides);
   const int64_t num_tiles = ceil_div(end_stride, kStridesPerTile);

@@ -60,12 +60,17 @@ inline void mask_keys_by_queries(const HeadMask& mask, bool flash_mask, int64_t 
   }
 }
 
-// Zeroes those rows of tiles of keys or values whose key no row of the query block sees: a NaN or
+// A tile of keys or values, [kBlockSize][head_dim].
+struct KeyTile {
+  float* rows;
+  int64_t head_dim;
+};
+
+// Zeroes those rows of tiles whose key no row of the query block sees: a NaN or
 // infinity there, even times a probability of 0, would make all rows NaN. Returns whether there are
 // any.
 inline bool clear_unseen_keys(const HeadMask& mask, BlockKind kind, int64_t m_block,
-                              int64_t n_block, int64_t head_dim,
-                              std::initializer_list<float*> tiles) {
+                              int64_t n_block, std::initializer_list<KeyTile> tiles) {
   const Visibility& visibility = mask.visibility;
   if (!may_hold_unseen_keys(visibility, kind, m_block, n_block)) return false;
   const int64_t first_row = m_block * kBlockSize, first_key = n_block * kBlockSize;
@@ -75,7 +80,8 @@ inline bool clear_unseen_keys(const HeadMask& mask, BlockKind kind, int64_t m_bl
   for (int64_t i = 0; i < num_keys; ++i) {
     if (seen_by_rows(visibility, mask.bounds, first_key + i, first_row, first_row + num_rows - 1))
       continue;
-    for (float* tile : tiles) memset(tile + i * head_dim, 0, head_dim * sizeof(float));
+    for (const KeyTile& tile : tiles)
+      memset(tile.rows + i * tile.head_dim, 0, tile.head_dim * sizeof(float));
     cleared = true;
   }
   return cleared;

@@ -104,11 +104,11 @@ struct HeadView {
   int64_t head_dim;
   DataType dtype;
 
-  HeadView(const Rows& rows, const Heads& heads, int64_t batch, int64_t head)
-      : first(row_at(rows, heads.dtype, batch, 0, head)),
-        row_bytes(rows.row_stride * size_of(heads.dtype)),
-        head_dim(heads.head_dim),
-        dtype(heads.dtype) {}
+  HeadView(const Rows& rows, DataType dtype, int64_t head_dim, int64_t batch, int64_t head)
+      : first(row_at(rows, dtype, batch, 0, head)),
+        row_bytes(rows.row_stride * size_of(dtype)),
+        head_dim(head_dim),
+        dtype(dtype) {}
   void read(int64_t row, float* to) const {
     read_row(dtype, first + row * row_bytes, head_dim, to);
   }
@@ -116,6 +116,21 @@ struct HeadView {
     write_row(dtype, from, head_dim, first + row * row_bytes);
   }
 };
+
+// A head of queries or keys, or of their gradients.
+inline HeadView key_head_of(const Rows& rows, const Heads& heads, int64_t batch, int64_t head) {
+  return HeadView(rows, heads.dtype, heads.head_dim, batch, head);
+}
+
+// A head of values or outputs, or of their gradients.
+inline HeadView value_head_of(const Rows& rows, const Heads& heads, int64_t batch, int64_t head) {
+  return HeadView(rows, heads.dtype, heads.head_dim_v, batch, head);
+}
+
+// Of a row of either.
+inline int64_t largest_head_dim(const Heads& heads) {
+  return heads.head_dim > heads.head_dim_v ? heads.head_dim : heads.head_dim_v;
+}
 
 // tile[kBlockSize][head_dim] = rows [first_row, first_row + num_rows), then zeros.
 inline void read_tile(const HeadView& head, int64_t first_row, int64_t num_rows, float* tile) {

@@ -236,7 +236,7 @@ def attend(
     query : Tensor
         [B, Lq, Hq, D], the last Lq positions of the keys; position embedding applied.
     key, value : Tensor
-        [B, Lk, Hkv, D], the cache included.
+        [B, Lk, Hkv, D] and [B, Lk, Hkv, Dv], the cache included.
     attention_mask : Tensor, optional
         [B | 1, 1 | Hq, Lq, Lk], additive or bool. It must be causal; padding, packing and sliding windows are read
         from it. In front it may have columns of keys that have left a cache, as long as no query sees them.
@@ -248,12 +248,12 @@ def attend(
     softmax_scale : float, optional
         Default: 1 / sqrt(D).
     sink : Tensor, optional
-        float32 [Hq], a learned logit that joins the softmax of every row.
+        [Hq], a logit for each query head that joins the softmax of each row.
 
     Returns
     -------
     Tensor
-        [B, Lq, Hq, D].
+        [B, Lq, Hq, Dv].
 
     Raises
     ------
@@ -270,8 +270,7 @@ def attend(
         causal = {1: True, 4: False}.get(rows.shape[-1], causal)
     elif attention_mask is not None:
         rows, causal = _rows_of_keys(attention_mask, query, key), True
-    learned = {} if sink is None else {"sink": sink}
-    out: Tensor = core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale, **learned)
+    out: Tensor = core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale, sink=sink)
     return out
 
 

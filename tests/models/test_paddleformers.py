@@ -126,7 +126,7 @@ def test_a_flag_that_a_layer_does_not_follow_is_an_error(tokens):
     config._attn_implementation = "rrattn"
     model = transformers.Gemma3ForCausalLM(config)
     model.eval()
-    with pytest.raises(ValueError, match="is 'rrattn', but Gemma3Attention runs 'sdpa'.*llama, qwen2"):
+    with pytest.raises(ValueError, match="is 'rrattn', but Gemma3Attention runs 'sdpa'.*rrattn.enable"):
         model(tokens)
     config._attn_implementation = "sdpa"  # its layers took the flag when they were built
     with pytest.raises(ValueError, match="is 'sdpa', but Gemma3Attention runs 'rrattn'"):
@@ -180,11 +180,19 @@ def test_enabling_changes_the_flag_alone(model):
     assert model.config.to_dict() == settings  # of which others are built
 
 
-def test_models_of_other_types_are_refused(model):
-    model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="llama, qwen2, qwen3, ernie4_5, ernie4_5_moe.*'mamba'"):
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_a_family_that_is_not_tested_works_with_one_warning(model, tokens, by_flag, monkeypatch):
+    expected = logits(rrattn.enable(make_model()), tokens)
+    warnings = []
+    monkeypatch.setattr(logger, "warning", warnings.append)
+    model.config.model_type = "new_family"
+    if by_flag:
+        model.config._attn_implementation = "rrattn"
+    else:
         rrattn.enable(model)
-    assert model.config._attn_implementation == "eager"
+    for _ in range(2):
+        assert (logits(model, tokens) == expected).all()
+    assert len(warnings) == 1 and "not tested with new_family models of PaddleFormers" in warnings[0]
 
 
 def test_models_without_attention_layers_are_refused(model):
