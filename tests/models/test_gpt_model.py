@@ -8,7 +8,7 @@ import paddle
 import paddlefleet_stand_in as stand_in
 import pytest
 from fleet_models import assert_same, assert_same_gradients, generate, gradients, logits, make_model, make_tokens
-from test_model_oracle import oracle_forward
+from model_oracle import oracle_forward
 
 import rrattn
 
@@ -19,7 +19,7 @@ SHAPES = {
     "sinks": {"add_full_attention_sink_bias": True, "params_dtype": "float32"},
     "sinks, windows": {
         "add_swa_attention_sink_bias": True,
-        "sliding_window": (150, 0),
+        "sliding_window": (400, 0),
         "window_attn_skip_freq": [0, 1],
     },
     "mla": {"multi_latent_attention": True, "v_head_dim": 16, "num_key_value_heads": 4},

@@ -163,20 +163,22 @@ def context_parallel(monkeypatch, fleet):
     return build
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_context_parallelism_by_all_to_all(fleet, context_parallel, masked):
+@pytest.mark.parametrize(("masked", "sinks"), [(False, False), (True, False), (True, True)])
+def test_context_parallelism_by_all_to_all(fleet, context_parallel, masked, sinks):
     paddle.seed(4)
     query, (key, value) = 3 * paddle.randn([1, 512, 4, 16]), paddle.randn([2, 1, 512, 2, 16])
     rows = paddle.concat([rrattn.masks.document_startend_rows(lengths) for lengths in ([512], [300, 212])], axis=1)
     rows = rows if masked else None  # a bound per key head
-    one = make_core(fleet, rrattn_threshold=0.5)
+    settings = {"rrattn_threshold": 0.5, "add_full_attention_sink_bias": sinks}
+    one = make_core(fleet, **settings)
     expected = one(query, key, value, None, rows)
     heads = {}
     for _ in range(2):  # in the second round, every rank finds the heads of the others
         outs, masks = [], []
         for rank in (0, 1):
             group = stand_in.group(rank, 2, whole=(query, key, value), entered=[], heads=heads)
-            core = context_parallel(group, rrattn_threshold=0.5, cp_balance_mode="contiguous_a2a")
+            core = context_parallel(group, **settings, cp_balance_mode="contiguous_a2a")
+            core.set_state_dict(one.state_dict())
             parts = (paddle.split(tensor, 2, axis=1)[rank] for tensor in (query, key, value))
             outs.append(core(*parts, None, rows))
             masks.append(rrattn.layer_selections(core)[0].block_mask)
