@@ -20,10 +20,12 @@ SPECIAL = (
     "<|video_pad|>",
 )
 FIRST_SPECIAL = 256  # after the bytes
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% for part in message['content'] %}\
+{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>\
+{% endif %}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # in Qwen's form
 
 
 def token_id(name):

@@ -32,8 +32,7 @@ class Model:
     """
 
     def __init__(self, folder):
-        self.codec = codec_of(folder)
-        self.model = load_model(folder, "float32")
+        self.codec, self.model = self._load(folder)
         rrattn.enable(self.model, rrattn.RRAttentionConfig())
         self.cores = attention_cores(self.model)
         for layer, core in enumerate(self.cores):
@@ -43,6 +42,17 @@ class Model:
         self.densities = [None] * len(self.cores)
         self._every_block = False
         self._causal_bounds = {}
+
+    def _load(self, folder):
+        """(codec, model) of a checkpoint."""
+        return codec_of(folder), load_model(folder, "float32")
+
+    def prompt_of(self, sample, longest):
+        """(what `prefill` takes, number of tokens) of a sample; one of more than `longest` tokens loses its middle."""
+        tokens = self.codec.encode(sample.prompt.encode())
+        if len(tokens) > longest:
+            tokens = np.concatenate([tokens[: longest // 2], tokens[len(tokens) - (longest - longest // 2) :]])
+        return tokens, len(tokens)
 
     @property
     def num_layers(self):
@@ -55,9 +65,11 @@ class Model:
             state.update(name.encode() + weight.numpy().tobytes())
         return state.hexdigest()[:12]
 
-    def _attend(self, layer, query, key, value, startend_row_indices, *, causal, softmax_scale):
+    def _attend(self, layer, query, key, value, startend_row_indices, *, causal, softmax_scale, sink):
         """What an RRAttention runs in place of its own: (out, block mask). Masks are plain causal here, so bounds that
         the library makes of them say nothing more."""
+        if sink is not None:
+            raise ValueError("the methods here choose blocks without learned attention sinks, which this model has")
         sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         if self._every_block or query.shape[1] == 1 < key.shape[1]:
             block_mask = rrattn.dense_block_mask(query.shape[0], query.shape[2], **sizes)
