@@ -140,6 +140,14 @@ def test_layers_are_numbered_without_empty_ones_and_predicting_ones_come_last(fl
         rrattn.enable(model, rrattn.RRAttentionConfig(threshold=[0.5, 1.0]))
 
 
+def test_layers_come_in_the_order_of_their_numbers(fleet):
+    model = make_model()
+    model.layers = paddle.nn.LayerList(list(model.layers)[::-1])  # as stages of a pipeline may interleave
+    rrattn.enable(model, rrattn.RRAttentionConfig(threshold=[0.3, 1.0]))
+    logits(model, make_tokens())
+    assert [float(density.mean()) == 1 for density in rrattn.layer_densities(model)] == [False, True]
+
+
 def test_layers_of_versions_that_do_not_number_them_are_counted(fleet, monkeypatch):
     model = make_model()
     for layer in model.layers:
