@@ -272,4 +272,5 @@ def _settings_named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _PUBLISHED = RRAttentionConfig(keep_local=0, min_share=0.0, spread=0.0, compensate=False)  # what came later is off
 PUBLISHED_PREFILL = replace(_PUBLISHED, threshold=0.8, keep_sink=False, keep_last=False)
 PUBLISHED_ESTIMATE = replace(_PUBLISHED, threshold=0.9, keep_sink=False, keep_last=False)
+PUBLISHED_TRAINING = replace(_PUBLISHED, threshold=1.0, keep_last=True)
 PUBLISHED_PATCH = replace(_PUBLISHED, threshold=0.9, keep_last=True)

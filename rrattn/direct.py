@@ -76,11 +76,11 @@ def rr_attention(
     value: Array,
     startend_row_indices: Array | None = None,
     *,
-    sink: Array | None = None,
     out: Array,
     lse: Array | None = None,
     block_mask: Array | None = None,
     block_scores: Array | None = None,
+    sink: Array | None = None,
     causal: bool = CAUSAL,
     stride: int = _DEFAULTS.stride,
     key_stride: int | None = _DEFAULTS.key_stride,
@@ -104,10 +104,10 @@ def rr_attention(
     key : [B, Lk, Hkv, D], same dtype
     value : [B, Lk, Hkv, Dv], same dtype
     out : [B, Lq, Hq, Dv], output, same dtype
-    sink : [Hq] float32, optional
     lse : [B, Hq, Lq] float32, output if given: log-sum-exp of each row; where nothing is visible the sink, or -inf
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32, output if given: the selected blocks
     block_scores : [B, Hq, Mq, Mk] float32, output if given: what they were selected by
+    sink : [Hq] float32, optional
     threshold : float in (0, 1], or [Hq] or [1] float32
     startend_row_indices, causal, stride, key_stride, head_offset, softmax_scale, spread
         As in :func:`rrattn.rr_attention`.
@@ -153,8 +153,8 @@ def estimate_block_scores(
     key: Array,
     startend_row_indices: Array | None = None,
     *,
-    sink: Array | None = None,
     block_scores: Array,
+    sink: Array | None = None,
     causal: bool = CAUSAL,
     stride: int = _DEFAULTS.stride,
     key_stride: int | None = _DEFAULTS.key_stride,
@@ -171,8 +171,8 @@ def estimate_block_scores(
     query : [B, Lq, Hq, D] float32, float16 or bfloat16
     key : [B, Lk, Hkv, D], same dtype
     startend_row_indices : [B, 1 | Hkv | Hq, Lk, 1 | 2 | 4] int32, FlashMask
-    sink : [Hq] float32, optional
     block_scores : [B, Hq, Mq, Mk] float32, output
+    sink : [Hq] float32, optional
     causal, stride, key_stride, head_offset, softmax_scale, spread : as in :func:`rrattn.rr_attention`
     """
     return _direct.estimate_block_scores(
@@ -234,9 +234,9 @@ def block_sparse_attention(
     block_mask: Array,
     startend_row_indices: Array | None = None,
     *,
-    sink: Array | None = None,
     out: Array,
     lse: Array,
+    sink: Array | None = None,
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     compensate: bool = _DEFAULTS.compensate,
@@ -252,8 +252,8 @@ def block_sparse_attention(
     value : [B, Lk, Hkv, Dv], same dtype
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32
     out : [B, Lq, Hq, Dv], output, same dtype
-    sink : [Hq] float32, optional
     lse : [B, Hq, Lq] float32, output: log-sum-exp of each row; where nothing is visible the sink, or -inf
+    sink : [Hq] float32, optional
     startend_row_indices, causal, softmax_scale, compensate : as in :func:`rrattn.rr_attention`
     """
     return _direct.block_sparse_attention(
@@ -283,12 +283,12 @@ def block_sparse_attention_backward(
     grad_out: Array,
     startend_row_indices: Array | None = None,
     *,
-    sink: Array | None = None,
-    grad_lse: Array | None = None,
     grad_query: Array,
     grad_key: Array,
     grad_value: Array,
+    sink: Array | None = None,
     grad_sink: Array | None = None,
+    grad_lse: Array | None = None,
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     deterministic: bool = False,
@@ -305,12 +305,12 @@ def block_sparse_attention_backward(
     block_mask : [B, Hq, Mq, ceil(Mk / 32)] int32
     out, grad_out : [B, Lq, Hq, Dv], same dtype
     lse : [B, Hq, Lq] float32
-    sink : [Hq] float32, where the forward pass had one
-    grad_lse : [B, Hq, Lq] float32, optional: zeros without it
     grad_query : [B, Lq, Hq, D], output, same dtype
     grad_key : [B, Lk, Hkv, D], output, same dtype
     grad_value : [B, Lk, Hkv, Dv], output, same dtype
-    grad_sink : [Hq] float32, output with a sink; the same bits on every run
+    sink : [Hq] float32, where the forward pass had one
+    grad_sink : [Hq] float32, output, where there is a sink; always the same bits on every run
+    grad_lse : [B, Hq, Lq] float32, optional: zeros without it
     startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
     deterministic : whether a GPU too is to give the same bits on every run, as a CPU always does
     """

@@ -31,7 +31,7 @@ import paddle
 from . import arguments, config
 from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, sampling_of_call
 from .layout import watch_layout
-from .operators import call
+from .operators import call, call_with_sink
 
 try:
     from paddle.jit.marker import unified as unified
@@ -246,7 +246,7 @@ def rr_attention(
     if arguments.flag(training, "training"):
         _check_gradients(compensate, query, key, value, sink)
     with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
-        out, *extras = call("rr_attention", query, key, value, rows, sink, per_head, *attributes)
+        out, *extras = call_with_sink("rr_attention", (query, key, value, rows, per_head), sink, attributes)
     return _results(out, extras, asked)
 
 
@@ -440,7 +440,7 @@ def block_sparse_attention(
     sink = _sink(sink, query)
     _check_gradients(compensate, query, key, value, sink)
     with watch_layout(query, key, rows, causal=causal):
-        out, *extras = call("attend", query, key, value, block_mask, rows, sink, *attributes)
+        out, *extras = call_with_sink("attend", (query, key, value, block_mask, rows), sink, attributes)
     return _results(out, extras, asked)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.machinery
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import paddle
 from paddle import _C_ops
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 from . import _build_info
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def _library_path() -> Path:
@@ -41,14 +44,10 @@ _load()
 _run_custom_op = getattr(_C_ops, "_run_custom_op", None) or paddle.base.core.eager._run_custom_op
 
 
-# Outputs of each operator through which gradients flow, its first ones.
-_DIFFERENTIABLE = {"attend": 2, "rr_attention": 2}
-
-
 def call(name: str, *arguments: object) -> Any:
     """Runs the operator rrattn_<name>: its inputs (None for an absent one), then its attributes, in order.
 
-    No gradients flow where Paddle records none.
+    Gradients flow to all outputs but integers, and to none where Paddle records none.
     """
     if not paddle.framework.in_dynamic_or_pir_mode():
         raise RuntimeError(
@@ -56,6 +55,14 @@ def call(name: str, *arguments: object) -> Any:
             "old kind: set FLAGS_enable_pir_api=1"
         )
     outputs = _run_custom_op(f"rrattn_{name}", *arguments)
-    for output in outputs[_DIFFERENTIABLE.get(name, 0) if paddle.is_grad_enabled() else 0 :]:
-        output.stop_gradient = True
+    for output in outputs:
+        if output.dtype == paddle.int32 or not paddle.is_grad_enabled():
+            output.stop_gradient = True
     return outputs if len(outputs) > 1 else outputs[0]
+
+
+def call_with_sink(name: str, inputs: Sequence[object], sink: object, attributes: Sequence[object]) -> Any:
+    """The same of an operator that has a variant for a sink, its last input; None for none."""
+    if sink is None:
+        return call(name, *inputs, *attributes)
+    return call(f"{name}_with_sink", *inputs, sink, *attributes)

@@ -1,8 +1,8 @@
 """The functions of RRAttention's published release, for programs written for it.
 
 The release is Research/RRAttention of github.com/PaddlePaddle/PaddleFleet. Its tensors are [B, H, L, D]. Arguments that
-chose among its kernels mean nothing here; a DeprecationWarning names them. docs/migration.md has what to write
-instead.
+chose among its kernels mean nothing here; a DeprecationWarning names them. PaddleFleet's operator for training came
+later, takes [B, L, H, D], and is `rr_attention` here. docs/migration.md has what to write instead.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import paddle
 
-from . import arguments
-from .config import BLOCK_SIZE, PUBLISHED_ESTIMATE, PUBLISHED_PATCH, PUBLISHED_PREFILL
-from .functional import checked_tensor, estimate_block_scores, rr_attention, select_blocks
+from . import arguments, functional
+from .config import BLOCK_SIZE, CAUSAL, PUBLISHED_ESTIMATE, PUBLISHED_PATCH, PUBLISHED_PREFILL, PUBLISHED_TRAINING
+from .functional import checked_tensor, estimate_block_scores, select_blocks
 from .integrations import enable
 from .masks import block_counts, unpack_block_mask
 
@@ -32,6 +32,7 @@ ModelT = TypeVar("ModelT", bound="Layer")
 # These configs have one threshold each, where one may have several.
 _PREFILL_THRESHOLD = cast(float, PUBLISHED_PREFILL.threshold)
 _ESTIMATE_THRESHOLD = cast(float, PUBLISHED_ESTIMATE.threshold)
+_TRAINING_THRESHOLD = cast(float, PUBLISHED_TRAINING.threshold)
 _PATCH_THRESHOLD = cast(float, PUBLISHED_PATCH.threshold)
 
 _MEANINGLESS = ("use_triton", "chunk_size", "rrattn_version", "layer_idx", "config", "rrattn_config")
@@ -52,7 +53,7 @@ def rrattn_prefill(
     startend_row_indices: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, Tensor]:
-    """`rr_attention` in the layout of the published release.
+    """:func:`rrattn.rr_attention` in the layout of the published release.
 
     Parameters
     ----------
@@ -85,7 +86,7 @@ def rrattn_prefill(
     causal, keep_recent = arguments.flag(causal, "causal"), arguments.flag(keep_recent, "keep_recent")
     sampling: Sampling = {**PUBLISHED_PREFILL.sampling(), "stride": stride}
     rules: KeepRules = {**PUBLISHED_PREFILL.keep_rules(), "keep_sink": keep_sink, "keep_last": keep_recent}
-    out, block_mask = rr_attention(
+    out, block_mask = functional.rr_attention(
         query,
         key,
         _transposed(value_states, "value_states"),
@@ -156,6 +157,70 @@ def rrattn_estimate(
         **rules,
     )
     return scores, unpack_block_mask(block_mask, scores.shape[3])
+
+
+def rr_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = None,
+    *,
+    threshold: float | Tensor = _TRAINING_THRESHOLD,
+    stride: int = PUBLISHED_TRAINING.stride,
+    causal: bool = CAUSAL,
+    dropout: float = 0.0,
+    training: bool = True,
+    keep_sink: bool = PUBLISHED_TRAINING.keep_sink,
+    keep_last: bool = PUBLISHED_TRAINING.keep_last,
+    return_softmax_lse: bool = False,
+    return_seed_offset: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """PaddleFleet's operator for training, by its later arguments; before, it had neither keep_sink nor keep_last.
+
+    Parameters
+    ----------
+    query, key, value, startend_row_indices
+        As in :func:`rrattn.rr_attention`: [B, L, H, D].
+    threshold, stride, causal, training, keep_sink, keep_last, return_softmax_lse
+        As there.
+    dropout : float
+        0, the only value here.
+    return_seed_offset : bool
+        False, the only value here: without dropout there is no seed.
+
+    Returns
+    -------
+    out, lse
+        As in :func:`rrattn.rr_attention`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the value and what is allowed.
+    """
+    given = arguments.plain(dropout)
+    if isinstance(given, bool) or given != 0:
+        raise arguments.refused(dropout, "dropout", "0: rrattn has no dropout", ValueError)
+    if arguments.flag(return_seed_offset, "return_seed_offset"):
+        raise arguments.refused(
+            return_seed_offset, "return_seed_offset", "False: there is no seed without dropout", ValueError
+        )
+    sampling: Sampling = {**PUBLISHED_TRAINING.sampling(), "stride": stride}
+    rules: KeepRules = {**PUBLISHED_TRAINING.keep_rules(), "keep_sink": keep_sink, "keep_last": keep_last}
+    results: Tensor | tuple[Tensor, Tensor] = functional.rr_attention(
+        query,
+        key,
+        value,
+        startend_row_indices,
+        causal=causal,
+        training=training,
+        threshold=threshold,
+        compensate=PUBLISHED_TRAINING.compensate,
+        return_softmax_lse=return_softmax_lse,
+        **sampling,
+        **rules,
+    )
+    return results
 
 
 class Patch(Protocol):

@@ -6,7 +6,10 @@
 //   rrattn_rr_attention  query, key, value              -> out, lse, block_mask   (the three above)
 //
 // The last two have gradients, over the block mask of the forward pass; the selection carries none.
+// With a sink they are operators of their own, rrattn_attend_with_sink and so on: Paddle's static
+// graphs have no gradient for an input that may be absent.
 #include <algorithm>
+#include <cstring>
 
 #include "devices.h"
 #include "paddle/common/ddim.h"
@@ -27,7 +30,9 @@ using namespace phi::enforce;
 }  // namespace paddle_enforce
 
 #if defined(RRATTN_WITH_CUDA)
-void* stream_of(const paddle::Tensor& tensor);  // paddle_stream.cpp
+// paddle_stream.cpp
+void* stream_of(const paddle::Tensor& tensor);
+void fill_with_zeros(paddle::Tensor& tensor, int64_t bytes);
 #endif
 
 namespace {
@@ -222,8 +227,16 @@ void run(const Kernel<Params>& kernel, Params params, const Tensor& first) {
   kernel.run(params);
 }
 
+// Zeros in the shape, dtype and memory of a tensor.
 Tensor zeros_like(const Tensor& tensor) {
-  return paddle::full(tensor.shape(), 0, tensor.dtype(), tensor.place());
+  Tensor zeros = paddle::empty(tensor.shape(), tensor.dtype(), tensor.place());
+  const int64_t bytes = zeros.numel() * static_cast<int64_t>(phi::SizeOf(zeros.dtype()));
+  if (tensor.is_cpu()) memset(zeros.data(), 0, bytes);
+#if defined(RRATTN_WITH_CUDA)
+  // Not by a kernel of Paddle's, which some builds lack on the GPUs that rrattn runs on.
+  if (tensor.is_gpu()) fill_with_zeros(zeros, bytes);
+#endif
+  return zeros;
 }
 
 std::vector<Tensor> estimate(const EstimateAttributes& attributes, const Tensor& query,
@@ -256,9 +269,10 @@ std::vector<Tensor> select(const SelectAttributes& attributes, const Tensor& blo
   return {block_mask};
 }
 
-std::vector<Tensor> attend(const AttendAttributes& attributes, const Tensor& query,
-                           const Tensor& key, const Tensor& value, const Tensor& block_mask,
-                           const OptionalTensor& startend_row_indices, const OptionalTensor& sink) {
+std::vector<Tensor> attend_blocks(const AttendAttributes& attributes, const Tensor& query,
+                                  const Tensor& key, const Tensor& value, const Tensor& block_mask,
+                                  const OptionalTensor& startend_row_indices,
+                                  const OptionalTensor& sink) {
   const Kernel<AttendParams>& kernel = kAttend.kernel_for(describe(query, "query"));
   check_ranks(query.shape(), key.shape());
   Tensor out = paddle::empty(out_shape(query.shape(), value.shape()), query.dtype(), query.place());
@@ -273,68 +287,125 @@ std::vector<Tensor> attend(const AttendAttributes& attributes, const Tensor& que
   return {out, lse};
 }
 
-std::vector<Tensor> attend_backward(const AttendAttributes& attributes, const Tensor& query,
-                                    const Tensor& key, const Tensor& value,
-                                    const Tensor& block_mask,
-                                    const OptionalTensor& startend_row_indices,
-                                    const OptionalTensor& sink, const Tensor& out,
-                                    const Tensor& lse, const Tensor& grad_out,
-                                    const Tensor& grad_lse) {
+std::vector<Tensor> attend(const AttendAttributes& attributes, const Tensor& query,
+                           const Tensor& key, const Tensor& value, const Tensor& block_mask,
+                           const OptionalTensor& startend_row_indices) {
+  return attend_blocks(attributes, query, key, value, block_mask, startend_row_indices, {});
+}
+
+std::vector<Tensor> attend_with_sink(const AttendAttributes& attributes, const Tensor& query,
+                                     const Tensor& key, const Tensor& value,
+                                     const Tensor& block_mask,
+                                     const OptionalTensor& startend_row_indices,
+                                     const Tensor& sink) {
+  return attend_blocks(attributes, query, key, value, block_mask, startend_row_indices, sink);
+}
+
+// Of an output that the loss does not depend on the gradient is not initialized.
+std::vector<Tensor> gradients(const AttendAttributes& attributes, const Tensor& query,
+                              const Tensor& key, const Tensor& value, const Tensor& block_mask,
+                              const OptionalTensor& startend_row_indices,
+                              const OptionalTensor& sink, const Tensor& out, const Tensor& lse,
+                              const Tensor& grad_out, const Tensor& grad_lse) {
   if (attributes.compensate) {
     throw std::invalid_argument(
         "compensate is True, but attention that is compensated has no gradients: train with "
         "compensate=False");
   }
   const Kernel<BackwardParams>& kernel = kBackward.kernel_for(describe(query, "query"));
-  Tensor grad_query = paddle::empty(query.shape(), query.dtype(), query.place());
-  Tensor grad_key = paddle::empty(key.shape(), key.dtype(), key.place());
-  Tensor grad_value = paddle::empty(value.shape(), value.dtype(), value.place());
+  std::vector<Tensor> grads;
+  for (const Tensor& tensor : {query, key, value}) {
+    grads.push_back(paddle::empty(tensor.shape(), tensor.dtype(), tensor.place()));
+  }
+  OptionalArray grad_sink;
+  if (sink) {
+    grads.push_back(paddle::empty(sink->shape(), DType::FLOAT32, query.place()));
+    grad_sink = describe(grads.back(), "grad_sink");
+  }
   const Tensor grad_out_rows = grad_out.initialized() ? grad_out : zeros_like(out);
-  OptionalTensor grad_sink;
-  if (sink) grad_sink = paddle::empty(sink->shape(), DType::FLOAT32, query.place());
-  OptionalTensor grad_lse_rows;  // the gradient of a transposed log-sum-exp comes transposed
-  if (grad_lse.initialized()) grad_lse_rows = grad_lse.contiguous();
+  OptionalTensor grad_lse_rows;
+  if (grad_lse.initialized()) grad_lse_rows = grad_lse.contiguous();  // it may come transposed
   run(kernel,
       backward_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
                       describe(block_mask, "block_mask"),
                       describe(startend_row_indices, "startend_row_indices"),
                       describe(sink, "sink"), describe(out, "out"), describe(lse, "lse"),
                       describe(grad_out_rows, "grad_out"), describe(grad_lse_rows, "grad_lse"),
-                      describe(grad_query, "grad_query"), describe(grad_key, "grad_key"),
-                      describe(grad_value, "grad_value"), describe(grad_sink, "grad_sink"),
-                      attributes.causal, attributes.softmax_scale, attributes.deterministic),
+                      describe(grads[0], "grad_query"), describe(grads[1], "grad_key"),
+                      describe(grads[2], "grad_value"), grad_sink, attributes.causal,
+                      attributes.softmax_scale, attributes.deterministic),
       query);
-  if (!grad_sink) grad_sink = paddle::empty({1}, DType::FLOAT32, query.place());
-  return {grad_query, grad_key, grad_value, *grad_sink};
+  return grads;
 }
 
-std::vector<Tensor> rr_attention(const RRAttentionAttributes& attributes, const Tensor& query,
-                                 const Tensor& key, const Tensor& value,
-                                 const OptionalTensor& startend_row_indices,
-                                 const OptionalTensor& sink,
-                                 const OptionalTensor& head_thresholds) {
+std::vector<Tensor> attend_backward(const AttendAttributes& attributes, const Tensor& query,
+                                    const Tensor& key, const Tensor& value,
+                                    const Tensor& block_mask,
+                                    const OptionalTensor& startend_row_indices, const Tensor& out,
+                                    const Tensor& lse, const Tensor& grad_out,
+                                    const Tensor& grad_lse) {
+  return gradients(attributes, query, key, value, block_mask, startend_row_indices, {}, out, lse,
+                   grad_out, grad_lse);
+}
+
+std::vector<Tensor> attend_with_sink_backward(
+    const AttendAttributes& attributes, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& block_mask, const OptionalTensor& startend_row_indices, const Tensor& sink,
+    const Tensor& out, const Tensor& lse, const Tensor& grad_out, const Tensor& grad_lse) {
+  return gradients(attributes, query, key, value, block_mask, startend_row_indices, sink, out, lse,
+                   grad_out, grad_lse);
+}
+
+std::vector<Tensor> all_stages(const RRAttentionAttributes& attributes, const Tensor& query,
+                               const Tensor& key, const Tensor& value,
+                               const OptionalTensor& startend_row_indices,
+                               const OptionalTensor& head_thresholds, const OptionalTensor& sink) {
   kAttend.kernel_for(describe(query, "query"));  // throws before the other stages run in vain
   const bool causal = attributes.causal;
   const Tensor block_scores =
       estimate({causal, attributes.sampling}, query, key, startend_row_indices, sink)[0];
   const Tensor block_mask = select({causal, query.shape()[1], key.shape()[1], attributes.rules},
                                    block_scores, startend_row_indices, head_thresholds)[0];
-  std::vector<Tensor> outputs = attend(
+  std::vector<Tensor> outputs = attend_blocks(
       {causal, attributes.sampling.softmax_scale, attributes.deterministic, attributes.compensate},
       query, key, value, block_mask, startend_row_indices, sink);
   outputs.push_back(block_mask);
   return outputs;
 }
 
+std::vector<Tensor> rr_attention(const RRAttentionAttributes& attributes, const Tensor& query,
+                                 const Tensor& key, const Tensor& value,
+                                 const OptionalTensor& startend_row_indices,
+                                 const OptionalTensor& head_thresholds) {
+  return all_stages(attributes, query, key, value, startend_row_indices, head_thresholds, {});
+}
+
+std::vector<Tensor> rr_attention_with_sink(const RRAttentionAttributes& attributes,
+                                           const Tensor& query, const Tensor& key,
+                                           const Tensor& value,
+                                           const OptionalTensor& startend_row_indices,
+                                           const OptionalTensor& head_thresholds,
+                                           const Tensor& sink) {
+  return all_stages(attributes, query, key, value, startend_row_indices, head_thresholds, sink);
+}
+
 // The same gradients, from inputs in another order.
 std::vector<Tensor> rr_attention_backward(const AttendAttributes& attributes, const Tensor& query,
                                           const Tensor& key, const Tensor& value,
                                           const OptionalTensor& startend_row_indices,
-                                          const OptionalTensor& sink, const Tensor& out,
-                                          const Tensor& lse, const Tensor& block_mask,
-                                          const Tensor& grad_out, const Tensor& grad_lse) {
-  return attend_backward(attributes, query, key, value, block_mask, startend_row_indices, sink, out,
-                         lse, grad_out, grad_lse);
+                                          const Tensor& out, const Tensor& lse,
+                                          const Tensor& block_mask, const Tensor& grad_out,
+                                          const Tensor& grad_lse) {
+  return gradients(attributes, query, key, value, block_mask, startend_row_indices, {}, out, lse,
+                   grad_out, grad_lse);
+}
+
+std::vector<Tensor> rr_attention_with_sink_backward(
+    const AttendAttributes& attributes, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& startend_row_indices, const Tensor& sink, const Tensor& out,
+    const Tensor& lse, const Tensor& block_mask, const Tensor& grad_out, const Tensor& grad_lse) {
+  return gradients(attributes, query, key, value, block_mask, startend_row_indices, sink, out, lse,
+                   grad_out, grad_lse);
 }
 
 std::vector<Tensor> dense_mask(const Tensor& mask) {
@@ -378,21 +449,38 @@ std::vector<DType> select_dtype(DType, const OptionalDType&, const OptionalDType
 }
 
 std::vector<Shape> attend_shape(const Shape& query, const Shape&, const Shape& value, const Shape&,
-                                const OptionalShape&, const OptionalShape&) {
+                                const OptionalShape&) {
   return {out_shape(query, value), lse_shape(query)};
 }
-std::vector<DType> attend_dtype(DType query, DType, DType, DType, const OptionalDType&,
-                                const OptionalDType&) {
+std::vector<DType> attend_dtype(DType query, DType, DType, DType, const OptionalDType&) {
+  return {query, DType::FLOAT32};
+}
+
+std::vector<Shape> attend_with_sink_shape(const Shape& query, const Shape&, const Shape& value,
+                                          const Shape&, const OptionalShape&, const Shape&) {
+  return {out_shape(query, value), lse_shape(query)};
+}
+std::vector<DType> attend_with_sink_dtype(DType query, DType, DType, DType, const OptionalDType&,
+                                          DType) {
   return {query, DType::FLOAT32};
 }
 
 std::vector<Shape> rr_attention_shape(const Shape& query, const Shape& key, const Shape& value,
-                                      const OptionalShape&, const OptionalShape&,
-                                      const OptionalShape&) {
+                                      const OptionalShape&, const OptionalShape&) {
   return {out_shape(query, value), lse_shape(query), mask_shape(scores_shape(query, key))};
 }
 std::vector<DType> rr_attention_dtype(DType query, DType, DType, const OptionalDType&,
-                                      const OptionalDType&, const OptionalDType&) {
+                                      const OptionalDType&) {
+  return {query, DType::FLOAT32, DType::INT32};
+}
+
+std::vector<Shape> rr_attention_with_sink_shape(const Shape& query, const Shape& key,
+                                                const Shape& value, const OptionalShape&,
+                                                const OptionalShape&, const Shape&) {
+  return {out_shape(query, value), lse_shape(query), mask_shape(scores_shape(query, key))};
+}
+std::vector<DType> rr_attention_with_sink_dtype(DType query, DType, DType, const OptionalDType&,
+                                                const OptionalDType&, DType) {
   return {query, DType::FLOAT32, DType::INT32};
 }
 
@@ -418,8 +506,7 @@ PD_BUILD_OP(rrattn_select)
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::select_dtype));
 
 PD_BUILD_OP(rrattn_attend)
-    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"),
-             paddle::Optional("Sink")})
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices")})
     .Outputs({"Out", "Lse"})
     .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
     .SetKernelFn(PD_KERNEL(rrattn::Operator<rrattn::attend, rrattn::AttendAttributes>::call))
@@ -427,26 +514,53 @@ PD_BUILD_OP(rrattn_attend)
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::attend_dtype));
 
 PD_BUILD_GRAD_OP(rrattn_attend)
-    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"),
-             paddle::Optional("Sink"), "Out", "Lse", paddle::Grad("Out"), paddle::Grad("Lse")})
-    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value"),
-              paddle::Grad(paddle::Optional("Sink"))})
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
+             "Lse", paddle::Grad("Out"), paddle::Grad("Lse")})
+    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
     .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
     .SetKernelFn(
         PD_KERNEL(rrattn::Operator<rrattn::attend_backward, rrattn::AttendAttributes>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(rrattn_attend)
-    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"),
-             paddle::Optional("Sink"), "Out", "Lse", paddle::Grad("Out"),
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Out",
+             "Lse", paddle::Grad("Out"), paddle::Grad("Lse"),
              paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Value")))})
     .Outputs({paddle::Grad(paddle::Grad("Out"))})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::refuse_second_order>::call));
 
+PD_BUILD_OP(rrattn_attend_with_sink)
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Sink"})
+    .Outputs({"Out", "Lse"})
+    .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
+    .SetKernelFn(
+        PD_KERNEL(rrattn::Operator<rrattn::attend_with_sink, rrattn::AttendAttributes>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::attend_with_sink_shape>::call))
+    .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::attend_with_sink_dtype));
+
+PD_BUILD_GRAD_OP(rrattn_attend_with_sink)
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Sink",
+             "Out", "Lse", paddle::Grad("Out"), paddle::Grad("Lse")})
+    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value"),
+              paddle::Grad("Sink")})
+    .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
+    .SetKernelFn(PD_KERNEL(
+        rrattn::Operator<rrattn::attend_with_sink_backward, rrattn::AttendAttributes>::call));
+
+PD_BUILD_DOUBLE_GRAD_OP(rrattn_attend_with_sink)
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"), "Sink",
+             "Out", "Lse", paddle::Grad("Out"), paddle::Grad("Lse"),
+             paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Value"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Sink")))})
+    .Outputs({paddle::Grad(paddle::Grad("Out"))})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::refuse_second_order>::call));
+
 PD_BUILD_OP(rrattn_rr_attention)
     .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
-             paddle::Optional("Sink"), paddle::Optional("HeadThresholds")})
+             paddle::Optional("HeadThresholds")})
     .Outputs({"Out", "Lse", "BlockMask"})
     .Attrs(rrattn::attributes<rrattn::RRAttentionAttributes>())
     .SetKernelFn(
@@ -455,21 +569,48 @@ PD_BUILD_OP(rrattn_rr_attention)
     .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::rr_attention_dtype));
 
 PD_BUILD_GRAD_OP(rrattn_rr_attention)
-    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
-             paddle::Optional("Sink"), "Out", "Lse", "BlockMask", paddle::Grad("Out"),
-             paddle::Grad("Lse")})
-    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value"),
-              paddle::Grad(paddle::Optional("Sink"))})
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Out", "Lse",
+             "BlockMask", paddle::Grad("Out"), paddle::Grad("Lse")})
+    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value")})
     .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
     .SetKernelFn(
         PD_KERNEL(rrattn::Operator<rrattn::rr_attention_backward, rrattn::AttendAttributes>::call));
 
 PD_BUILD_DOUBLE_GRAD_OP(rrattn_rr_attention)
-    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
-             paddle::Optional("Sink"), "Out", "Lse", "BlockMask", paddle::Grad("Out"),
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Out", "Lse",
+             "BlockMask", paddle::Grad("Out"), paddle::Grad("Lse"),
              paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
              paddle::Optional(paddle::Grad(paddle::Grad("Value")))})
+    .Outputs({paddle::Grad(paddle::Grad("Out"))})
+    .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::refuse_second_order>::call));
+
+PD_BUILD_OP(rrattn_rr_attention_with_sink)
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("HeadThresholds"), "Sink"})
+    .Outputs({"Out", "Lse", "BlockMask"})
+    .Attrs(rrattn::attributes<rrattn::RRAttentionAttributes>())
+    .SetKernelFn(PD_KERNEL(
+        rrattn::Operator<rrattn::rr_attention_with_sink, rrattn::RRAttentionAttributes>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::rr_attention_with_sink_shape>::call))
+    .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::rr_attention_with_sink_dtype));
+
+PD_BUILD_GRAD_OP(rrattn_rr_attention_with_sink)
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Sink", "Out", "Lse",
+             "BlockMask", paddle::Grad("Out"), paddle::Grad("Lse")})
+    .Outputs({paddle::Grad("Query"), paddle::Grad("Key"), paddle::Grad("Value"),
+              paddle::Grad("Sink")})
+    .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
+    .SetKernelFn(PD_KERNEL(
+        rrattn::Operator<rrattn::rr_attention_with_sink_backward, rrattn::AttendAttributes>::call));
+
+PD_BUILD_DOUBLE_GRAD_OP(rrattn_rr_attention_with_sink)
+    .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"), "Sink", "Out", "Lse",
+             "BlockMask", paddle::Grad("Out"), paddle::Grad("Lse"),
+             paddle::Optional(paddle::Grad(paddle::Grad("Query"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Key"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Value"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("Sink")))})
     .Outputs({paddle::Grad(paddle::Grad("Out"))})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::refuse_second_order>::call));
 

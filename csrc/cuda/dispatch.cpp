@@ -1,5 +1,6 @@
 // The one dispatch site of the GPU stages: from the device's architecture, types, head sizes and
 // whatever else kernels are compiled for to their instances.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -19,10 +20,10 @@ namespace {
 struct Sm90 {
   template <DataType kDataType, int kHeadDim, int kKeyStride>
   using EstimateStage = sm90::estimate::Stage<kDataType, kHeadDim, kKeyStride>;
-  template <DataType kDataType, int kHeadDim>
-  using AttendStage = sm90::attend::Stage<kDataType, kHeadDim>;
-  template <DataType kDataType, bool kDeterministic>
-  using BackwardStage = sm90::backward::Stage<kDataType, kDeterministic>;
+  template <DataType kDataType, int kHeadDim, int kHeadDimV>
+  using AttendStage = sm90::attend::Stage<kDataType, kHeadDim, kHeadDimV>;
+  template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
+  using BackwardStage = sm90::backward::Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
 };
 
 // Each function calls `use` with a value as std::integral_constant, or the type that stands for it.
@@ -49,14 +50,34 @@ auto with_data_type(const Heads& heads, const Use& use) {
   }
 }
 
-// The head size that kernels are built for, and that has room for these heads.
+// The head size of queries and keys that the estimate is built for, and that has room for these.
 template <typename Use>
 auto with_head_dim(const Heads& heads, const Use& use) {
   if (heads.head_dim <= 64) return use(std::integral_constant<int, 64>());
   if (heads.head_dim <= 128) return use(std::integral_constant<int, 128>());
-  if (heads.head_dim <= 256) return use(std::integral_constant<int, 256>());
-  throw std::invalid_argument("query has head_dim " + std::to_string(heads.head_dim) +
-                              ", but on a GPU must have at most 256");
+  return use(std::integral_constant<int, 256>());
+}
+
+// The head sizes of queries and keys and of values that attention is built for, as two arguments.
+template <typename Use>
+auto with_attend_head_dims(const Heads& heads, const Use& use) {
+  const int64_t larger = std::max(heads.head_dim, heads.head_dim_v);
+  const auto both = [&](auto head_dim) { return use(head_dim, head_dim); };
+  if (larger <= 64) return both(std::integral_constant<int, 64>());
+  if (larger <= 128) return both(std::integral_constant<int, 128>());
+  if (heads.head_dim <= 192 && heads.head_dim_v <= 128) {
+    return use(std::integral_constant<int, 192>(), std::integral_constant<int, 128>());
+  }
+  return both(std::integral_constant<int, 256>());
+}
+
+// The same of the gradients.
+template <typename Use>
+auto with_backward_head_dims(const Heads& heads, const Use& use) {
+  constexpr std::integral_constant<int, 128> k128;
+  constexpr std::integral_constant<int, 256> k256;
+  if (std::max(heads.head_dim, heads.head_dim_v) <= 128) return use(k128, k128);
+  return heads.head_dim_v <= 128 ? use(k256, k128) : use(k256, k256);
 }
 
 template <typename Use>
@@ -124,10 +145,11 @@ template <typename Use>
 auto with_stage(const AttendParams& params, const Use& use) {
   return with_architecture([&](auto architecture) {
     return with_data_type(params.heads, [&](auto data_type) {
-      return with_head_dim(params.heads, [&](auto head_dim) {
+      return with_attend_head_dims(params.heads, [&](auto head_dim, auto head_dim_v) {
         return use(
             typename decltype(architecture)::template AttendStage<decltype(data_type)::value,
-                                                                  decltype(head_dim)::value>());
+                                                                  decltype(head_dim)::value,
+                                                                  decltype(head_dim_v)::value>());
       });
     });
   });
@@ -135,15 +157,14 @@ auto with_stage(const AttendParams& params, const Use& use) {
 
 template <typename Use>
 auto with_stage(const BackwardParams& params, const Use& use) {
-  if (params.heads.head_dim > 128) {
-    throw std::invalid_argument("query has head_dim " + std::to_string(params.heads.head_dim) +
-                                ", but for gradients on a GPU must have at most 128");
-  }
   return with_architecture([&](auto architecture) {
     return with_data_type(params.heads, [&](auto data_type) {
-      return with_bool(params.deterministic, [&](auto deterministic) {
-        return use(typename decltype(architecture)::template BackwardStage<
-                   decltype(data_type)::value, decltype(deterministic)::value>());
+      return with_backward_head_dims(params.heads, [&](auto head_dim, auto head_dim_v) {
+        return with_bool(params.deterministic, [&](auto deterministic) {
+          return use(typename decltype(architecture)::template BackwardStage<
+                     decltype(data_type)::value, decltype(head_dim)::value,
+                     decltype(head_dim_v)::value, decltype(deterministic)::value>());
+        });
       });
     });
   });

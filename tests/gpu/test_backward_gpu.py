@@ -9,13 +9,6 @@ from test_attend_gpu import attend, random_inputs, random_mask, torch_attend, wi
 from rrattn import direct
 
 
-def test_head_sizes_above_128_are_refused():
-    inputs = random_inputs(128, 128, 1, 1, 256)
-    mask = random_mask(*inputs[:2], 1.0)
-    with pytest.raises(ValueError, match="head_dim 256, but for gradients on a GPU must have at most 128"):
-        backward(inputs, words(mask), torch.randn_like(inputs[0]))
-
-
 def backward(inputs, block_mask, grad_out, causal=True, **options):
     """Gradients of (query, key, value) after a forward of its own, given the words of the block mask."""
     out, lse = attend(*inputs, block_mask, causal)
@@ -55,6 +48,7 @@ def torch_out(query, key, value, mask, causal):
         (2000, 4333, 8, 1, 64),
         (4096, 4096, 4, 4, 128),
         (4096, 4096, 4, 1, 128),
+        (2048, 2304, 4, 2, 256),
         (8192, 8192, 12, 3, 128),  # two key heads in the first section of the work, one in the last
     ),
     ids=str,
@@ -70,8 +64,9 @@ def test_long_sequences(dtype, sizes, density, deterministic):
         assert_as_good_as_naive(*(x.float().cpu().numpy() for x in (actual, oracle, same_dtype)))
 
 
-def test_deterministic_gradients_are_identical_over_a_hundred_runs():
-    inputs = random_inputs(4096, 4096, 8, 2, 128)
+@pytest.mark.parametrize("head_dim", (128, 256))
+def test_deterministic_gradients_are_identical_over_a_hundred_runs(head_dim):
+    inputs = random_inputs(4096, 4096, 8, 2, head_dim)
     mask = random_mask(*inputs[:2], 0.5)
     grad_out = torch.randn_like(inputs[0])
     first = backward(inputs, words(mask), grad_out, deterministic=True)
@@ -82,9 +77,10 @@ def test_deterministic_gradients_are_identical_over_a_hundred_runs():
 
 
 @pytest.mark.parametrize("scale", (1e-6, 1.0, 100.0))
-def test_deterministic_gradients_of_any_size(scale):
+@pytest.mark.parametrize("head_dim", (128, 192))
+def test_deterministic_gradients_of_any_size(head_dim, scale):
     """Sums of whole numbers, whose unit goes with the data: outliers among keys and values, and small dO."""
-    inputs = random_inputs(1024, 1024, 4, 2, 128)
+    inputs = random_inputs(1024, 1024, 4, 2, head_dim)
     inputs[1][..., 7] *= 50
     inputs[2][:, 5] *= 30
     mask = random_mask(*inputs[:2], 0.5)
@@ -99,8 +95,9 @@ def test_deterministic_gradients_of_any_size(scale):
 @pytest.mark.parametrize("deterministic", (False, True))
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 @pytest.mark.parametrize("where", range(4))
-def test_bad_values_show(where, bad, deterministic):
-    inputs = random_inputs(300, 300, 2, 1, 64)
+@pytest.mark.parametrize("head_dim", (64, 192))
+def test_bad_values_show(head_dim, where, bad, deterministic):
+    inputs = random_inputs(300, 300, 2, 1, head_dim)
     grad_out = torch.randn_like(inputs[0])
     [*inputs, grad_out][where][0, 130, 0, 3] = bad
     mask = random_mask(*inputs[:2], 1.0)

@@ -21,7 +21,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, mask and sampling. `flashmask` names a generator, `flashmask_heads` is "1", "Hkv" or "Hq"."""
+    """Sizes, mask and sampling. `flashmask` names a generator, `flashmask_heads` is "1", "Hkv" or "Hq".
+
+    Values have head size `head_dim_v`, by default that of queries and keys. With `sink` there is one, and with
+    `grad_lse` the loss depends on the log-sum-exp too.
+    """
 
     seqlen_q: int
     seqlen_k: int
@@ -33,10 +37,15 @@ class Case:
     batch: int = 1
     flashmask: str | None = None
     flashmask_heads: str = "1"
+    head_dim_v: int | None = None
+    sink: bool = False
+    grad_lse: bool = False
 
     def __str__(self):
         text = f"{self.seqlen_q}x{self.seqlen_k}-{'causal' if self.causal else 'full'}"
         text += f"-h{self.num_heads}over{self.num_heads_k}-d{self.head_dim}-s{self.stride}-b{self.batch}"
+        text += "" if self.head_dim_v is None else f"-v{self.head_dim_v}"
+        text += "-sink" * self.sink + "-lse" * self.grad_lse
         return text if self.flashmask is None else f"{text}-{self.flashmask}-per{self.flashmask_heads}"
 
     @property
@@ -63,10 +72,12 @@ class Inputs:
 
     query: np.ndarray  # [B, Lq, Hq, D]
     key: np.ndarray  # [B, Lk, Hkv, D]
-    value: np.ndarray  # [B, Lk, Hkv, D]
-    grad_out: np.ndarray  # [B, Lq, Hq, D]
+    value: np.ndarray  # [B, Lk, Hkv, Dv]
+    grad_out: np.ndarray  # [B, Lq, Hq, Dv]
     startend: np.ndarray | None  # [B, 1 | Hkv | Hq, Lk, 1 | 2 | 4]
     block_mask: np.ndarray  # [B, Hq, Mq, Mk], hidden blocks among the selected ones
+    sink: np.ndarray | None  # [Hq]
+    grad_lse: np.ndarray | None  # [B, Hq, Lq]
 
     @property
     def forward(self):
@@ -75,24 +86,29 @@ class Inputs:
 
 @lru_cache(maxsize=8)
 def make_inputs(case, dtype="float32", query_scale=2.0, density=0.6):
-    """Random inputs of a case, seeded by the case alone.
+    """Random inputs of a case, seeded by the case alone: by all but its last fields, which change no query and no key.
 
     The keys of a block share a direction, so that each query block has blocks that draw most of its attention.
     """
-    rng = np.random.default_rng(zlib.crc32(repr(astuple(case)).encode()))
+    rng = np.random.default_rng(zlib.crc32(repr(astuple(case)[:-3]).encode()))
 
-    def normal(seqlen, heads):
-        return rng.standard_normal((case.batch, seqlen, heads, case.head_dim))
+    def normal(seqlen, heads, head_dim=case.head_dim):
+        return rng.standard_normal((case.batch, seqlen, heads, head_dim))
 
+    head_dim_v = case.head_dim_v or case.head_dim
     query = query_scale * normal(case.seqlen_q, case.num_heads)
-    key, value = normal(case.seqlen_k, case.num_heads_k), normal(case.seqlen_k, case.num_heads_k)
+    key, value = normal(case.seqlen_k, case.num_heads_k), normal(case.seqlen_k, case.num_heads_k, head_dim_v)
     shared = normal(reference.num_blocks(case.seqlen_k), case.num_heads_k)
     key += np.repeat(shared, reference.BLOCK, axis=1)[:, : case.seqlen_k]
-    grad_out = normal(case.seqlen_q, case.num_heads)
+    grad_out = normal(case.seqlen_q, case.num_heads, head_dim_v)
     startend = make_flashmask(case, rng) if case.flashmask else None
     block_mask = rng.random(case.block_shape) < density
     arrays = [reference.cast(x, dtype).astype(np.float32) for x in (query, key, value, grad_out)]
-    return Inputs(*arrays, startend, block_mask)
+    # About as large as the log-sum-exp of the keys, so that neither has all of the mass.
+    sink = (8 + 3 * rng.standard_normal(case.num_heads)).astype(np.float32) if case.sink else None
+    lse = case.batch, case.num_heads, case.seqlen_q
+    grad_lse = rng.standard_normal(lse).astype(np.float32) if case.grad_lse else None
+    return Inputs(*arrays, startend, block_mask, sink, grad_lse)
 
 
 # FlashMask generators. Each takes the row that each key sits at (key - shift), the query length and a random
@@ -219,7 +235,26 @@ MASKED = [
     for sq, batch, heads in ((600, 1, ("1", "Hkv", "Hq")[i % 3]), (400, 2, ("Hq", "1", "Hkv")[i % 3]))
 ]
 
-ATTENTION_CASES = LENGTHS + UNEQUAL + HEADS + HEAD_DIMS + MASKED
+VALUE_HEAD_DIMS = [
+    Case(200, 330, num_heads=4, num_heads_k=2, head_dim=d, head_dim_v=dv)
+    for d, dv in ((192, 128), (128, 64), (64, 128), (72, 8), (8, 256), (256, 8), (40, 120))
+]
+SINKS = [
+    Case(1, 1, sink=True),
+    Case(129, 1000, batch=2, sink=True, grad_lse=True),
+    Case(300, 129, causal=False, num_heads=8, num_heads_k=2, head_dim=72, sink=True),
+    Case(400, 600, num_heads=4, num_heads_k=2, head_dim=128, flashmask="no_row_between", sink=True, grad_lse=True),
+    Case(400, 600, num_heads=4, num_heads_k=2, flashmask="document", head_dim_v=32, sink=True),
+    Case(200, 600, False, 4, 2, 32, batch=2, flashmask="two_random_intervals", flashmask_heads="Hq", sink=True),
+    Case(400, 600, False, 4, 2, 192, flashmask="two_random_intervals", head_dim_v=136, sink=True, grad_lse=True),
+]
+GRADIENTS_OF_LSE = [
+    Case(127, 127, grad_lse=True),
+    Case(400, 600, num_heads=4, num_heads_k=2, flashmask="no_row_after", head_dim_v=96, grad_lse=True),
+    Case(300, 129, causal=False, num_heads=8, num_heads_k=2, grad_lse=True),
+]
+
+ATTENTION_CASES = LENGTHS + UNEQUAL + HEADS + HEAD_DIMS + MASKED + VALUE_HEAD_DIMS + SINKS + GRADIENTS_OF_LSE
 ESTIMATE_CASES = ATTENTION_CASES + SAMPLING
 # One of each kind, for the tests that repeat a case over layouts, threads or SIMD levels.
 FEW_CASES = [
@@ -227,4 +262,5 @@ FEW_CASES = [
     Case(300, 129, causal=False, num_heads=8, num_heads_k=2, head_dim=72),
     Case(450, 700, True, 4, 2, 128, batch=2, flashmask="window_with_full_tail", flashmask_heads="Hq"),
     Case(450, 700, False, 4, 2, 8, batch=2, flashmask="two_random_intervals", flashmask_heads="Hkv"),
+    Case(270, 400, num_heads=3, num_heads_k=1, head_dim=40, head_dim_v=120, sink=True, grad_lse=True),
 ]

@@ -34,7 +34,6 @@ class GpuKernels(harness.Kernels):
     """The stages through rrattn.direct on torch tensors, with a workspace full of NaN."""
 
     dtypes = ("bfloat16", "float16")
-    max_gradient_head_dim = 128
 
     def __init__(self, layout="contiguous"):
         super().__init__(layout)
@@ -104,9 +103,13 @@ class PaddleKernels(GpuKernels):
         torch.cuda.synchronize()
         return tensor.numpy()
 
-    def estimate(self, query, key, startend=None, *, dtype="float32", **options):
+    def estimate(self, query, key, startend=None, *, sink=None, dtype="float32", **options):
         scores = rrattn.estimate_block_scores(
-            self.tensor(query, dtype), self.tensor(key, dtype), self.tensor(startend, "int32"), **options
+            self.tensor(query, dtype),
+            self.tensor(key, dtype),
+            self.tensor(startend, "int32"),
+            sink=self.tensor(sink, "float32"),
+            **options,
         )
         return self.values(scores)
 
@@ -116,11 +119,12 @@ class PaddleKernels(GpuKernels):
         )
         return harness.unpacked(self.values(mask), block_scores.shape[-1])
 
-    def attend(self, query, key, value, block_mask, startend=None, *, dtype="float32", **options):
+    def attend(self, query, key, value, block_mask, startend=None, *, sink=None, dtype="float32", **options):
         out, lse = rrattn.block_sparse_attention(
             *(self.tensor(x, dtype) for x in (query, key, value)),
             self.tensor(harness.packed(block_mask), "int32"),
             self.tensor(startend, "int32"),
+            sink=self.tensor(sink, "float32"),
             return_softmax_lse=True,
             **options,
         )
@@ -130,22 +134,38 @@ class PaddleKernels(GpuKernels):
         rows, verdict = rrattn.operators.call("dense_mask", self.tensor(mask, dtype))
         return self.values(rows), self.values(verdict).tolist()
 
-    def backward(self, query, key, value, block_mask, grad_out, startend=None, *, dtype="float32", **options):
+    def backward(
+        self, query, key, value, block_mask, grad_out, startend=None, *,
+        sink=None, grad_lse=None, dtype="float32", **options,
+    ):  # fmt: skip
         leaves = [self.tensor(x, dtype) for x in (query, key, value)]
+        if sink is not None:
+            leaves.append(self.tensor(sink, "float32"))
         for leaf in leaves:
             leaf.stop_gradient = False
         mask, startend = self.tensor(harness.packed(block_mask), "int32"), self.tensor(startend, "int32")
-        out = rrattn.block_sparse_attention(*leaves, mask, startend, **options)
+        results = rrattn.block_sparse_attention(
+            *leaves[:3],
+            mask,
+            startend,
+            sink=leaves[3] if sink is not None else None,
+            return_softmax_lse=True,
+            **options,
+        )
+        given = [self.tensor(grad_out, dtype)]
+        if grad_lse is not None:
+            given.append(self.tensor(grad_lse, "float32"))
         with self.grad_lock:
-            grads = paddle.grad(out, leaves, self.tensor(grad_out, dtype))
-        return tuple(harness.decode(self.values(grad), dtype) for grad in grads)
+            grads = [self.values(grad) for grad in paddle.grad(results[: len(given)], leaves, given)]
+        return (*(harness.decode(grad, dtype) for grad in grads[:3]), *grads[3:])
 
-    def rr_attention(self, query, key, value, startend=None, *, threshold, dtype="float32", **options):
+    def rr_attention(self, query, key, value, startend=None, *, threshold, sink=None, dtype="float32", **options):
         """(None, block_mask, out, lse) of one operator, which keeps the scores to itself."""
         out, lse, mask = rrattn.rr_attention(
             *(self.tensor(x, dtype) for x in (query, key, value)),
             self.tensor(startend, "int32"),
             threshold=self.threshold(threshold),
+            sink=self.tensor(sink, "float32"),
             return_softmax_lse=True,
             return_block_mask=True,
             **options,

@@ -37,7 +37,6 @@ class Kernels:
     """The stages through rrattn.direct. gpu_harness.py overrides what another memory and other units change."""
 
     dtypes = DTYPES
-    max_gradient_head_dim = 256
 
     def __init__(self, layout="contiguous", num_threads=None):
         self.layout = layout
@@ -93,7 +92,7 @@ class Kernels:
         """The type that compensated attention on values of `dtype` rounds means to; None: to none."""
         return None
 
-    def estimate(self, query, key, startend=None, *, dtype="float32", **options):
+    def estimate(self, query, key, startend=None, *, sink=None, dtype="float32", **options):
         """block_scores [B, Hq, Mq, Mk] float32."""
         blocks = reference.num_blocks(query.shape[1]), reference.num_blocks(key.shape[1])
         scores = self.place((query.shape[0], query.shape[2], *blocks), "float32", strided=False)
@@ -101,6 +100,7 @@ class Kernels:
             self.input(query, dtype),
             self.input(key, dtype),
             self.input(startend, "int32"),
+            sink=self.input(sink, "float32", strided=False),
             block_scores=scores[1],
             **self.typed(dtype),
             **options,
@@ -128,13 +128,15 @@ class Kernels:
         )
         return unpacked(self.read(mask, "int32"), num_k_blocks)
 
-    def attend(self, query, key, value, block_mask, startend=None, *, dtype="float32", **options):
-        """(out [B, Lq, Hq, D], lse [B, Hq, Lq]). The block mask may come as packed words, int32."""
-        out, lse = self.place(query.shape, dtype), self.place(lse_shape(query), "float32", strided=False)
+    def attend(self, query, key, value, block_mask, startend=None, *, sink=None, dtype="float32", **options):
+        """(out [B, Lq, Hq, Dv], lse [B, Hq, Lq]). The block mask may come as packed words, int32."""
+        out = self.place(out_shape(query, value), dtype)
+        lse = self.place(lse_shape(query), "float32", strided=False)
         direct.block_sparse_attention(
             *(self.input(x, dtype) for x in (query, key, value)),
             self.input(packed(block_mask), "int32", strided=False),
             self.input(startend, "int32"),
+            sink=self.input(sink, "float32", strided=False),
             out=out[1],
             lse=lse[1],
             **self.typed(dtype),
@@ -142,14 +144,19 @@ class Kernels:
         )
         return self.read(out, dtype), self.read(lse, "float32")
 
-    def backward(self, query, key, value, block_mask, grad_out, startend=None, *, dtype="float32", **options):
-        """(grad_query, grad_key, grad_value) after a forward of its own."""
+    def backward(
+        self, query, key, value, block_mask, grad_out, startend=None, *,
+        sink=None, grad_lse=None, dtype="float32", **options,
+    ):  # fmt: skip
+        """(grad_query, grad_key, grad_value) after a forward of its own, and with a sink grad_sink [Hq]."""
         forward = {name: option for name, option in options.items() if name != "deterministic"}
-        out, lse = self.attend(query, key, value, block_mask, startend, dtype=dtype, **forward)
+        out, lse = self.attend(query, key, value, block_mask, startend, sink=sink, dtype=dtype, **forward)
         grads = {
             name: self.place(x.shape, dtype)
             for name, x in (("grad_query", query), ("grad_key", key), ("grad_value", value))
         }
+        if sink is not None:
+            grads["grad_sink"] = self.place(sink.shape, "float32", strided=False)
         direct.block_sparse_attention_backward(
             *(self.input(x, dtype) for x in (query, key, value)),
             self.input(reference.pack(block_mask), "int32", strided=False),
@@ -157,11 +164,13 @@ class Kernels:
             self.input(lse, "float32", strided=False),
             self.input(grad_out, dtype),
             self.input(startend, "int32"),
+            sink=self.input(sink, "float32", strided=False),
+            grad_lse=self.input(grad_lse, "float32", strided=False),
             **{name: view for name, (_, view) in grads.items()},
             **self.typed(dtype),
             **options,
         )
-        return tuple(self.read(grad, dtype) for grad in grads.values())
+        return tuple(self.read(grad, "float32" if name == "grad_sink" else dtype) for name, grad in grads.items())
 
     def dense_mask(self, mask, *, dtype):
         """(bounds [B, H, Lk, 1], verdict) of a dense mask, bool or float32 values of `dtype`."""
@@ -173,18 +182,18 @@ class Kernels:
 
     def prefill(
         self, query, key, value, startend=None, *, causal, threshold, dtype="float32", keep_last=True, keep_local=1,
-        compensate=False, **sampling,
+        compensate=False, sink=None, **sampling,
     ):  # fmt: skip
         """All three stages: (block_scores, block_mask, out, lse)."""
         lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         rules = {"keep_last": keep_last, "keep_local": keep_local}
-        scores = self.estimate(query, key, startend, causal=causal, dtype=dtype, **sampling)
+        scores = self.estimate(query, key, startend, causal=causal, sink=sink, dtype=dtype, **sampling)
         mask = self.select(scores, startend, causal=causal, threshold=threshold, **lengths, **rules)
-        attention = {"causal": causal, "compensate": compensate, "dtype": dtype}
+        attention = {"causal": causal, "compensate": compensate, "sink": sink, "dtype": dtype}
         return scores, mask, *self.attend(query, key, value, mask, startend, **attention)
 
     def rr_attention(
-        self, query, key, value, startend=None, *, threshold, dtype="float32",
+        self, query, key, value, startend=None, *, threshold, sink=None, dtype="float32",
         outputs=("block_scores", "block_mask", "lse"), **options,
     ):  # fmt: skip
         """What `prefill` gives, of one call: None for what is not among the outputs. `out` is always."""
@@ -195,12 +204,13 @@ class Kernels:
             "block_mask": self.place(words_shape(scores), "int32", strided=False),
             "lse": self.place(lse_shape(query), "float32", strided=False),
         }
-        out = self.place(query.shape, dtype)
+        out = self.place(out_shape(query, value), dtype)
         if isinstance(threshold, np.ndarray):
             threshold = self.allocate(threshold)
         direct.rr_attention(
             *(self.input(x, dtype) for x in (query, key, value)),
             self.input(startend, "int32"),
+            sink=self.input(sink, "float32", strided=False),
             out=out[1],
             threshold=threshold,
             **{name: room[name][1] for name in outputs},
@@ -232,6 +242,11 @@ def unpacked(words, num_k_blocks):
 def words_shape(scores):
     """The shape of the packed block mask of scores of a shape."""
     return (*scores[:3], -(-scores[3] // reference.WORD))
+
+
+def out_shape(query, value):
+    """[B, Lq, Hq, Dv] of a query [B, Lq, Hq, D] and a value [B, Lk, Hkv, Dv]."""
+    return (*query.shape[:3], value.shape[3])
 
 
 def lse_shape(query):

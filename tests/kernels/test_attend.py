@@ -15,7 +15,13 @@ from rrattn import reference
 def run(kernels, case, dtype="float32", inputs=None, **options):
     inputs = inputs or make_inputs(case, dtype)
     return kernels.attend(
-        *inputs.forward, inputs.block_mask, inputs.startend, dtype=dtype, causal=case.causal, **options
+        *inputs.forward,
+        inputs.block_mask,
+        inputs.startend,
+        sink=inputs.sink,
+        dtype=dtype,
+        causal=case.causal,
+        **options,
     )
 
 
@@ -24,8 +30,9 @@ def check(kernels, case, dtype="float32", inputs=None, **options):
     inputs = inputs or make_inputs(case, dtype)
     results = run(kernels, case, dtype, inputs, **options)
     arguments = *inputs.forward, inputs.block_mask, inputs.startend
-    oracle = reference.attend(*arguments, causal=case.causal, **options)
-    naive = reference.attend(*arguments, causal=case.causal, dtype=dtype, **options)
+    options = {"causal": case.causal, "sink": inputs.sink, **options}
+    oracle = reference.attend(*arguments, **options)
+    naive = reference.attend(*arguments, dtype=dtype, **options)
     for actual, exact, same_dtype in zip(results, oracle, naive):
         assert_as_good_as_naive(actual, exact, same_dtype)
     seen = np.isfinite(oracle[1])
@@ -122,11 +129,13 @@ def test_nan_stays_in_its_row(kernels, main_dtype):
 
 @pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if str(c.flashmask).startswith("no_")], ids=str)
 def test_rows_that_see_nothing_are_zero(kernels, main_dtype, case):
+    """And their log-sum-exp is the sink, where there is one."""
     inputs = make_inputs(case, main_dtype)
     seeing = reference.selected_tokens(*inputs.forward[:2], inputs.block_mask, inputs.startend, case.causal).any(-1)
     assert not seeing.all()
     out, lse = run(kernels, case, main_dtype)
-    assert np.array_equal(np.isneginf(lse), ~seeing)
+    nothing = np.full(case.num_heads, -np.inf, np.float32) if inputs.sink is None else inputs.sink
+    assert np.array_equal(lse == nothing[:, None], ~seeing)
     assert not out.swapaxes(1, 2)[~seeing].any()
     assert np.isfinite(out).all()
 

@@ -27,6 +27,7 @@ def run(kernels, case, dtype="float32", inputs=None, compensate=True, **options)
         *inputs.forward,
         inputs.block_mask,
         inputs.startend,
+        sink=inputs.sink,
         dtype=dtype,
         causal=case.causal,
         compensate=compensate,
@@ -39,7 +40,7 @@ def check(kernels, case, dtype="float32", inputs=None, **options):
     inputs = inputs or make_inputs(case, dtype)
     results = run(kernels, case, dtype, inputs, **options)
     arguments = *inputs.forward, inputs.block_mask, inputs.startend
-    options = {"causal": case.causal, "compensate": True, **options}
+    options = {"causal": case.causal, "compensate": True, "sink": inputs.sink, **options}
     oracle = reference.attend(*arguments, **options)
     naive = reference.attend(*arguments, **options, dtype=dtype)
     for actual, exact, same_dtype in zip(results, oracle, naive):
@@ -267,7 +268,13 @@ def test_selected_blocks_show_a_nan_as_without_compensation(kernels, main_dtype)
 def test_prefill_against_the_oracle(kernels, main_dtype, case):
     """The selection is that without compensation."""
     inputs = make_inputs(case, main_dtype)
-    options = {"causal": case.causal, "threshold": 0.4, "dtype": main_dtype, "stride": case.stride}
+    options = {
+        "causal": case.causal,
+        "threshold": 0.4,
+        "sink": inputs.sink,
+        "dtype": main_dtype,
+        "stride": case.stride,
+    }
     plain, compensated = (
         kernels.prefill(*inputs.forward, inputs.startend, compensate=compensate, **options)
         for compensate in (False, True)

@@ -15,7 +15,7 @@ BLOCK = reference.BLOCK
 def run(kernels, case, dtype="float32", inputs=None, **options):
     inputs = inputs or make_inputs(case, dtype)
     options = {"causal": case.causal, "stride": case.stride, **options}
-    return kernels.estimate(inputs.query, inputs.key, inputs.startend, dtype=dtype, **options)
+    return kernels.estimate(inputs.query, inputs.key, inputs.startend, sink=inputs.sink, dtype=dtype, **options)
 
 
 def check(kernels, case, dtype="float32", inputs=None, **options):
@@ -23,7 +23,7 @@ def check(kernels, case, dtype="float32", inputs=None, **options):
     inputs = inputs or make_inputs(case, dtype)
     scores = run(kernels, case, dtype, inputs, **options)
     assert scores.shape == case.block_shape and scores.dtype == np.float32
-    options = {"causal": case.causal, "stride": case.stride, **options}
+    options = {"causal": case.causal, "stride": case.stride, "sink": inputs.sink, **options}
     oracle, naive = kernels.estimate_reference(inputs.query, inputs.key, inputs.startend, dtype=dtype, **options)
     assert_as_good_as_naive(scores, oracle, naive)
     return scores

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,9 +85,10 @@ def test_token_mask_is_flashmask_written_out(case):
         assert visible[b, h, r, c] == expected
 
 
+@pytest.mark.parametrize("sink", (None, np.array([1.5, -np.inf])))
 @pytest.mark.parametrize("key_stride, spread", [(8, 1.0), (8, 0), (4, 0.7), (32, 1.0), (1, 1.0)])
 @pytest.mark.parametrize("stride, head_offset", ((8, 0), (32, 27)))
-def test_estimate_is_the_formula_written_out(stride, head_offset, key_stride, spread):
+def test_estimate_is_the_formula_written_out(stride, head_offset, key_stride, spread, sink):
     case = Case(140, 265, num_heads=2, num_heads_k=1, head_dim=8)
     query, key, _ = (x.astype(np.float64) for x in make_inputs(case).forward)
     expected = np.zeros(case.block_shape)
@@ -103,9 +105,10 @@ def test_estimate_is_the_formula_written_out(stride, head_offset, key_stride, sp
                 variance = sum(((k - mean) ** 2).sum() for k in keys) / key_stride / 8  # the mean of the 8 columns'
                 q = query[0, token, h]
                 weight.append(math.exp(q @ mean / math.sqrt(8) + spread / 2 * (q @ q) / 8 * variance))
+            of_sink = 0 if sink is None else math.exp(sink[h]) / key_stride
             for j, w in zip(strides, weight):
-                expected[0, h, token // BLOCK, j // BLOCK] += w / sum(weight)
-    options = {"stride": stride, "key_stride": key_stride, "head_offset": head_offset, "spread": spread}
+                expected[0, h, token // BLOCK, j // BLOCK] += w / (sum(weight) + of_sink)
+    options = {"stride": stride, "key_stride": key_stride, "head_offset": head_offset, "spread": spread, "sink": sink}
     scores = reference.estimate(query, key, causal=True, **options)
     np.testing.assert_allclose(scores, expected, rtol=1e-12, atol=1e-15)
 
@@ -169,6 +172,64 @@ def test_attend_sees_selected_blocks_only(rng):
     assert not nothing[0].any() and np.isneginf(nothing[1]).all()
 
 
+SINK = np.array([0.7, -2.0, 4.0, -np.inf])
+
+
+def test_a_sink_is_one_more_key_whose_value_is_zero(rng):
+    """One that every query sees, with this score."""
+    query, key, value = (rng.standard_normal((2, n, heads, 8)) for n, heads in ((5, 4), (9, 2), (9, 2)))
+    query[..., 0], key[..., 0] = 1, 0
+    for h, score in enumerate(SINK[:3]):
+        extra = np.zeros((2, 1, 2, 8))
+        extra[..., 0] = score
+        longer = [np.concatenate(pair, axis=1) for pair in ((extra, key), (np.zeros_like(extra), value))]
+        block = np.ones((2, 4, 1, 1), bool)
+        options = {"causal": True, "softmax_scale": 1.0}
+        out, lse = reference.attend(query, key, value, block, sink=SINK, **options)
+        expected = reference.attend(query, *longer, block, **options)
+        np.testing.assert_allclose(out[:, :, h], expected[0][:, :, h], rtol=1e-12)
+        np.testing.assert_allclose(lse[:, h], expected[1][:, h], rtol=1e-12)
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    inputs, options = make_inputs(SMALL), {"causal": True}
+    mask, nothing = np.ones(SMALL.block_shape, bool), np.full(4, -np.inf)
+    arguments = *inputs.forward, mask
+    for stage, given in (
+        (reference.attend, arguments),
+        (reference.backward, (*arguments, inputs.grad_out)),
+    ):
+        for one, other in zip(stage(*given, sink=nothing, **options), stage(*given, **options)):
+            np.testing.assert_array_equal(one, other)
+    scores = [reference.estimate(*inputs.forward[:2], sink=sink, **options) for sink in (nothing, None)]
+    np.testing.assert_array_equal(*scores)
+
+
+def test_a_row_that_sees_nothing_has_the_sink_alone():
+    inputs = make_inputs(SMALL)
+    out, lse = reference.attend(*inputs.forward, np.zeros(SMALL.block_shape, bool), causal=True, sink=SINK)
+    assert not out.any() and (lse == SINK[:, None]).all()
+
+
+@pytest.mark.parametrize("key_stride", (1, 8))
+def test_the_estimate_leaves_the_sink_its_part(key_stride):
+    """With keys one by one, just what the softmax of the sampled queries leaves it."""
+    case = Case(140, 265, num_heads=4, num_heads_k=2, head_dim=8)
+    query, key, value = make_inputs(case).forward
+    options = {"causal": True, "stride": 8, "spread": 0, "key_stride": key_stride, "sink": SINK}
+    scores = reference.estimate(query, key, **options)
+    _, lse = reference.attend(query, key, value, np.ones(case.block_shape, bool), causal=True, sink=SINK)
+    for h in range(4):
+        taken = np.zeros(2)
+        tokens = np.arange(h, 140, 8)
+        np.add.at(taken, tokens // BLOCK, np.exp(SINK[h] - lse[0, h, tokens]))
+        missing = np.bincount(tokens // BLOCK) - scores[0, h].sum(-1)
+        if key_stride == 1:
+            np.testing.assert_allclose(missing, taken, rtol=1e-12, atol=1e-12)
+        else:
+            assert (missing > 0).all() if np.isfinite(SINK[h]) else (np.abs(missing) < 1e-12).all()
+
+
 def directional_derivative(loss, arrays, which, direction, step=1e-5):
     moved = [list(arrays), list(arrays)]
     for sign, copy in zip((1, -1), moved):
@@ -176,34 +237,57 @@ def directional_derivative(loss, arrays, which, direction, step=1e-5):
     return (loss(*moved[0]) - loss(*moved[1])) / (2 * step)
 
 
-def test_backward_agrees_with_finite_differences_in_every_coordinate():
-    inputs = make_inputs(SMALL)
-    arrays = [x.astype(np.float64) for x in inputs.forward]
+@pytest.mark.parametrize("sink", (None, SINK))
+@pytest.mark.parametrize("of_lse", (False, True))
+def test_backward_agrees_with_finite_differences_in_every_coordinate(of_lse, sink):
+    inputs = make_inputs(replace(SMALL, head_dim_v=16, grad_lse=of_lse))
+    arrays = [x.astype(np.float64) for x in inputs.forward] + [x for x in (sink,) if x is not None]
     mask = np.ones(SMALL.block_shape, bool)
 
-    def loss(*forward):
-        return (reference.attend(*forward, mask, causal=True)[0] * inputs.grad_out).sum()
+    def loss(query, key, value, sink=None):
+        out, lse = reference.attend(query, key, value, mask, causal=True, sink=sink)
+        return (out * inputs.grad_out).sum() + ((lse * inputs.grad_lse).sum() if of_lse else 0)
 
-    grads = reference.backward(*arrays, mask, inputs.grad_out, causal=True)
+    grads = reference.backward(*arrays[:3], mask, inputs.grad_out, causal=True, sink=sink, grad_lse=inputs.grad_lse)
+    assert len(grads) == len(arrays)
     for which, grad in enumerate(grads):
         numeric = np.zeros_like(grad)
         for index in np.ndindex(grad.shape):
-            direction = np.zeros_like(grad)
-            direction[index] = 1
-            numeric[index] = directional_derivative(loss, arrays, which, direction)
+            if np.isfinite(arrays[which][index]):  # a sink of -inf stays where it is
+                direction = np.zeros_like(grad)
+                direction[index] = 1
+                numeric[index] = directional_derivative(loss, arrays, which, direction)
         np.testing.assert_allclose(grad, numeric, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("case", [Case(150, 280, head_dim=8, num_heads=2), *(MASKED[i] for i in (5, 17, 34))], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(150, 280, head_dim=8, num_heads=2),
+        *(MASKED[i] for i in (5, 17, 34)),
+        *(replace(MASKED[i], head_dim_v=24, sink=True, grad_lse=True) for i in (9, 20)),
+    ],
+    ids=str,
+)
 def test_backward_agrees_with_finite_differences_over_a_block_mask(rng, case):
     inputs = make_inputs(case)
     arrays = [x.astype(np.float64) for x in inputs.forward]
+    if case.sink:
+        arrays.append(inputs.sink.astype(np.float64))
     options = {"startend": inputs.startend, "causal": case.causal, "softmax_scale": 0.4}
 
-    def loss(*forward):
-        return (reference.attend(*forward, inputs.block_mask, **options)[0] * inputs.grad_out).sum()
+    def loss(query, key, value, sink=None):
+        out, lse = reference.attend(query, key, value, inputs.block_mask, sink=sink, **options)
+        return (out * inputs.grad_out).sum() + ((lse * inputs.grad_lse).sum() if case.grad_lse else 0)
 
-    grads = reference.backward(*arrays, inputs.block_mask, inputs.grad_out, **options)
+    grads = reference.backward(
+        *arrays[:3],
+        inputs.block_mask,
+        inputs.grad_out,
+        sink=arrays[3] if case.sink else None,
+        grad_lse=inputs.grad_lse,
+        **options,
+    )
     for which, grad in enumerate(grads):
         for _ in range(3):
             direction = rng.standard_normal(grad.shape)

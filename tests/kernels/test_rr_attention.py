@@ -29,20 +29,20 @@ def one_call(kernels, case, dtype="float32", settings=SETTINGS, **options):
     """(block_scores, block_mask, out, lse), None for what is not asked for."""
     inputs = make_inputs(case, dtype)
     return kernels.rr_attention(
-        *inputs.forward, inputs.startend, causal=case.causal, dtype=dtype, **settings, **options
+        *inputs.forward, inputs.startend, sink=inputs.sink, causal=case.causal, dtype=dtype, **settings, **options
     )
 
 
 def three_stages(kernels, case, dtype="float32", settings=SETTINGS):
     """The same by the stages."""
     inputs, settings = make_inputs(case, dtype), dict(settings)
-    common = {"causal": case.causal}
+    common, sink = {"causal": case.causal}, {"sink": inputs.sink}
     keep = {name: settings.pop(name) for name in list(settings) if name.startswith("keep") or name == "threshold"}
     attention = {"softmax_scale": settings.get("softmax_scale"), "compensate": settings.pop("compensate")}
-    scores = kernels.estimate(inputs.query, inputs.key, inputs.startend, dtype=dtype, **common, **settings)
+    scores = kernels.estimate(inputs.query, inputs.key, inputs.startend, dtype=dtype, **common, **sink, **settings)
     lengths = {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
     mask = kernels.select(scores, inputs.startend, **lengths, **common, **keep)
-    out, lse = kernels.attend(*inputs.forward, mask, inputs.startend, dtype=dtype, **common, **attention)
+    out, lse = kernels.attend(*inputs.forward, mask, inputs.startend, dtype=dtype, **common, **sink, **attention)
     return scores, mask, out, lse
 
 

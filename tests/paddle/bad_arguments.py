@@ -132,6 +132,20 @@ BAD_VALUE = {
         {"value": zeros(B, 299, HKV, D)},
         r"value has shape \[2, 299, 2, 16\].*\[2, 300, 2, 16\]",
     ),
+    **{
+        f"head_dim {d} of value": (
+            {"value": zeros(B, LK, HKV, d)},
+            f"head_dim of value is {d},.*multiple of 8.*256",
+        )
+        for d in (0, 4, 12, 264)
+    },
+}
+
+BAD_SINK = {
+    "sinks for 3 heads": ({"sink": zeros(3)}, r"sink has shape \[3\], but must have \[4\]: \[num_heads\]"),
+    "sinks of rank 2": ({"sink": zeros(1, HQ)}, r"sink has shape \[1, 4\], but must have \[4\]"),
+    "no sinks": ({"sink": zeros(0)}, r"sink has shape \[0\], but must have"),
+    "sink dtype": ({"sink": zeros(HQ, dtype=np.float64)}, "sink has dtype float64, but must have float32"),
 }
 
 BAD_SAMPLING = {
@@ -239,10 +253,10 @@ SHARED_BOUNDS = {name: BAD_QUERY_KEY[name] for name in BAD_QUERY_KEY if "bound" 
 BAD_CAUSAL = bad_flags("causal")
 BAD_COMPENSATE = bad_flags("compensate")
 STAGES = {
-    "estimate": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_SAMPLING},
+    "estimate": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_SAMPLING, **BAD_SINK},
     "select": {**SHARED_BOUNDS, **BAD_CAUSAL, **BAD_THRESHOLD, **BAD_KEEP, **BAD_SCORES},
-    "attend": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK, **BAD_COMPENSATE},
-    "backward": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK},
+    "attend": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK, **BAD_COMPENSATE, **BAD_SINK},
+    "backward": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK, **BAD_SINK},
     "rr_attention": {
         **BAD_QUERY_KEY,
         **BAD_CAUSAL,
@@ -251,13 +265,14 @@ STAGES = {
         **BAD_THRESHOLD,
         **BAD_KEEP,
         **BAD_COMPENSATE,
+        **BAD_SINK,
     },
 }
 KEEP_RULES = {"keep_sink", "keep_last", "keep_local"}
 KEYWORDS = {
-    "estimate": {"stride", "head_offset", "softmax_scale"},
+    "estimate": {"stride", "head_offset", "softmax_scale", "sink"},
     "select": {"threshold", "seqlen_q", "seqlen_k", *KEEP_RULES},
-    "attend": {"softmax_scale", "compensate"},
-    "backward": {"softmax_scale"},
-    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold", *KEEP_RULES, "compensate"},
+    "attend": {"softmax_scale", "compensate", "sink"},
+    "backward": {"softmax_scale", "sink", "grad_lse", "grad_sink"},
+    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold", *KEEP_RULES, "compensate", "sink"},
 }

@@ -316,7 +316,7 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
             direct.estimate_block_scores,
             2,
             "block_scores",
-            "causal, stride, key_stride, head_offset, softmax_scale, spread, dtype",
+            "sink, causal, stride, key_stride, head_offset, softmax_scale, spread, dtype",
         ),
         (
             direct.select_blocks,
@@ -324,18 +324,18 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
             "block_mask",
             "causal, seqlen_q, seqlen_k, keep_sink, keep_last, keep_local, min_share",
         ),
-        (direct.block_sparse_attention, 4, "out, lse", "causal, softmax_scale, compensate, dtype"),
+        (direct.block_sparse_attention, 4, "out, lse", "sink, causal, softmax_scale, compensate, dtype"),
         (
             direct.block_sparse_attention_backward,
             7,
             "grad_query, grad_key, grad_value",
-            "causal, softmax_scale, deterministic, dtype",
+            "sink, grad_sink, grad_lse, causal, softmax_scale, deterministic, dtype",
         ),
         (
             direct.rr_attention,
             3,
             "out, lse, block_mask, block_scores",
-            "causal, stride, key_stride, threshold, head_offset, softmax_scale, spread, keep_sink, keep_last, "
+            "sink, causal, stride, key_stride, threshold, head_offset, softmax_scale, spread, keep_sink, keep_last, "
             "keep_local, min_share, compensate, dtype",
         ),
         (direct.startend_rows_from_dense, 1, "start_rows, verdict", "dtype"),

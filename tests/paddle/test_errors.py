@@ -127,6 +127,7 @@ every_stage = pytest.mark.parametrize("stage", ("estimate", "attend", "backward"
             {"query": zeros(B, LQ, HQ, 2 * D)[..., ::2]},
             r"query has strides \[.*, 2\].*last dimension.*contiguous",
         ),
+        ({"sink": zeros(2 * HQ)[::2]}, r"sink has strides \[2\] for shape \[4\], but must be contiguous"),
         (
             {"key": zeros(B, LK, D, HKV).swapaxes(2, 3)},
             r"key has strides \[.*, 2\].*last dimension.*contiguous",
@@ -153,6 +154,13 @@ def test_direct_layouts_and_dtypes(stage, changes, message):
             {"grad_out": zeros(B, LQ, HQ, D, dtype=np.float16)},
             "grad_out has dtype float16.*must have float32",
         ),
+        ({"grad_lse": zeros(B, LQ, HQ)}, r"grad_lse has shape \[2, 200, 4\].*\[2, 4, 200\]"),
+        ({"grad_lse": zeros(B, LQ, HQ).swapaxes(1, 2)}, "grad_lse has strides .*contiguous"),
+        ({"grad_lse": zeros(B, HQ, LQ, dtype=np.float16)}, "grad_lse has dtype float16.*must have float32"),
+        ({"sink": zeros(HQ)}, "sink is given, but grad_sink is not: give both or neither"),
+        ({"grad_sink": zeros(HQ)}, "grad_sink is given, but sink is not: give both or neither"),
+        ({"sink": zeros(HQ), "grad_sink": zeros(3)}, r"grad_sink has shape \[3\].*\[4\]"),
+        ({"sink": zeros(HQ), "grad_sink": zeros(HQ, dtype=np.float16)}, "grad_sink has dtype float16.*float32"),
     ),
 )
 def test_what_the_forward_leaves_for_the_backward(changes, message):
@@ -272,6 +280,13 @@ def test_direct_outputs_over_each_other_or_over_inputs():
         call_direct("backward", [grads[0], side_by_side[:, :, :HKV], side_by_side[:, :, HKV - 1 : -1]], {})
     with pytest.raises(ValueError, match="grad_query shares memory with query"):
         call_direct("backward", [first, *grads[1:]], {"query": first})
+    sinks = zeros(HQ + 1)
+    with pytest.raises(ValueError, match="grad_sink shares memory with sink"):
+        call_direct("backward", grads, {"sink": sinks[1:], "grad_sink": sinks[:-1]})
+    with pytest.raises(ValueError, match="lse shares memory with sink"):
+        attend(first, sink=lse.reshape(-1)[:HQ])
+    with pytest.raises(ValueError, match="grad_sink shares memory with grad_lse"):
+        call_direct("backward", grads, {"sink": sinks[1:], "grad_lse": lse, "grad_sink": lse.reshape(-1)[:HQ]})
     with pytest.raises(ValueError, match="workspace shares memory with query"):
         q = np.zeros((B, LQ + 500, HQ, 64), np.float32)
         inputs = q[:, :LQ, :, :D], x["key"], x["value"], x["block_mask"]
@@ -281,6 +296,8 @@ def test_direct_outputs_over_each_other_or_over_inputs():
 def test_direct_outputs_of_one_call_over_what_another_stage_reads_or_writes():
     """Each stage by itself would not see it."""
     x, (out, lse, block_mask, block_scores) = good(), outputs_of("rr_attention")
+    words = np.zeros(block_mask.size, np.float32)  # of which the sinks are the first
+    x["sink"] = words[:HQ]
 
     def within(array, like):
         return array.reshape(-1)[: like.size].view(like.dtype).reshape(like.shape)
@@ -290,9 +307,10 @@ def test_direct_outputs_of_one_call_over_what_another_stage_reads_or_writes():
         ([out, lse, block_mask, within(lse, block_scores)], "block_scores shares memory with lse"),
         ([out, lse, block_mask, within(x["value"], block_scores)], "block_scores shares memory with value"),
         ([out, lse, within(x["key"], block_mask), block_scores], "block_mask shares memory with key"),
+        ([out, lse, within(words, block_mask), block_scores], "block_mask shares memory with sink"),
     ):
         with pytest.raises(ValueError, match=f"{message}, but must have its own"):
-            call_direct("rr_attention", outputs, {name: x[name] for name in ("key", "value")})
+            call_direct("rr_attention", outputs, {name: x[name] for name in ("key", "value", "sink")})
     workspace = np.zeros(1 << 20, np.float32)
     with pytest.raises(ValueError, match="workspace shares memory with query, but must have its own"):
         direct.rr_attention(within(workspace, out), x["key"], x["value"], out=out, causal=True, workspace=workspace)
@@ -396,7 +414,7 @@ def test_the_operator_itself_refuses_a_negative_keep_local():
 def test_the_operator_itself_refuses_sampling(sampling, message):
     query, key = paddle.zeros([B, LQ, HQ, 8]), paddle.zeros([B, LK, HQ, 8])
     with pytest.raises(ValueError, match=message):
-        call("estimate", query, key, None, True, *sampling)
+        call("estimate", query, key, None, None, True, *sampling)
 
 
 @pytest.mark.parametrize("min_share", (-0.5, 1.5, float("nan")))

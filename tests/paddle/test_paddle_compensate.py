@@ -127,19 +127,25 @@ def test_saved_programs(tmp_path):
 def test_the_published_names_have_none(monkeypatch):
     assert not any(
         config.compensate
-        for config in (published.PUBLISHED_PREFILL, published.PUBLISHED_ESTIMATE, published.PUBLISHED_PATCH)
+        for config in (
+            published.PUBLISHED_PREFILL,
+            published.PUBLISHED_ESTIMATE,
+            published.PUBLISHED_TRAINING,
+            published.PUBLISHED_PATCH,
+        )
     )
     given = []
-    rr_attention = published.rr_attention
+    rr_attention = functional.rr_attention
 
     def noted(*tensors, **options):
         given.append(options["compensate"])
         return rr_attention(*tensors, **options)
 
-    monkeypatch.setattr(published, "rr_attention", noted)
+    monkeypatch.setattr(functional, "rr_attention", noted)
     states = [x.transpose([0, 2, 1, 3]) for x in to_tensors(make_inputs(CASE))]
     published.rrattn_prefill(*states, causal=True)
-    assert given == [False]
+    published.rr_attention(*to_tensors(make_inputs(CASE)), causal=True)
+    assert given == [False, False]
 
 
 def test_it_is_off_unless_asked_for():

@@ -90,6 +90,49 @@ def test_masks_and_not_causal(states):
     assert (out == expected).all() and (out[:, 300:450] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ({}, {"threshold": 1.0}),
+        ({"threshold": 0.5, "stride": 16}, {"threshold": 0.5, "stride": 16, "keep_sink": True, "keep_last": True}),
+        (
+            {"threshold": 0.3, "keep_sink": False, "keep_last": False, "causal": True, "dropout": 0},
+            {"threshold": 0.3, "keep_sink": False, "keep_last": False, "causal": True},
+        ),
+    ],
+    ids=str,
+)
+def test_the_operator_for_training(states, arguments, settings):
+    query, key, value = (tensor.transpose([0, 2, 1, 3]).contiguous() for tensor in states)
+    query.stop_gradient = False
+    off = {"keep_local": 0, "min_share": 0, "spread": 0}
+    out = rrattn.published.rr_attention(query, key, value, **arguments)
+    expected = rrattn.rr_attention(query, key, value, return_softmax_lse=True, **settings, **off)
+    assert (out == expected[0]).all() and not out.stop_gradient
+    arguments = {"dropout": 0.0, "return_seed_offset": False, **arguments}
+    out, lse = rrattn.published.rr_attention(query, key, value, return_softmax_lse=True, **arguments)
+    assert (out == expected[0]).all() and (lse == expected[1]).all()
+    assert rrattn.published.rr_attention(query, key, value, **arguments, training=False).stop_gradient
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dropout": 0.1}, ValueError, "dropout is 0.1, but must be 0"),
+        ({"dropout": False}, ValueError, "dropout is False, but must be 0"),
+        ({"dropout": None}, ValueError, "dropout is None, but must be 0"),
+        ({"return_seed_offset": True}, ValueError, "return_seed_offset is True, but must be False"),
+        ({"return_seed_offset": 0}, ValueError, "return_seed_offset is 0, but must be True or False"),
+        ({"keep_last": 1}, ValueError, "keep_last is 1, but must be True or False"),
+        ({"keep_recent": True}, TypeError, "keep_recent"),
+    ],
+    ids=str,
+)
+def test_what_the_operator_for_training_refuses(states, arguments, error, message):
+    with pytest.raises(error, match=message):
+        rrattn.published.rr_attention(*(tensor.transpose([0, 2, 1, 3]) for tensor in states), **arguments)
+
+
 CALLS = {
     "rrattn_prefill": lambda states, **arguments: rrattn.rrattn_prefill(*states, **arguments),
     "rrattn_estimate": lambda states, **arguments: rrattn.rrattn_estimate(*states[:2], **arguments),
@@ -143,7 +186,7 @@ def test_the_migration_page_says_the_same_twice(states):
     names = {"rrattn": rrattn, **dict(zip(("query_states", "key_states", "value_states"), states))}
     pairs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     pairs = list(zip(pairs[::2], pairs[1::2]))
-    assert len(pairs) == 3
+    assert len(pairs) == 4
     for old, new in pairs:
         if "model" in old:
             tiny_models = pytest.importorskip("tiny_models")

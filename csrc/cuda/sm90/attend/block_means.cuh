@@ -1,6 +1,7 @@
 // The mean key and the mean value of each key block, for attention that is compensated:
 //
-//   key, value [B, Lk, Hkv, D]  ->  mean_key, mean_value [B, Mk, Hkv, D]
+//   key [B, Lk, Hkv, D], value [B, Lk, Hkv, Dv]
+//     ->  mean_key [B, Mk, Hkv, D], mean_value [B, Mk, Hkv, Dv]
 //
 // Tiles of means have also those that stand in for nothing, where their probability is 0. So a mean
 // value with a NaN or infinity is zero, and its mean key NaN instead: it shows in all that it stands
@@ -37,7 +38,8 @@ __device__ inline void sum_rows(const Element* rows, int64_t row_stride, int fir
   }
 }
 
-// A thread block has one key block of one head. Threads side by side read the columns of a row.
+// A thread block has one key block of one head. Threads side by side read the columns of a row, of
+// which keys and values have up to kHeadDim.
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kMeanThreads)
     block_means_kernel(AttendParams params, Rows mean_key, Rows mean_value, bool aligned_key,
@@ -51,20 +53,22 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int num_keys =
       static_cast<int>(min(params.visibility.seqlen_k - first_key, int64_t{kBlockSize}));
   const int head_dim = static_cast<int>(params.heads.head_dim);
+  const int head_dim_v = static_cast<int>(params.heads.head_dim_v);
   const int row_group = static_cast<int>(threadIdx.x) / kChunks;
   const int first_column = static_cast<int>(threadIdx.x) % kChunks * 8;
-  const auto sum = [&](const Rows& rows, bool aligned, float (&to)[kRowGroups][kHeadDim]) {
+  const auto sum = [&](const Rows& rows, int num_columns, bool aligned,
+                       float (&to)[kRowGroups][kHeadDim]) {
     float eight[8] = {};
     sum_rows<kBlockSize / kRowGroups, kRowGroups>(
         static_cast<const Element*>(rows.data) + batch * rows.batch_stride +
             first_key * rows.row_stride + head * rows.head_stride,
-        rows.row_stride, row_group, num_keys, first_column, head_dim, aligned, eight);
+        rows.row_stride, row_group, num_keys, first_column, num_columns, aligned, eight);
     auto* fours = reinterpret_cast<float4*>(&to[row_group][first_column]);
     fours[0] = make_float4(eight[0], eight[1], eight[2], eight[3]);
     fours[1] = make_float4(eight[4], eight[5], eight[6], eight[7]);
   };
-  sum(params.key, aligned_key, sums[0]);
-  sum(params.value, aligned_value, sums[1]);
+  sum(params.key, head_dim, aligned_key, sums[0]);
+  sum(params.value, head_dim_v, aligned_value, sums[1]);
   __syncthreads();
   const int column = static_cast<int>(threadIdx.x);
   const auto mean_of = [&](const float (&parts)[kRowGroups][kHeadDim]) {
@@ -77,13 +81,12 @@ __global__ void __launch_bounds__(kMeanThreads)
     key = static_cast<Element>(NAN);
     value = static_cast<Element>(0.f);
   }
-  if (column >= head_dim) return;
   const auto write = [&](const Rows& to, Element mean) {
     static_cast<Element*>(to.data)[batch * to.batch_stride + n_block * to.row_stride +
                                    head * to.head_stride + column] = mean;
   };
-  write(mean_key, key);
-  write(mean_value, value);
+  if (column < head_dim) write(mean_key, key);
+  if (column < head_dim_v) write(mean_value, value);
 }
 
 template <typename Element, int kHeadDim>

@@ -49,11 +49,12 @@ constexpr float kLateScalesAbove = kCompensate ? 0x1p-64f : 0;
 
 // Shared memory (227 KB): the query block, and kSlots tiles of kTileN keys and as many of values.
 // Smaller tiles, a second query block and multicast to clusters are slower: see docs/tuning.md.
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, int kHeadDimV_>
 struct KernelTraits {
   using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;  // at 256 out takes 128 registers
+  static constexpr int kHeadDim = kHeadDim_;                  // of queries and keys
+  static constexpr int kHeadDimV = kHeadDimV_;                // of values and out
+  static constexpr int kTileN = kHeadDimV <= 128 ? 128 : 64;  // at 256 out takes 128 registers
   static constexpr int kTilesPerBlock = kBlockSize / kTileN;
   static constexpr int kMeanWords = kTileN / 32;  // of the block mask, for a tile of means
   static constexpr int kSlots = kHeadDim == 64 ? 4 : kHeadDim == 128 ? 3 : 2;
@@ -68,7 +69,7 @@ struct KernelTraits {
                            Shape<Int<kConsumerRows>, Int<kTileN>, Int<kHeadDim>>>()));
   using OutMma = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float,
-                           Shape<Int<kConsumerRows>, Int<kHeadDim>, Int<kTileN>>, GMMA::Major::K,
+                           Shape<Int<kConsumerRows>, Int<kHeadDimV>, Int<kTileN>>, GMMA::Major::K,
                            GMMA::Major::MN>()));
   // All three lie in panels of 64 columns, as the copies bring them; the layout of a value tile is
   // the transposed view.
@@ -77,7 +78,7 @@ struct KernelTraits {
   using KeyLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
                                            Shape<Int<kTileN>, Int<kHeadDim>>{}));
   using ValueLayout = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
-                                             Shape<Int<kHeadDim>, Int<kTileN>>{}, Step<_2, _1>{}));
+                                             Shape<Int<kHeadDimV>, Int<kTileN>>{}, Step<_2, _1>{}));
   // For the same scores by products of a single warp: the instruction, and where elements lie.
   using WarpScoreMma =
       std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
@@ -85,13 +86,12 @@ struct KernelTraits {
   using QueryOffsets = decltype(as_position_independent_swizzle_layout(QueryLayout{}));
   using KeyOffsets = decltype(as_position_independent_swizzle_layout(KeyLayout{}));
   static constexpr int kPanels = kHeadDim / kPanel;
-  static constexpr int kTileElements = kTileN * kHeadDim;
-  static constexpr uint32_t kTileBytes = kTileElements * sizeof(Element);
+  static constexpr int kValuePanels = kHeadDimV / kPanel;
 
   struct SharedStorage {
     alignas(1024) Element query[kConsumers][kConsumerRows * kHeadDim];
-    alignas(1024) Element key[kSlots][kTileElements];
-    alignas(1024) Element value[kSlots][kTileElements];
+    alignas(1024) Element key[kSlots][kTileN * kHeadDim];
+    alignas(1024) Element value[kSlots][kTileN * kHeadDimV];
     Barrier row_full, row_empty;
     Barrier query_full[kConsumers], query_empty[kConsumers];
     Barrier key_full[kSlots], key_empty[kSlots], value_full[kSlots], value_empty[kSlots];
@@ -109,7 +109,7 @@ struct Workspace {
   int* next_item;
   void *query, *key, *value;  // copies of what no tensor map can describe; else empty
   // With compensation:
-  Rows mean_key, mean_value;  // [B, Mk, Hkv, D]
+  Rows mean_key, mean_value;  // [B, Mk, Hkv, D], [B, Mk, Hkv, Dv]
   uint32_t* stood_in_for;     // [B, Hq, Mq, words]
 
   Workspace(Arena& arena, const AttendParams& params) {
@@ -117,25 +117,27 @@ struct Workspace {
     next_item = arena.take<int>(1);
     const TensorShape query_shape = query_shape_of(params.visibility, params.heads);
     const TensorShape key_shape = key_shape_of(params.visibility, params.heads);
+    const TensorShape value_shape = value_shape_of(params.visibility, params.heads);
     query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape));
     key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape));
-    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape));
+    value = arena.take<uint16_t>(elements_to_pack(params.value, value_shape));
     if (!params.compensate) return;
-    const TensorShape shape = mean_shape_of(params.visibility, params.heads);
-    const int64_t row_stride = shape.num_heads * shape.head_dim;
-    const int64_t batch_stride = shape.seqlen * row_stride;
-    for (Rows* means : {&mean_key, &mean_value}) {
-      void* data = arena.take<uint16_t>(shape.batch * batch_stride);
-      *means = {data, batch_stride, row_stride, shape.head_dim};
-    }
     const Visibility& visibility = params.visibility;
+    const auto take_means = [&](const TensorShape& shape) -> Rows {
+      const int64_t row_stride = shape.num_heads * shape.head_dim;
+      const int64_t batch_stride = shape.seqlen * row_stride;
+      void* data = arena.take<uint16_t>(shape.batch * batch_stride);
+      return {data, batch_stride, row_stride, shape.head_dim};
+    };
+    mean_key = take_means(means_of(key_shape));
+    mean_value = take_means(means_of(value_shape));
     stood_in_for = arena.take<uint32_t>(visibility.batch * visibility.num_heads *
                                         visibility.num_m_blocks() * visibility.num_mask_words());
   }
 
-  static TensorShape mean_shape_of(const Visibility& visibility, const Heads& heads) {
-    TensorShape shape = key_shape_of(visibility, heads);
-    shape.seqlen = visibility.num_n_blocks();
+  // The shape of the means of keys or values of this shape.
+  static TensorShape means_of(TensorShape shape) {
+    shape.seqlen = ceil_div(shape.seqlen, kBlockSize);
     return shape;
   }
 };

@@ -33,12 +33,12 @@ class Consumer {
   using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
                                                Shape<Int<kConsumerRows>, Int<Traits::kTileN>>{}));
   using Out = decltype(partition_fragment_C(typename Traits::OutMma{},
-                                            Shape<Int<kConsumerRows>, Int<Traits::kHeadDim>>{}));
+                                            Shape<Int<kConsumerRows>, Int<Traits::kHeadDimV>>{}));
   static constexpr int kRowScores = Traits::kTileN / 4;  // of a row, in one thread
   static constexpr int kEarlyScores = kRowScores / 4;    // exponentiated before the wait for P V
   static constexpr int kChains = 4;  // of additions, side by side to hide their latency
   using ChainSums = float[2][kChains];
-  static constexpr int kRowOuts = Traits::kHeadDim / 4;
+  static constexpr int kRowOuts = Traits::kHeadDimV / 4;
   // The first operand of the second product lies in registers, in the order of the scores.
   using Probabilities = decltype(typename Traits::OutMma{}.get_thread_slice(0).partition_fragment_A(
       make_tensor(static_cast<Element*>(nullptr),
@@ -65,6 +65,7 @@ class Consumer {
       unseen_ = true;
       row_sum_[0] = row_sum_[1] = 0;
       if (!row.without_tiles) attend(row, out);
+      if (params_.attend.sink != nullptr) add_sink(row, out);
       write(row, out);
     }
   }
@@ -197,10 +198,18 @@ class Consumer {
                               ChainSums& sums, Out& out) {
     multiply_keys_again(scores);
     if (!tile.plain) adjust<kMeans>(row, tile, scores);
+    const float largest[2] = {score_scale_ * largest_score(scores, 0),
+                              score_scale_ * largest_score(scores, 1)};
+    raise_bases_to(largest, out);
+    exponentiate<0, kRowScores>(scores, sums);
+  }
+
+  // Brings the sums and out to the bases that are at least these.
+  __device__ void raise_bases_to(const float (&least)[2], Out& out) {
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float base = fmaxf(row_base_[half], score_scale_ * largest_score(scores, half));
+      const float base = fmaxf(row_base_[half], least[half]);
       factor[half] = exp2_approx(row_base_[half] - finite(base));
       row_base_[half] = base;
       row_sum_[half] *= factor[half];
@@ -210,7 +219,16 @@ class Consumer {
       out(accumulator_index(0, i)) *= factor[0];
       out(accumulator_index(1, i)) *= factor[1];
     }
-    exponentiate<0, kRowScores>(scores, sums);
+  }
+
+  // Lets the sink join the sums of the rows, once in each quad.
+  __device__ void add_sink(const RowItem& row, Out& out) {
+    const float sink = params_.attend.sink[row.head] * kLog2E;
+    raise_bases_to({sink, sink}, out);
+    if (threadIdx.x % 4 != 0) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      row_sum_[half] += exp2_approx(sink - finite(row_base_[half]));
   }
 
   __device__ static float largest_score(const Scores& scores, int half) {
@@ -358,7 +376,7 @@ class Consumer {
   __device__ void write(const RowItem& row, Out& out) {
     const AttendParams& attend = params_.attend;
     const Visibility& visibility = attend.visibility;
-    const int head_dim = static_cast<int>(attend.heads.head_dim);
+    const int head_dim = static_cast<int>(attend.heads.head_dim_v);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(row_sum_[half]);

@@ -1,7 +1,7 @@
 // Block-sparse flash attention on Hopper.
 //
-//   query [B, Lq, Hq, D], key, value [B, Lk, Hkv, D], block_mask [B, Hq, Mq, words]
-//     ->  out [B, Lq, Hq, D], lse [B, Hq, Lq]
+//   query [B, Lq, Hq, D], key [B, Lk, Hkv, D], value [B, Lk, Hkv, Dv],
+//   block_mask [B, Hq, Mq, words], sink [Hq] if given  ->  out [B, Lq, Hq, Dv], lse [B, Hq, Lq]
 //
 // The kernel is persistent. A thread block takes one row of the block mask at a time: 128 queries
 // of a head, 64 for each of two consumer warp groups. Producer warps walk the row's bits and copy

@@ -157,12 +157,12 @@ class RowMeans {
   uint32_t own_words_[Traits::kMeanWords], filled_tiles_;
 };
 
-// Copies a tile of keys or of values.
-template <typename Traits>
+// Copies a tile of keys, or of values.
+template <typename Traits, int kPanels>
 __device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, int first_key,
                           int key_head, int batch, Barrier& full) {
-  full.arrive_and_expect(Traits::kTileBytes);
-  copy_rows<Traits::kPanels>(to, map, Traits::kTileN, first_key, key_head, batch, full);
+  full.arrive_and_expect(kPanels * kPanel * Traits::kTileN * sizeof(typename Traits::Element));
+  copy_rows<kPanels>(to, map, Traits::kTileN, first_key, key_head, batch, full);
 }
 
 // Copies the tiles of mean keys of a row.
@@ -180,8 +180,8 @@ __device__ void produce_mean_keys(const KernelParams& params, const RowItem& row
     __syncwarp();
     if (lane == 0) {
       shared.tile[keys.slot] = KeyTile::of_means(block, next < 0);
-      copy_tile<Traits>(shared.key[keys.slot], params.mean_key, block, key_head, row.batch,
-                        shared.key_full[keys.slot]);
+      copy_tile<Traits, Traits::kPanels>(shared.key[keys.slot], params.mean_key, block, key_head,
+                                         row.batch, shared.key_full[keys.slot]);
     }
     keys.advance();
     block = next;
@@ -229,8 +229,8 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
           const int first_key = n_block * kBlockSize + t * Traits::kTileN;
           const bool last_of_keys = next < 0 && t == 0;
           shared.tile[keys.slot] = {first_key, plain, last_of_keys && !means_follow, last_of_keys};
-          copy_tile<Traits>(shared.key[keys.slot], params.key, first_key, key_head, row.batch,
-                            shared.key_full[keys.slot]);
+          copy_tile<Traits, Traits::kPanels>(shared.key[keys.slot], params.key, first_key, key_head,
+                                             row.batch, shared.key_full[keys.slot]);
         }
         keys.advance();
       }
@@ -268,9 +268,9 @@ __device__ void produce_values(const KernelParams& params, typename Traits::Shar
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         shared.value_empty[values.slot].wait(values.parity ^ 1);
         if (threadIdx.x % 32 == 0) {
-          copy_tile<Traits>(shared.value[values.slot], params.value,
-                            n_block * kBlockSize + t * Traits::kTileN, key_head, row.batch,
-                            full[values.slot]);
+          copy_tile<Traits, Traits::kValuePanels>(shared.value[values.slot], params.value,
+                                                  n_block * kBlockSize + t * Traits::kTileN,
+                                                  key_head, row.batch, full[values.slot]);
         }
         values.advance();
       }
@@ -282,8 +282,9 @@ __device__ void produce_values(const KernelParams& params, typename Traits::Shar
         if (block < 0) break;
         shared.value_empty[values.slot].wait(values.parity ^ 1);
         if (threadIdx.x % 32 == 0) {
-          copy_tile<Traits>(shared.value[values.slot], params.mean_value, block, key_head,
-                            row.batch, shared.value_full[values.slot]);
+          copy_tile<Traits, Traits::kValuePanels>(shared.value[values.slot], params.mean_value,
+                                                  block, key_head, row.batch,
+                                                  shared.value_full[values.slot]);
         }
         values.advance();
       }
@@ -318,7 +319,7 @@ __device__ void clear_values(const KernelParams& params, typename Traits::Shared
               seen_by_rows(visibility, bounds, first_key + i, first_row, last_row)) {
             continue;
           }
-          for (int panel = 0; panel < Traits::kPanels; ++panel) {
+          for (int panel = 0; panel < Traits::kValuePanels; ++panel) {
             auto* chunks = reinterpret_cast<uint4*>(shared.value[values.slot] +
                                                     (panel * Traits::kTileN + i) * kPanel);
             constexpr int kChunks = kPanel * sizeof(typename Traits::Element) / sizeof(uint4);

@@ -16,16 +16,16 @@ namespace rrattn::cuda::sm90::attend {
 // section are slower at long lengths: see docs/tuning.md.
 constexpr int64_t kSectionBytes = 32 << 20;
 
-template <DataType kDataType, int kHeadDim>
-int64_t Stage<kDataType, kHeadDim>::workspace_bytes(const AttendParams& params) {
+template <DataType kDataType, int kHeadDim, int kHeadDimV>
+int64_t Stage<kDataType, kHeadDim, kHeadDimV>::workspace_bytes(const AttendParams& params) {
   Arena arena;
   Workspace(arena, params);
   return arena.used();
 }
 
-template <DataType kDataType, int kHeadDim>
-void Stage<kDataType, kHeadDim>::launch(const AttendParams& attend) {
-  using Traits = KernelTraits<ElementOf<kDataType>, kHeadDim>;
+template <DataType kDataType, int kHeadDim, int kHeadDimV>
+void Stage<kDataType, kHeadDim, kHeadDimV>::launch(const AttendParams& attend) {
+  using Traits = KernelTraits<ElementOf<kDataType>, kHeadDim, kHeadDimV>;
   const cudaStream_t stream = stream_of(attend.execution);
   const Visibility& visibility = attend.visibility;
   if (visibility.batch * visibility.num_heads * visibility.seqlen_q == 0) return;
@@ -38,31 +38,33 @@ void Stage<kDataType, kHeadDim>::launch(const AttendParams& attend) {
   params.attend = attend;
   const TensorShape query_shape = query_shape_of(visibility, attend.heads);
   const TensorShape key_shape = key_shape_of(visibility, attend.heads);
+  const TensorShape value_shape = value_shape_of(visibility, attend.heads);
   params.query = map_rows(attend.query, query_shape, workspace.query, kConsumerRows, stream);
   params.key = map_rows(attend.key, key_shape, workspace.key, Traits::kTileN, stream);
-  params.value = map_rows(attend.value, key_shape, workspace.value, Traits::kTileN, stream);
+  params.value = map_rows(attend.value, value_shape, workspace.value, Traits::kTileN, stream);
   params.block_bounds = workspace.block_bounds;
   params.next_item = workspace.next_item;
   params.num_items =
       static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
-  const int64_t head_bytes =
-      2 * visibility.seqlen_k * attend.heads.head_dim * size_of(attend.heads.dtype);
+  const int64_t head_bytes = visibility.seqlen_k *
+                             (attend.heads.head_dim + attend.heads.head_dim_v) *
+                             size_of(attend.heads.dtype);
   const int64_t key_heads = visibility.batch * attend.heads.num_heads_k;
   params.section_heads = heads_in_section(kSectionBytes, head_bytes, key_heads) *
                          static_cast<int>(group_size(visibility, attend.heads));
   params.aligned_out = aligned_rows(attend.out);
 
   if (attend.compensate) {
-    launch_block_means<typename Traits::Element, kHeadDim>(attend, workspace.mean_key,
-                                                           workspace.mean_value, stream);
+    constexpr int kMeanColumns = kHeadDim <= 128 ? kHeadDim : 256;  // a power of 2
+    launch_block_means<typename Traits::Element, kMeanColumns>(attend, workspace.mean_key,
+                                                               workspace.mean_value, stream);
     find_stood_in_for(attend, workspace.block_bounds, workspace.stood_in_for, stream);
     params.stood_in_for = workspace.stood_in_for;
-    const TensorShape mean_shape = Workspace::mean_shape_of(visibility, attend.heads);
-    const auto map_means = [&](const Rows& means) {
-      return map_rows(means, mean_shape, nullptr, Traits::kTileN, stream);
+    const auto map_means = [&](const Rows& means, const TensorShape& shape) {
+      return map_rows(means, Workspace::means_of(shape), nullptr, Traits::kTileN, stream);
     };
-    params.mean_key = map_means(workspace.mean_key);
-    params.mean_value = map_means(workspace.mean_value);
+    params.mean_key = map_means(workspace.mean_key, key_shape);
+    params.mean_value = map_means(workspace.mean_value, value_shape);
     const float scale = attend.softmax_scale > kLateScalesAbove<true> ? attend.softmax_scale : 1;
     const auto added = [&](int64_t num_keys) {
       return static_cast<float>(std::log(static_cast<double>(num_keys)) / scale);

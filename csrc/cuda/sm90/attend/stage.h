@@ -1,12 +1,12 @@
-// Block-sparse attention for one element type and padded head size, instantiated in
-// instantiations/attend_<type>_<head size>.cu.
+// Block-sparse attention for one element type and padded head sizes, that of queries and keys and
+// that of values, instantiated in instantiations/attend_<type>_<head sizes>.cu.
 #pragma once
 
 #include "../../../core/params.h"
 
 namespace rrattn::cuda::sm90::attend {
 
-template <DataType kDataType, int kHeadDim>
+template <DataType kDataType, int kHeadDim, int kHeadDimV>
 struct Stage {
   static int64_t workspace_bytes(const AttendParams& params);
   static void launch(const AttendParams& params);

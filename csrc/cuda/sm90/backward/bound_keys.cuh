@@ -9,49 +9,51 @@ constexpr int kThreadBlocksPerHead = 64;  // share the keys of a head
 
 // Finds the largest |K| of each column and the largest |V_j|^2 among the keys that any query sees.
 // A NaN counts as the largest: its bits are above those of all numbers.
-template <typename Element>
+template <typename Element, int kColumns>
 __global__ void __launch_bounds__(kPrepareThreads)
     bound_keys_kernel(const __grid_constant__ KernelParams params, bool aligned) {
+  constexpr int kLanes = kRowLanes<kColumns>, kRows = kPrepareRows<kColumns>;
   const BackwardParams& backward = params.backward;
   const Visibility& visibility = backward.visibility;
-  const int head_dim = static_cast<int>(backward.heads.head_dim);
   const int64_t key_head = blockIdx.y;  // of all batch entries
   const int64_t head = key_head % backward.heads.num_heads_k;
   const int64_t batch = key_head / backward.heads.num_heads_k;
   const int64_t group = group_size(visibility, backward.heads);
-  const int column = static_cast<int>(threadIdx.x) % kRowLanes * 8;
-  const int row = static_cast<int>(threadIdx.x) / kRowLanes;
-  const auto eight = [&](const Rows& rows, int64_t key) {
-    return load_part<Element>(rows, batch, head, key, column, head_dim, aligned);
+  const int column = static_cast<int>(threadIdx.x) % kLanes * 8;
+  const int row = static_cast<int>(threadIdx.x) / kLanes;
+  const auto eight = [&](const Rows& rows, int64_t key, int64_t head_dim) {
+    return load_part<Element>(rows, batch, head, key, column, static_cast<int>(head_dim), aligned);
   };
-  __shared__ uint32_t shared_largest[128], shared_largest_norm;
-  if (threadIdx.x < 128) shared_largest[threadIdx.x] = 0;
-  if (threadIdx.x == 128) shared_largest_norm = 0;
+  __shared__ uint32_t shared_largest[kColumns], shared_largest_norm;
+  static_assert(kColumns <= kPrepareThreads);
+  if (threadIdx.x < kColumns) shared_largest[threadIdx.x] = 0;
+  if (threadIdx.x == 0) shared_largest_norm = 0;
   __syncthreads();
   uint32_t largest[8] = {}, largest_norm = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kPrepareRows; first < visibility.seqlen_k;
-       first += static_cast<int64_t>(gridDim.x) * kPrepareRows) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < visibility.seqlen_k;
+       first += static_cast<int64_t>(gridDim.x) * kRows) {
     const bool seen = first + row < visibility.seqlen_k &&
                       seen_by_group(visibility, group, batch, head, first + row);
     const uint4 none = make_uint4(0, 0, 0, 0);
-    const uint4 keys = seen ? eight(backward.key, first + row) : none;
-    const uint4 values = seen ? eight(backward.value, first + row) : none;
+    const uint4 keys = seen ? eight(backward.key, first + row, backward.heads.head_dim) : none;
+    const uint4 values =
+        seen ? eight(backward.value, first + row, backward.heads.head_dim_v) : none;
     float norm = 0;
     for (int e = 0; e < 8; ++e) {
       const float value = element<Element>(values, e);
       norm += value * value;
       largest[e] = max(largest[e], __float_as_uint(fabsf(element<Element>(keys, e))));
     }
-    largest_norm = max(largest_norm, __float_as_uint(fabsf(row_sum<kRowLanes>(norm))));
+    largest_norm = max(largest_norm, __float_as_uint(fabsf(row_sum<kLanes>(norm))));
   }
   for (int e = 0; e < 8; ++e) atomicMax(shared_largest + column + e, largest[e]);
   atomicMax(&shared_largest_norm, largest_norm);
   __syncthreads();
-  if (threadIdx.x < 128) {
-    atomicMax(params.workspace.key_column + key_head * 128 + threadIdx.x,
+  if (threadIdx.x < kColumns) {
+    atomicMax(params.workspace.key_column + key_head * kColumns + threadIdx.x,
               shared_largest[threadIdx.x]);
   }
-  if (threadIdx.x == 128) atomicMax(params.workspace.value_norm + key_head, shared_largest_norm);
+  if (threadIdx.x == 0) atomicMax(params.workspace.value_norm + key_head, shared_largest_norm);
 }
 
 }  // namespace rrattn::cuda::sm90::backward

@@ -20,7 +20,24 @@ constexpr int kConsumers = 2;  // warp groups
 constexpr int kConsumerThreads = kConsumers * kWarpGroup;
 constexpr int kQueryTile = 64;                        // queries of a step
 constexpr int kQueryTiles = kBlockSize / kQueryTile;  // tiles of a query block
+constexpr uint32_t kStatisticsBytes = kQueryTile * sizeof(float);
 
+// Keys of a key head, against the queries that selected them: the item of work.
+struct Item {
+  int index;  // < 0: no item is left
+  bool nothing_selected;
+};
+
+// A tile of queries of one head, against the keys of the item.
+struct QueryStep {
+  int first_query;
+  int head;     // query head
+  bool masked;  // some of its scores may be hidden
+  bool last;    // of the item
+};
+
+// What the kernel is built for: up to 128 columns of queries, keys and values.
+//
 // Each consumer has 64 keys. S^T = K Q^T and dP^T = V dO^T lie in registers with the keys as
 // rows, so that dV += P^T dO and dK += dS^T Q take P^T and dS^T from there. lse / scale and delta,
 // which are to be subtracted, are what the accumulators of S^T and dP^T start from, negated: so the
@@ -30,8 +47,10 @@ template <typename Element_, bool kDeterministic_>
 struct KernelTraits {
   using Element = Element_;
   static constexpr bool kDeterministic = kDeterministic_;
-  static constexpr int kHeadDim = 128;
-  static constexpr int kQuerySlots = 3;  // one is the last step's, whose dQ is not sent yet
+  static constexpr int kHeadDim = 128;      // of queries and keys
+  static constexpr int kHeadDimV = 128;     // of values and out
+  static constexpr int kKeys = kBlockSize;  // of an item
+  static constexpr int kQuerySlots = 3;     // one is the last step's, whose dQ is not sent yet
   static constexpr int kGradOutSlots = 2;
   static constexpr int kGradScoreSlots = 3;
   static constexpr int kSumsSlots = kQuerySlots + 1;  // the writer may be one step behind
@@ -73,9 +92,7 @@ struct KernelTraits {
       decltype(tile_to_shape(RowsAtom{}, Shape<Int<kQueryTile>, Int<kBlockSize>>{}));
   using ScoreOffsets = decltype(as_position_independent_swizzle_layout(ScoreLayout{}));
   static constexpr int kPanels = kHeadDim / kPanel;
-  static constexpr uint32_t kKeyBytes = kBlockSize * kHeadDim * sizeof(Element);
-  static constexpr uint32_t kQueryBytes = kQueryTile * kHeadDim * sizeof(Element);
-  static constexpr uint32_t kStatisticsBytes = kQueryTile * sizeof(float);
+  static constexpr int kValuePanels = kHeadDimV / kPanel;
 
   struct SharedStorage {
     alignas(1024) Element key[kBlockSize * kHeadDim];
@@ -93,16 +110,8 @@ struct KernelTraits {
     Barrier grad_out_full[kGradOutSlots], grad_out_empty[kGradOutSlots];  // grad_score_start
     Barrier grad_scores_full[kGradScoreSlots];
     Barrier sums_full, sums_empty;  // between the consumers and the writer
-    struct Item {
-      int index;  // < 0: no item is left
-      bool nothing_selected;
-    } item;
-    struct Step {
-      int first_query;
-      int head;     // query head
-      bool masked;  // some of its scores may be hidden
-      bool last;    // of the item
-    } step[kQuerySlots];
+    Item item;
+    QueryStep step[kQuerySlots];
     // For each step the tile of [B, Hq, Mq * kQueryTiles] to which its dQ is to be added; < 0: no
     // step is left.
     int sums_tile[kSumsSlots];
@@ -127,17 +136,19 @@ struct Workspace {
   SpanBounds* block_bounds;   // [B, bounds heads, Mk]
   uint32_t* transposed_mask;  // [B, Hq, Mk, ceil(Mq / 32)]
   float* score_start;         // [B, Hq, Mq, kBlockSize]: -lse / scale, or P = 0 if nothing is seen
-  float* grad_score_start;    // the same: -delta
+  float* grad_score_start;    // the same: -delta = grad_lse - rowsum(dO * O)
   float* query_scale;         // the same, if deterministic
-  uint32_t* grad_query;  // [B, Hq, Mq, tiles of a block, kQueryTile * 128], in accumulator order
+  uint32_t*
+      grad_query;  // [B, Hq, Mq, tiles of a block, kQueryTile * columns], in accumulator order
   int* next_item;
   // If deterministic: the largest over all keys, as the bits of a float32 that is not negative.
-  uint32_t* key_column;                  // |K|: [B, Hkv, 128]
+  uint32_t* key_column;                  // |K|: [B, Hkv, columns]
   uint32_t* value_norm;                  // |V_j|^2: [B, Hkv]
-  float* key_scale;                      // [B, Hkv, 128]
+  float* key_scale;                      // [B, Hkv, columns]
   void *query, *key, *value, *grad_out;  // copies of what no tensor map can describe
 
-  Workspace(Arena& arena, const BackwardParams& params) {
+  // Columns: the padded head size of queries and keys.
+  Workspace(Arena& arena, const BackwardParams& params, int columns) {
     const Visibility& visibility = params.visibility;
     const int64_t rows =
         visibility.batch * visibility.num_heads * visibility.num_m_blocks() * kBlockSize;
@@ -149,17 +160,18 @@ struct Workspace {
     score_start = arena.take<float>(rows);
     grad_score_start = arena.take<float>(rows);
     query_scale = arena.take<float>(params.deterministic ? rows : 0);
-    grad_query = arena.take<uint32_t>(rows * 128);
+    grad_query = arena.take<uint32_t>(rows * columns);
     next_item = arena.take<int>(1);
-    key_column = arena.take<uint32_t>(params.deterministic ? key_heads * 128 : 0);
+    key_column = arena.take<uint32_t>(params.deterministic ? key_heads * columns : 0);
     value_norm = arena.take<uint32_t>(params.deterministic ? key_heads : 0);
-    key_scale = arena.take<float>(params.deterministic ? key_heads * 128 : 0);
-    const TensorShape query_shape = query_shape_of(params.visibility, params.heads);
-    const TensorShape key_shape = key_shape_of(params.visibility, params.heads);
-    query = arena.take<uint16_t>(elements_to_pack(params.query, query_shape));
-    key = arena.take<uint16_t>(elements_to_pack(params.key, key_shape));
-    value = arena.take<uint16_t>(elements_to_pack(params.value, key_shape));
-    grad_out = arena.take<uint16_t>(elements_to_pack(params.grad_out, query_shape));
+    key_scale = arena.take<float>(params.deterministic ? key_heads * columns : 0);
+    const auto take_packed = [&](const Rows& rows, const TensorShape& shape) {
+      return arena.take<uint16_t>(elements_to_pack(rows, shape));
+    };
+    query = take_packed(params.query, query_shape_of(visibility, params.heads));
+    key = take_packed(params.key, key_shape_of(visibility, params.heads));
+    value = take_packed(params.value, value_shape_of(visibility, params.heads));
+    grad_out = take_packed(params.grad_out, out_shape_of(visibility, params.heads));
   }
 };
 
@@ -178,19 +190,25 @@ struct KernelParams {
   bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
 };
 
-// The place of an item. Key blocks go from the first, under the diagonal the longest, to the last.
+// The place of an item of kKeys keys, a key block or a part of one. Key blocks go from the first,
+// under the diagonal the longest, to the last.
+template <int kKeys>
 struct Place {
-  int n_block, key_head, batch;
+  static constexpr int kParts = kBlockSize / kKeys;  // of a key block
+
+  int part, key_head, batch;  // part: of those of all key blocks
 
   __device__ Place(const KernelParams& params, int item) {
-    const int num_n_blocks = static_cast<int>(params.backward.visibility.num_n_blocks());
+    const int num_parts = static_cast<int>(params.backward.visibility.num_n_blocks()) * kParts;
     const int num_heads_k = static_cast<int>(params.backward.heads.num_heads_k);
     const WorkPlace place =
-        place_of_item(item, params.num_items / num_n_blocks, num_n_blocks, params.section_heads);
-    n_block = place.block;
+        place_of_item(item, params.num_items / num_parts, num_parts, params.section_heads);
+    part = place.block;
     key_head = place.head % num_heads_k;
     batch = place.head / num_heads_k;
   }
+  __device__ int n_block() const { return part / kParts; }
+  __device__ int first_key() const { return part * kKeys; }
 };
 
 }  // namespace rrattn::cuda::sm90::backward

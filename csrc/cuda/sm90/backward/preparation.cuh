@@ -1,5 +1,5 @@
-// What the kernels that read rows before the gradients share: a row is read by 16 threads, of 8
-// columns each.
+// What the kernels that read rows before the gradients share: a row of kColumns columns, the padded
+// head size, is read by threads with 8 columns each.
 #pragma once
 
 #include "../../common/rows.cuh"
@@ -8,8 +8,10 @@
 namespace rrattn::cuda::sm90::backward {
 
 constexpr int kPrepareThreads = 256;
-constexpr int kRowLanes = 16;  // threads of a row
-constexpr int kPrepareRows = kPrepareThreads / kRowLanes;
+template <int kColumns>
+constexpr int kRowLanes = kColumns / 8;  // threads of a row
+template <int kColumns>
+constexpr int kPrepareRows = kPrepareThreads / kRowLanes<kColumns>;
 
 // A thread's 8 elements of a row. `aligned`: as aligned_rows says.
 template <typename Element>

@@ -24,26 +24,27 @@ __device__ inline float query_scale(float grad_out_norm, float value_norm, float
 
 // For every row, rows past the end included. The heads of a token, which lie side by side in
 // memory, are read at about the same time.
-template <typename Element>
+template <typename Element, int kColumns>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_rows_kernel(const __grid_constant__ KernelParams params, bool aligned) {
+  constexpr int kLanes = kRowLanes<kColumns>, kRows = kPrepareRows<kColumns>;
   const BackwardParams& backward = params.backward;
   const Workspace& workspace = params.workspace;
   const Visibility& visibility = backward.visibility;
   const auto num_heads = static_cast<unsigned>(visibility.num_heads);
   const auto padded = static_cast<unsigned>(visibility.num_m_blocks()) * kBlockSize;
   const unsigned head = blockIdx.x % num_heads, tile = blockIdx.x / num_heads;
-  const int64_t batch = tile / (padded / kPrepareRows);
-  const unsigned token = tile % (padded / kPrepareRows) * kPrepareRows + threadIdx.x / kRowLanes;
+  const int64_t batch = tile / (padded / kRows);
+  const unsigned token = tile % (padded / kRows) * kRows + threadIdx.x / kLanes;
   const int64_t row = (batch * num_heads + head) * padded + token;
-  const int lane = static_cast<int>(threadIdx.x) % kRowLanes, column = lane * 8;
-  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * 128) + lane;
-  sums[0] = sums[kRowLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's 128
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
+  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns) + lane;
+  sums[0] = sums[kLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's
   float delta = 0, norm = 0;
   if (token < visibility.seqlen_q) {
     const auto eight = [&](const Rows& rows) {
       return load_part<Element>(rows, batch, head, token, column,
-                                static_cast<int>(backward.heads.head_dim), aligned);
+                                static_cast<int>(backward.heads.head_dim_v), aligned);
     };
     const uint4 out = eight(backward.out), grad_out = eight(backward.grad_out);
     for (int e = 0; e < 8; ++e) {
@@ -52,21 +53,21 @@ __global__ void __launch_bounds__(kPrepareThreads)
       norm += grad * grad;
     }
   }
-  for (int lanes = kRowLanes / 2; lanes > 0; lanes /= 2) {
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
     delta += __shfl_xor_sync(~0u, delta, lanes);
     norm += __shfl_xor_sync(~0u, norm, lanes);
   }
   const unsigned group = num_heads / static_cast<unsigned>(backward.heads.num_heads_k);
   const int64_t key_head = batch * backward.heads.num_heads_k + head / group;
-  if (backward.deterministic && token < 128 / kRowLanes && head % group == 0) {
-    const int64_t at = key_head * 128 + token * kRowLanes + lane;
+  if (backward.deterministic && token < kColumns / kLanes && head % group == 0) {
+    const int64_t at = key_head * kColumns + token * kLanes + lane;
     workspace.key_scale[at] = scale_to(__uint_as_float(workspace.key_column[at]), 1, -30);
   }
   if (lane != 0) return;
-  const float lse = token < visibility.seqlen_q
-                        ? backward.lse[(batch * num_heads + head) * visibility.seqlen_q + token]
-                        : -INFINITY;
+  const int64_t of_lse = (batch * num_heads + head) * visibility.seqlen_q + token;
+  const float lse = token < visibility.seqlen_q ? backward.lse[of_lse] : -INFINITY;
   const bool sees_nothing = lse == -INFINITY;
+  if (backward.grad_lse != nullptr && !sees_nothing) delta -= backward.grad_lse[of_lse];
   workspace.score_start[row] =
       (sees_nothing ? -INFINITY : -lse) / usable_scale(backward.softmax_scale);
   workspace.grad_score_start[row] = sees_nothing ? 0 : -delta;

@@ -34,7 +34,7 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
       }
       return;
     }
-    const Place place(params, item);
+    const Place<Traits::kKeys> place(params, item);
 
     // The query blocks that selected the key block and see it, head by head.
     int head = place.key_head * group - 1, m_block = -1;
@@ -50,12 +50,12 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
               span_bounds_of(visibility, kBlockSize, workspace.block_bounds, place.batch, head);
           walk = BitWalk(workspace.transposed_mask + ((place.batch * visibility.num_heads + head) *
                                                           visibility.num_n_blocks() +
-                                                      place.n_block) *
+                                                      place.n_block()) *
                                                          num_words,
                          num_m_blocks);
           continue;
         }
-        kind = classify_block(visibility, bounds, m_block, place.n_block);
+        kind = classify_block(visibility, bounds, m_block, place.n_block());
         if (kind != BlockKind::kHidden) return true;
       }
     };
@@ -64,7 +64,7 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
       shared.item = {item, !more};
       if (more) {
         constexpr uint32_t kScaleBytes = Traits::kHeadDim * sizeof(float);
-        shared.item_full.arrive_and_expect(2 * Traits::kKeyBytes +
+        shared.item_full.arrive_and_expect(sizeof(shared.key) + sizeof(shared.value) +
                                            (Traits::kDeterministic ? kScaleBytes : 0));
         if constexpr (Traits::kDeterministic) {
           SM90_BULK_COPY_G2S::copy(
@@ -73,18 +73,18 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
                       Traits::kHeadDim,
               shared.item_full.raw(), shared.key_scale, kScaleBytes);
         }
-        const int first_key = place.n_block * kBlockSize;
-        copy_rows<Traits::kPanels>(shared.key, params.key, kBlockSize, first_key, place.key_head,
-                                   place.batch, shared.item_full);
-        copy_rows<Traits::kPanels>(shared.value, params.value, kBlockSize, first_key,
+        copy_rows<Traits::kPanels>(shared.key, params.key, Traits::kKeys, place.first_key(),
                                    place.key_head, place.batch, shared.item_full);
+        copy_rows<Traits::kValuePanels>(shared.value, params.value, Traits::kKeys,
+                                        place.first_key(), place.key_head, place.batch,
+                                        shared.item_full);
       } else {
         shared.item_full.arrive();
       }
     }
     while (more) {
       const int block = m_block, block_head = head;
-      const bool masked = has_hidden_scores(visibility, kind, block, place.n_block);
+      const bool masked = has_hidden_scores(visibility, kind, block, place.n_block());
       more = next_block();
       for (int t = kQueryTiles - 1; t >= 0; --t) {
         const int first_query = block * kBlockSize + t * kQueryTile;
@@ -98,15 +98,15 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
           shared.step[queries.slot] = {first_query, block_head, masked, !more && t == 0};
           shared.sums_tile[sums.slot] = tile;
           Barrier& full = shared.query_full[queries.slot];
-          full.arrive_and_expect(Traits::kQueryBytes +
-                                 Traits::kStatisticsBytes * (Traits::kDeterministic ? 2 : 1));
+          full.arrive_and_expect(sizeof(shared.query[0]) +
+                                 kStatisticsBytes * (Traits::kDeterministic ? 2 : 1));
           copy_rows<Traits::kPanels>(shared.query[queries.slot], params.query, kQueryTile,
                                      first_query, block_head, place.batch, full);
           SM90_BULK_COPY_G2S::copy(workspace.score_start + statistics, full.raw(),
-                                   shared.score_start[queries.slot], Traits::kStatisticsBytes);
+                                   shared.score_start[queries.slot], kStatisticsBytes);
           if constexpr (Traits::kDeterministic) {
             SM90_BULK_COPY_G2S::copy(workspace.query_scale + statistics, full.raw(),
-                                     shared.query_scale[queries.slot], Traits::kStatisticsBytes);
+                                     shared.query_scale[queries.slot], kStatisticsBytes);
           }
         }
         queries.advance();
@@ -114,11 +114,11 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
         shared.grad_out_empty[grads.slot].wait(grads.parity ^ 1);
         if (leader) {
           Barrier& full = shared.grad_out_full[grads.slot];
-          full.arrive_and_expect(Traits::kQueryBytes + Traits::kStatisticsBytes);
-          copy_rows<Traits::kPanels>(shared.grad_out[grads.slot], params.grad_out, kQueryTile,
-                                     first_query, block_head, place.batch, full);
+          full.arrive_and_expect(sizeof(shared.grad_out[0]) + kStatisticsBytes);
+          copy_rows<Traits::kValuePanels>(shared.grad_out[grads.slot], params.grad_out, kQueryTile,
+                                          first_query, block_head, place.batch, full);
           SM90_BULK_COPY_G2S::copy(workspace.grad_score_start + statistics, full.raw(),
-                                   shared.grad_score_start[grads.slot], Traits::kStatisticsBytes);
+                                   shared.grad_score_start[grads.slot], kStatisticsBytes);
         }
         grads.advance();
       }

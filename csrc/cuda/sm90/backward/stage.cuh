@@ -4,10 +4,12 @@
 #include "../../common/element.cuh"
 #include "bound_keys.cuh"
 #include "finish_grad_query.cuh"
+#include "finish_grad_sink.cuh"
 #include "kernel.cuh"
 #include "prepare_rows.cuh"
 #include "stage.h"
 #include "transpose_mask.cuh"
+#include "wide/kernel.cuh"
 
 namespace rrattn::cuda::sm90::backward {
 
@@ -25,19 +27,22 @@ KernelParams kernel_params(const BackwardParams& backward, const Workspace& work
   const Visibility& visibility = backward.visibility;
   const cudaStream_t stream = stream_of(backward.execution);
   const int64_t key_heads = visibility.batch * backward.heads.num_heads_k;
-  const TensorShape query_shape = query_shape_of(visibility, backward.heads);
-  const TensorShape key_shape = key_shape_of(visibility, backward.heads);
+  const auto map = [&](const Rows& rows, const TensorShape& shape, void* packed, int box_rows) {
+    return map_rows(rows, shape, packed, box_rows, stream);
+  };
+  const Heads& heads = backward.heads;
   const int64_t row_bytes =
-      Traits::kHeadDim * (2 * sizeof(typename Traits::Element) + sizeof(float));
+      (Traits::kHeadDim + Traits::kHeadDimV) * sizeof(typename Traits::Element) +
+      Traits::kHeadDim * sizeof(float);
   const int64_t head_bytes =
       num_padded_rows(visibility) / std::max<int64_t>(1, key_heads) * row_bytes;
   return {backward,
-          map_rows(backward.query, query_shape, workspace.query, kQueryTile, stream),
-          map_rows(backward.key, key_shape, workspace.key, kBlockSize, stream),
-          map_rows(backward.value, key_shape, workspace.value, kBlockSize, stream),
-          map_rows(backward.grad_out, query_shape, workspace.grad_out, kQueryTile, stream),
+          map(backward.query, query_shape_of(visibility, heads), workspace.query, kQueryTile),
+          map(backward.key, key_shape_of(visibility, heads), workspace.key, Traits::kKeys),
+          map(backward.value, value_shape_of(visibility, heads), workspace.value, Traits::kKeys),
+          map(backward.grad_out, out_shape_of(visibility, heads), workspace.grad_out, kQueryTile),
           workspace,
-          static_cast<int>(key_heads * visibility.num_n_blocks()),
+          static_cast<int>(key_heads * visibility.num_n_blocks() * (kBlockSize / Traits::kKeys)),
           heads_in_section(kSectionBytes, head_bytes, key_heads),
           aligned_rows(backward.grad_key),
           aligned_rows(backward.grad_value),
@@ -56,18 +61,19 @@ void launch_bound_keys(const KernelParams& params) {
   RRATTN_CUDA_CHECK(
       cudaMemsetAsync(params.workspace.value_norm, 0, key_heads * sizeof(uint32_t), stream));
   const dim3 grid(kThreadBlocksPerHead, static_cast<unsigned>(key_heads));
-  bound_keys_kernel<typename Traits::Element><<<grid, kPrepareThreads, 0, stream>>>(
-      params, aligned_rows(backward.key) && aligned_rows(backward.value));
+  bound_keys_kernel<typename Traits::Element, Traits::kHeadDim>
+      <<<grid, kPrepareThreads, 0, stream>>>(
+          params, aligned_rows(backward.key) && aligned_rows(backward.value));
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 
 template <typename Traits>
 void launch_prepare_rows(const KernelParams& params) {
   const BackwardParams& backward = params.backward;
-  const auto grid =
-      static_cast<unsigned>(ceil_div(num_padded_rows(backward.visibility), kPrepareRows));
+  const auto grid = static_cast<unsigned>(
+      ceil_div(num_padded_rows(backward.visibility), kPrepareRows<Traits::kHeadDim>));
   if (grid == 0) return;
-  prepare_rows_kernel<typename Traits::Element>
+  prepare_rows_kernel<typename Traits::Element, Traits::kHeadDim>
       <<<grid, kPrepareThreads, 0, stream_of(backward.execution)>>>(
           params, aligned_rows(backward.out) && aligned_rows(backward.grad_out));
   RRATTN_CUDA_CHECK(cudaGetLastError());
@@ -94,19 +100,31 @@ void launch_finish_grad_query(const KernelParams& params) {
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 
-template <DataType kDataType, bool kDeterministic>
-int64_t Stage<kDataType, kDeterministic>::workspace_bytes(const BackwardParams& params) {
+inline void launch_finish_grad_sink(const KernelParams& params) {
+  const BackwardParams& backward = params.backward;
+  const auto grid = static_cast<unsigned>(backward.visibility.num_heads);
+  if (backward.sink == nullptr || grid == 0) return;
+  finish_grad_sink_kernel<<<grid, kSinkThreads, 0, stream_of(backward.execution)>>>(params);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
+int64_t Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::workspace_bytes(
+    const BackwardParams& params) {
   Arena arena;
-  Workspace(arena, params);
+  Workspace(arena, params, kHeadDim);
   return arena.used();
 }
 
-template <DataType kDataType, bool kDeterministic>
-void Stage<kDataType, kDeterministic>::launch(const BackwardParams& backward) {
-  using Traits = KernelTraits<ElementOf<kDataType>, kDeterministic>;
+template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
+void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::launch(const BackwardParams& backward) {
+  constexpr bool kWide = kHeadDim > 128;
+  using Traits = std::conditional_t<
+      kWide, wide::KernelTraits<ElementOf<kDataType>, kHeadDim, kHeadDimV, kDeterministic>,
+      KernelTraits<ElementOf<kDataType>, kDeterministic>>;
   const cudaStream_t stream = stream_of(backward.execution);
   Arena arena(backward.execution.workspace);
-  const Workspace workspace(arena, backward);
+  const Workspace workspace(arena, backward, kHeadDim);
   compute_span_bounds(backward.visibility, kBlockSize, workspace.block_bounds, stream);
   RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.next_item, 0, sizeof(int), stream));
   const auto params = kernel_params<Traits>(backward, workspace);
@@ -115,9 +133,14 @@ void Stage<kDataType, kDeterministic>::launch(const BackwardParams& backward) {
   launch_prepare_rows<Traits>(params);
   if (params.num_items > 0) {
     launch_transpose_mask(params);
-    launch_persistent<Traits>(backward_kernel<Traits>, params.num_items, stream, params);
+    if constexpr (kWide) {
+      launch_persistent<Traits>(wide::backward_kernel<Traits>, params.num_items, stream, params);
+    } else {
+      launch_persistent<Traits>(backward_kernel<Traits>, params.num_items, stream, params);
+    }
   }
   launch_finish_grad_query<Traits>(params);
+  launch_finish_grad_sink(params);
 }
 
 }  // namespace rrattn::cuda::sm90::backward

@@ -21,6 +21,13 @@ inline TensorShape query_shape_of(const Visibility& visibility, const Heads& hea
 inline TensorShape key_shape_of(const Visibility& visibility, const Heads& heads) {
   return {visibility.batch, visibility.seqlen_k, heads.num_heads_k, heads.head_dim, heads.dtype};
 }
+inline TensorShape value_shape_of(const Visibility& visibility, const Heads& heads) {
+  return {visibility.batch, visibility.seqlen_k, heads.num_heads_k, heads.head_dim_v, heads.dtype};
+}
+inline TensorShape out_shape_of(const Visibility& visibility, const Heads& heads) {
+  return {visibility.batch, visibility.seqlen_q, visibility.num_heads, heads.head_dim_v,
+          heads.dtype};
+}
 
 // 0 where the bulk copies can read the rows in place. Otherwise, for rows that do not start on 16
 // bytes or are broadcast, the size of a packed copy that they can read.

@@ -85,8 +85,8 @@ class Consumer {
     if (threadIdx.x % 4 == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        shared_.row_factor[slot_][consumer_][row() + half * 8] =
-            row_sum_[half] == 0 ? 0 : 1 / row_sum_[half];
+        const float sum = row_sum_[half] + sink_term(half);
+        shared_.row_factor[slot_][consumer_][row() + half * 8] = sum == 0 ? 0 : 1 / sum;
       }
     }
     if (row_sum_[0] >= kOutgrown || row_sum_[1] >= kOutgrown) shared_.outgrown[slot_] = true;
@@ -114,6 +114,15 @@ class Consumer {
     if (threadIdx.x % 32 == 0) shared_.key_empty[keys_.slot].arrive();
     keys_.advance();
     return tile;
+  }
+
+  // What the sink adds to the sum of a row, a stride of keys counting as one. Where it is infinite,
+  // scores are too small for a float.
+  __device__ float sink_term(int half) const {
+    if (params_.sink == nullptr || !rows().active) return 0;
+    const float reference = reference_[half] == -INFINITY ? 0 : reference_[half];
+    const float sink = params_.sink[rows().head] * kLog2E;
+    return exp2_approx(sink - log2f(static_cast<float>(kKeyStride)) - reference);
   }
 
   // Writes the sums of exponentials over key blocks to memory; with `maximum`, only finds the

@@ -1,3 +1,3 @@
 #include "../stage.cuh"
 
-template struct rrattn::cuda::sm90::attend::Stage<rrattn::DataType::kBFloat16, 256>;
+template struct rrattn::cuda::sm90::attend::Stage<rrattn::DataType::kBFloat16, 256, 256>;
