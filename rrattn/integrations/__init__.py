@@ -52,13 +52,12 @@ ModelT = TypeVar("ModelT", bound="Layer")
 
 # Packages of the libraries; our module for one has its name. Where a model has layers of several, the first is meant.
 _LIBRARIES = ("paddlefleet", "paddleformers", "paddlenlp")
-# Packages whose layers may look up a table of attention functions: PaddleFormers' models are in PaddleFleet as well.
-_WITH_TABLE = {"paddleformers", "paddlefleet"}
 # Module of a library -> our module and its function that is called with it: the library's table of attention
-# functions, to which "rrattn" is added, and its models, which then notice a flag without effect.
+# functions, to which "rrattn" is added, and its models, which then notice a flag without effect. PaddleFormers' models
+# are in PaddleFleet as well.
 _HOOKS = {
     f"{package}.{module}": ("rrattn.integrations.paddleformers", function)
-    for package in sorted(_WITH_TABLE)
+    for package in ("paddleformers", "paddlefleet")
     for module, function in (("nn.attention.interface", "register"), ("transformers.model_utils", "watch"))
 }
 
@@ -94,12 +93,12 @@ class _HookWhenImported(importlib.abc.MetaPathFinder):
 
 def _library_of(model: Layer) -> ModelLibrary:
     """The library whose attention layers a model has: one with a table that they look up, or that of its classes."""
-    bases = {base for layer in model.sublayers(include_self=True) for base in type(layer).__mro__}
-    packages = {base.__module__.partition(".")[0] for base in bases}
-    if packages & _WITH_TABLE:
+    if any(module in sys.modules for module in _HOOKS):
         with_table: ModelLibrary | None = importlib.import_module(f"{__name__}.paddleformers").library_of(model)
         if with_table is not None:
             return with_table
+    bases = {base for layer in model.sublayers(include_self=True) for base in type(layer).__mro__}
+    packages = {base.__module__.partition(".")[0] for base in bases}
     for package in _LIBRARIES:
         if package in packages:
             library: ModelLibrary = importlib.import_module(f"{__name__}.{package}").LIBRARY

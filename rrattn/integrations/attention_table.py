@@ -58,7 +58,14 @@ FLAG = "_attn_implementation"
 # Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
 # Arguments that add nothing to the tensors and masks: positions are in the queries and keys, a window in the mask.
-_WITHOUT_EFFECT = ("position_ids", "cache_position", "sliding_window")
+_WITHOUT_EFFECT = (
+    "position_ids",
+    "cache_position",
+    "sliding_window",
+    "return_dict",
+    "use_cache",
+    "output_hidden_states",
+)
 _LAYER_FLAG = "attn_implementation"  # of layers that read the config's flag once, when they are built
 _SETTINGS = "_rrattn_settings"  # of a core that was made by the flag: what the layer's config said then
 
@@ -183,8 +190,9 @@ class AttentionTableLibrary(ModelLibrary):
         is_causal : bool, optional
             Default: the layer's is_causal, or True.
         kwargs
-            `position_ids` and `cache_position` have no effect of their own. `sliding_window` has none either: a layer
-            with a window gets a mask that says it. Anything else that is neither None nor False is an error.
+            Positions and the arguments of a model that its layers hand down have no effect. `sliding_window` has none
+            either: a layer with a window gets a mask that says it. Anything else that is set, neither None nor False,
+            is an error.
 
         Returns
         -------
@@ -208,8 +216,6 @@ class AttentionTableLibrary(ModelLibrary):
         core = self._core_of(layer)
         if dropout:
             raise ValueError(f"rrattn does not support attention dropout; set it to 0.0, got {dropout}")
-        if sink is not None:
-            raise ValueError("rrattn does not support learned attention sinks; use another _attn_implementation")
         for name, given in kwargs.items():
             if name not in _WITHOUT_EFFECT and given is not None and given is not False:
                 raise ValueError(f"rrattn does not support the attention argument {name}, got {_shown(given)}")
@@ -225,6 +231,7 @@ class AttentionTableLibrary(ModelLibrary):
             attn_mask_startend_row_indices,
             causal=getattr(layer, "is_causal", True) if is_causal is None else is_causal,
             softmax_scale=scaling,
+            sink=None if sink is None else sink.astype("float32"),
         )
         return out.reshape([0, 0, out.shape[2] * out.shape[3]]), None
 

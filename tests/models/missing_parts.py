@@ -20,7 +20,8 @@ class _AnyName(ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"__module__": self.__name__, "encoder_or_decoder": None})  # a ModelType
+        members = {"encoder_or_decoder": None, "transform_rules": {}}  # of ModelType and GPTModelProvider
+        return type(name, (), {"__module__": self.__name__, **members})
 
 
 class _Triton(ModuleType):

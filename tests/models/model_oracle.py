@@ -1,4 +1,4 @@
-"""The NumPy oracle's attention as RRAttention's forward, with which tests run the same models."""
+"""The NumPy oracle's attention in place of the one that a model runs."""
 
 import numpy as np
 import paddle
@@ -11,17 +11,18 @@ class Oracle(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(context, query, key, value, sink, rows, core, causal, softmax_scale):
-        tensors = [tensor.numpy().astype(np.float64) for tensor in (query, key, value)]
-        query, key, value = tensors
+        query, key, value = (tensor.numpy().astype(np.float64) for tensor in (query, key, value))
+        learned_sink = sink is not None and not sink.stop_gradient
+        sink = None if sink is None else sink.numpy().astype(np.float64)
         lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         mask = {"startend": rows, "causal": causal}
-        softmax = {"softmax_scale": softmax_scale, "sink": None if sink is None else sink.numpy().astype(np.float64)}
+        softmax = {"softmax_scale": softmax_scale, "sink": sink}
         scores = reference.estimate(query, key, **mask, **{**core.config.sampling(), **softmax}).astype(np.float32)
         threshold = 1.0 if lengths["seqlen_q"] == 1 < lengths["seqlen_k"] else core.threshold
         selected = reference.select(scores, threshold, **mask, **lengths, **core.config.keep_rules())
         out, _ = reference.attend(query, key, value, selected, **mask, **softmax)
         context.arguments = (query, key, value, selected), {**mask, **softmax}
-        context.learned_sink = sink is not None and not sink.stop_gradient
+        context.learned_sink = learned_sink
         return paddle.to_tensor(out.astype(np.float32))
 
     @staticmethod

@@ -12,7 +12,6 @@ import paddle
 import paddlefleet_stand_in as stand_in
 import pytest
 from fleet_models import assert_same, assert_same_gradients, generate, gradients, logits, make_tokens
-from model_oracle import oracle_forward
 
 import rrattn
 
@@ -125,15 +124,13 @@ def test_threshold_1_equals_the_dense_twin(model):
         assert_same(logits(model, tokens), dense)
 
 
-def test_below_threshold_1_it_equals_the_oracle(model, monkeypatch):
+def test_below_threshold_1_it_equals_the_oracle(model, by_oracle):
     tokens = make_tokens()
     dense = logits(model, tokens)
     rrattn.enable(model, threshold=0.5)
     sparse = logits(model, tokens)
     assert all(float(density.min()) < 1 for density in rrattn.layer_densities(model))
-    with monkeypatch.context() as patch:
-        patch.setattr(rrattn.RRAttention, "forward", oracle_forward)
-        assert_same(sparse, logits(model, tokens))
+    assert_same(sparse, by_oracle(logits, model, tokens))
     assert (logits(rrattn.disable(model), tokens) == dense).all()
 
 

@@ -32,21 +32,6 @@ def model(request):
     return rrattn.enable(make_model(request.param), CONFIG)
 
 
-@pytest.fixture
-def by_oracle(monkeypatch):
-    """by_oracle(function, ...): what it returns when the oracle computes the attention."""
-
-    def call(function, *arguments, **options):
-        with monkeypatch.context() as patch:
-            calls = []
-            patch.setattr(rrattn.RRAttention, "forward", lambda *a, **k: calls.append(0) or oracle_forward(*a, **k))
-            result = function(*arguments, **options)
-            assert len(calls) >= NUM_LAYERS
-            return result
-
-    return call
-
-
 def padding(side):
     keep = np.ones([2, LENGTH], dtype=np.int64)
     keep[1, slice(0, 300) if side == "left" else slice(400, LENGTH)] = 0
