@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Callable, Union
 
@@ -50,7 +50,10 @@ BOUNDS: dict[tuple[int, bool], Callable[[Array, int], tuple[Array, ...]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What to compute. `bounds` is the number of FlashMask's, 0 for none."""
+    """What to compute. `bounds` is the number of FlashMask's, 0 for none; `head_dim_v` of None is `head_dim`.
+
+    With `grad_lse` the gradients are those of a loss that depends on the log-sum-exp too.
+    """
 
     seqlen_q: int
     seqlen_k: int
@@ -62,6 +65,9 @@ class Case:
     batch: int = 1
     bounds: int = 0
     keep: tuple[bool, bool, int] = (True, True, 1)  # sink, last, local
+    head_dim_v: int | None = None
+    sink: bool = False
+    grad_lse: bool = False
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -89,6 +95,17 @@ CASES = (
 # Those in which means stand in for some blocks: with more than a word of them, with a short last one, with FlashMask.
 COMPENSATED_CASES = (CASES[2], CASES[3], CASES[5], CASES[9])
 
+# What the cases above do not have, by the name of its group.
+FEATURES: dict[str, tuple[Case, ...]] = {
+    "sinks": tuple(replace(case, sink=True) for case in (CASES[0], CASES[2], CASES[7])),
+    "values' head size": (
+        replace(CASES[2], head_dim_v=64),
+        Case(140, 300, False, head_dim=40, head_dim_v=120),
+        Case(130, 300, head_dim=64, head_dim_v=128, bounds=1),
+    ),
+    "gradient of log-sum-exp": tuple(replace(case, grad_lse=True) for case in (CASES[2], CASES[9])),
+}
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -96,8 +113,10 @@ class Expected:
 
     query: Array  # [B, Lq, Hq, D]; float32 values of the dtype, as the next three
     key: Array  # [B, Lk, Hkv, D]
-    value: Array  # [B, Lk, Hkv, D]
-    grad_out: Array  # [B, Lq, Hq, D]
+    value: Array  # [B, Lk, Hkv, Dv]
+    grad_out: Array  # [B, Lq, Hq, Dv]
+    sink: Array | None  # [Hq] float32
+    grad_lse: Array | None  # [B, Hq, Lq] float32
     startend: Array | None  # [B, Hkv, Lk, bounds] int32
     scores: tuple[Array, Array]  # oracle and naive on a CPU, for `reference.errors`
     block_mask: Array  # [B, Hq, Mq, ceil(Mk / 32)] int32, selected by the oracle's scores in float32
@@ -110,16 +129,21 @@ def expected(case: Case, dtype: str) -> Expected:
     """What is `Expected` of a case in a dtype, the same on every call."""
     rng = np.random.default_rng(0)
 
-    def normal(seqlen: int, heads: int) -> Array:
-        return rng.standard_normal((case.batch, seqlen, heads, case.head_dim))
+    def normal(seqlen: int, heads: int, head_dim: int = case.head_dim) -> Array:
+        return rng.standard_normal((case.batch, seqlen, heads, head_dim))
 
+    head_dim_v = case.head_dim_v or case.head_dim
     query: Array = 2 * normal(case.seqlen_q, case.num_heads)
-    key, value = normal(case.seqlen_k, case.num_heads_k), normal(case.seqlen_k, case.num_heads_k)
+    key, value = normal(case.seqlen_k, case.num_heads_k), normal(case.seqlen_k, case.num_heads_k, head_dim_v)
     # The keys of a block share a direction, so that each query block has blocks that draw most of its attention.
     shared = normal(reference.num_blocks(case.seqlen_k), case.num_heads_k)
     key += np.repeat(shared, reference.BLOCK, axis=1)[:, : case.seqlen_k]
-    arrays = query, key, value, normal(case.seqlen_q, case.num_heads)
+    arrays = query, key, value, normal(case.seqlen_q, case.num_heads, head_dim_v)
     query, key, value, grad_out = (reference.cast(x, dtype).astype(np.float32) for x in arrays)
+    # About as large as the log-sum-exp of the keys, so that neither has all of the mass.
+    sink = (8 + 3 * rng.standard_normal(case.num_heads)).astype(np.float32) if case.sink else None
+    lse_shape = case.batch, case.num_heads, case.seqlen_q
+    grad_lse = rng.standard_normal(lse_shape).astype(np.float32) if case.grad_lse else None
     startend = None
     if case.bounds:
         row: Array = np.arange(case.seqlen_k) - (case.seqlen_k - case.seqlen_q)
@@ -128,7 +152,7 @@ def expected(case: Case, dtype: str) -> Expected:
         startend = (one + later).astype(np.int32)  # [B, Hkv, Lk, bounds], each a few rows after the one before
 
     scores, in_float32 = (
-        reference.estimate(query, key, startend, causal=case.causal, stride=case.stride, dtype=d)
+        reference.estimate(query, key, startend, causal=case.causal, stride=case.stride, sink=sink, dtype=d)
         for d in ("float64", "float32")
     )
     block_mask = reference.select(
@@ -136,8 +160,9 @@ def expected(case: Case, dtype: str) -> Expected:
     )
     forward = query, key, value, block_mask
     backward = *forward, grad_out
-    options: dict[str, Any] = {"startend": startend, "causal": case.causal}
+    options: dict[str, Any] = {"startend": startend, "causal": case.causal, "sink": sink}
     outputs = [reference.attend(*forward, **options, dtype=d) for d in ("float64", dtype)]
+    options["grad_lse"] = grad_lse
     gradients = [
         reference.backward(*backward, **options),
         reference.backward(*backward, **options, dtype=dtype),
@@ -149,11 +174,13 @@ def expected(case: Case, dtype: str) -> Expected:
         key,
         value,
         grad_out,
+        sink,
+        grad_lse,
         startend,
         (scores, in_float32),
         reference.pack(block_mask),
         dict(zip(("output", "log-sum-exp"), zip(*outputs))),
-        dict(zip(("gradient of query", "gradient of key", "gradient of value"), zip(*gradients))),
+        dict(zip((f"gradient of {name}" for name in ("query", "key", "value", "sink")), zip(*gradients))),
     )
 
 
@@ -200,7 +227,7 @@ class DirectKernels:
         dtype: str,
         **options: Any,
     ) -> tuple[Array, Array]:
-        """(out [B, Lq, Hq, D], lse [B, Hq, Lq])."""
+        """(out [B, Lq, Hq, Dv], lse [B, Hq, Lq])."""
         query, key, value = (reference.encode(x, dtype) for x in (query, key, value))
         out, lse = self._attend(query, key, value, block_mask, startend, dtype=dtype, **options)
         return reference.decode(out, dtype), lse
@@ -216,12 +243,16 @@ class DirectKernels:
         *,
         dtype: str,
         deterministic: bool,
+        sink: Array | None,
+        grad_lse: Array | None,
         **options: Any,
     ) -> tuple[Array, ...]:
-        """(grad_query, grad_key, grad_value), after a forward of its own."""
+        """(grad_query, grad_key, grad_value), after a forward of its own, and with a sink grad_sink."""
         query, key, value, grad_out = (reference.encode(x, dtype) for x in (query, key, value, grad_out))
+        options["sink"] = sink
         results = self._attend(query, key, value, block_mask, startend, compensate=False, dtype=dtype, **options)
         grads = [np.zeros_like(x) for x in (query, key, value)]
+        grad_sink = None if sink is None else np.full_like(sink, np.nan)
         direct.block_sparse_attention_backward(
             query,
             key,
@@ -233,11 +264,14 @@ class DirectKernels:
             grad_query=grads[0],
             grad_key=grads[1],
             grad_value=grads[2],
+            grad_sink=grad_sink,
+            grad_lse=grad_lse,
             dtype=dtype,
             deterministic=deterministic,
             **options,
         )
-        return tuple(reference.decode(grad, dtype) for grad in grads)
+        decoded = tuple(reference.decode(grad, dtype) for grad in grads)
+        return decoded if grad_sink is None else (*decoded, grad_sink)
 
     def rr_attention(
         self, query: Array, key: Array, value: Array, startend: Array | None, *, dtype: str, **options: Any
@@ -245,7 +279,7 @@ class DirectKernels:
         """(out, lse, block_mask) of one call."""
         query, key, value = (reference.encode(x, dtype) for x in (query, key, value))
         (batch, seqlen_q, num_heads, _), seqlen_k = query.shape, key.shape[1]
-        out, lse = room_for_attention(query)
+        out, lse = room_for_attention(query, value)
         block_mask = room_for_mask(batch, num_heads, *map(reference.num_blocks, (seqlen_q, seqlen_k)))
         direct.rr_attention(
             query, key, value, startend, out=out, lse=lse, block_mask=block_mask, dtype=dtype, **options
@@ -255,15 +289,16 @@ class DirectKernels:
     def _attend(
         self, query: Array, key: Array, value: Array, block_mask: Array, startend: Array | None, **options: Any
     ) -> tuple[Array, Array]:
-        out, lse = room_for_attention(query)
+        out, lse = room_for_attention(query, value)
         direct.block_sparse_attention(query, key, value, block_mask, startend, out=out, lse=lse, **options)
         return out, lse
 
 
-def room_for_attention(query: Array) -> tuple[Array, Array]:
+def room_for_attention(query: Array, value: Array) -> tuple[Array, Array]:
     """(out, lse) for a stage to write."""
     batch, seqlen_q, num_heads, _ = query.shape
-    return np.zeros_like(query), np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
+    out = np.zeros((batch, seqlen_q, num_heads, value.shape[3]), query.dtype)
+    return out, np.full((batch, num_heads, seqlen_q), np.nan, np.float32)
 
 
 def room_for_mask(batch: int, num_heads: int, blocks_q: int, blocks_k: int) -> Array:
@@ -288,9 +323,9 @@ class OperatorKernels:
         finally:
             paddle.set_device(before)
 
-    def estimate(self, query: Any, key: Any, startend: Any, *, dtype: str, **options: Any) -> Array:
+    def estimate(self, query: Any, key: Any, startend: Any, *, dtype: str, sink: Any = None, **options: Any) -> Array:
         tensors = to_tensor(query, dtype), to_tensor(key, dtype), to_tensor(startend, "int32")
-        return functional.estimate_block_scores(*tensors, **options).numpy()
+        return functional.estimate_block_scores(*tensors, sink=to_tensor(sink, "float32"), **options).numpy()
 
     def select(self, block_scores: Any, startend: Any, *, threshold: float, **options: Any) -> Array:
         scores, startend = to_tensor(block_scores, "float32"), to_tensor(startend, "int32")
@@ -305,12 +340,20 @@ class OperatorKernels:
         startend: Any,
         *,
         dtype: str,
+        sink: Any = None,
         **options: Any,
     ) -> tuple[Array, Array]:
         query, key, value = (to_tensor(x, dtype) for x in (query, key, value))
         block_mask, startend = to_tensor(block_mask, "int32"), to_tensor(startend, "int32")
         out, lse = functional.block_sparse_attention(
-            query, key, value, block_mask, startend, return_softmax_lse=True, **options
+            query,
+            key,
+            value,
+            block_mask,
+            startend,
+            sink=to_tensor(sink, "float32"),
+            return_softmax_lse=True,
+            **options,
         )
         return reference.decode(out.numpy(), dtype), lse.numpy()
 
@@ -324,24 +367,44 @@ class OperatorKernels:
         grad_out: Any,
         *,
         dtype: str,
+        sink: Any,
+        grad_lse: Any,
         **options: Any,
     ) -> tuple[Array, ...]:
-        leaves = [to_tensor(x, dtype) for x in (query, key, value)]
+        query, key, value = (to_tensor(x, dtype) for x in (query, key, value))
+        sink = to_tensor(sink, "float32")
+        leaves = [leaf for leaf in (query, key, value, sink) if leaf is not None]
         for leaf in leaves:
             leaf.stop_gradient = False
-        block_mask, startend = to_tensor(block_mask, "int32"), to_tensor(startend, "int32")
-        query, key, value = leaves
-        out = functional.block_sparse_attention(query, key, value, block_mask, startend, compensate=False, **options)
-        grads = paddle.grad(out, leaves, to_tensor(grad_out, dtype))
-        return tuple(reference.decode(grad.numpy(), dtype) for grad in grads)
+        results = functional.block_sparse_attention(
+            query,
+            key,
+            value,
+            to_tensor(block_mask, "int32"),
+            to_tensor(startend, "int32"),
+            compensate=False,
+            sink=sink,
+            return_softmax_lse=True,
+            **options,
+        )
+        given = [to_tensor(grad_out, dtype)] + ([] if grad_lse is None else [to_tensor(grad_lse, "float32")])
+        grads = [grad.numpy() for grad in paddle.grad(results[: len(given)], leaves, given)]
+        return (*(reference.decode(grad, dtype) for grad in grads[:3]), *grads[3:])
 
     def rr_attention(
-        self, query: Any, key: Any, value: Any, startend: Any, *, dtype: str, **options: Any
+        self, query: Any, key: Any, value: Any, startend: Any, *, dtype: str, sink: Any = None, **options: Any
     ) -> tuple[Array, ...]:
         """(out, lse, block_mask) of one operator."""
         query, key, value = (to_tensor(x, dtype) for x in (query, key, value))
         out, lse, block_mask = functional.rr_attention(
-            query, key, value, to_tensor(startend, "int32"), return_softmax_lse=True, return_block_mask=True, **options
+            query,
+            key,
+            value,
+            to_tensor(startend, "int32"),
+            sink=to_tensor(sink, "float32"),
+            return_softmax_lse=True,
+            return_block_mask=True,
+            **options,
         )
         return reference.decode(out.numpy(), dtype), lse.numpy(), block_mask.numpy()
 
@@ -355,7 +418,7 @@ def compare(kernels: Kernels, case: Case, dtype: str) -> Iterator[Measured]:
     """Yields (what, error, allowed) of all that is computed of a case; allowed is 0 where bits must be equal."""
     known = expected(case, dtype)
     forward = known.query, known.key, known.value
-    options: dict[str, Any] = {"causal": case.causal, "dtype": dtype}
+    options: dict[str, Any] = {"causal": case.causal, "sink": known.sink, "dtype": dtype}
 
     sampled = {"stride": case.stride, **options}
     scores = kernels.estimate(known.query, known.key, known.startend, **sampled)
@@ -377,7 +440,13 @@ def compare(kernels: Kernels, case: Case, dtype: str) -> Iterator[Measured]:
 
     gradients = [
         kernels.backward(
-            *forward, known.block_mask, known.startend, known.grad_out, deterministic=deterministic, **options
+            *forward,
+            known.block_mask,
+            known.startend,
+            known.grad_out,
+            grad_lse=known.grad_lse,
+            deterministic=deterministic,
+            **options,
         )
         for deterministic in (False, True, True)
     ]
@@ -443,6 +512,15 @@ def check_compensation(kernels: Kernels) -> Outcome:
     )
 
 
+def check_feature(kernels: Kernels, feature: str) -> Outcome:
+    """(failures, note) of the cases with one of FEATURES, in all dtypes."""
+    return judge(
+        (f"{dtype}, {case}", partial(compare, kernels, case, dtype))
+        for dtype in kernels.dtypes
+        for case in FEATURES[feature]
+    )
+
+
 def judge(computations: Iterable[tuple[str, Callable[[], Iterable[Measured]]]]) -> Outcome:
     """(failures, note) of named computations; the note tells the largest error by what is allowed of it."""
     failures: list[str] = []
@@ -495,11 +573,12 @@ def run() -> int:
     groups: list[tuple[str, Kernels, Callable[[], Outcome]]] = []
     for kernels in all_kernels:
         groups += [(f"{kernels.name}, {x}", kernels, partial(check_dtype, kernels, x)) for x in kernels.dtypes]
+        groups += [(f"{kernels.name}, {x}", kernels, partial(check_feature, kernels, x)) for x in FEATURES]
         groups.append((f"{kernels.name}, compensation", kernels, partial(check_compensation, kernels)))
         groups.append((f"{kernels.name}, bad arguments", kernels, partial(check_refusal, kernels)))
     num_failed = 0
     for name, kernels, check in groups:
-        print(f"{name:<40}", end=" ", flush=True)  # before it runs: should it end the process, this tells which
+        print(f"{name:<50}", end=" ", flush=True)  # before it runs: should it end the process, this tells which
         try:
             with kernels.in_use():
                 failures, note = check()

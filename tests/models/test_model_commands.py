@@ -52,18 +52,23 @@ def curves(rng, layers=3, heads=4):
 # What is measured
 
 
+SINK = np.array([1.5, -2, 6, -np.inf], np.float32)
+
+
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (127, 127), (128, 128), (129, 129), (700, 700), (72, 584)])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_exact_mass_is_the_softmax_summed_over_blocks(rng, seqlen_q, seqlen_k, scale):
+@pytest.mark.parametrize("sink", [None, SINK], ids=["no sink", "sink"])
+def test_exact_mass_is_the_softmax_summed_over_blocks(rng, seqlen_q, seqlen_k, scale, sink):
     query = rng.standard_normal((1, seqlen_q, 4, 16)).astype(np.float32)
     key = rng.standard_normal((1, seqlen_k, 2, 16)).astype(np.float32)
-    mass = attention_mass.exact_block_mass(paddle.to_tensor(query), paddle.to_tensor(key), scale)
+    tensors = paddle.to_tensor(query), paddle.to_tensor(key)
+    mass = attention_mass.exact_block_mass(*tensors, scale, None if sink is None else paddle.to_tensor(sink))
     for head in range(4):
         products = (
             query[0, :, head].astype(np.float64) @ key[0, :, head // 2].T * (16**-0.5 if scale is None else scale)
         )
         weights = np.where(np.tri(seqlen_q, seqlen_k, seqlen_k - seqlen_q, dtype=bool), np.exp(products), 0)
-        weights /= weights.sum(1, keepdims=True)
+        weights /= weights.sum(1, keepdims=True) + (0 if sink is None else np.exp(sink[head]))
         expected = np.add.reduceat(weights, np.arange(0, seqlen_q, 128), axis=0)
         expected = np.add.reduceat(expected, np.arange(0, seqlen_k, 128), axis=1)
         np.testing.assert_allclose(mass[head], expected, atol=1e-4)
@@ -71,7 +76,8 @@ def test_exact_mass_is_the_softmax_summed_over_blocks(rng, seqlen_q, seqlen_k, s
 
 @pytest.mark.parametrize("causal, num_bounds", [(True, 0), (True, 1), (True, 2), (False, 0), (False, 2), (False, 4)])
 @pytest.mark.parametrize("bounds_heads", [1, 2, 4])
-def test_mass_of_rows_under_flashmask(rng, causal, num_bounds, bounds_heads):
+@pytest.mark.parametrize("sink", [None, SINK], ids=["no sink", "sink"])
+def test_mass_of_rows_under_flashmask(rng, causal, num_bounds, bounds_heads, sink):
     """By the masks of the oracle; rows that see nothing have none."""
     sizes = (200, 4), (300, 2)
     query, key = (rng.standard_normal((2, *size, 16)).astype(np.float32) for size in sizes)
@@ -89,12 +95,14 @@ def test_mass_of_rows_under_flashmask(rng, causal, num_bounds, bounds_heads):
         None if bounds is None else paddle.to_tensor(bounds),
         causal=causal,
         softmax_scale=0.4,
+        sink=None if sink is None else paddle.to_tensor(sink),
     )
     geometry = {"causal": causal, "batch": 2, "num_heads": 4, "seqlen_q": 200, "seqlen_k": 300}
     seen = reference.token_mask(bounds, **geometry)
     for batch, head in np.ndindex(2, 4):
         products = query[batch, :, head].astype(np.float64) @ key[batch, :, head // 2].T * 0.4
-        weights = reference.masked_softmax(products, seen[batch, head])[0][rows]
+        of_sink = None if sink is None else sink[head]
+        weights = reference.masked_softmax(products, seen[batch, head], of_sink)[0][rows]
         expected = np.add.reduceat(weights, [0, 128, 256], axis=1)
         np.testing.assert_allclose(mass[batch, head], expected, atol=1e-5)
     assert mass.shape == (2, 4, 7, 3) and mass[0].sum() > 0
@@ -119,6 +127,24 @@ def test_density_and_kept_mass_of_blocks():
     density, kept = attention_mass.density_and_kept(selected, mass)
     np.testing.assert_allclose(density, [0.5, 1])
     np.testing.assert_allclose(kept, [2.25 / 3, 1])
+    assert attention_mass.density_and_kept(selected, 0 * mass)[1].tolist() == [1, 1]  # sinks have taken all of it
+
+
+def test_calibration_measures_with_the_sink():
+    paddle.seed(0)
+    query, key = paddle.randn([1, 700, 4, 16]), paddle.randn([1, 700, 2, 16])
+    sink = paddle.to_tensor(SINK)
+    measurement = calibrate._Measurement(calibrate.config_of(1.0, 8))
+    out, _ = measurement(query, key, key, None, causal=True, softmax_scale=None, sink=sink)
+    everything = paddle.full([1, 4, 6, 1], -1, "int32")
+    assert (out == rrattn.block_sparse_attention(query, key, key, everything, causal=True, sink=sink)).all()
+    mass = attention_mass.exact_block_mass(query, key, sink=sink)
+    index = calibrate.THRESHOLDS.index(0.8)
+    core = rrattn.RRAttention(calibrate.config_of(0.8, 8))
+    core(query, key, key, causal=True, sink=sink)
+    selected = reference.unpack(core.last_selection.block_mask.numpy(), 6)[0]
+    expected = attention_mass.density_and_kept(selected, mass)
+    np.testing.assert_allclose(measurement.results[0][index], np.stack(expected, -1), rtol=1e-6)
 
 
 def test_measured_blocks_are_those_that_an_enabled_model_selects(folder, text):

@@ -32,15 +32,15 @@ def model():
     return rrattn.enable(make_model(), SPARSE)
 
 
-def true_share(query, key, kept, startend=None):
-    """float64 [Hq]: of the exact attention of all queries, causal, what kept blocks [B, Hq, Mq, Mk] hold."""
+def true_share(query, key, kept, startend=None, sink=None):
+    """float64 [Hq]: of the exact attention of all queries to keys, causal, what kept blocks [B, Hq, Mq, Mk] hold."""
     (batch, length, heads, dim), group = query.shape, query.shape[2] // key.shape[2]
     sizes = {"causal": True, "batch": batch, "num_heads": heads, "seqlen_q": length, "seqlen_k": length}
     seen = reference.token_mask(startend, **sizes)
     sums = np.zeros((2, heads))
     for b, h in np.ndindex(batch, heads):
         products = query[b, :, h] @ key[b, :, h // group].T * dim**-0.5
-        weights = reference.masked_softmax(products, seen[b, h])[0]
+        weights = reference.masked_softmax(products, seen[b, h], None if sink is None else sink[h])[0]
         blocks = kept[b, h].repeat(128, 0)[:length].repeat(128, 1)[:, :length]
         sums[:, h] += (weights * blocks).sum(), weights.sum()
     return sums[0] / sums[1]
@@ -66,6 +66,26 @@ def test_density_and_kept_mass_of_one_prefill(model, tokens, monkeypatch):
         assert (layer.true_mass < 1).all() and (layer.true_mass != layer.estimated_mass).all()
         assert layer.prefills == 1 and layer.decodings == 0
         assert 0 < layer.prefill_seconds < 60 and layer.decode_seconds == 0
+
+
+def test_masses_beside_a_sink():
+    """The estimated one and the true one are of what the sinks leave to the keys, row by row."""
+    rng = np.random.default_rng(0)
+    query, key = 2 * rng.standard_normal((2, 700, 4, 16)), rng.standard_normal((2, 700, 2, 16))
+    key += np.repeat(rng.standard_normal((2, 6, 2, 16)), 128, axis=1)[:, :700]
+    sink = np.array([3, 6, 9, -np.inf])
+    core, layer = rrattn.RRAttention(SPARSE), rrattn.stats.LayerStats()
+    core._observer = rrattn.stats._Observer(core, layer, 700)
+    tensors = [paddle.to_tensor(x, dtype="float32") for x in (query, key, key)]
+    core(*tensors, causal=True, sink=paddle.to_tensor(sink, dtype="float32"))
+    query, key = (tensor.numpy().astype(np.float64) for tensor in tensors[:2])
+    scores = reference.estimate(query, key, causal=True, sink=sink)
+    kept = reference.unpack(core.last_selection.block_mask.numpy(), 6)
+    np.testing.assert_allclose(layer.estimated_mass, (scores * kept).sum((0, 2, 3)) / scores.sum((0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(layer.true_mass, true_share(query, key, kept, sink=sink), rtol=1e-5)
+    without = true_share(query, key, kept)
+    assert (np.abs(layer.true_mass - without)[:3] > 1e-4).all()  # the rows count otherwise
+    np.testing.assert_allclose(layer.true_mass[3], without[3], rtol=1e-5)
 
 
 def test_true_mass_of_sampled_queries_is_near_that_of_all(model, tokens):

@@ -97,7 +97,7 @@ for command in ("calibrate model config --text file --held-out file", "visualize
     assert "Paddle: not installed, so that only rrattn.direct is there" in told.splitlines()
     assert "GPU: none without Paddle" in told.splitlines()
     assert "not checked: Paddle's operators: Paddle is not installed" in checked.splitlines()
-    assert checked.splitlines()[-1].startswith(f"all {5 * len(direct.available_simd())} groups passed")
+    assert checked.splitlines()[-1].startswith(f"all {8 * len(direct.available_simd())} groups passed")
     for name in ("calibrate", "visualize"):
         assert f"rrattn {name}: error: needs Paddle, which is not installed" in process.stderr
 
@@ -110,7 +110,7 @@ def test_check_passes_here():
     groups = [line for line in process.stdout.splitlines() if " ok " in line]
     names = [f"rrattn.direct, {simd}" for simd in direct.available_simd()] + ["Paddle's operators, cpu"]
     for name in names:
-        for label in ("float32", "float16", "bfloat16", "compensation", "bad arguments"):
+        for label in ("float32", "float16", "bfloat16", *check.FEATURES, "compensation", "bad arguments"):
             assert sum(line.startswith(f"{name}, {label} ") for line in groups) == 1, process.stdout
     assert process.stdout.splitlines()[-1].startswith(f"all {len(groups)} groups passed")
     assert seconds < 30
@@ -140,12 +140,13 @@ def test_means_count_in_the_check_of_compensation(case):
 
 
 def spoils(output, change):
-    """Changes the output of this name after the call."""
+    """Changes the output of this name after the call, where it is given."""
 
     def fault(function):
         def wrong(*arguments, **options):
             result = function(*arguments, **options)
-            change(options[output])
+            if options[output] is not None:
+                change(options[output])
             return result
 
         return wrong
@@ -210,13 +211,19 @@ def doubles(function):
     return wrong
 
 
+def ignores(argument):
+    """Takes no notice of this array."""
+    return lambda function: lambda *arguments, **options: function(*arguments, **{**options, argument: None})
+
+
 def does_not(option):
     """Takes no notice of this option."""
     return lambda function: lambda *arguments, **options: function(*arguments, **{**options, option: False})
 
 
 DTYPES = ("float32", "float16", "bfloat16")
-ATTENTION = (*DTYPES, "compensation")
+PLAIN = (*DTYPES, *check.FEATURES)
+ATTENTION = (*PLAIN, "compensation")
 
 
 @pytest.mark.parametrize(
@@ -226,14 +233,14 @@ ATTENTION = (*DTYPES, "compensation")
             direct,
             "estimate_block_scores",
             spoils("block_scores", scales_first_value),
-            DTYPES,
+            PLAIN,
             "block scores, largest error: ",
         ),
         (
             direct,
             "select_blocks",
             spoils("block_mask", flips_a_bit),
-            DTYPES,
+            PLAIN,
             "selection, in words that differ: 1, allowed 0",
         ),
         (direct, "block_sparse_attention", spoils("out", zeroes_last_value), ATTENTION, "output, largest error: "),
@@ -258,17 +265,34 @@ ATTENTION = (*DTYPES, "compensation")
             direct,
             "block_sparse_attention_backward",
             spoils("grad_key", zeroes_first_token),
-            DTYPES,
+            PLAIN,
             "gradient of key, largest error: ",
         ),
-        (direct, "block_sparse_attention_backward", gives_other_bits_each_time, DTYPES, "differ from run to run: 1, "),
-        (direct, "block_sparse_attention_backward", ends_early, DTYPES, "RuntimeError: no such kernel"),
+        (direct, "block_sparse_attention_backward", gives_other_bits_each_time, PLAIN, "differ from run to run: 1, "),
+        (direct, "block_sparse_attention_backward", ends_early, PLAIN, "RuntimeError: no such kernel"),
+        (direct, "estimate_block_scores", ignores("sink"), ("sinks",), "block scores, largest error: "),
+        (direct, "block_sparse_attention", ignores("sink"), ("sinks",), "log-sum-exp, largest error: "),
+        (
+            direct,
+            "block_sparse_attention_backward",
+            spoils("grad_sink", scales_first_value),
+            ("sinks",),
+            "gradient of sink, largest error: ",
+        ),
+        (
+            direct,
+            "block_sparse_attention_backward",
+            ignores("grad_lse"),
+            ("gradient of log-sum-exp",),
+            "gradient of query, largest error: ",
+        ),
+        (functional, "rr_attention", ignores("sink"), ("sinks",), "output of rr_attention, in words that differ"),
         (direct, "estimate_block_scores", takes_any_head_size, ("bad arguments",), "a head size of 7 raised nothing"),
         (functional, "block_sparse_attention", doubles, ATTENTION, "output, largest error: "),
-        (functional, "select_blocks", doubles, DTYPES, "selection, in words that differ: "),
+        (functional, "select_blocks", doubles, PLAIN, "selection, in words that differ: "),
         (functional, "rr_attention", selects_otherwise, ATTENTION, "selection of rr_attention, in words that differ"),
         (functional, "rr_attention", doubles, ATTENTION, "output of rr_attention, in words that differ"),
-        (functional, "estimate_block_scores", ends_early, (*DTYPES, "bad arguments"), "RuntimeError: no such kernel"),
+        (functional, "estimate_block_scores", ends_early, (*PLAIN, "bad arguments"), "RuntimeError: no such kernel"),
     ],
 )
 def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys, module, name, fault, failing, message):
@@ -309,8 +333,8 @@ def test_a_device_that_cannot_be_used_fails_its_groups_alone(monkeypatch, capsys
     )
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(", ")[1] for line in lines if " FAILED" in line and "operators" in line] == ["gpu:99"] * 4
-    assert sum(" ok " in line for line in lines) == 5
+    assert [line.split(", ")[1] for line in lines if " FAILED" in line and "operators" in line] == ["gpu:99"] * 7
+    assert sum(" ok " in line for line in lines) == 8
     assert sum(line.startswith("    ") and "Error: " in line for line in lines) == 4
     assert lines[-1].startswith("4 of 9 groups FAILED")
 

@@ -69,7 +69,7 @@ class Model:
         """What an RRAttention runs in place of its own: (out, block mask). Masks are plain causal here, so bounds that
         the library makes of them say nothing more."""
         if sink is not None:
-            raise ValueError("the methods here choose blocks without learned attention sinks, which this model has")
+            raise ValueError("the model has attention sinks, which the methods that are compared here do not know")
         sizes = {"causal": causal, "seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         if self._every_block or query.shape[1] == 1 < key.shape[1]:
             block_mask = rrattn.dense_block_mask(query.shape[0], query.shape[2], **sizes)
