@@ -335,7 +335,8 @@ def _refuse_arguments(given: dict[str, Any]) -> None:
     """Raises ValueError for an argument of a call that rrattn does not support, with its value."""
     for name, argument in given.items():
         if name not in _READ + _UNREAD and argument is not None and argument is not False:
-            raise ValueError(f"rrattn does not support {name}={argument!r} in PaddleFleet layers")
+            told = f"a tensor {list(argument.shape)}" if isinstance(argument, paddle.Tensor) else repr(argument)
+            raise ValueError(f"rrattn does not support {name}={told} in PaddleFleet layers; it must be None or False")
 
 
 def _context_parallel_group(layer: Layer) -> Any:

@@ -232,7 +232,7 @@ def test_layers_that_are_not_supported_are_refused(fleet, settings, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention_bias": 0.5}, "attention_bias=0.5"),
+        ({"attention_bias": paddle.zeros([4, 1])}, r"attention_bias=a tensor \[4, 1\] .* must be None or False"),
         ({"packed_seq_params": "packed"}, "packed_seq_params='packed'"),
         ({"use_rr_flash_attention": True}, "use_rr_flash_attention=True"),
         ({"attention_mask": paddle.zeros([1, 1, 128, 128])}, "not causal"),

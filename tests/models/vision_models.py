@@ -104,6 +104,22 @@ def make_model():
     return model
 
 
+def save_checkpoint(folder, pixels):
+    """A model and its processor, written to a folder under the names that published checkpoints have."""
+    from safetensors.numpy import load_file, save_file
+
+    processor = make_processor(folder, pixels)
+    make_model().save_pretrained(str(folder))
+    processor.save_pretrained(str(folder))
+    # PaddleFormers 1.2 writes the biases of attention under other names than it reads.
+    ours, published = "model.language_model.layers.", "model.layers."
+    for path in folder.glob("*.safetensors"):
+        weights = {name.replace(ours, published): weight for name, weight in load_file(str(path)).items()}
+        save_file(weights, str(path), metadata={"format": "np"})
+    for path in folder.glob("*.safetensors.index.json"):
+        path.write_text(path.read_text().replace(ours, published))
+
+
 def make_frames(count, size=(160, 120), seed=0):
     """Frames of a video, PIL pictures: a ball that flies over a striped, noisy ground and changes its colour."""
     noise = np.random.default_rng(seed).integers(0, 60, (size[1], size[0], 3), dtype=np.uint8)

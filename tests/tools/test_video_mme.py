@@ -9,11 +9,10 @@ import numpy as np
 import paddle
 import pytest
 
-paddleformers = pytest.importorskip("paddleformers.transformers")
-pytest.importorskip("matplotlib")
+pytest.importorskip("paddleformers.transformers")
 
 from PIL import Image  # noqa: E402
-from vision_models import make_frames, make_model, make_processor  # noqa: E402
+from vision_models import make_frames, make_model, save_checkpoint  # noqa: E402
 
 import rrattn  # noqa: E402
 from tools import evaluate  # noqa: E402
@@ -80,9 +79,7 @@ def data(tmp_path):
 def checkpoint(tmp_path_factory):
     """A tiny Qwen2.5-VL with its processor, as they are saved."""
     folder = tmp_path_factory.mktemp("vision-model")
-    processor = make_processor(folder, (112 * 112, 168 * 168))
-    make_model().save_pretrained(str(folder))
-    processor.save_pretrained(str(folder))
+    save_checkpoint(folder, (112 * 112, 168 * 168))
     return folder
 
 
