@@ -119,7 +119,7 @@ class ModelLibrary(abc.ABC):
             swap_in(layer, attributes)
         if flag is not None:
             give_own_flag(model, [layer.config for layer in layers], *flag, keep=len(others) < len(layers))
-        self.log(report(type(model).__name__, self.name, config, len(layers)))
+        self.log(report(type(model).__name__, self.name, config, indices, places[0].num_layers))
         return model
 
     def disable(self, model: ModelT) -> ModelT:
