@@ -16,7 +16,7 @@ if _HAS_PADDLE:
 
     from . import _build_info
 
-MODEL_LIBRARIES = {"paddleformers": "PaddleFormers", "paddlenlp": "PaddleNLP", "paddlefleet": "PaddleFleet"}
+MODEL_LIBRARIES = {"paddlefleet": "PaddleFleet", "paddleformers": "PaddleFormers", "paddlenlp": "PaddleNLP"}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A test of `kernels` runs on the CPU and, where they are, on a GPU and through Pa
 these alone. What a GPU cannot do is marked cpu_only; of the fixture `dtype` it takes no float32.
 """
 
+import importlib
 import subprocess
 import sys
 import tarfile
@@ -141,3 +142,31 @@ def tokens():
     from tiny_models import make_tokens
 
     return make_tokens()
+
+
+@pytest.fixture
+def fleet(monkeypatch):
+    """rrattn.integrations.paddlefleet, over the stand-in of PaddleFleet."""
+    import paddlefleet_stand_in
+
+    paddlefleet_stand_in.install(monkeypatch)
+    yield importlib.import_module("rrattn.integrations.paddlefleet")
+    sys.modules.pop("rrattn.integrations.paddlefleet", None)
+
+
+@pytest.fixture
+def by_oracle(monkeypatch):
+    """by_oracle(function, ...): what it returns when the oracle computes the attention of models."""
+    from model_oracle import oracle_forward
+
+    import rrattn
+
+    def call(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            calls = []
+            patch.setattr(rrattn.RRAttention, "forward", lambda *a, **k: calls.append(0) or oracle_forward(*a, **k))
+            result = function(*arguments, **options)
+            assert calls
+            return result
+
+    return call

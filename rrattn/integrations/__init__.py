@@ -1,8 +1,8 @@
 """RRAttention inside model libraries.
 
 `enable(model, threshold=0.9)` switches a model's attention over and `disable(model)` back; `layer_selections` and
-`layer_densities` tell afterwards what each layer attended. The library is found from the model's class. There is
-one file per library, which is loaded only together with that library: importing rrattn imports none of them.
+`layer_densities` tell afterwards what each layer attended. The library is found from what the model's layers are. There
+is one file per library, which is loaded only together with that library: importing rrattn imports none of them.
 
 For libraries that look attention functions up by name, importing this module also registers the name "rrattn", and
 lets models notice where that name has no effect: at once when the library is loaded already and otherwise at the moment
@@ -18,7 +18,7 @@ instance of a subclass of `model_library.ModelLibrary`, whose methods say
 - `own_flag`, `config_of`, `running_core`: the library's flag for attention functions, where it has one,
 - `log`: where its messages go.
 
-If it has a table of attention functions to register in, that is one of the _HOOKS.
+If it has a table of attention functions to register in, that is one of the _HOOKS; `attention_table.py` has the rest.
 
 What a layer then calls hands query, key, value and masks to `common.attend`, and refuses by name what the library asks
 for beyond that. `paddlenlp.py` is an example of a library with a function to replace, `paddleformers.py` of one with a
@@ -50,13 +50,15 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound="Layer")
 
-# Packages of the libraries; our module for one has its name.
-_LIBRARIES = ("paddleformers", "paddlenlp", "paddlefleet")
+# Packages of the libraries; our module for one has its name. Where a model has layers of several, the first is meant.
+_LIBRARIES = ("paddlefleet", "paddleformers", "paddlenlp")
 # Module of a library -> our module and its function that is called with it: the library's table of attention
-# functions, to which "rrattn" is added, and its models, which then notice a flag without effect.
+# functions, to which "rrattn" is added, and its models, which then notice a flag without effect. PaddleFormers' models
+# are in PaddleFleet as well.
 _HOOKS = {
-    "paddleformers.nn.attention.interface": ("rrattn.integrations.paddleformers", "register"),
-    "paddleformers.transformers.model_utils": ("rrattn.integrations.paddleformers", "watch"),
+    f"{package}.{module}": ("rrattn.integrations.paddleformers", function)
+    for package in ("paddleformers", "paddlefleet")
+    for module, function in (("nn.attention.interface", "register"), ("transformers.model_utils", "watch"))
 }
 
 
@@ -90,9 +92,15 @@ class _HookWhenImported(importlib.abc.MetaPathFinder):
 
 
 def _library_of(model: Layer) -> ModelLibrary:
-    for base in type(model).__mro__:
-        package = base.__module__.partition(".")[0]
-        if package in _LIBRARIES:
+    """The library whose attention layers a model has: one with a table that they look up, or that of its classes."""
+    if any(module in sys.modules for module in _HOOKS):
+        with_table: ModelLibrary | None = importlib.import_module(f"{__name__}.paddleformers").library_of(model)
+        if with_table is not None:
+            return with_table
+    bases = {base for layer in model.sublayers(include_self=True) for base in type(layer).__mro__}
+    packages = {base.__module__.partition(".")[0] for base in bases}
+    for package in _LIBRARIES:
+        if package in packages:
             library: ModelLibrary = importlib.import_module(f"{__name__}.{package}").LIBRARY
             return library
     raise ValueError(
@@ -113,9 +121,10 @@ def enable(model: ModelT, config: RRAttentionConfig | None = None, **settings: U
     Parameters
     ----------
     model : paddle.nn.Layer
-        A LLaMA, Qwen2, Qwen3 or ERNIE 4.5 model of PaddleFormers, a LLaMA or Qwen2 model of PaddleNLP, or a model of
-        PaddleFleet whose layer spec names `rrattn.integrations.paddlefleet.RRCoreAttention`. Call it after loading the
-        weights.
+        A model of PaddleFormers whose attention layers look up its table of attention functions, a LLaMA or Qwen2 model
+        of PaddleNLP, or a model of PaddleFleet whose layer spec names
+        `rrattn.integrations.paddlefleet.RRCoreAttention`. A family that rrattn is not tested with gets a warning that
+        names it. Call it after loading the weights.
     config : RRAttentionConfig, optional
         All settings. Its threshold may differ per layer and per head.
     settings

@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 
 
 class OwnFlag(NamedTuple):
-    """A flag in a model's config that says whether rrattn runs."""
+    """A flag in the config of attention layers that says whether rrattn runs."""
 
-    config_class: type
-    """Class of the library's configs."""
     name: str
     """Attribute of the configs."""
     value: object
@@ -120,8 +118,8 @@ class ModelLibrary(abc.ABC):
         for layer, attributes in zip(others, replacements):
             swap_in(layer, attributes)
         if flag is not None:
-            give_own_flag(model, *flag, keep=len(others) < len(layers))
-        self.log(report(type(model).__name__, self.name, config, len(layers)))
+            give_own_flag(model, [layer.config for layer in layers], *flag, keep=len(others) < len(layers))
+        self.log(report(type(model).__name__, self.name, config, indices, places[0].num_layers))
         return model
 
     def disable(self, model: ModelT) -> ModelT:
@@ -129,12 +127,10 @@ class ModelLibrary(abc.ABC):
         layers = [layer for layer in self.attention_layers(model) if is_enabled(layer)]
         if not layers:
             raise ValueError("rrattn is not enabled on this model")
-        flag = self.own_flag()
         set_cores(layers, [None] * len(layers))
         for layer in layers:
             restore(layer)
-        if flag is not None:
-            take_own_flag(model, flag.config_class)
+        take_own_flag(model)
         return model
 
     def attention_cores(self, model: Layer) -> list[RRAttention | None]:

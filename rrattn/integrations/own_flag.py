@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from paddle import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _SHARED = "_rrattn_shared"  # slot of a view: the config that it is a view on
 
 
-def give_own_flag(model: nn.Layer, config_class: type, flag: str, value: object, *, keep: bool) -> None:
-    """Gives a model a flag of its own, in every config that its layers hold.
+def give_own_flag(model: nn.Layer, configs: Iterable[object], flag: str, value: object, *, keep: bool) -> None:
+    """Gives a model a flag of its own, in these configs wherever its layers hold them.
 
     Parameters
     ----------
     model : paddle.nn.Layer
-    config_class : type
-        Class of the library's configs.
+    configs
+        Those whose flag is meant: a model of pictures and text has others beside that of its text.
     flag : str
         Attribute of the configs.
     value
@@ -34,7 +37,8 @@ def give_own_flag(model: nn.Layer, config_class: type, flag: str, value: object,
         Whether views that the model has are its own, and stay. Otherwise they are another model's, from whose config
         this one was built.
     """
-    held = _held(model, config_class)
+    flagged = {id(shared_of(config)) for config in configs}
+    held = [place for place in _attributes(model) if id(shared_of(place[2])) in flagged]
     views = {id(shared_of(config)): config for *_, config in held if keep and is_view(config)}
     for layer, name, config in held:
         shared = shared_of(config)
@@ -45,10 +49,11 @@ def give_own_flag(model: nn.Layer, config_class: type, flag: str, value: object,
         setattr(view, flag, value)
 
 
-def take_own_flag(model: nn.Layer, config_class: type) -> None:
+def take_own_flag(model: nn.Layer) -> None:
     """Undoes `give_own_flag`: the model holds the shared configs again."""
-    for layer, name, config in _held(model, config_class):
-        vars(layer)[name] = shared_of(config)
+    for layer, name, held in _attributes(model):
+        if is_view(held):
+            vars(layer)[name] = shared_of(held)
 
 
 def is_view(config: object) -> bool:
@@ -61,14 +66,9 @@ def shared_of(config: Any) -> Any:
     return getattr(config, _SHARED) if is_view(config) else config
 
 
-def _held(model: nn.Layer, config_class: type) -> list[tuple[nn.Layer, str, Any]]:
-    """(layer, attribute, config) for every config that a layer of the model holds."""
-    return [
-        (layer, name, held)
-        for layer in model.sublayers(include_self=True)
-        for name, held in vars(layer).items()
-        if isinstance(held, config_class)
-    ]
+def _attributes(model: nn.Layer) -> list[tuple[nn.Layer, str, Any]]:
+    """(layer, name, value) of every attribute that a layer of the model holds."""
+    return [(layer, name, held) for layer in model.sublayers(include_self=True) for name, held in vars(layer).items()]
 
 
 class _View:

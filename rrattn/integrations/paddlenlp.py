@@ -167,9 +167,7 @@ class PaddleNLP(ModelLibrary):
         return {"forward": _ForwardWithOwnAttention(layer, LayerAttention(layer, forward.__globals__[_FUNCTION]))}
 
     def own_flag(self) -> OwnFlag:
-        from paddlenlp.transformers import PretrainedConfig
-
-        return OwnFlag(PretrainedConfig, FLAG, True)
+        return OwnFlag(FLAG, True)
 
     def running_core(self, layer: Layer) -> RRAttention | None:
         return core_of(layer) if _runs(layer) else None

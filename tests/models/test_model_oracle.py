@@ -3,6 +3,7 @@
 import numpy as np
 import paddle
 import pytest
+from model_oracle import oracle_forward
 from paddle_harness import eager_auto_cast
 from tiny_models import (
     LENGTH,
@@ -21,59 +22,14 @@ from tiny_models import (
 )
 
 import rrattn
-from rrattn import reference
 
 CONFIG = rrattn.RRAttentionConfig(threshold=[0.4, (0.3, 0.6, 1.0, 0.4)], keep_last=True, keep_local=1)
-
-
-class Oracle(paddle.autograd.PyLayer):
-    """The three stages of the reference in float64, and its backward, as a function of Paddle tensors."""
-
-    @staticmethod
-    def forward(context, query, key, value, sink, rows, core, causal, softmax_scale):
-        query, key, value = (tensor.numpy().astype(np.float64) for tensor in (query, key, value))
-        lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
-        mask = {"startend": rows, "causal": causal, "sink": None if sink is None else sink.astype("float64").numpy()}
-        sampling = {**core.config.sampling(), "softmax_scale": softmax_scale}
-        scores = reference.estimate(query, key, **mask, **sampling).astype(np.float32)
-        threshold = 1.0 if lengths["seqlen_q"] == 1 < lengths["seqlen_k"] else core.threshold
-        selected = reference.select(scores, threshold, rows, causal=causal, **lengths, **core.config.keep_rules())
-        out, _ = reference.attend(query, key, value, selected, **mask, softmax_scale=softmax_scale)
-        context.arguments = (query, key, value, selected), {**mask, "softmax_scale": softmax_scale}
-        return paddle.to_tensor(out.astype(np.float32))
-
-    @staticmethod
-    def backward(context, grad_out):
-        tensors, options = context.arguments
-        grads = reference.backward(*tensors, grad_out.numpy().astype(np.float64), **options)
-        return tuple(paddle.to_tensor(grad.astype(np.float32)) for grad in grads)
-
-
-def oracle_forward(core, query, key, value, startend_row_indices=None, *, causal=True, softmax_scale=None, sink=None):
-    """RRAttention.forward by the oracle."""
-    rows = None if startend_row_indices is None else startend_row_indices.numpy()
-    return Oracle.apply(query, key, value, sink, rows, core, causal, softmax_scale)
 
 
 @pytest.fixture(params=MODELS)
 def model(request):
     """A model that runs rrattn."""
     return rrattn.enable(make_model(request.param), CONFIG)
-
-
-@pytest.fixture
-def by_oracle(monkeypatch):
-    """by_oracle(function, ...): what it returns when the oracle computes the attention."""
-
-    def call(function, *arguments, **options):
-        with monkeypatch.context() as patch:
-            calls = []
-            patch.setattr(rrattn.RRAttention, "forward", lambda *a, **k: calls.append(0) or oracle_forward(*a, **k))
-            result = function(*arguments, **options)
-            assert len(calls) >= NUM_LAYERS
-            return result
-
-    return call
 
 
 def padding(side):

@@ -126,7 +126,7 @@ def test_a_flag_that_a_layer_does_not_follow_is_an_error(tokens):
     config._attn_implementation = "rrattn"
     model = transformers.Gemma3ForCausalLM(config)
     model.eval()
-    with pytest.raises(ValueError, match="is 'rrattn', but Gemma3Attention runs 'sdpa'.*llama, qwen2"):
+    with pytest.raises(ValueError, match="is 'rrattn', but Gemma3Attention runs 'sdpa'.*rrattn.enable"):
         model(tokens)
     config._attn_implementation = "sdpa"  # its layers took the flag when they were built
     with pytest.raises(ValueError, match="is 'sdpa', but Gemma3Attention runs 'rrattn'"):
@@ -180,11 +180,19 @@ def test_enabling_changes_the_flag_alone(model):
     assert model.config.to_dict() == settings  # of which others are built
 
 
-def test_models_of_other_types_are_refused(model):
-    model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="llama, qwen2, qwen3, ernie4_5, ernie4_5_moe.*'mamba'"):
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_a_family_that_is_not_tested_works_with_one_warning(model, tokens, by_flag, monkeypatch):
+    expected = logits(rrattn.enable(make_model()), tokens)
+    warnings = []
+    monkeypatch.setattr(logger, "warning", warnings.append)
+    model.config.model_type = "new_family"
+    if by_flag:
+        model.config._attn_implementation = "rrattn"
+    else:
         rrattn.enable(model)
-    assert model.config._attn_implementation == "eager"
+    for _ in range(2):
+        assert (logits(model, tokens) == expected).all()
+    assert len(warnings) == 1 and "not tested with new_family models of PaddleFormers" in warnings[0]
 
 
 def test_models_without_attention_layers_are_refused(model):
@@ -265,8 +273,9 @@ def call(model, length=256, **arguments):
     ("arguments", "message"),
     [
         ({"dropout": 0.1}, "dropout.*0.1"),
-        ({"sink": paddle.zeros([NUM_HEADS])}, "sink"),
-        ({"sliding_window": 128}, "sliding_window.*128"),
+        ({"softcap": 50.0}, "attention argument softcap, got 50.0"),
+        ({"bias": paddle.zeros([NUM_HEADS, 256])}, r"attention argument bias, got a tensor of shape \[4, 256\]"),
+        ({"sliding_window": 128}, "LLamaAttention 0 has a sliding_window of 128, but neither .* its 256 keys"),
     ],
 )
 def test_what_would_be_wrong_in_silence_is_an_error(model, arguments, message):
@@ -275,8 +284,9 @@ def test_what_would_be_wrong_in_silence_is_an_error(model, arguments, message):
 
 
 def test_arguments_that_are_not_set_are_fine(model):
-    out, weights = call(model, sliding_window=None, dropout=0.0)
+    out, weights = call(model, sliding_window=None, dropout=0.0, softcap=None, output_attentions=False)
     assert out.shape == [1, 256, NUM_HEADS * 16] and weights is None
+    assert (call(model, sliding_window=256, position_ids=paddle.arange(256), return_dict=True)[0] == out).all()
 
 
 def test_attention_dropout_in_training_is_an_error(tokens):
@@ -292,6 +302,21 @@ def test_scaling_and_causality_are_honoured(model):
     assert (call(model, scaling=0.5)[0] == out).all()
     assert_differs(call(model, scaling=0.25)[0].numpy(), out.numpy())
     assert_differs(call(model, scaling=0.5, is_causal=False)[0].numpy(), out.numpy())
+
+
+def test_a_window_must_be_in_a_mask(model):
+    """Layers of full attention pass the config's window as well, and others have it in a mask."""
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.sliding_window = 128
+    out, _ = call(model)
+    assert (call(model, sliding_window=128)[0] == out).all()
+    model.config.layer_types = ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="sliding_window of 128, but neither attention_mask nor"):
+        call(model)
+    position = paddle.arange(256)
+    distance = position.unsqueeze(-1) - position
+    mask = ((distance >= 0) & (distance < 128)).reshape([1, 1, 256, 256])
+    assert_differs(call(model, attention_mask=mask, sliding_window=128)[0].numpy(), out.numpy())
 
 
 # ERNIE 4.5, whose layers read the flag when they are built

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import rrattn
+from tools import support
 
 pytest.importorskip("paddleformers")
 pytest.importorskip("matplotlib")
@@ -119,3 +120,13 @@ def test_the_pages_and_the_api_reference_build_without_a_warning(tmp_path):
     reference = (tmp_path / "api.html").read_text()
     documented = set(re.findall(r'id="rrattn\.(?:\w+\.)*(\w+)"', reference))
     assert set(rrattn.__all__) - documented == set(UNDOCUMENTED)
+
+
+def test_the_tables_of_model_families_are_what_the_tests_run(monkeypatch):
+    assert subprocess.run([sys.executable, "-m", "tools.support", "--check"], cwd=ROOT).returncode == 0
+    monkeypatch.setattr(support, "FAMILIES", support.FAMILIES[:2])
+    monkeypatch.setattr(support, "GPT_MODEL", ("llama",))
+    rows = support.table().splitlines()
+    assert rows[2] == "| LLaMA | tested | tested | tested | tested | tested, GPTModel over a stand-in |"
+    assert rows[3].startswith("| Qwen2 | tested | tested, older class, stand-in for PaddleFleet | tested | refused |")
+    assert "| Models of PaddleFleet | LLaMA, LLaMA, against" in support.short_rows()

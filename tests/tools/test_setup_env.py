@@ -34,13 +34,8 @@ class Checkout:
         self.folder, self.log = folder / "a checkout", folder / "asked"
         for name in ("tools", "csrc", "rrattn", "programs"):
             (self.folder / name).mkdir(parents=True)
-        for name in (
-            "tools/setup_env",
-            "tools/requirements.txt",
-            "tools/constraints.txt",
-            "setup.py",
-            "pyproject.toml",
-        ):
+        versions = [path.relative_to(ROOT) for path in (ROOT / "tools").glob("*.txt")]
+        for name in ("tools/setup_env", "setup.py", "pyproject.toml", *versions):
             shutil.copy(ROOT / name, self.folder / name)
         self.environment = {**os.environ, "PATH": f"{self.folder / 'programs'}{os.pathsep}{os.environ['PATH']}"}
         self.environment.pop("CXX", None)
@@ -53,10 +48,9 @@ class Checkout:
     def write_python(self, *, seconds=0, status=0):
         self.write("python3", PYTHON.format(log=f"'{self.log}'", seconds=seconds, status=status))
 
-    def run(self, **options):
-        return subprocess.run(
-            ["bash", self.folder / "tools" / "setup_env"], env=self.environment, timeout=120, text=True, **options
-        )
+    def run(self, *environments, **options):
+        command = ["bash", self.folder / "tools" / "setup_env", *environments]
+        return subprocess.run(command, env=self.environment, timeout=120, text=True, **options)
 
     def asked(self):
         return self.log.read_text().splitlines() if self.log.exists() else []
@@ -80,6 +74,27 @@ def test_both_steps_and_none_the_second_time(checkout):
     assert all(line.startswith("-c") for line in checkout.asked()[len(asked) :])
     (checkout.folder / "tools" / "constraints.txt").write_text("numpy==1\n")
     assert "installing" in checkout.run(capture_output=True).stderr
+
+
+def test_environments_of_model_libraries_on_request(checkout):
+    process = checkout.run("paddlenlp", "paddleformers", capture_output=True)
+    assert process.returncode == 0, process.stderr
+    asked = checkout.asked()
+    for library in ("paddlenlp", "paddleformers"):
+        assert any(line.endswith(f"-r tools/requirements-{library}.txt") for line in asked)
+        assert (checkout.folder / f".venv-{library}" / "environment.stamp").exists()
+    assert any("paddlenlp-2.8.1 paddlenlp==2.8.1" in line for line in asked)
+    assert checkout.run("paddlenlp", "paddleformers", capture_output=True).stderr == ""
+    (checkout.folder / "tools" / "constraints-paddleformers.txt").write_text("numpy==1\n")
+    stderr = checkout.run("paddlenlp", "paddleformers", capture_output=True).stderr
+    assert "making .venv-paddleformers" in stderr and ".venv-paddlenlp" not in stderr
+
+
+def test_an_environment_that_is_not_known_is_refused_before_anything_is_installed(checkout):
+    process = checkout.run("paddleformer", capture_output=True)
+    assert process.returncode == 1
+    assert process.stderr == "set-up: knows no environment paddleformer; there are paddlenlp and paddleformers\n"
+    assert checkout.asked() == []
 
 
 def test_a_missing_compiler_is_named_before_anything_is_installed(checkout):

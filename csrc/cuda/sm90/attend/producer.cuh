@@ -124,16 +124,8 @@ class RowMeans {
     return (first_tile_ + tile_) * Traits::kTileN;
   }
 
-  // Of the tile returned last, a bit for each mean that stands in for its block: a lane's word.
-  __device__ uint32_t lane_word() const {
-    uint32_t of_lane = 0;
-#pragma unroll
-    for (int word = 0; word < Traits::kMeanWords; ++word) {
-      const uint32_t of_tile = __shfl_sync(~0u, own_words_[word], tile_);
-      if (static_cast<int>(threadIdx.x) % 32 == word) of_lane = of_tile;
-    }
-    return of_lane;
-  }
+  // Of the tile returned last, a bit for each mean that stands in for its block: a word of them.
+  __device__ uint32_t word(int word) const { return __shfl_sync(~0u, own_words_[word], tile_); }
 
  private:
   // The 32 tiles before first_tile_.
@@ -170,15 +162,17 @@ template <typename Traits>
 __device__ void produce_mean_keys(const KernelParams& params, const RowItem& row, int key_head,
                                   RingPosition<Traits::kSlots>& keys,
                                   typename Traits::SharedStorage& shared) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   RowMeans<Traits> means(params, row);
   for (int block = means.next(); block >= 0;) {
-    const uint32_t word = means.lane_word();
+    uint32_t words[Traits::kMeanWords];
+#pragma unroll
+    for (int word = 0; word < Traits::kMeanWords; ++word) words[word] = means.word(word);
     const int next = means.next();
     shared.key_empty[keys.slot].wait(keys.parity ^ 1);
-    if (lane < Traits::kMeanWords) shared.stood_in_for[keys.slot][lane] = word;
-    __syncwarp();
-    if (lane == 0) {
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int word = 0; word < Traits::kMeanWords; ++word)
+        shared.stood_in_for[keys.slot][word] = words[word];
       shared.tile[keys.slot] = KeyTile::of_means(block, next < 0);
       copy_tile<Traits, Traits::kPanels>(shared.key[keys.slot], params.mean_key, block, key_head,
                                          row.batch, shared.key_full[keys.slot]);

@@ -111,6 +111,7 @@ class Consumer {
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
     if (params_.sampling.spread > 0) add_spread(scores);
+    __syncwarp();  // all of the warp have read the tile's number and variances
     if (threadIdx.x % 32 == 0) shared_.key_empty[keys_.slot].arrive();
     keys_.advance();
     return tile;
