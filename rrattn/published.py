@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, cast, overload
 
 import paddle
 
@@ -21,11 +21,26 @@ from .masks import block_counts, unpack_block_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Literal
 
     from paddle import Tensor
     from paddle.nn import Layer
+    from typing_extensions import Unpack
 
     from .config import KeepRules, Sampling
+
+    class _TrainingOptions(TypedDict, total=False):
+        """What `rr_attention` here takes by name, but for what it is to return."""
+
+        threshold: float | Tensor
+        stride: int
+        causal: bool
+        dropout: float
+        training: bool
+        keep_sink: bool
+        keep_last: bool
+        return_seed_offset: bool
+
 
 ModelT = TypeVar("ModelT", bound="Layer")
 
@@ -159,6 +174,26 @@ def rrattn_estimate(
     return scores, unpack_block_mask(block_mask, scores.shape[3])
 
 
+@overload
+def rr_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    return_softmax_lse: Literal[False] = ...,
+    **options: Unpack[_TrainingOptions],
+) -> Tensor: ...
+@overload
+def rr_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = ...,
+    *,
+    return_softmax_lse: Literal[True],
+    **options: Unpack[_TrainingOptions],
+) -> tuple[Tensor, Tensor]: ...
 def rr_attention(
     query: Tensor,
     key: Tensor,
@@ -174,7 +209,7 @@ def rr_attention(
     keep_last: bool = PUBLISHED_TRAINING.keep_last,
     return_softmax_lse: bool = False,
     return_seed_offset: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """PaddleFleet's operator for training, by its later arguments; before, it had neither keep_sink nor keep_last.
 
     Parameters
@@ -207,7 +242,7 @@ def rr_attention(
         )
     sampling: Sampling = {**PUBLISHED_TRAINING.sampling(), "stride": stride}
     rules: KeepRules = {**PUBLISHED_TRAINING.keep_rules(), "keep_sink": keep_sink, "keep_last": keep_last}
-    results: Tensor | tuple[Tensor, Tensor] = functional.rr_attention(
+    return functional.rr_attention(
         query,
         key,
         value,
@@ -220,7 +255,6 @@ def rr_attention(
         **sampling,
         **rules,
     )
-    return results
 
 
 class Patch(Protocol):

@@ -23,6 +23,12 @@ def functions(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) ->
     scores = rrattn.estimate_block_scores(query, key, causal=True)
     block_mask = rrattn.select_blocks(scores, 0.9, causal=True, seqlen_q=query.shape[1], seqlen_k=key.shape[1])
     attended = rrattn.block_sparse_attention(query, key, value, block_mask, causal=True, compensate=True)
+    sink = paddle.zeros([query.shape[2]])
+    attended += rrattn.block_sparse_attention(query, key, value, block_mask, sink=sink)
+    out, lse = rrattn.rr_attention(query, key, value, sink=sink, return_softmax_lse=True)
+    rrattn.estimate_block_scores(query, key, sink=None)
+    rrattn.rr_attention(query, key, value, sink=1.0)  # wrong: call-overload
+    rrattn.estimate_block_scores(query, key, sink=[0.0])  # wrong: arg-type
     rrattn.rr_attention(query, key, 3)  # wrong: call-overload
     rrattn.rr_attention(query, key, value, treshold=0.9)  # wrong: call-overload
     rrattn.rr_attention(query, key, value, threshold="0.9")  # wrong: call-overload
@@ -34,6 +40,9 @@ def functions(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) ->
     rrattn.rr_atention(query, key, value)  # wrong: attr-defined
     rrattn.rrattn_prefill(query, key, [1.0])  # wrong: arg-type
     ratio: Tensor = rrattn.rrattn_prefill(query, key, value, threshold=0.8, causal=True)[1]
+    trained, lse = rrattn.published.rr_attention(query, key, value, causal=True, return_softmax_lse=True)
+    rrattn.published.rr_attention(query, key, value, dropout="0")  # wrong: call-overload
+    out = rrattn.published.rr_attention(query, key, value, dropout=0.0) + trained
     return out + per_head + lse.mean() + attended + ratio
 
 
