@@ -31,7 +31,7 @@ import paddle
 from . import arguments, config
 from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, sampling_of_call
 from .layout import watch_layout
-from .operators import call, call_with_sink
+from .operators import call
 
 try:
     from paddle.jit.marker import unified as unified
@@ -246,7 +246,7 @@ def rr_attention(
     if arguments.flag(training, "training"):
         _check_gradients(compensate, query, key, value, sink)
     with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
-        out, *extras = call_with_sink("rr_attention", (query, key, value, rows, per_head), sink, attributes)
+        out, *extras = _call_with_sink("rr_attention", (query, key, value, rows, per_head), sink, attributes)
     return _results(out, extras, asked)
 
 
@@ -440,7 +440,7 @@ def block_sparse_attention(
     sink = _sink(sink, query)
     _check_gradients(compensate, query, key, value, sink)
     with watch_layout(query, key, rows, causal=causal):
-        out, *extras = call_with_sink("attend", (query, key, value, block_mask, rows), sink, attributes)
+        out, *extras = _call_with_sink("attend", (query, key, value, block_mask, rows), sink, attributes)
     return _results(out, extras, asked)
 
 
@@ -544,6 +544,13 @@ def _scale(softmax_scale: float | None, query: Tensor) -> float:
         return softmax_scale
     head_dim = query.shape[-1] if query.shape else 0
     return 1 / math.sqrt(head_dim) if head_dim > 0 else 1.0  # the operator refuses the others
+
+
+def _call_with_sink(name: str, inputs: Sequence[object], sink: object, attributes: Sequence[object]) -> Any:
+    """Calls an operator, or with a sink its variant that has one, as its last input."""
+    if sink is None:
+        return call(name, *inputs, *attributes)
+    return call(f"{name}_with_sink", *inputs, sink, *attributes)
 
 
 def _results(out: Tensor, extras: Sequence[Tensor], asked: Sequence[bool]) -> Any:

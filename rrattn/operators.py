@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.machinery
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import paddle
 from paddle import _C_ops
 from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
 
 from . import _build_info
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def _library_path() -> Path:
@@ -59,10 +56,3 @@ def call(name: str, *arguments: object) -> Any:
         if output.dtype == paddle.int32 or not paddle.is_grad_enabled():
             output.stop_gradient = True
     return outputs if len(outputs) > 1 else outputs[0]
-
-
-def call_with_sink(name: str, inputs: Sequence[object], sink: object, attributes: Sequence[object]) -> Any:
-    """The same of an operator that has a variant for a sink, its last input; None for none."""
-    if sink is None:
-        return call(name, *inputs, *attributes)
-    return call(f"{name}_with_sink", *inputs, sink, *attributes)

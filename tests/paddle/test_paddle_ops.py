@@ -19,7 +19,7 @@ from paddle_harness import (
 )
 
 import rrattn
-from rrattn import operators, reference
+from rrattn import functional, reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -247,8 +247,8 @@ def test_deterministic_goes_to_the_operator(monkeypatch):
         seen.append((name, arguments[-2]))
         return library_call(name, *arguments)
 
-    library_call = operators.call
-    monkeypatch.setattr(operators, "call", call)
+    library_call = functional.call
+    monkeypatch.setattr(functional, "call", call)
 
     def passed(**options):
         seen.clear()
