@@ -4,6 +4,7 @@ A test of `kernels` runs on the CPU and, where they are, on a GPU and through Pa
 these alone. What a GPU cannot do is marked cpu_only; of the fixture `dtype` it takes no float32.
 """
 
+import importlib
 import subprocess
 import sys
 import tarfile
@@ -141,6 +142,16 @@ def tokens():
     from tiny_models import make_tokens
 
     return make_tokens()
+
+
+@pytest.fixture
+def fleet(monkeypatch):
+    """rrattn.integrations.paddlefleet, over the stand-in of PaddleFleet."""
+    import paddlefleet_stand_in
+
+    paddlefleet_stand_in.install(monkeypatch)
+    yield importlib.import_module("rrattn.integrations.paddlefleet")
+    sys.modules.pop("rrattn.integrations.paddlefleet", None)
 
 
 @pytest.fixture

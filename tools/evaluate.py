@@ -4,7 +4,8 @@
     python -m tools.evaluate mass MODEL RESULTS.jsonl [--text FILE] [...]
     python -m tools.evaluate many MODEL RESULTS.jsonl [--text FILE] [--contexts 10] [...]
     python -m tools.evaluate report RESULTS.jsonl [--plots FOLDER]
-    python -m tools.evaluate helmet MODEL FILE.jsonl ... / video-mme MODEL FOLDER ... [--methods ...]
+    python -m tools.evaluate helmet MODEL RESULTS.jsonl --data FILE.jsonl [--methods ...]
+    python -m tools.evaluate video-mme MODEL RESULTS.jsonl --data FOLDER [--frames 64 [--no-subtitles]] [--methods ...]
 
 MODEL is a checkpoint directory of PaddleFormers or PaddleNLP, such as examples/probe. Results are JSON lines; a run
 that was interrupted goes on where it stopped. Tasks are told in evaluation/prompts.py, methods in
@@ -122,6 +123,12 @@ def parse_arguments():
         command.add_argument("--data", type=Path, required=True, help="a .jsonl file / the folder of the data set")
         command.add_argument("--samples", type=int, default=100, help="at most so many (default: 100)")
         command.add_argument("--longest", type=int, default=131072, help="tokens of a prompt (default: 131072)")
+        if name == "video-mme":
+            spread = "of a video, spread evenly over it, for a MODEL that reads pictures (default: 0, subtitles alone)"
+            command.add_argument("--frames", type=int, default=0, help=spread)
+            command.add_argument(
+                "--no-subtitles", action="store_true", help="beside frames (default: what is shown then)"
+            )
     arguments = parser.parse_args()
     if arguments.command == "report":
         check_input_file(parser, "RESULTS", arguments.results)
@@ -148,7 +155,7 @@ def parse_arguments():
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if arguments.command in ("helmet", "video-mme"):
-        arguments.data = read_benchmark(parser, arguments)
+        arguments.task, arguments.data = read_benchmark(parser, arguments)
         return arguments
     if arguments.command == "many":  # without Paddle
         from .evaluation.torch_model import codec_of
@@ -221,22 +228,35 @@ def read_text_for(parser, name, path, make, kinds, lengths, contexts, num_questi
 
 
 def read_benchmark(parser, arguments):
-    """The samples of --data, at most --samples."""
-    from .evaluation.benchmarks import read_helmet, read_video_mme
+    """(name of the task in results, the samples of --data, at most --samples)."""
+    from .evaluation.benchmarks import read_helmet
+    from .evaluation.video_mme import read_video_mme
+    from .evaluation.vision_model import check_vision_checkpoint
 
-    path = arguments.data
-    if arguments.command == "helmet":
+    path, frames = arguments.data, getattr(arguments, "frames", 0)
+    task, of_videos = arguments.command, arguments.command == "video-mme"
+    if not of_videos:
         check_input_file(parser, "--data", path)
     elif not path.is_dir():
         parser.error(f"there is no folder {path} for --data")
-    read = read_helmet if arguments.command == "helmet" else read_video_mme
+    elif frames < 0 or (arguments.no_subtitles and not frames):
+        parser.error(f"--frames is {frames}, but must be 0 or more, and 1 or more with --no-subtitles")
     try:
-        samples = read(path)[: arguments.samples]
+        if frames:
+            check_vision_checkpoint(arguments.model)
+            task += f", {frames} frames" + (" without subtitles" if arguments.no_subtitles else "")
+    except (ValueError, OSError) as error:
+        parser.error(f"--frames {frames}: {error}")
+    try:
+        if of_videos:
+            samples = read_video_mme(path, arguments.samples, frames, not arguments.no_subtitles)
+        else:
+            samples = read_helmet(path)[: arguments.samples]
     except (ValueError, OSError, KeyError, TypeError) as error:  # the latter two where a record is of another form
         parser.error(f"--data {path}: {error!r}")
     if not samples:
         parser.error(f"--data {path} holds no samples")
-    return samples
+    return task, samples
 
 
 def read_text(path):
@@ -273,10 +293,13 @@ def main():
         return
     import paddle
 
-    from .evaluation.model import Model
     from .evaluation.run import measure_mass, run_tasks
 
     paddle.base.core.set_num_threads(os.cpu_count())  # or Paddle's own products run on one core
+    if getattr(arguments, "frames", 0):
+        from .evaluation.vision_model import VisionModel as Model
+    else:
+        from .evaluation.model import Model
     model = Model(arguments.model)
     if arguments.command in ("run", "mass"):
         work = run_tasks if arguments.command == "run" else measure_mass
@@ -293,7 +316,7 @@ def main():
         return
     from .evaluation.benchmarks import run_benchmark
 
-    run_benchmark(model, arguments.results, arguments.command, arguments.data, arguments.methods, arguments.longest)
+    run_benchmark(model, arguments.results, arguments.task, arguments.data, arguments.methods, arguments.longest)
 
 
 if __name__ == "__main__":

@@ -342,7 +342,8 @@ class AttentionTableLibrary(ModelLibrary):
         """Logs what the flag runs, for the first layer of a model and not for each."""
         last = self._last_report
         if last is None or last[0]() is not config or last[1] != settings:
-            self.log(report(f"a {config.model_type} model", self.name, settings, config.num_hidden_layers))
+            num_layers = config.num_hidden_layers
+            self.log(report(f"a {config.model_type} model", self.name, settings, range(num_layers), num_layers))
             self._warn_of(config.model_type)
             self._last_report = weakref.ref(config), settings
 

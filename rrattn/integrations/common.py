@@ -205,9 +205,9 @@ def is_enabled(layer: Layer) -> bool:
     return _REPLACED in vars(layer)
 
 
-def report(model_name: str, library: str, config: RRAttentionConfig, num_layers: int) -> str:
-    """One line that says what runs from now on."""
-    dense = [layer for layer in range(num_layers) if config.layer_is_dense(layer, num_layers)]
+def report(model_name: str, library: str, config: RRAttentionConfig, layers: Sequence[int], num_layers: int) -> str:
+    """One line that says what runs from now on, in layers of these numbers of a model that has `num_layers`."""
+    dense = [layer for layer in layers if config.layer_is_dense(layer, num_layers)]
     parts = [f"threshold {config.threshold}", f"stride {config.stride}"]
     if dense:
         parts.append(f"dense in layers {', '.join(map(str, dense))}")
@@ -215,7 +215,7 @@ def report(model_name: str, library: str, config: RRAttentionConfig, num_layers:
         parts.append(f"dense below {config.min_length} keys")
     if config.compensate:
         parts.append("compensated")
-    return f"rrattn runs {num_layers} attention layers of {model_name} ({library}): {', '.join(parts)}"
+    return f"rrattn runs {len(layers)} attention layers of {model_name} ({library}): {', '.join(parts)}"
 
 
 # Masks

@@ -121,7 +121,7 @@ class ModelLibrary(abc.ABC):
         set_cores(layers, cores)  # nothing from here on fails
         for layer, attributes in zip(others, replacements):
             swap_in(layer, attributes)
-        self.log(report(type(model).__name__, self.name, config, len(layers)))
+        self.log(report(type(model).__name__, self.name, config, indices, places[0].num_layers))
         return model
 
     def disable(self, model: ModelT) -> ModelT:

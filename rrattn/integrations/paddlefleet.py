@@ -1,11 +1,16 @@
-"""RRAttention as the core attention of PaddleFleet's layer specs.
+"""RRAttention as the core attention of PaddleFleet's models.
 
-    SelfAttentionSublayersSpec(..., core_attention=RRCoreAttention)   # instead of DotProductAttention
+    rrattn.enable(model)                                                # a built model, of PaddleFormers' GPTModel too
+    SelfAttentionSublayersSpec(..., core_attention=RRCoreAttention)     # or from the start, by the layer spec
 
-PaddleFleet builds the class once per attention layer and calls it with queries, keys and values of this rank's heads,
-[B, S, heads, D], rotated but without the cache, which the core attention updates itself. Settings stand in the model's
-config as `rrattn_threshold` and so on; `rrattn.enable(model, config)` gives others, and `rrattn.disable(model)` returns
-to PaddleFleet's own attention.
+PaddleFleet has a layer DotProductAttention in each attention layer and calls it with queries, keys and values of this
+rank's heads, [B, S, heads, D], rotated but without the cache, which the core attention updates itself. `enable` gives
+each of these layers of a built model another `forward`, and `disable` takes it away. Layers that are not causal, those
+of vision towers, stay as they are. Settings stand in the model's config as `rrattn_threshold` and so on.
+
+A softmax offset of PaddleFleet, learned (`add_full_attention_sink_bias`, or softmax_type "learnable") or zero
+(softmax_type "off-by-one"), is rrattn's attention sink. Heads of values may have another size than those of keys, as
+in multi-latent attention. The window of a sliding-window layer joins the row indices, as in DotProductAttention.
 
 For PaddleFleet's training operator `rr_attention`, `rrattn.rr_attention` is a drop-in: the same arguments. Give it
 the threshold, which is 1 there by default.
@@ -13,6 +18,7 @@ the threshold, which is 1 there by default.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +29,7 @@ from .common import Place, attend, core_of, make_core, refuse_settings, set_core
 from .model_library import ModelLibrary
 
 try:
-    from paddlefleet.context_parallel_utils import UlyssesAlltoAll
+    from paddlefleet import context_parallel_utils
     from paddlefleet.process_groups_config import ProcessGroupCollection
     from paddlefleet.transformer.dot_product_attention import DotProductAttention
     from paddlefleet.transformer.enums import AttnMaskType
@@ -41,24 +47,37 @@ logger = logging.getLogger(__name__)
 
 # Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"apply_query_key_layer_scaling": False, "gpt_model_use_experimental_version": False}
-# Arguments of a call that rrattn does not support, unless they are None or False.
-_UNSUPPORTED = ("attention_bias", "packed_seq_params", "use_rr_flash_attention")
+_CORE_NAME = "core_attention"  # of the attribute in which an attention layer has its core attention
 _ALL_TO_ALL = "contiguous_a2a"
+# Arguments of a call that carry the attention, and those that DotProductAttention takes for the sake of other core
+# attentions and never reads. Others are not supported, unless they are None or False.
+_READ = (
+    "query",
+    "key",
+    "value",
+    "attention_mask",
+    "attn_mask_startend_row_indices",
+    "attn_mask_type",
+    "past_key_values",
+    "layer_idx",
+    "use_cache",
+)
+_UNREAD = ("x", "qr", "kv_compressed", "k_pos_emb", "q_absorbed", "v_b_proj_weight")
 
 
 class RRCoreAttention(DotProductAttention):  # type: ignore[misc]  # PaddleFleet ships no types
     """A core attention of PaddleFleet's layer specs that attends selected blocks.
 
-    Its constructor takes what DotProductAttention's takes, by name, as layer specs give it. The layer's place among the
-    ranks comes from `pg_collection.tp` and, with context parallelism, fleet's context-parallel group.
+    Its constructor takes what DotProductAttention's takes, by name, as layer specs give it, and its calls what
+    `SelectedBlocks` takes. `rrattn.enable(model, config)` gives other settings than those of the model's config, and
+    `rrattn.disable(model)` returns to DotProductAttention's own attention. The layer's place among the ranks comes from
+    `pg_collection.tp` and, with context parallelism, fleet's context-parallel group.
 
     Raises
     ------
     ValueError
-        For what rrattn does not support: an attention sink (softmax_type other than "vanilla"), a sliding window, heads
-        of values with another size than those of keys (multi-latent attention), query-key layer scaling, context
-        parallelism other than cp_balance_mode "contiguous_a2a"; and for rrattn's settings in the config, when they are
-        not allowed or differ per layer, which takes `rrattn.enable`.
+        For what `PaddleFleet.place` refuses, and for rrattn's settings in the config when they are not allowed, or
+        differ per layer where this PaddleFleet's layers do not know their number, which takes `rrattn.enable`.
     """
 
     def __init__(
@@ -72,7 +91,7 @@ class RRCoreAttention(DotProductAttention):  # type: ignore[misc]  # PaddleFleet
         **options: Any,
     ) -> None:
         if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+            pg_collection = _default_groups()
         super().__init__(
             config=config,
             layer_number=layer_number,
@@ -81,134 +100,278 @@ class RRCoreAttention(DotProductAttention):  # type: ignore[misc]  # PaddleFleet
             pg_collection=pg_collection,
             **options,
         )
-        refuse_settings(config, _UNSUPPORTED_CONFIG, "PaddleFleet")
-        if self.softmax_offset is not None:
-            raise ValueError(f"rrattn does not support attention sinks (softmax_type {config.softmax_type!r})")
-        if self.is_swa:
-            raise ValueError(f"rrattn does not support sliding-window layers (sliding_window {config.sliding_window})")
-        if self.k_channels != self.v_channels:
-            raise ValueError(
-                f"rrattn does not support values of another head size than keys ({self.v_channels}, {self.k_channels})"
-            )
-        self._cp_group: Any = None
-        if self.context_parallel_size > 1:
-            mode = self.hybrid_mla_cp_mode or config.cp_balance_mode
-            if mode != _ALL_TO_ALL:
-                raise ValueError(
-                    f"cp_balance_mode is {mode!r}, in which a rank holds some of the queries and all keys; rrattn "
-                    f"supports {_ALL_TO_ALL!r}, in which it holds some of the heads and whole sequences"
-                )
-            groups: Any = fleet.get_hybrid_communicate_group()
-            self._cp_group = groups.get_context_parallel_group()
+        self._place = _place_of(self, pg_collection.tp)
         settings = settings_of(config)
-        if settings.dense_layers or not isinstance(settings.threshold, float):
+        if self._place.layer_index is None and (settings.dense_layers or not isinstance(settings.threshold, float)):
             raise ValueError(
                 "a layer cannot tell which of the settings per layer are its own: "
                 "give these to rrattn.enable(model, config), which counts the layers"
             )
-        # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
-        tp_ranks, tp_rank = _ranks_and_rank(pg_collection.tp)
-        cp_ranks, cp_rank = _ranks_and_rank(self._cp_group)
-        self._place = Place(
-            num_layers=config.num_hidden_layers,
-            num_heads=self.num_attention_heads,
-            ranks=tp_ranks * cp_ranks,
-            rank=tp_rank * cp_ranks + cp_rank,
+        set_core(self, make_core(settings, self._place, self._place.layer_index or 0))  # 0 stands for any layer
+        swap_in(self, LIBRARY.replacements(self))
+
+
+class SelectedBlocks:
+    """What an enabled core attention calls as its `forward`, with DotProductAttention's arguments.
+
+    Parameters of a call
+    --------------------
+    query : Tensor
+        [B, Lq, H, D], with context parallelism [B, Lq / ranks, H, D]; H is this rank's share of the heads.
+    key, value : Tensor
+        [B, Lq, Hkv, D] and [B, Lq, Hkv, Dv] likewise: without what the cache holds.
+    attention_mask : Tensor, optional
+        [B | 1, 1 | H, Lq, Lk]: bool with True for hidden, float with 1 for visible and 0 for hidden, or additive.
+        Unused where there are row indices, as in DotProductAttention.
+    attn_mask_startend_row_indices : Tensor, optional
+        int32 [B, 1 | Hkv, Lk, 1 | 2 | 4], of the whole sequence.
+    attn_mask_type : AttnMaskType, optional
+        With row indices of two bounds and no cache, causal or not; causal otherwise.
+    past_key_values, layer_idx, use_cache
+        With both, `past_key_values.update(key, value, layer_idx)` returns the keys and values to attend.
+    x, qr, kv_compressed, k_pos_emb, q_absorbed, v_b_proj_weight
+        Given by multi-latent attention layers; DotProductAttention does not read them either.
+    Others are not supported unless None or False: attention_bias, packed_seq_params, use_rr_flash_attention (which is
+    PaddleFleet's refined recompute) and what later versions add.
+
+    Returns
+    -------
+    Tensor
+        [B, Lq, H * Dv].
+
+    Raises
+    ------
+    ValueError
+        For what is not supported, dropout in training among it, and for masks that rrattn cannot express.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        # Also what recompute binds its keyword arguments by.
+        self.__signature__ = inspect.signature(DotProductAttention.forward.__get__(layer))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.layer,)  # a signature is not for copying
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        _refuse_arguments(given)
+        dropout = layer.attention_dropout.p
+        if layer.training and dropout:
+            raise ValueError(f"rrattn does not support attention dropout; set attention_dropout to 0.0, got {dropout}")
+        query, key, value, mask = (given[name] for name in _READ[:4])
+        rows, causal = given.get("attn_mask_startend_row_indices"), True
+        cache = given.get("past_key_values") if given.get("use_cache") else None
+        if query.shape[1] == 1 or rows is not None:
+            mask = None  # a decoding step still gets the prefill's
+        window = _window(layer)
+        if window and rows is None and query.shape[1] > 1:
+            raise ValueError(
+                f"a prefill with sliding_window {window} takes attn_mask_startend_row_indices, also without rrattn"
+            )
+        group = _context_parallel_group(layer)
+        if group is not None and (given.get("use_cache") or mask is not None):
+            raise ValueError("with context parallelism, rrattn supports neither a cache nor attention_mask")
+        if cache is not None:
+            key, value = cache.update(key, value, given["layer_idx"])
+        elif rows is not None:
+            causal = given.get("attn_mask_type") == AttnMaskType.causal
+        if window and rows is not None:
+            rows = _within_window(rows, window)
+
+        sink = layer.softmax_offset
+        if group is not None:
+            query, key, value = (_exchange(tensor, group, scatter=2, gather=1) for tensor in (query, key, value))
+            if rows is not None and rows.ndim == 4 and rows.shape[1] > 1:
+                rows = paddle.split(rows, group.world_size, axis=1)[group.rank]
+            if sink is not None:
+                sink = paddle.split(sink, group.world_size)[group.rank]
+        core = core_of(layer)
+        assert core is not None, "a layer has this forward while it is enabled"
+        out = attend(
+            core,
+            query,
+            key,
+            value,
+            _additive_or_visible(mask),
+            rows,
+            causal=causal,
+            softmax_scale=layer.softmax_scale,
+            sink=None if sink is None else sink.astype("float32"),
         )
-        set_core(self, make_core(settings, self._place, 0))  # these settings are every layer's
-        swap_in(self, {})
+        if group is not None:
+            out = _exchange(out, group, scatter=1, gather=2)
+        return out.reshape([0, 0, out.shape[2] * out.shape[3]])
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_startend_row_indices: Tensor | None = None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: object = None,
-        packed_seq_params: object = None,
-        use_rr_flash_attention: object = False,
-        past_key_values: Any = None,
-        layer_idx: int | None = None,
-        use_cache: bool = False,
-        **others: object,
-    ) -> Tensor:
-        """Attends the selected blocks; after `rrattn.disable`, DotProductAttention's own attention.
 
-        Parameters
-        ----------
-        query : Tensor
-            [B, Lq, H, D], with context parallelism [B, Lq / ranks, H, D]; H is this rank's share of the heads.
-        key, value : Tensor
-            [B, Lq, Hkv, D] likewise: without what the cache holds.
-        attention_mask : Tensor, optional
-            [B | 1, 1 | H, Lq, Lk]: bool with True for hidden, float with 1 for visible and 0 for hidden, or additive.
-            Unused where there are row indices, as in DotProductAttention.
-        attn_mask_startend_row_indices : Tensor, optional
-            int32 [B, 1 | Hkv, Lk, 1 | 2 | 4], of the whole sequence.
-        attn_mask_type : AttnMaskType, optional
-            With row indices of two bounds and no cache, causal or not; causal otherwise.
-        past_key_values, layer_idx, use_cache
-            With both, `past_key_values.update(key, value, layer_idx)` returns the keys and values to attend.
-        attention_bias, packed_seq_params, use_rr_flash_attention, others
-            Not supported unless None or False. (use_rr_flash_attention is PaddleFleet's refined recompute.)
+class PaddleFleet(ModelLibrary):
+    """Its attention layers hold a DotProductAttention, whose forward is replaced while rrattn is enabled."""
 
-        Returns
-        -------
-        Tensor
-            [B, Lq, H * D].
+    name = "PaddleFleet"
+
+    def attention_layers(self, model: Layer) -> list[Layer]:
+        """The causal core attentions, in order.
 
         Raises
         ------
         ValueError
-            For what is not supported, dropout in training among it, and for masks that rrattn cannot express.
+            Where there is none, or where one is not DotProductAttention.
         """
-        own: dict[str, object] = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
-        own |= {"use_rr_flash_attention": use_rr_flash_attention, **others}
-        core = core_of(self)
-        if core is None:
-            cache = {"past_key_values": past_key_values, "layer_idx": layer_idx, "use_cache": use_cache}
-            masks = (attention_mask, attn_mask_startend_row_indices, attn_mask_type)
-            dense: Tensor = super().forward(query, key, value, *masks, **own, **cache)
-            return dense
-        for name, given in own.items():
-            if given is not None and given is not False:
-                raise ValueError(f"rrattn does not support {name} in PaddleFleet layers")
-        dropout = self.attention_dropout.p
-        if self.training and dropout:
-            raise ValueError(f"rrattn does not support attention dropout; set attention_dropout to 0.0, got {dropout}")
-        rows, causal = attn_mask_startend_row_indices, True
-        if query.shape[1] == 1 or rows is not None:
-            attention_mask = None  # a decoding step still gets the prefill's
-        if self._cp_group is not None and (use_cache or attention_mask is not None):
-            raise ValueError("with context parallelism, rrattn supports neither a cache nor attention_mask")
-        if use_cache and past_key_values is not None:
-            key, value = past_key_values.update(key, value, layer_idx)
-        elif rows is not None:
-            causal = attn_mask_type == AttnMaskType.causal
+        named = [("", model), *model.named_sublayers()]
+        layers = [layer for path, layer in named if _is_causal_core(path, layer)]
+        for layer in layers:
+            if type(layer).forward is not DotProductAttention.forward:
+                raise ValueError(
+                    f"rrattn does not support {type(layer).__name__} as core attention, which this "
+                    f"{type(model).__name__} has; it must be DotProductAttention or {RRCoreAttention.__name__}"
+                )
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__} has no causal DotProductAttention and no RRCoreAttention of "
+                f"{__name__}, which are the layers that rrattn supports in PaddleFleet"
+            )
+        return sorted(layers, key=lambda layer: _layer_index(layer) or 0)  # stages of a pipeline may interleave
 
-        if self._cp_group is not None:
-            query, key, value = (self._exchange(tensor, scatter=2, gather=1) for tensor in (query, key, value))
-            if rows is not None and rows.ndim == 4 and rows.shape[1] > 1:
-                rows = paddle.split(rows, self.context_parallel_size, axis=1)[self._cp_group.rank]
-        mask = _additive_or_visible(attention_mask)
-        out = attend(core, query, key, value, mask, rows, causal=causal, softmax_scale=self.softmax_scale)
-        if self._cp_group is not None:
-            out = self._exchange(out, scatter=1, gather=2)
-        return out.reshape([0, 0, out.shape[2] * out.shape[3]])
+    def place(self, layer: Layer) -> Place:
+        """Where a core attention is.
 
-    def _exchange(self, tensor: Tensor, *, scatter: int, gather: int) -> Tensor:
-        """All-to-all over the context-parallel ranks: dimension `scatter` is split over them, `gather` put together."""
-        exchanged: Tensor = UlyssesAlltoAll.apply(
-            tensor, scatter_idx=scatter, gather_idx=gather, batch_dim_idx=0, group=self._cp_group
+        Raises
+        ------
+        ValueError
+            For what rrattn does not support: query-key layer scaling, the experimental version of GPTModel, a
+            sliding window for some heads alone, and context parallelism other than cp_balance_mode "contiguous_a2a".
+        """
+        if isinstance(layer, RRCoreAttention):
+            place: Place = layer._place
+            return place
+        return _place_of(layer, _default_groups().tp)
+
+    def replacements(self, layer: Layer) -> dict[str, object]:
+        return {"forward": SelectedBlocks(layer)}
+
+    def log(self, line: str) -> None:
+        logger.info(line)
+
+
+LIBRARY = PaddleFleet()
+
+
+def _is_causal_core(path: str, layer: Layer) -> bool:
+    """Whether a layer at this path of a model is the core attention of a decoder, of whatever class."""
+    core = isinstance(layer, DotProductAttention) or path.rpartition(".")[2] == _CORE_NAME
+    return core and getattr(layer, "attn_mask_type", AttnMaskType.causal) == AttnMaskType.causal
+
+
+def _default_groups() -> Any:
+    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+
+
+def _place_of(layer: Layer, tp_group: Any) -> Place:
+    """`PaddleFleet.place` of a layer whose heads are split over the ranks of a tensor-parallel group."""
+    config = layer.config
+    refuse_settings(config, _UNSUPPORTED_CONFIG, PaddleFleet.name)
+    window = getattr(config, "sliding_window", None)
+    if window and not hasattr(layer, "is_swa"):
+        raise ValueError(f"rrattn does not support sliding_window={window} with this version of PaddleFleet")
+    ratio = getattr(layer, "head_wise_swa_ratio", 0)
+    if _window(layer) and 0 < ratio < 1:
+        raise ValueError(f"rrattn does not support head_wise_swa_ratio={ratio} in PaddleFleet models; only 0 and 1")
+    # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
+    num_heads = getattr(layer, "num_attention_heads", config.num_attention_heads)
+    tp_ranks, tp_rank = _ranks_and_rank(tp_group)
+    cp_ranks, cp_rank = _ranks_and_rank(_context_parallel_group(layer))
+    if layer.num_attention_heads_per_partition * tp_ranks != num_heads:
+        raise ValueError(
+            f"a layer has {layer.num_attention_heads_per_partition} of its {num_heads} heads here, which are not "
+            f"those of one of {tp_ranks} tensor-parallel ranks"
         )
-        return exchanged
+    return Place(
+        num_layers=_num_layers(config),
+        num_heads=num_heads,
+        ranks=tp_ranks * cp_ranks,
+        rank=tp_rank * cp_ranks + cp_rank,
+        layer_index=_layer_index(layer),
+    )
+
+
+def _layer_index(layer: Layer) -> int | None:
+    """The number of a core attention in its model, from 0; None in versions of PaddleFleet whose layers are counted
+    from 1, the first two with the same number, and do not tell those of multi-token prediction."""
+    config = layer.config
+    if not hasattr(layer, "is_mtp_layer"):
+        return None
+    number: int = layer.layer_number
+    if layer.is_mtp_layer:
+        return int(config.num_hidden_layers) + number
+    return number - (getattr(config, "num_empty_layers_add_in_head", 0) or 0)
+
+
+def _num_layers(config: Any) -> int:
+    """Attention layers of the whole model, those of multi-token prediction included, by either of their names."""
+    predicting = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "mtp_num_layers", None) or 0
+    return int(config.num_hidden_layers) + int(predicting)
+
+
+def _window(layer: Layer) -> int:
+    """How many keys a query of a sliding-window layer sees, its own included; 0 where all."""
+    given = layer.config.sliding_window if getattr(layer, "is_swa", False) else None
+    if not given:
+        return 0
+    return max(0, given if isinstance(given, int) else given[0])  # -1 means all
+
+
+def _within_window(rows: Tensor, window: int) -> Tensor:
+    """Row indices [B, 1 | Hkv, Lk, 1 | 2] of which the first also ends `window` rows below each key."""
+    if rows.shape[-1] > 2:
+        raise ValueError(f"sliding_window takes row indices of one or two bounds, got {rows.shape[-1]}")
+    ends = paddle.arange(window, window + rows.shape[2], dtype="int32")
+    return paddle.concat([paddle.minimum(rows[..., :1], ends.unsqueeze(-1)), rows[..., 1:]], axis=-1)
+
+
+def _refuse_arguments(given: dict[str, Any]) -> None:
+    """Raises ValueError for an argument of a call that rrattn does not support, with its value."""
+    for name, argument in given.items():
+        if name not in _READ + _UNREAD and argument is not None and argument is not False:
+            told = f"a tensor {list(argument.shape)}" if isinstance(argument, paddle.Tensor) else repr(argument)
+            raise ValueError(f"rrattn does not support {name}={told} in PaddleFleet layers; it must be None or False")
+
+
+def _context_parallel_group(layer: Layer) -> Any:
+    """Fleet's group of context-parallel ranks, None where there is one rank.
+
+    Raises
+    ------
+    ValueError
+        For a split of the context that rrattn does not support.
+    """
+    if getattr(layer, "context_parallel_size", 1) <= 1:
+        return None
+    mode = getattr(layer, "hybrid_mla_cp_mode", None) or layer.config.cp_balance_mode
+    if mode != _ALL_TO_ALL:
+        raise ValueError(
+            f"cp_balance_mode is {mode!r}, in which a rank holds some of the queries and all keys; rrattn "
+            f"supports {_ALL_TO_ALL!r}, in which it holds some of the heads and whole sequences"
+        )
+    if not hasattr(context_parallel_utils, "UlyssesAlltoAll"):
+        raise ValueError(f"this version of PaddleFleet has no UlyssesAlltoAll, which cp_balance_mode {mode!r} takes")
+    groups: Any = fleet.get_hybrid_communicate_group()
+    return groups.get_context_parallel_group()
 
 
 def _ranks_and_rank(group: Any) -> tuple[int, int]:
     """(number of ranks, which of them this one is) of a process group; (1, 0) where there is none."""
     return (1, 0) if group is None or group.world_size <= 1 else (group.world_size, group.rank)
+
+
+def _exchange(tensor: Tensor, group: Any, *, scatter: int, gather: int) -> Tensor:
+    """All-to-all over the context-parallel ranks: dimension `scatter` is split over them, `gather` put together."""
+    exchanged: Tensor = context_parallel_utils.UlyssesAlltoAll.apply(
+        tensor, scatter_idx=scatter, gather_idx=gather, batch_dim_idx=0, group=group
+    )
+    return exchanged
 
 
 def _additive_or_visible(mask: Tensor | None) -> Tensor | None:
@@ -219,30 +382,3 @@ def _additive_or_visible(mask: Tensor | None) -> Tensor | None:
         return ~mask
     ones = mask == 1
     return ones if bool((ones | (mask == 0)).all()) and bool(ones.any()) else mask
-
-
-class PaddleFleet(ModelLibrary):
-    """Its layers are rrattn's own from the start, and call DotProductAttention's attention where rrattn is disabled."""
-
-    name = "PaddleFleet"
-
-    def attention_layers(self, model: Layer) -> list[Layer]:
-        layers: list[Layer] = [
-            layer for layer in model.sublayers(include_self=True) if isinstance(layer, RRCoreAttention)
-        ]
-        if not layers:
-            raise ValueError(
-                f"{type(model).__name__} has no layer of rrattn.integrations.paddlefleet.RRCoreAttention: "
-                "name it as core_attention in the layer spec that the model is built from"
-            )
-        return layers
-
-    def place(self, layer: Layer) -> Place:
-        place: Place = layer._place
-        return place
-
-    def log(self, line: str) -> None:
-        logger.info(line)
-
-
-LIBRARY = PaddleFleet()

@@ -1,7 +1,6 @@
 """RRAttention as the core attention of PaddleFleet's layer specs, against the contract in paddlefleet_stand_in.py."""
 
 import copy
-import importlib
 import inspect
 import os
 import pickle
@@ -13,44 +12,18 @@ import numpy as np
 import paddle
 import paddlefleet_stand_in as stand_in
 import pytest
+from fleet_models import LENGTH, assert_same, assert_same_gradients, gradients, logits, make_model, make_tokens
 
 import rrattn
 from rrattn import reference
 
-LENGTH = 700
 SPARSE = rrattn.RRAttentionConfig(threshold=0.5)
 DENSE = rrattn.RRAttentionConfig(threshold=1.0)
 
 
 @pytest.fixture
-def fleet(monkeypatch):
-    """rrattn.integrations.paddlefleet, over the stand-in."""
-    stand_in.install(monkeypatch)
-    yield importlib.import_module("rrattn.integrations.paddlefleet")
-    sys.modules.pop("rrattn.integrations.paddlefleet", None)
-
-
-@pytest.fixture
 def model(fleet):
     return make_model(fleet.RRCoreAttention, rrattn_threshold=0.5)
-
-
-def make_model(core_attention, **settings):
-    config = stand_in.TransformerConfig()
-    vars(config).update(settings)
-    paddle.seed(0)
-    model = stand_in.GPTModel(config, core_attention)
-    model.eval()
-    return model
-
-
-def hidden_states(length=LENGTH, batch=2):
-    paddle.seed(1)
-    return 3 * paddle.randn([batch, length, 64])
-
-
-def assert_same(actual, expected):
-    np.testing.assert_allclose(actual.numpy(), expected.numpy(), atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 def test_without_paddlefleet_the_import_says_what_is_missing():
@@ -62,10 +35,10 @@ def test_without_paddlefleet_the_import_says_what_is_missing():
 
 
 def test_it_takes_what_the_contract_passes(fleet):
-    ours = inspect.signature(fleet.RRCoreAttention.forward).parameters
-    theirs = list(inspect.signature(stand_in.DotProductAttention.forward).parameters)
-    known = [name for name in ours if name != "others"]
-    assert theirs[: len(known)] == known  # in the same order; others are refused by name
+    core = make_core(fleet)
+    theirs = inspect.signature(stand_in.DotProductAttention.forward.__get__(core))
+    assert inspect.signature(core.forward) == theirs  # by which recompute binds keyword arguments
+    assert set(fleet._READ + fleet._UNREAD) < set(theirs.parameters)
     training_op = inspect.signature(rrattn.rr_attention).parameters
     assert list(training_op)[:4] == ["query", "key", "value", "startend_row_indices"]
     assert {"causal", "training", "stride", "threshold"} <= set(training_op)
@@ -73,19 +46,20 @@ def test_it_takes_what_the_contract_passes(fleet):
 
 @paddle.no_grad()
 def test_every_block_selected_equals_the_dense_twin_and_fewer_differ(model):
-    dense = make_model(stand_in.DotProductAttention)(hidden_states())
-    sparse = model(hidden_states())
+    tokens = make_tokens()
+    dense = logits(make_model(), tokens)
+    sparse = logits(model, tokens)
     assert float(rrattn.layer_densities(model)[0].mean()) < 1
     assert float((sparse - dense).abs().max()) > 1e-2
-    assert_same(rrattn.enable(model, DENSE)(hidden_states()), dense)
-    assert_same(rrattn.disable(model)(hidden_states()), dense)
-    assert (rrattn.enable(model)(hidden_states()) == sparse).all()
+    assert_same(logits(rrattn.enable(model, DENSE), tokens), dense)
+    assert_same(logits(rrattn.disable(model), tokens), dense)
+    assert (logits(rrattn.enable(model), tokens) == sparse).all()
     with pytest.raises(ValueError, match="not enabled"):
         rrattn.disable(rrattn.disable(model))
 
 
 def test_below_threshold_1_it_equals_the_oracle(fleet):
-    core = make_model(fleet.RRCoreAttention, rrattn_threshold=0.5).layers[0].core_attention
+    core = make_model(fleet.RRCoreAttention, rrattn_threshold=0.5).layers[0].self_attn.core_attention
     paddle.seed(2)
     query, (key, value) = 3 * paddle.randn([1, LENGTH, 4, 16]), paddle.randn([2, 1, LENGTH, 2, 16])
     out = core(query, key, value, None, attn_mask_type=stand_in.AttnMaskType.causal)
@@ -98,48 +72,42 @@ def test_below_threshold_1_it_equals_the_oracle(fleet):
 
 
 def test_gradients_equal_the_dense_twin(fleet):
-    gradients = []
-    for core_attention in (stand_in.DotProductAttention, fleet.RRCoreAttention):
-        model = make_model(core_attention, rrattn_threshold=1.0)
-        model.train()
-        model(hidden_states()).square().mean().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for dense, ours in zip(*gradients):
-        np.testing.assert_allclose(ours.numpy(), dense.numpy(), atol=1e-4 * float(dense.abs().max()))
+    expected = gradients(make_model(), make_tokens())
+    assert_same_gradients(gradients(make_model(fleet.RRCoreAttention, rrattn_threshold=1.0), make_tokens()), expected)
 
 
 @paddle.no_grad()
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
 def test_the_cache_is_updated_by_chunks_and_decoding_steps(model, threshold):
     rrattn.enable(model, rrattn.RRAttentionConfig(threshold=threshold))
-    hidden = hidden_states()
+    tokens = make_tokens()
     cache, parts = stand_in.Cache(), []
     for begin, end in ((0, 384), (384, LENGTH - 1), (LENGTH - 1, LENGTH)):
-        parts.append(model(hidden[:, begin:end], past_key_values=cache, use_cache=True))
+        parts.append(logits(model, tokens[:, begin:end], past_key_values=cache, use_cache=True))
     assert cache.states[0][0].shape == cache.states[1][1].shape == [2, LENGTH, 2, 16]
-    assert_same(paddle.concat(parts[:2], axis=1), model(hidden[:, :-1]))
+    assert_same(paddle.concat(parts[:2], axis=1), logits(model, tokens[:, :-1]))
     if threshold == 1:  # a decoding step is dense
-        assert_same(parts[2], model(hidden)[:, -1:])
+        assert_same(parts[2], logits(model, tokens)[:, -1:])
 
 
 @paddle.no_grad()
 def test_masks(model):
     rrattn.enable(model, DENSE)
-    dense = make_model(stand_in.DotProductAttention)
+    dense, tokens = make_model(), make_tokens()
     rows = rrattn.masks.document_startend_rows([[300, 400], [450, 250]])
-    packed = model(hidden_states(), attn_mask_startend_row_indices=rows)
-    assert_same(packed, dense(hidden_states(), attn_mask_startend_row_indices=rows))
+    packed = logits(model, tokens, attn_mask_startend_row_indices=rows)
+    assert_same(packed, logits(dense, tokens, attn_mask_startend_row_indices=rows))
     position = paddle.arange(LENGTH)
     hidden = (position[:, None] < position).unsqueeze([0, 1]) | (position < 100)  # causal, and 100 of padding
-    expected = dense(hidden_states(), attention_mask=hidden)[:, 100:]
+    expected = logits(dense, tokens, attention_mask=hidden)[:, 100:]
     ones = (~hidden).astype("float32")
     for mask in (hidden, ones, (1 - ones) * -1e9):
-        assert_same(model(hidden_states(), attention_mask=mask)[:, 100:], expected)
+        assert_same(logits(model, tokens, attention_mask=mask)[:, 100:], expected)
     assert float((packed[:, 100:] - expected).abs().max()) > 1e-2
 
 
 def test_rows_of_two_bounds_are_causal_as_the_mask_type_says(model):
-    core = model.layers[0].core_attention
+    core = model.layers[0].self_attn.core_attention
     query, (key, value) = paddle.randn([1, 256, 4, 16]), paddle.randn([2, 1, 256, 2, 16])
     rows = paddle.concat([paddle.full([1, 1, 256, 1], bound, "int32") for bound in (200, 250)], -1)
     for mask_type, causal in ((stand_in.AttnMaskType.causal, True), (stand_in.AttnMaskType.no_mask, False)):
@@ -168,7 +136,7 @@ def test_heads_split_over_tensor_parallel_ranks(fleet):
 
 def make_core(fleet, tp=None, **settings):
     config = stand_in.TransformerConfig(num_hidden_layers=1)
-    options = {name: settings.pop(name) for name in ("is_swa", "v_channels") if name in settings}
+    options = {"is_swa": settings.pop("is_swa", False)}
     vars(config).update(settings)
     causal = stand_in.AttnMaskType.causal
     groups = stand_in.ProcessGroupCollection(tp=tp)
@@ -195,20 +163,22 @@ def context_parallel(monkeypatch, fleet):
     return build
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_context_parallelism_by_all_to_all(fleet, context_parallel, masked):
+@pytest.mark.parametrize(("masked", "sinks"), [(False, False), (True, False), (True, True)])
+def test_context_parallelism_by_all_to_all(fleet, context_parallel, masked, sinks):
     paddle.seed(4)
     query, (key, value) = 3 * paddle.randn([1, 512, 4, 16]), paddle.randn([2, 1, 512, 2, 16])
     rows = paddle.concat([rrattn.masks.document_startend_rows(lengths) for lengths in ([512], [300, 212])], axis=1)
     rows = rows if masked else None  # a bound per key head
-    one = make_core(fleet, rrattn_threshold=0.5)
+    settings = {"rrattn_threshold": 0.5, "add_full_attention_sink_bias": sinks}
+    one = make_core(fleet, **settings)
     expected = one(query, key, value, None, rows)
     heads = {}
     for _ in range(2):  # in the second round, every rank finds the heads of the others
         outs, masks = [], []
         for rank in (0, 1):
             group = stand_in.group(rank, 2, whole=(query, key, value), entered=[], heads=heads)
-            core = context_parallel(group, rrattn_threshold=0.5, cp_balance_mode="contiguous_a2a")
+            core = context_parallel(group, **settings, cp_balance_mode="contiguous_a2a")
+            core.set_state_dict(one.state_dict())
             parts = (paddle.split(tensor, 2, axis=1)[rank] for tensor in (query, key, value))
             outs.append(core(*parts, None, rows))
             masks.append(rrattn.layer_selections(core)[0].block_mask)
@@ -229,22 +199,27 @@ def test_context_parallelism_by_all_gather_is_refused_by_name(context_parallel):
 def test_statistics_and_settings_per_layer(model):
     rrattn.enable(model, rrattn.RRAttentionConfig(threshold=[0.3, 1.0]))
     with rrattn.collect_stats(model) as stats:
-        model(hidden_states())
+        logits(model, make_tokens())
     assert (stats.layers[0].density < 1).all() and (stats.layers[1].density == 1).all()
-    with pytest.raises(ValueError, match="1 of its 2 attention layers"):
-        rrattn.enable(model.layers[1], rrattn.RRAttentionConfig(dense_layers=[1]))
+    rrattn.enable(model.layers[1], rrattn.RRAttentionConfig(dense_layers=[1]))  # a layer knows its number
+    logits(model, make_tokens())
+    assert [float(density.mean()) == 1 for density in rrattn.layer_densities(model)] == [False, True]
+
+
+def test_settings_per_layer_stand_in_the_models_config_too(fleet):
+    model = make_model(fleet.RRCoreAttention, rrattn_threshold=[0.3, 1.0])
+    logits(model, make_tokens())
+    assert [float(density.mean()) == 1 for density in rrattn.layer_densities(model)] == [False, True]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"softmax_type": "learnable"}, "softmax_type 'learnable'"),
-        ({"is_swa": True, "sliding_window": (128, 0)}, r"sliding_window \(128, 0\)"),
-        ({"v_channels": 8}, r"\(8, 16\)"),
+        ({"is_swa": True, "sliding_window": (128, 0), "head_wise_swa_ratio": 0.5}, r"head_wise_swa_ratio=0\.5"),
         ({"apply_query_key_layer_scaling": True}, "apply_query_key_layer_scaling=True"),
         ({"gpt_model_use_experimental_version": True}, "gpt_model_use_experimental_version=True"),
-        ({"rrattn_threshold": [0.5, 0.6]}, "per layer"),
-        ({"rrattn_dense_layers": [0]}, "per layer"),
+        ({"rrattn_threshold": [0.5, 0.6]}, "2 entries"),
+        ({"rrattn_dense_layers": [1]}, "dense_layers"),
         ({"rrattn_threshold": 0.0}, r"threshold is 0\.0"),
         ({"rrattn_treshold": 0.5}, "rrattn_treshold"),
     ],
@@ -257,10 +232,9 @@ def test_layers_that_are_not_supported_are_refused(fleet, settings, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention_bias": paddle.zeros([1])}, "attention_bias"),
-        ({"packed_seq_params": object()}, "packed_seq_params"),
-        ({"use_rr_flash_attention": True}, "use_rr_flash_attention"),
-        ({"kv_compressed": paddle.zeros([1])}, "kv_compressed"),
+        ({"attention_bias": paddle.zeros([4, 1])}, r"attention_bias=a tensor \[4, 1\] .* must be None or False"),
+        ({"packed_seq_params": "packed"}, "packed_seq_params='packed'"),
+        ({"use_rr_flash_attention": True}, "use_rr_flash_attention=True"),
         ({"attention_mask": paddle.zeros([1, 1, 128, 128])}, "not causal"),
         ({"attention_mask": paddle.zeros([1, 1, 64, 128])}, r"attention_mask has shape \[1, 1, 64, 128\], but"),
     ],
@@ -283,26 +257,21 @@ def test_dropout_in_training_is_refused(fleet):
 
 
 def test_models_of_the_same_config_and_parts_are_switched_apart(fleet, model):
-    settings = dict(vars(model.config))
+    settings, tokens = dict(vars(model.config)), make_tokens()
     other = stand_in.GPTModel(model.config, fleet.RRCoreAttention)
     other.set_state_dict(model.state_dict())
     other.eval()
-    sparse = model(hidden_states())
-    dense = rrattn.disable(other)(hidden_states())
+    sparse = logits(model, tokens)
+    dense = logits(rrattn.disable(other), tokens)
     assert float((sparse - dense).abs().max()) > 1e-2
-    assert (model(hidden_states()) == sparse).all()
+    assert (logits(model, tokens) == sparse).all()
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     rrattn.disable(model.layers[0])
     assert [density is None for density in rrattn.layer_densities(model)] == [True, False]
     rrattn.disable(model)
-    assert (model(hidden_states()) == dense).all() and rrattn.layer_densities(model) == [None, None]
+    assert (logits(model, tokens) == dense).all() and rrattn.layer_densities(model) == [None, None]
     for each in (rrattn.enable(other), *copies):
-        assert (each(hidden_states()) == sparse).all()
+        assert (logits(each, tokens) == sparse).all()
     assert vars(model.config) == settings
     with rrattn.collect_stats(other), pytest.raises(ValueError, match="statistics of this model are being collected"):
         rrattn.enable(other, DENSE)
-
-
-def test_models_without_the_layer_are_told_how_to_get_it(fleet):
-    with pytest.raises(ValueError, match="GPTModel has no layer of .*RRCoreAttention.*layer spec"):
-        rrattn.enable(make_model(stand_in.DotProductAttention))

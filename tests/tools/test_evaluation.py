@@ -403,30 +403,6 @@ def test_helmet_formats(tmp_path):
         benchmarks.read_helmet(path)
 
 
-def test_video_mme_format(tmp_path):
-    record = {
-        "videoID": "abc",
-        "question_id": "001-1",
-        "question": "What?",
-        "options": ["A. this", "B. that"],
-        "answer": "B",
-    }
-    (tmp_path / "videomme").mkdir()
-    (tmp_path / "subtitle").mkdir()
-    table = tmp_path / "videomme" / "test.json"
-    table.write_text(json.dumps([record, {**record, "videoID": "silent"}]))
-    with pytest.raises(ValueError, match="holds no .srt file of the videos in test.json"):
-        benchmarks.read_video_mme(tmp_path)
-    srt = "1\n00:00:01,000 --> 00:00:02,000\n<i>Hello there</i>\n\n2\n00:00:03,000 --> 00:00:04,000\nGood bye\n"
-    (tmp_path / "subtitle" / "abc.srt").write_text(srt)
-    (sample,) = benchmarks.read_video_mme(tmp_path)
-    assert "Hello there\nGood bye\n" in sample.prompt and "-->" not in sample.prompt and "B. that" in sample.prompt
-    assert sample.answers == ["B"] and sample.letters == ["A", "B"]
-    table.write_text(json.dumps([{**record, "answer": "C"}]))
-    with pytest.raises(ValueError, match="answer 'C' is not among"):
-        benchmarks.read_video_mme(tmp_path)
-
-
 def test_benchmark_scores(model, tmp_path):
     """The model's own output and likeliest letter count as right, another as wrong."""
     model.method = Method("dense")

@@ -1,6 +1,6 @@
 """Times the GPU stages through rrattn.direct, beside other implementations in the same process.
 
-    python -m tools.bench.gpu --stage estimate+select --json tools/bench/results/h200.json
+    python -m tools.bench.gpu --stage estimate+select --json tools/bench/results/gpu.json
     python -m tools.bench.gpu --stage attend --tokens 8192 32768 --density 0.5 0.1
 
 Needs torch, a Hopper GPU, and rrattn.direct built with the GPU kernels (RRATTN_CUDA_ARCHS=90a, see setup.py). bfloat16,

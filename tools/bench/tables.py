@@ -190,7 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    records = json.loads((ROOT / "tools/bench/results/h200.json").read_text())
+    records = json.loads((ROOT / "tools/bench/results/gpu.json").read_text())
     pages = {
         "docs/performance.md": {"cpu": cpu_table(), "gpu": gpu_tables(records)},
         "README.md": {"headline": headline(records)},

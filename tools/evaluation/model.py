@@ -32,8 +32,7 @@ class Model:
     """
 
     def __init__(self, folder):
-        self.codec = codec_of(folder)
-        self.model = load_model(folder, "float32")
+        self.codec, self.model = self._load(folder)
         rrattn.enable(self.model, rrattn.RRAttentionConfig())
         self.cores = attention_cores(self.model)
         for layer, core in enumerate(self.cores):
@@ -43,6 +42,17 @@ class Model:
         self.densities = [None] * len(self.cores)
         self._every_block = False
         self._causal_bounds = {}
+
+    def _load(self, folder):
+        """(codec, model) of a checkpoint."""
+        return codec_of(folder), load_model(folder, "float32")
+
+    def prompt_of(self, sample, longest):
+        """(what `prefill` takes, number of tokens) of a sample; one of more than `longest` tokens loses its middle."""
+        tokens = self.codec.encode(sample.prompt.encode())
+        if len(tokens) > longest:
+            tokens = np.concatenate([tokens[: longest // 2], tokens[len(tokens) - (longest - longest // 2) :]])
+        return tokens, len(tokens)
 
     @property
     def num_layers(self):
