@@ -310,7 +310,7 @@ def block_sparse_attention_backward(
     grad_value : [B, Lk, Hkv, Dv], output, same dtype
     sink : [Hq] float32, where the forward pass had one
     grad_sink : [Hq] float32, output, where there is a sink; always the same bits on every run
-    grad_lse : [B, Hq, Lq] float32, optional: zeros without it
+    grad_lse : [B, Hq, Lq] float32, of any strides, optional: zeros without it
     startend_row_indices, causal, softmax_scale : as in :func:`rrattn.rr_attention`
     deterministic : whether a GPU too is to give the same bits on every run, as a CPU always does
     """

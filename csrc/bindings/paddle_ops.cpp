@@ -323,14 +323,14 @@ std::vector<Tensor> gradients(const AttendAttributes& attributes, const Tensor& 
     grad_sink = describe(grads.back(), "grad_sink");
   }
   const Tensor grad_out_rows = grad_out.initialized() ? grad_out : zeros_like(out);
-  OptionalTensor grad_lse_rows;
-  if (grad_lse.initialized()) grad_lse_rows = grad_lse.contiguous();  // it may come transposed
+  OptionalArray grad_lse_rows;
+  if (grad_lse.initialized()) grad_lse_rows = describe(grad_lse, "grad_lse");
   run(kernel,
       backward_params(describe(query, "query"), describe(key, "key"), describe(value, "value"),
                       describe(block_mask, "block_mask"),
                       describe(startend_row_indices, "startend_row_indices"),
                       describe(sink, "sink"), describe(out, "out"), describe(lse, "lse"),
-                      describe(grad_out_rows, "grad_out"), describe(grad_lse_rows, "grad_lse"),
+                      describe(grad_out_rows, "grad_out"), grad_lse_rows,
                       describe(grads[0], "grad_query"), describe(grads[1], "grad_key"),
                       describe(grads[2], "grad_value"), grad_sink, attributes.causal,
                       attributes.softmax_scale, attributes.deterministic),

@@ -267,27 +267,28 @@ float* check_block_scores(const Array& block_scores, const Visibility& visibilit
   return static_cast<float*>(block_scores.data);
 }
 
-float* check_floats(const Array& array, const std::vector<int64_t>& shape, const char* meaning,
+void require_floats(const Array& array, const std::vector<int64_t>& shape, const char* meaning,
                     const Array& first) {
   require_type(array, ElementType::kFloat32, "float32");
   require_same_device(array, first);
   require_shape(array, shape, meaning);
-  require_contiguous(array);
-  return static_cast<float*>(array.data);
 }
 
-// One number for each row, as the log-sum-exp.
-float* check_row_floats(const Array& array, const Visibility& visibility, const Array& first) {
-  return check_floats(array, {visibility.batch, visibility.num_heads, visibility.seqlen_q},
-                      "[batch, num_heads, seqlen_q]", first);
+// One number for each row, as the log-sum-exp. Of any strides.
+RowNumbers row_numbers_of(const Array& array, const Visibility& visibility, const Array& first) {
+  require_floats(array, {visibility.batch, visibility.num_heads, visibility.seqlen_q},
+                 "[batch, num_heads, seqlen_q]", first);
+  return {static_cast<const float*>(array.data), array.strides[0], array.strides[1],
+          array.strides[2]};
 }
 
 // One number for each query head, as the sink. Null where there is none.
 float* check_head_floats(const OptionalArray& array, const Visibility& visibility,
                          const Array& first) {
   if (!array) return nullptr;
-  return check_floats(*array, {visibility.num_heads}, "[num_heads], one for each query head",
-                      first);
+  require_floats(*array, {visibility.num_heads}, "[num_heads], one for each query head", first);
+  require_contiguous(*array);
+  return static_cast<float*>(array->data);
 }
 
 AttendParams check_attend(const Array& query, const Array& key, const Array& value,
@@ -308,7 +309,9 @@ AttendParams check_attend(const Array& query, const Array& key, const Array& val
   params.sink = check_head_floats(sink, params.visibility, query);
   params.softmax_scale = check_scale(softmax_scale);
   params.out = rows_like(out, with_head_dim_of(query, value), query, kOutMeaning);
-  params.lse = check_row_floats(lse, params.visibility, query);
+  row_numbers_of(lse, params.visibility, query);
+  require_contiguous(lse);
+  params.lse = static_cast<float*>(lse.data);
   return params;
 }
 
@@ -427,7 +430,7 @@ BackwardParams backward_params(const Array& query, const Array& key, const Array
   params.lse = forward.lse;
   params.softmax_scale = forward.softmax_scale;
   params.grad_out = rows_like(grad_out, out.shape, query, kOutMeaning);
-  if (grad_lse) params.grad_lse = check_row_floats(*grad_lse, params.visibility, query);
+  if (grad_lse) params.grad_lse = row_numbers_of(*grad_lse, params.visibility, query);
   params.grad_query = rows_like(grad_query, query.shape, query, kQueryMeaning);
   params.grad_key = rows_like(grad_key, key.shape, query, kKeyMeaning);
   params.grad_value = rows_like(grad_value, value.shape, query, kValueMeaning);

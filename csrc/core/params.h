@@ -40,6 +40,18 @@ struct Rows {
   int64_t head_stride = 0;
 };
 
+// One number for each row, [B, H, L] float32.
+struct RowNumbers {
+  const float* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+
+  RRATTN_HOST_DEVICE float at(int64_t batch, int64_t head, int64_t row) const {
+    return data[batch * batch_stride + head * head_stride + row * row_stride];
+  }
+};
+
 // FlashMask: the row intervals that are masked for each key, [B, num_heads, Lk, num_bounds] int32.
 struct RowBounds {
   const int32_t* data = nullptr;  // null: no FlashMask
@@ -184,13 +196,13 @@ struct BackwardParams {
   Rows out;                              // [B, Lq, Hq, Dv], of the forward pass
   const float* lse = nullptr;            // [B, Hq, Lq], of the forward pass
   float softmax_scale = 0;
-  Rows grad_out;                    // [B, Lq, Hq, Dv]
-  const float* grad_lse = nullptr;  // [B, Hq, Lq], or null for zeros
-  Rows grad_query;                  // [B, Lq, Hq, D], written whole
-  Rows grad_key;                    // [B, Lk, Hkv, D], written whole
-  Rows grad_value;                  // [B, Lk, Hkv, Dv], written whole
-  float* grad_sink = nullptr;       // [Hq], written whole; null without sink
-  bool deterministic = false;       // the same bits on every run; the CPU's always are
+  Rows grad_out;               // [B, Lq, Hq, Dv]
+  RowNumbers grad_lse;         // [B, Hq, Lq]; no data: zeros
+  Rows grad_query;             // [B, Lq, Hq, D], written whole
+  Rows grad_key;               // [B, Lk, Hkv, D], written whole
+  Rows grad_value;             // [B, Lk, Hkv, Dv], written whole
+  float* grad_sink = nullptr;  // [Hq], written whole; null without sink
+  bool deterministic = false;  // the same bits on every run; the CPU's always are
   Execution execution;
 };
 

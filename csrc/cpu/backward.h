@@ -62,7 +62,7 @@ inline void compute_softmax_state(const BackwardParams& params, const SoftmaxSta
       value_head_of(params.grad_out, params.heads, batch, head).read(row, grad_row);
       float delta = 0;
       for (int64_t d = 0; d < head_dim_v; ++d) delta += out_row[d] * grad_row[d];
-      if (params.grad_lse) delta -= params.grad_lse[i];
+      if (params.grad_lse.data) delta -= params.grad_lse.at(batch, head, row);
       const bool nothing_visible = params.lse[i] == kMinusInfinity;
       state.lse[i] = nothing_visible ? -kMinusInfinity : params.lse[i];
       state.delta[i] = nothing_visible ? 0 : delta;

@@ -244,14 +244,14 @@ class AttentionTableLibrary(ModelLibrary):
     def attention_layers(self, model: Layer) -> list[Layer]:
         """Those of a decoder, which know their number; none of a tower for pictures."""
         found = [layer for layer in model.sublayers(include_self=True) if self.is_attention(layer)]
-        layers = [layer for layer in found if _number(layer) is not None]
+        layers = [layer for layer in found if _number(layer) is not None and hasattr(layer, "config")]
         layers = [layer for layer in layers if getattr(layer, "is_causal", True)] or layers
         if not layers:
             names = ", ".join(sorted({type(layer).__name__ for layer in found}))
             raise ValueError(
                 f"found no attention layers in {type(model).__name__}: rrattn runs those that look up "
-                f"{self.package}.nn.attention.interface and have a layer_idx"
-                + (f"; {names} have none" if names else "")
+                f"{self.package}.nn.attention.interface and have a config and a layer_idx"
+                + (f", which {names} lack" if names else "")
             )
         return sorted(layers, key=_number)  # type: ignore[arg-type]  # they have one
 
@@ -271,7 +271,7 @@ class AttentionTableLibrary(ModelLibrary):
         config, number = layer.config, _number(layer)
         assert number is not None, "attention layers know their number"
         refuse_settings(config, _UNSUPPORTED_CONFIG, self.name)
-        ranks = config.tensor_model_parallel_size
+        ranks = getattr(config, "tensor_model_parallel_size", 1)
         return Place(
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,

@@ -166,17 +166,22 @@ def set_cores(layers: Iterable[Layer], cores: Iterable[RRAttention | None]) -> N
     Raises
     ------
     ValueError
-        While `rrattn.collect_stats` observes one of them: it would miss what the new one does.
+        As `refuse_observed`.
     """
     layers = list(layers)
+    refuse_observed(layers)
+    for layer, core in zip(layers, cores):
+        set_core(layer, core)
+
+
+def refuse_observed(layers: Iterable[Layer]) -> None:
+    """Raises ValueError while `rrattn.collect_stats` observes one of the layers: it would miss what a new core does."""
     held = [core for core in map(core_of, layers) if core is not None]
     if any(core._observer is not None for core in held):
         raise ValueError(
             "statistics of this model are being collected: enable, disable or change settings of rrattn "
             "outside of the block of rrattn.collect_stats"
         )
-    for layer, core in zip(layers, cores):
-        set_core(layer, core)
 
 
 def swap_in(layer: Layer, attributes: Mapping[str, object]) -> None:

@@ -11,6 +11,7 @@ from .common import (
     is_enabled,
     layer_indices,
     make_core,
+    refuse_observed,
     report,
     restore,
     set_cores,
@@ -114,11 +115,12 @@ class ModelLibrary(abc.ABC):
         others = [layer for layer in layers if not is_enabled(layer)]
         replacements = [self.replacements(layer) for layer in others]
         flag = self.own_flag()
-        set_cores(layers, cores)
-        for layer, attributes in zip(others, replacements):
-            swap_in(layer, attributes)
+        refuse_observed(layers)
         if flag is not None:
             give_own_flag(model, [layer.config for layer in layers], *flag, keep=len(others) < len(layers))
+        set_cores(layers, cores)  # nothing from here on fails
+        for layer, attributes in zip(others, replacements):
+            swap_in(layer, attributes)
         self.log(report(type(model).__name__, self.name, config, indices, places[0].num_layers))
         return model
 

@@ -40,11 +40,12 @@ def give_own_flag(model: nn.Layer, configs: Iterable[object], flag: str, value: 
     flagged = {id(shared_of(config)) for config in configs}
     held = [place for place in _attributes(model) if id(shared_of(place[2])) in flagged]
     views = {id(shared_of(config)): config for *_, config in held if keep and is_view(config)}
-    for layer, name, config in held:
+    for *_, config in held:
         shared = shared_of(config)
         if id(shared) not in views:
-            views[id(shared)] = _view(shared, flag, value)
-        vars(layer)[name] = views[id(shared)]
+            views[id(shared)] = _view(shared, flag, value)  # which fails, if anything does
+    for layer, name, config in held:
+        vars(layer)[name] = views[id(shared_of(config))]
     for view in views.values():
         setattr(view, flag, value)
 

@@ -24,15 +24,21 @@ def add_table(table: type, package: str) -> None:
 def package_of_table(layer: Layer) -> str | None:
     """The package of the library whose table of attention functions the code of a layer looks up; None for no table."""
     layer_class: Any = type(layer)
-    functions = (_function_of(layer_class.forward), *map(_function_of, vars(layer).values()))
-    return _package_read_by(layer_class, tuple(filter(None, functions)))
+    held = filter(None, map(_function_of, vars(layer).values()))
+    found = (_package_read_by(layer_class, function) for function in held)
+    return _package_of_class(layer_class) or next(filter(None, found), None)
 
 
 @functools.cache
-def _package_read_by(layer_class: Any, functions: tuple[FunctionType, ...]) -> str | None:
-    """That of a table in these functions of a layer, or in what they call of its class and of their own module."""
+def _package_of_class(layer_class: Any) -> str | None:
+    forward = _function_of(layer_class.forward)
+    return _package_read_by(layer_class, forward) if forward else None
+
+
+def _package_read_by(layer_class: Any, function: FunctionType) -> str | None:
+    """That of a table in a function of a layer, or in what it calls of the layer's class and of its own module."""
     seen: set[FunctionType] = set()
-    ahead = list(functions)
+    ahead = [function]
     while ahead:
         function = ahead.pop()
         seen.add(function)
@@ -101,5 +107,5 @@ def functions_to_replace(layer: Layer) -> dict[str, object]:
     return {
         name: CalledForLayer(layer, value)
         for name, value in vars(layer).items()
-        if (function := _function_of(value)) and _package_read_by(layer_class, (function,))
+        if (function := _function_of(value)) and _package_read_by(layer_class, function)
     }

@@ -144,7 +144,7 @@ def test_inputs_on_two_devices_are_refused(paddle_kernels, small):
     with pytest.raises(ValueError, match="key is on gpu:0, but query is on cpu"):
         rrattn.estimate_block_scores(host_query, key, causal=True)
     mask = on_cpu(np.ones((1, 4, 2, 1), np.int32))
-    with pytest.raises(ValueError, match="value is on cpu, but key is on gpu:0"):
+    with pytest.raises(ValueError, match="value is on cpu, but query is on gpu:0"):
         rrattn.rr_attention(query, key, host_key, causal=True)
     with pytest.raises(ValueError, match="block_mask is on cpu, but query is on gpu:0"):
         rrattn.block_sparse_attention(query, key, key, mask, causal=True)

@@ -58,7 +58,7 @@ class Kernels:
     def place(self, shape, dtype, strided=True):
         """(buffer, view): poisoned memory, and `shape` within it, as the layout says if it may be strided."""
         if strided and self.layout == "heads_first":
-            buffer = self.allocate(poisoned((shape[0], shape[2], shape[1], shape[3]), dtype))
+            buffer = self.allocate(poisoned((shape[0], shape[2], shape[1], *shape[3:]), dtype))
             return buffer, buffer.swapaxes(1, 2)
         if strided and self.layout in ("padded", "unaligned"):
             pads = 1, 1, 1, 8 if self.layout == "padded" else 1
@@ -165,7 +165,7 @@ class Kernels:
             self.input(grad_out, dtype),
             self.input(startend, "int32"),
             sink=self.input(sink, "float32", strided=False),
-            grad_lse=self.input(grad_lse, "float32", strided=False),
+            grad_lse=self.input(grad_lse, "float32"),
             **{name: view for name, (_, view) in grads.items()},
             **self.typed(dtype),
             **options,

@@ -82,8 +82,17 @@ def test_what_a_new_family_asks_for_beyond_is_refused():
         model(STATES)
 
 
+def test_a_config_that_cannot_have_a_flag_of_its_own_leaves_the_model_as_it_was():
+    model = Attention(0)
+    model.config = SimpleNamespace(**vars(model.config))
+    before = dict(vars(model))
+    with pytest.raises(TypeError, match="SimpleNamespace"):
+        rrattn.enable(model)
+    assert vars(model) == before and model.config._attn_implementation == "eager"
+
+
 def test_layers_without_a_number_are_named():
-    with pytest.raises(ValueError, match="no attention layers in Attention: .*; Attention have none"):
+    with pytest.raises(ValueError, match="no attention layers in Attention: .* a layer_idx, which Attention lack"):
         LIBRARY.attention_layers(Attention(None))
 
 

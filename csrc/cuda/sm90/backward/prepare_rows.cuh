@@ -64,10 +64,13 @@ __global__ void __launch_bounds__(kPrepareThreads)
     workspace.key_scale[at] = scale_to(__uint_as_float(workspace.key_column[at]), 1, -30);
   }
   if (lane != 0) return;
-  const int64_t of_lse = (batch * num_heads + head) * visibility.seqlen_q + token;
-  const float lse = token < visibility.seqlen_q ? backward.lse[of_lse] : -INFINITY;
+  const float lse = token < visibility.seqlen_q
+                        ? backward.lse[(batch * num_heads + head) * visibility.seqlen_q + token]
+                        : -INFINITY;
   const bool sees_nothing = lse == -INFINITY;
-  if (backward.grad_lse != nullptr && !sees_nothing) delta -= backward.grad_lse[of_lse];
+  if (backward.grad_lse.data != nullptr && !sees_nothing) {
+    delta -= backward.grad_lse.at(batch, head, token);
+  }
   workspace.score_start[row] =
       (sees_nothing ? -INFINITY : -lse) / usable_scale(backward.softmax_scale);
   workspace.grad_score_start[row] = sees_nothing ? 0 : -delta;
