@@ -32,7 +32,7 @@ from tiny_models import (
 )
 
 import rrattn
-from rrattn import operators
+from rrattn import functional
 from rrattn.integrations import common
 
 # Switching over and back
@@ -105,8 +105,8 @@ def test_deterministic_reaches_the_operator_of_every_layer(model, tokens, in_the
     config = replace(SPARSE, deterministic=True, dense_layers=[0])
     if in_the_model:
         model.config.rrattn_deterministic, model.config.rrattn_dense_layers, config = True, [0], None
-    given, call = [], operators.call
-    monkeypatch.setattr(operators, "call", lambda name, *rest: given.append((name, rest[-2])) or call(name, *rest))
+    given, call = [], functional.call
+    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-2])) or call(name, *rest))
     logits(rrattn.enable(model, config), tokens)
     assert given == [("attend", True)] + [("rr_attention", True)] * (NUM_LAYERS - 1)
 
@@ -123,8 +123,8 @@ def test_compensate_reaches_the_operator_of_every_layer(model, tokens, in_the_mo
         for name, value in given.items():
             setattr(model.config, f"rrattn_{name}", value)
         config = None
-    given, call = [], operators.call
-    monkeypatch.setattr(operators, "call", lambda name, *rest: given.append((name, rest[-1])) or call(name, *rest))
+    given, call = [], functional.call
+    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-1])) or call(name, *rest))
     assert_differs(logits(rrattn.enable(model, config), tokens), expected)
     assert given == [("attend", False)] + [("rr_attention", True)] * (NUM_LAYERS - 1)
     model.train()

@@ -1,6 +1,7 @@
 """PaddleFormers' own trainer runs rrattn when its YAML says so: examples/pretrain.yaml, each run a process."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def losses(folder, attn_impl, **settings):
     assert named in run
     (folder / "run.yaml").write_text(run.replace(named, f"{FLAG}: {attn_impl}\n"))
     command = [sys.executable, str(EXAMPLES / "pretrain.py"), "train", "run.yaml"]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}  # where it is not installed
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     return [float(loss) for loss in re.findall(r" loss: ([\d.]+),", run.stdout + run.stderr)]
 
