@@ -5,10 +5,10 @@
 
 namespace rrattn::cpu::RRATTN_SIMD {
 
-// Both lie as tiles do, [B, Hkv, rows, D] and [B, Hkv, rows, Dv] float32, with zeros in the rows past Mk that fill up the
-// last register tile. Means that stand in for nothing are in tiles too, where their probability is
-// 0. So a mean value with a NaN or infinity is zero, and its mean key NaN instead: it shows in all
-// that it stands in for, and nowhere else.
+// Both lie as tiles do, [B, Hkv, rows, D] and [B, Hkv, rows, Dv] float32, with zeros in the rows
+// past Mk that fill up the last register tile. Means that stand in for nothing are in tiles too,
+// where their probability is 0. So a mean value with a NaN or infinity is zero, and its mean key NaN
+// instead: it shows in all that it stands in for, and nowhere else.
 struct BlockMeans {
   int64_t rows;  // of a head
   int64_t head_dim, head_dim_v;

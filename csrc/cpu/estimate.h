@@ -2,11 +2,11 @@
 //
 //   query [B, Lq, Hq, D], key [B, Lk, Hkv, D]  ->  block_scores [B, Hq, Mq, Mk]
 //
-// Keys are summed over each stride, and the variance within it found, once. Then a thread takes a strip of sampled queries (the
-// lanes, tiles.h) and walks the strides, once, in tiles of 128. It keeps the sum of each key block
-// relative to the base that the softmax had at that tile, and the base of each tile; at the end it
-// brings all sums to the final base. The matrix of stride scores is never stored, only a row of
-// block sums for each lane.
+// Keys are summed over each stride, and the variance within it found, once. Then a thread takes a
+// strip of sampled queries (the lanes, tiles.h) and walks the strides, once, in tiles of 128. It
+// keeps the sum of each key block relative to the base that the softmax had at that tile, and the
+// base of each tile; at the end it brings all sums to the final base. The matrix of stride scores is
+// never stored, only a row of block sums for each lane.
 #pragma once
 
 #include "masking.h"
