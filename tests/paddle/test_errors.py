@@ -155,7 +155,6 @@ def test_direct_layouts_and_dtypes(stage, changes, message):
             "grad_out has dtype float16.*must have float32",
         ),
         ({"grad_lse": zeros(B, LQ, HQ)}, r"grad_lse has shape \[2, 200, 4\].*\[2, 4, 200\]"),
-        ({"grad_lse": zeros(B, LQ, HQ).swapaxes(1, 2)}, "grad_lse has strides .*contiguous"),
         ({"grad_lse": zeros(B, HQ, LQ, dtype=np.float16)}, "grad_lse has dtype float16.*must have float32"),
         ({"sink": zeros(HQ)}, "sink is given, but grad_sink is not: give both or neither"),
         ({"grad_sink": zeros(HQ)}, "grad_sink is given, but sink is not: give both or neither"),
