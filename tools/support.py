@@ -4,14 +4,11 @@ python -m tools.support            rewrites both
 python -m tools.support --check    exits with 1 when one does not match the tests
 """
 
-import argparse
 import re
 import sys
-from pathlib import Path
 
-from tools.bench.tables import with_sections
+from tools.pages import ROOT, with_sections, write_or_check
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "models"))
 
 from families import FAMILIES, GPT_MODEL, GPT_MODEL_ALONE, PADDLENLP, UNDER_PADDLEFLEET, VERSIONS  # noqa: E402
@@ -66,24 +63,11 @@ def short_rows():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
-    arguments = parser.parse_args()
     pages = {
         "docs/support.md": lambda text: with_sections(text, {"families": table()}),
         "README.md": lambda text: re.sub(r"(^\| Models of .*\n)+", lambda _: short_rows(), text, flags=re.MULTILINE),
     }
-    differing = []
-    for name, rewritten in pages.items():
-        before = (ROOT / name).read_text()
-        after = rewritten(before)
-        if before != after:
-            differing.append(name)
-        if not arguments.check:
-            (ROOT / name).write_text(after)
-    if arguments.check and differing:
-        print(f"not as in tests/models: {', '.join(differing)}; python -m tools.support writes them")
-    return int(arguments.check and bool(differing))
+    return write_or_check("python -m tools.support", __doc__.splitlines()[0], "tests/models", pages)
 
 
 if __name__ == "__main__":

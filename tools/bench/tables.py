@@ -4,13 +4,11 @@ python -m tools.bench.tables            rewrites both
 python -m tools.bench.tables --check    exits with 1 when one does not match the figures
 """
 
-import argparse
 import json
 import sys
 import textwrap
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.pages import ROOT, with_sections, write_or_check
 
 
 def cpu_table():
@@ -177,35 +175,13 @@ def headline(records):
     return textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def with_sections(text, sections):
-    """The text with what stands between <!-- name --> and <!-- /name --> replaced."""
-    for name, section in sections.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        first, last = text.index(begin) + len(begin), text.index(end)
-        text = f"{text[:first]}{section}\n{text[last:]}"
-    return text
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
-    arguments = parser.parse_args()
     records = json.loads((ROOT / "tools/bench/results/gpu.json").read_text())
     pages = {
-        "docs/performance.md": {"cpu": cpu_table(), "gpu": gpu_tables(records)},
-        "README.md": {"headline": headline(records)},
+        "docs/performance.md": lambda text: with_sections(text, {"cpu": cpu_table(), "gpu": gpu_tables(records)}),
+        "README.md": lambda text: with_sections(text, {"headline": headline(records)}),
     }
-    differing = []
-    for name, sections in pages.items():
-        before = (ROOT / name).read_text()
-        after = with_sections(before, sections)
-        if before != after:
-            differing.append(name)
-        if not arguments.check:
-            (ROOT / name).write_text(after)
-    if arguments.check and differing:
-        print(f"not as in tools/bench/results: {', '.join(differing)}; python -m tools.bench.tables writes them")
-    return int(arguments.check and bool(differing))
+    return write_or_check("python -m tools.bench.tables", __doc__.splitlines()[0], "tools/bench/results", pages)
 
 
 if __name__ == "__main__":
