@@ -23,17 +23,7 @@ namespace rrattn::cuda::sm90::backward {
 
 template <typename Traits>
 __device__ inline void init_shared(typename Traits::SharedStorage& shared) {
-  shared.any_not_finite = false;
-  shared.item_full.init(1);
-  shared.item_empty.init(kConsumerThreads);
-  for (int slot = 0; slot < Traits::kQuerySlots; ++slot) {
-    shared.query_full[slot].init(1);
-    shared.query_empty[slot].init(kConsumerThreads);
-  }
-  for (int slot = 0; slot < Traits::kGradOutSlots; ++slot) {
-    shared.grad_out_full[slot].init(1);
-    shared.grad_out_empty[slot].init(kConsumerThreads);
-  }
+  init_steps<Traits>(shared);
   for (Barrier& full : shared.grad_scores_full) full.init(kConsumerThreads);
   shared.sums_full.init(kConsumerThreads);
   shared.sums_empty.init(32);  // the writer

@@ -9,6 +9,22 @@
 
 namespace rrattn::cuda::sm90::backward {
 
+// The barriers between the producer and the consumers.
+template <typename Traits>
+__device__ inline void init_steps(typename Traits::SharedStorage& shared) {
+  shared.any_not_finite = false;
+  shared.item_full.init(1);
+  shared.item_empty.init(kConsumerThreads);
+  for (int slot = 0; slot < Traits::kQuerySlots; ++slot) {
+    shared.query_full[slot].init(1);
+    shared.query_empty[slot].init(kConsumerThreads);
+  }
+  for (int slot = 0; slot < Traits::kGradOutSlots; ++slot) {
+    shared.grad_out_full[slot].init(1);
+    shared.grad_out_empty[slot].init(kConsumerThreads);
+  }
+}
+
 template <typename Traits>
 __device__ void produce_steps(const KernelParams& params, typename Traits::SharedStorage& shared) {
   const Visibility& visibility = params.backward.visibility;
