@@ -1,5 +1,5 @@
 #include "../../core/dense_mask.h"
-#include "../stages.h"
+#include "dense_mask.h"
 #include "launch.cuh"
 
 namespace rrattn::cuda {
@@ -56,9 +56,9 @@ __global__ void start_verdict_kernel(int32_t* verdict) {
 
 }  // namespace
 
-int64_t dense_mask_workspace_bytes(const DenseMaskParams&) { return 0; }
+int64_t DenseMaskStage::workspace_bytes(const DenseMaskParams&) { return 0; }
 
-void run_dense_mask(const DenseMaskParams& params) {
+void DenseMaskStage::launch(const DenseMaskParams& params) {
   const auto stream = static_cast<cudaStream_t>(params.execution.stream);
   start_verdict_kernel<<<1, 1, 0, stream>>>(params.verdict);
   RRATTN_CUDA_CHECK(cudaGetLastError());

@@ -40,13 +40,6 @@ struct KeyTile {
   __device__ int first_block() const { return -1 - first_key; }
 };
 
-// Products are multiplied by a softmax scale above this together with log2(e), as their probabilities
-// are computed: `late` below. Not by one that is not positive, where the largest product is not the
-// largest score; nor, with compensation, by one so small that what is added to products (their
-// scores' increase, divided by it) has no room in a float.
-template <bool kCompensate>
-constexpr float kLateScalesAbove = kCompensate ? 0x1p-64f : 0;
-
 // Shared memory (227 KB): the query block, and kSlots tiles of kTileN keys and as many of values.
 // Smaller tiles, a second query block and multicast to clusters are slower: see docs/tuning.md.
 template <typename Element_, int kHeadDim_, int kHeadDimV_>

@@ -4,9 +4,8 @@
 // copies itself.
 #pragma once
 
-#include "../../common/bit_walk.cuh"
-#include "../../common/block_masking.cuh"
 #include "../../common/heads.cuh"
+#include "../../common/row_blocks.cuh"
 #include "../../common/work_order.cuh"
 #include "../common/tensor_copy.cuh"
 #include "config.cuh"
@@ -42,113 +41,6 @@ __device__ inline RowItem row_of_item(const KernelParams& params, int item) {
           place.head / num_heads, false};
 }
 
-// The blocks of a row that its bits select and that it sees, from the last to the first. All lanes
-// of a warp call it together.
-template <bool kCompensate>
-class RowBlocks {
- public:
-  __device__ RowBlocks(const KernelParams& params, const RowItem& row)
-      : visibility_(params.attend.visibility),
-        bounds_(span_bounds_of(visibility_, kBlockSize, params.block_bounds, row.batch, row.head)),
-        m_block_(row.m_block),
-        plain_end_(params.attend.softmax_scale > kLateScalesAbove<kCompensate>
-                       ? first_hidden_key(visibility_, m_block_) / kBlockSize
-                       : 0),
-        seen_end_(visibility_.causal && visibility_.shift() % kBlockSize != 0
-                      ? end_key(visibility_, m_block_) / kBlockSize
-                      : INT_MAX),
-        walk_(params.attend.block_mask + row.index * visibility_.num_mask_words(),
-              end_block(visibility_, m_block_)) {}
-
-  // The next block; < 0: none is left.
-  __device__ int next() {
-    do {
-      n_block_ = walk_.next();
-      if (n_block_ < 0 || bounds_ == nullptr) break;
-      kind_ = classify_block(visibility_, bounds_, m_block_, n_block_);
-    } while (kind_ == BlockKind::kHidden);
-    return n_block_;
-  }
-
-  // Whether the last block returned has no hidden score, and the softmax scale is late.
-  __device__ bool is_plain() const { return n_block_ < plain_end_ && kind_ == BlockKind::kOpen; }
-
-  // Whether the last block returned may hold keys that no row sees.
-  __device__ bool may_hold_unseen_keys() const {
-    return kind_ == BlockKind::kPartial || n_block_ >= seen_end_;
-  }
-
- private:
-  // The end of the keys that the last row may see, when causal.
-  __device__ static int end_key(const Visibility& visibility, int m_block) {
-    const int64_t end_row =
-        min((static_cast<int64_t>(m_block) + 1) * kBlockSize, visibility.seqlen_q);
-    return static_cast<int>(end_row + visibility.shift());
-  }
-  // The end of the blocks that hold such keys, causal or not.
-  __device__ static int end_block(const Visibility& visibility, int m_block) {
-    if (!visibility.causal) return static_cast<int>(visibility.num_n_blocks());
-    return (end_key(visibility, m_block) + kBlockSize - 1) / kBlockSize;
-  }
-
-  const Visibility& visibility_;
-  const SpanBounds* bounds_;
-  const int m_block_, plain_end_, seen_end_;
-  BlockKind kind_ = BlockKind::kOpen;
-  BitWalk walk_;
-  int n_block_ = -1;
-};
-
-// The tiles of means of a row in which some stand in for their blocks, from the last to the first.
-// All lanes of a warp call it together; each holds the bits of one of 32 tiles, so that the memory is
-// waited for once in a row and not before each tile.
-template <typename Traits>
-class RowMeans {
- public:
-  __device__ RowMeans(const KernelParams& params, const RowItem& row)
-      : num_words_(static_cast<int>(params.attend.visibility.num_mask_words())),
-        words_(params.stood_in_for + static_cast<int64_t>(row.index) * num_words_) {
-    const int end = static_cast<int>(end_under_diagonal(params.attend.visibility, row.m_block));
-    first_tile_ = (end + Traits::kTileN - 1) / Traits::kTileN;
-    load();
-  }
-
-  // The first block of the next tile; < 0: none is left.
-  __device__ int next() {
-    while (filled_tiles_ == 0) {
-      if (first_tile_ <= 0) return -1;
-      load();
-    }
-    tile_ = 31 - __clz(filled_tiles_);
-    filled_tiles_ ^= 1u << tile_;
-    return (first_tile_ + tile_) * Traits::kTileN;
-  }
-
-  // Of the tile returned last, a bit for each mean that stands in for its block: a word of them.
-  __device__ uint32_t word(int word) const { return __shfl_sync(~0u, own_words_[word], tile_); }
-
- private:
-  // The 32 tiles before first_tile_.
-  __device__ void load() {
-    const int end_tile = first_tile_;
-    first_tile_ = max(first_tile_ - 32, 0);
-    const int tile = first_tile_ + static_cast<int>(threadIdx.x) % 32;
-    uint32_t any = 0;
-#pragma unroll
-    for (int word = 0; word < Traits::kMeanWords; ++word) {
-      const int at = tile * Traits::kMeanWords + word;
-      own_words_[word] = tile < end_tile && at < num_words_ ? words_[at] : 0;
-      any |= own_words_[word];
-    }
-    filled_tiles_ = __ballot_sync(~0u, any != 0);
-  }
-
-  const int num_words_;
-  const uint32_t* words_;
-  int first_tile_, tile_ = 0;
-  uint32_t own_words_[Traits::kMeanWords], filled_tiles_;
-};
-
 // Copies a tile of keys, or of values.
 template <typename Traits, int kPanels>
 __device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, int first_key,
@@ -162,7 +54,7 @@ template <typename Traits>
 __device__ void produce_mean_keys(const KernelParams& params, const RowItem& row, int key_head,
                                   RingPosition<Traits::kSlots>& keys,
                                   typename Traits::SharedStorage& shared) {
-  RowMeans<Traits> means(params, row);
+  RowMeans<Traits::kTileN> means(params.attend.visibility, params.stood_in_for, row);
   for (int block = means.next(); block >= 0;) {
     uint32_t words[Traits::kMeanWords];
 #pragma unroll
@@ -202,12 +94,13 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
     }
     RowItem row = row_of_item(params, item);
     const int key_head = row.head / group;
-    RowBlocks<kCompensate> blocks(params, row);
+    RowBlocks<kCompensate> blocks(params.attend, params.block_bounds, row);
     int n_block = blocks.next();
     row.without_tiles = n_block < 0;
     bool means_follow = false;
     if constexpr (kCompensate) {
-      means_follow = RowMeans<Traits>(params, row).next() >= 0;
+      means_follow =
+          RowMeans<Traits::kTileN>(params.attend.visibility, params.stood_in_for, row).next() >= 0;
       row.without_tiles = n_block < 0 && !means_follow;
     }
     if (leader) {
@@ -255,7 +148,7 @@ __device__ void produce_values(const KernelParams& params, typename Traits::Shar
   RingPosition<Traits::kSlots> values;
   follow_rows(shared, [&](const RowItem& row) {
     const int key_head = row.head / group;
-    RowBlocks<kCompensate> blocks(params, row);
+    RowBlocks<kCompensate> blocks(params.attend, params.block_bounds, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
       Barrier* full =
           kUnseenKeys && blocks.may_hold_unseen_keys() ? shared.value_uncleared : shared.value_full;
@@ -270,7 +163,7 @@ __device__ void produce_values(const KernelParams& params, typename Traits::Shar
       }
     }
     if constexpr (kCompensate) {
-      RowMeans<Traits> means(params, row);
+      RowMeans<Traits::kTileN> means(params.attend.visibility, params.stood_in_for, row);
       for (;;) {
         const int block = means.next();
         if (block < 0) break;
@@ -300,7 +193,7 @@ __device__ void clear_values(const KernelParams& params, typename Traits::Shared
             : nullptr;
     const int64_t first_row = row.m_block * kBlockSize;
     const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-    RowBlocks<kCompensate> blocks(params, row);
+    RowBlocks<kCompensate> blocks(params.attend, params.block_bounds, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
       const bool clears = blocks.may_hold_unseen_keys();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t, values.advance()) {
@@ -326,7 +219,7 @@ __device__ void clear_values(const KernelParams& params, typename Traits::Shared
       }
     }
     if constexpr (kCompensate) {
-      RowMeans<Traits> means(params, row);
+      RowMeans<Traits::kTileN> means(params.attend.visibility, params.stood_in_for, row);
       while (means.next() >= 0) values.advance();  // there is nothing to clear in means
     }
   });

@@ -3,10 +3,10 @@
 
 #include <cmath>
 
+#include "../../common/block_means.cuh"
 #include "../../common/element.cuh"
 #include "../../common/rows.cuh"
 #include "../../common/stood_in_for.cuh"
-#include "block_means.cuh"
 #include "kernel.cuh"
 #include "stage.h"
 

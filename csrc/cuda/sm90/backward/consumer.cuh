@@ -30,7 +30,7 @@ class Consumer : ConsumerParts<Traits> {
       shared_.item_full.wait(items.parity);
       const auto item = shared_.item;
       if (item.index < 0) break;
-      const Place place(params_, item.index);
+      const Place place(params_.backward, params_.num_items, params_.section_heads, item.index);
       GradKey grad_key, grad_value;
       clear(grad_key);
       clear(grad_value);

@@ -14,7 +14,7 @@ class ConsumerParts {
  protected:
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
-  using Place = backward::Place<Traits::kKeys>;
+  using Place = cuda::backward::Place<Traits::kKeys>;
   using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
                                                Shape<Int<Traits::kKeys>, Int<kQueryTile>>{}));
   // dQ, of which each consumer has half the columns.

@@ -5,10 +5,10 @@
 //     ->  grad_query [B, Lq, Hq, D], grad_key [B, Lk, Hkv, D], grad_value [B, Lk, Hkv, Dv],
 //         grad_sink [Hq]
 //
-// The kernels before this one prepare what it reads: what S and dP start from, -lse / scale and
-// -delta = grad_lse - rowsum(dO * O) (prepare_rows.cuh); if deterministic, the units of the sums of dQ
-// (bound_keys.cuh); the transposed block mask (transpose_mask.cuh). The one after it writes the
-// sums of dQ, scaled, as grad_query (finish_grad_query.cuh), and grad_sink (finish_grad_sink.cuh).
+// The kernels before this one prepare what it reads (common/backward/prepare.cuh): what S and dP start
+// from, -lse / scale and -delta = grad_lse - rowsum(dO * O); if deterministic, the units of the sums
+// of dQ; the transposed block mask. Those after it write the sums of dQ, scaled, as grad_query
+// (finish_grad_query.cuh), and grad_sink (common/backward/finish_grad_sink.cuh).
 //
 // The kernel is persistent. A thread block takes a key block of a key head, walks the query blocks
 // of the group's heads that selected it, keeps dK and dV in registers, and adds its share of dQ to

@@ -2,12 +2,13 @@
 // them, of all heads of the group, and copies both.
 #pragma once
 
-#include "../../common/bit_walk.cuh"
-#include "../../common/block_masking.cuh"
+#include "../../common/backward/query_blocks.cuh"
 #include "../common/tensor_copy.cuh"
 #include "config.cuh"
 
 namespace rrattn::cuda::sm90::backward {
+
+using cuda::backward::QueryBlocks;
 
 // The barriers between the producer and the consumers.
 template <typename Traits>
@@ -29,9 +30,7 @@ template <typename Traits>
 __device__ void produce_steps(const KernelParams& params, typename Traits::SharedStorage& shared) {
   const Visibility& visibility = params.backward.visibility;
   const Workspace& workspace = params.workspace;
-  const int group = static_cast<int>(group_size(visibility, params.backward.heads));
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
-  const int64_t num_words = ceil_div(num_m_blocks, kMaskWordBits);
   const bool leader = threadIdx.x == 0;
   RingPosition<1> items;
   RingPosition<Traits::kQuerySlots> queries;
@@ -50,32 +49,10 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
       }
       return;
     }
-    const Place<Traits::kKeys> place(params, item);
+    const Place<Traits::kKeys> place(params.backward, params.num_items, params.section_heads, item);
 
-    // The query blocks that selected the key block and see it, head by head.
-    int head = place.key_head * group - 1, m_block = -1;
-    BlockKind kind = BlockKind::kHidden;
-    const SpanBounds* bounds = nullptr;
-    BitWalk walk(nullptr, 0);
-    const auto next_block = [&] {
-      for (;;) {
-        m_block = walk.next();
-        if (m_block < 0) {
-          if (++head == (place.key_head + 1) * group) return false;
-          bounds =
-              span_bounds_of(visibility, kBlockSize, workspace.block_bounds, place.batch, head);
-          walk = BitWalk(workspace.transposed_mask + ((place.batch * visibility.num_heads + head) *
-                                                          visibility.num_n_blocks() +
-                                                      place.n_block()) *
-                                                         num_words,
-                         num_m_blocks);
-          continue;
-        }
-        kind = classify_block(visibility, bounds, m_block, place.n_block());
-        if (kind != BlockKind::kHidden) return true;
-      }
-    };
-    bool more = next_block();
+    QueryBlocks blocks(params.backward, workspace, place.batch, place.key_head, place.n_block());
+    bool more = blocks.next();
     if (leader) {
       shared.item = {item, !more};
       if (more) {
@@ -99,25 +76,24 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
       }
     }
     while (more) {
-      const int block = m_block, block_head = head;
-      const bool masked = has_hidden_scores(visibility, kind, block, place.n_block());
-      more = next_block();
+      const int m_block = blocks.m_block(), head = blocks.head();
+      const bool masked = blocks.masked();
+      more = blocks.next();
       for (int t = kQueryTiles - 1; t >= 0; --t) {
-        const int first_query = block * kBlockSize + t * kQueryTile;
+        const int first_query = m_block * kBlockSize + t * kQueryTile;
         const int tile = static_cast<int>(
-            ((place.batch * visibility.num_heads + block_head) * num_m_blocks + block) *
-                kQueryTiles +
+            ((place.batch * visibility.num_heads + head) * num_m_blocks + m_block) * kQueryTiles +
             t);
         const int64_t statistics = static_cast<int64_t>(tile) * kQueryTile;
         shared.query_empty[queries.slot].wait(queries.parity ^ 1);
         if (leader) {
-          shared.step[queries.slot] = {first_query, block_head, masked, !more && t == 0};
+          shared.step[queries.slot] = {first_query, head, masked, !more && t == 0};
           shared.sums_tile[sums.slot] = tile;
           Barrier& full = shared.query_full[queries.slot];
           full.arrive_and_expect(sizeof(shared.query[0]) +
                                  kStatisticsBytes * (Traits::kDeterministic ? 2 : 1));
           copy_rows<Traits::kPanels>(shared.query[queries.slot], params.query, kQueryTile,
-                                     first_query, block_head, place.batch, full);
+                                     first_query, head, place.batch, full);
           SM90_BULK_COPY_G2S::copy(workspace.score_start + statistics, full.raw(),
                                    shared.score_start[queries.slot], kStatisticsBytes);
           if constexpr (Traits::kDeterministic) {
@@ -132,7 +108,7 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
           Barrier& full = shared.grad_out_full[grads.slot];
           full.arrive_and_expect(sizeof(shared.grad_out[0]) + kStatisticsBytes);
           copy_rows<Traits::kValuePanels>(shared.grad_out[grads.slot], params.grad_out, kQueryTile,
-                                          first_query, block_head, place.batch, full);
+                                          first_query, head, place.batch, full);
           SM90_BULK_COPY_G2S::copy(workspace.grad_score_start + statistics, full.raw(),
                                    shared.grad_score_start[grads.slot], kStatisticsBytes);
         }

@@ -17,6 +17,24 @@ __host__ __device__ constexpr int column_of(int stride) {
   return i / 2 * 8 + t * 2 + i % 2;
 }
 
+// A tile of pooled keys, as KeyLayout wants it in shared memory.
+template <typename Traits>
+struct KeyTile {
+  using Element = typename Traits::Element;
+  using Offsets = decltype(as_position_independent_swizzle_layout(typename Traits::KeyLayout{}));
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kStrides = kTileStrides;
+  static constexpr int kElements = Traits::kKeyTileElements;
+  static constexpr int kVariances = kTileVariances;
+
+  __device__ static int key_offset(int stride, int column) {
+    return Offsets{}(column_of(stride), column);
+  }
+  __device__ static int variance_offset(int stride) {
+    return stride / kThreadStrides * kThreadVariances + stride % kThreadStrides;
+  }
+};
+
 template <int kKeyStride>
 struct BlockSums {
   static constexpr int kBlockStrides = kBlockSize / kKeyStride;

@@ -3,20 +3,18 @@
 
 #include <cutlass/arch/barrier.h>
 
-#include <cfloat>
 #include <cute/tensor.hpp>
 
-#include "../../common/heads.cuh"
-#include "../../common/softmax.cuh"
-#include "../../common/span_bounds.cuh"
+#include "../../common/estimate/items.cuh"
 #include "../common/wgmma.cuh"
 
 namespace rrattn::cuda::sm90::estimate {
 
 using namespace cute;
+using namespace cuda::estimate;
 
-constexpr int kTileStrides = 128;  // pooled keys of a tile
-constexpr int kTileQueries = 64;   // sampled queries of a consumer warp group: the m of wgmma
+constexpr int kTileStrides = 128;   // pooled keys of a tile
+static_assert(kTileQueries == 64);  // a row tile is a consumer warp group's: the m of wgmma
 
 // Floats in which the variances of a tile lie: those of the strides of a thread and 16 bytes more,
 // so that the four threads of a row read from different banks.
@@ -25,24 +23,6 @@ constexpr int kTileVariances = 4 * kThreadVariances;
 
 constexpr int kMaxChunkSlots = 2;
 constexpr int kItemSlots = 2;  // items under way: one at the consumers, one before or after them
-
-// The 64 sampled queries of one consumer in one item.
-struct RowTile {
-  bool active;
-  int head;  // query head
-  int first_sample;
-  int first_token, last_token;
-};
-
-// The item of work: up to kConsumers row tiles that share a key head.
-template <int kConsumers>
-struct WorkItem {
-  int index;      // < 0: no item is left
-  int num_tiles;  // of strides that any of the rows sees under the diagonal
-  int batch;
-  int key_head;  // over all batch entries
-  RowTile rows[kConsumers];
-};
 
 // The tile sizes by head size. Shared memory (227 KB): kConsumers query tiles, kKeySlots key tiles
 // with their variances, and chunks of sums on their way back. Four consumers beat fewer, since what
@@ -73,7 +53,6 @@ struct KernelTraits {
   using KeyLayout = decltype(tile_to_shape(SmemAtom{}, Shape<Int<kTileStrides>, Int<kHeadDim>>{}));
   // Where an element lies in such a tile, for stores that do not go through a CuTe tensor.
   using QueryOffsets = decltype(as_position_independent_swizzle_layout(QueryLayout{}));
-  using KeyOffsets = decltype(as_position_independent_swizzle_layout(KeyLayout{}));
   static constexpr int kKeyTileElements = kTileStrides * kHeadDim;
   static constexpr uint32_t kKeyTileBytes = kKeyTileElements * sizeof(Element);
 
@@ -96,33 +75,6 @@ struct KernelTraits {
   static_assert(kKeySlots * kKeyTileBytes >= kConsumers * kChunkBytes);
 };
 
-// Counts of strides, rows and items. They are below 2^30, so that index arithmetic on the GPU stays
-// in 32 bits.
-struct WorkLayout {
-  int num_strides;    // of the keys
-  int num_tiles;      // of kTileStrides strides
-  int num_row_tiles;  // of kTileQueries sampled queries, of one head
-  int group_size;     // query heads of a key head
-  int key_heads;      // over all batch entries
-  int num_items;
-  float score_scale;      // brings products to scores in units of log2
-  float variance_weight;  // times |q|^2: what a variance of 1 adds to a product
-
-  WorkLayout(const EstimateParams& params, int consumers)
-      : num_strides(
-            static_cast<int>(ceil_div(params.visibility.seqlen_k, params.sampling.key_stride))),
-        num_tiles(static_cast<int>(ceil_div(num_strides, kTileStrides))),
-        num_row_tiles(static_cast<int>(
-            ceil_div(ceil_div(params.visibility.seqlen_q, params.sampling.stride), kTileQueries))),
-        group_size(static_cast<int>(cuda::group_size(params.visibility, params.heads))),
-        key_heads(static_cast<int>(params.visibility.batch * params.heads.num_heads_k)),
-        num_items(key_heads * static_cast<int>(ceil_div(num_row_tiles * group_size, consumers))),
-        // Not 0, which times the infinity of a hidden score would be NaN.
-        score_scale(params.sampling.softmax_scale == 0 ? FLT_MIN
-                                                       : params.sampling.softmax_scale * kLog2E),
-        variance_weight(params.sampling.spread / 2 * params.sampling.softmax_scale) {}
-};
-
 template <typename Traits>
 struct Workspace {
   typename Traits::Element* pooled_keys;  // [B, Hkv, num_tiles] images of KeyLayout
@@ -137,7 +89,7 @@ struct Workspace {
   int* outgrown_items;  // [num_items]
 
   Workspace(Arena& arena, const EstimateParams& params, int num_multiprocessors) {
-    const WorkLayout layout(params, Traits::kConsumers);
+    const WorkLayout layout(params, kTileStrides, Traits::kConsumers);
     const int64_t key_tiles = static_cast<int64_t>(layout.key_heads) * layout.num_tiles;
     pooled_keys = arena.take<typename Traits::Element>(key_tiles * Traits::kKeyTileElements);
     variances = arena.take<float>(params.sampling.spread > 0 ? key_tiles * kTileVariances : 0);
@@ -152,6 +104,7 @@ struct Workspace {
     num_outgrown = next_item + 2;
     outgrown_items = next_item + 3;
   }
+  __device__ void clear_counters() const { next_item[0] = next_item[1] = *num_outgrown = 0; }
   __device__ float* sums_of(int consumer) const {
     return block_sums +
            (static_cast<int64_t>(blockIdx.x) * Traits::kConsumers + consumer) * consumer_sums;

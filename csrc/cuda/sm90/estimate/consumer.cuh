@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../../common/rows.cuh"
-#include "items.cuh"
+#include "block_sums.cuh"
 
 namespace rrattn::cuda::sm90::estimate {
 

@@ -130,7 +130,7 @@ class Finisher {
       const float* column = sums + block / Sums::kBlocks * kTileElements +
                             m * num_rows * Sums::kBlocks + block % Sums::kBlocks;
       float scores[kVector] = {};
-      if (!hides<kKeyStride>(item, params_, workspace_, tile)) {
+      if (!hides<kTileStrides * kKeyStride>(item, params_, workspace_.tile_bounds, tile)) {
 #pragma unroll 8
         for (int step = 0; step < num_rows; ++step) {
           const int r = (step + i) % num_rows;  // neighbouring threads on different banks

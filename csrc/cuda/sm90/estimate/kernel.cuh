@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         item.index = -1;
         if (next < num_items) {
           const int index = outgrown ? workspace.outgrown_items[next] : next;
-          fill_item<kKeyStride>(item, params, layout, index);
+          fill_item<kKeyStride, kTileStrides>(item, params, layout, index);
         }
         shared.outgrown[items.slot] = false;
         shared.item_full[items.slot].arrive();
@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         const float* variances = workspace.variances + first_tile * kTileVariances;
         for (int pass = 0; pass < passes; ++pass) {
           for (int tile = 0; tile < item.num_tiles; ++tile) {
-            if (hides<kKeyStride>(item, params, workspace, tile)) continue;
+            if (hides<kTileStrides * kKeyStride>(item, params, workspace.tile_bounds, tile))
+              continue;
             next_slot(tile);
             constexpr uint32_t kVarianceBytes = sizeof(shared.variance[0]);
             shared.key_full[keys.slot].arrive_and_expect(Traits::kKeyTileBytes +

@@ -2,25 +2,11 @@
 #pragma once
 
 #include "../../common/element.cuh"
+#include "../../common/estimate/pool_keys.cuh"
 #include "kernel.cuh"
-#include "pool_keys.cuh"
 #include "stage.h"
 
 namespace rrattn::cuda::sm90::estimate {
-
-template <typename Traits, int kKeyStride>
-void launch_pool_keys(const EstimateParams& params, const WorkLayout& layout,
-                      const Workspace<Traits>& workspace) {
-  const dim3 grid(static_cast<unsigned>(layout.num_tiles * kTileStrides / kPoolStrides),
-                  static_cast<unsigned>(params.heads.num_heads_k),
-                  static_cast<unsigned>(params.visibility.batch));
-  const auto kernel = params.visibility.row_bounds.data
-                          ? pool_keys_kernel<Traits, kKeyStride, true>
-                          : pool_keys_kernel<Traits, kKeyStride, false>;
-  kernel<<<grid, kPoolThreads, 0, stream_of(params.execution)>>>(params, layout, workspace,
-                                                                 aligned_rows(params.key));
-  RRATTN_CUDA_CHECK(cudaGetLastError());
-}
 
 template <DataType kDataType, int kHeadDim, int kKeyStride>
 int64_t Stage<kDataType, kHeadDim, kKeyStride>::workspace_bytes(const EstimateParams& params) {
@@ -38,12 +24,12 @@ void Stage<kDataType, kHeadDim, kKeyStride>::launch(const EstimateParams& params
     return;
   }
   const cudaStream_t stream = stream_of(params.execution);
-  const WorkLayout layout(params, Traits::kConsumers);
+  const WorkLayout layout(params, kTileStrides, Traits::kConsumers);
   Arena arena(params.execution.workspace);
   const Workspace<Traits> workspace(arena, params, num_multiprocessors());
   compute_span_bounds(visibility, kKeyStride, workspace.stride_bounds, stream);
   compute_span_bounds(visibility, kKeyStride * kTileStrides, workspace.tile_bounds, stream);
-  launch_pool_keys<Traits, kKeyStride>(params, layout, workspace);
+  launch_pool_keys<KeyTile<Traits>, kKeyStride>(params, layout, workspace);
   for (const bool outgrown : {false, true}) {
     launch_persistent<Traits>(estimate_kernel<Traits, kKeyStride>, layout.num_items, stream, params,
                               layout, workspace, outgrown, aligned_rows(params.query));

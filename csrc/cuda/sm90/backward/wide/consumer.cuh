@@ -39,7 +39,7 @@ class Consumer : protected ConsumerParts<Traits> {
       shared_.item_full.wait(items.parity);
       const Item item = shared_.item;
       if (item.index < 0) return;
-      const Place place(params_, item.index);
+      const Place place(params_.backward, params_.num_items, params_.section_heads, item.index);
       Grad grad;
       clear(grad);
       if (!item.nothing_selected) {

@@ -1,9 +1,10 @@
 // In deterministic mode: the bounds of keys and values from which the units of the sums of dQ come.
 #pragma once
 
-#include "preparation.cuh"
+#include "../heads.cuh"
+#include "row_parts.cuh"
 
-namespace rrattn::cuda::sm90::backward {
+namespace rrattn::cuda::backward {
 
 constexpr int kThreadBlocksPerHead = 64;  // share the keys of a head
 
@@ -11,14 +12,14 @@ constexpr int kThreadBlocksPerHead = 64;  // share the keys of a head
 // A NaN counts as the largest: its bits are above those of all numbers.
 template <typename Element, int kColumns>
 __global__ void __launch_bounds__(kPrepareThreads)
-    bound_keys_kernel(const __grid_constant__ KernelParams params, bool aligned) {
+    bound_keys_kernel(const __grid_constant__ BackwardParams params,
+                      const __grid_constant__ Workspace workspace, bool aligned) {
   constexpr int kLanes = kRowLanes<kColumns>, kRows = kPrepareRows<kColumns>;
-  const BackwardParams& backward = params.backward;
-  const Visibility& visibility = backward.visibility;
+  const Visibility& visibility = params.visibility;
   const int64_t key_head = blockIdx.y;  // of all batch entries
-  const int64_t head = key_head % backward.heads.num_heads_k;
-  const int64_t batch = key_head / backward.heads.num_heads_k;
-  const int64_t group = group_size(visibility, backward.heads);
+  const int64_t head = key_head % params.heads.num_heads_k;
+  const int64_t batch = key_head / params.heads.num_heads_k;
+  const int64_t group = group_size(visibility, params.heads);
   const int column = static_cast<int>(threadIdx.x) % kLanes * 8;
   const int row = static_cast<int>(threadIdx.x) / kLanes;
   const auto eight = [&](const Rows& rows, int64_t key, int64_t head_dim) {
@@ -35,9 +36,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     const bool seen = first + row < visibility.seqlen_k &&
                       seen_by_group(visibility, group, batch, head, first + row);
     const uint4 none = make_uint4(0, 0, 0, 0);
-    const uint4 keys = seen ? eight(backward.key, first + row, backward.heads.head_dim) : none;
-    const uint4 values =
-        seen ? eight(backward.value, first + row, backward.heads.head_dim_v) : none;
+    const uint4 keys = seen ? eight(params.key, first + row, params.heads.head_dim) : none;
+    const uint4 values = seen ? eight(params.value, first + row, params.heads.head_dim_v) : none;
     float norm = 0;
     for (int e = 0; e < 8; ++e) {
       const float value = element<Element>(values, e);
@@ -46,14 +46,30 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
     largest_norm = max(largest_norm, __float_as_uint(fabsf(row_sum<kLanes>(norm))));
   }
-  for (int e = 0; e < 8; ++e) atomicMax(shared_largest + column + e, largest[e]);
+  for (int e = 0; column < kColumns && e < 8; ++e) {
+    atomicMax(shared_largest + column + e, largest[e]);
+  }
   atomicMax(&shared_largest_norm, largest_norm);
   __syncthreads();
   if (threadIdx.x < kColumns) {
-    atomicMax(params.workspace.key_column + key_head * kColumns + threadIdx.x,
+    atomicMax(workspace.key_column + key_head * kColumns + threadIdx.x,
               shared_largest[threadIdx.x]);
   }
-  if (threadIdx.x == 0) atomicMax(params.workspace.value_norm + key_head, shared_largest_norm);
+  if (threadIdx.x == 0) atomicMax(workspace.value_norm + key_head, shared_largest_norm);
 }
 
-}  // namespace rrattn::cuda::sm90::backward
+template <typename Element, int kColumns>
+void bound_keys(const BackwardParams& params, const Workspace& workspace) {
+  const cudaStream_t stream = stream_of(params.execution);
+  const int64_t key_heads = params.visibility.batch * params.heads.num_heads_k;
+  if (key_heads == 0) return;
+  RRATTN_CUDA_CHECK(
+      cudaMemsetAsync(workspace.key_column, 0, key_heads * kColumns * sizeof(uint32_t), stream));
+  RRATTN_CUDA_CHECK(cudaMemsetAsync(workspace.value_norm, 0, key_heads * sizeof(uint32_t), stream));
+  const dim3 grid(kThreadBlocksPerHead, static_cast<unsigned>(key_heads));
+  bound_keys_kernel<Element, kColumns><<<grid, kPrepareThreads, 0, stream>>>(
+      params, workspace, aligned_rows(params.key) && aligned_rows(params.value));
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace rrattn::cuda::backward

@@ -1,15 +1,18 @@
-// What the kernels that read rows before the gradients share: a row of kColumns columns, the padded
-// head size, is read by threads with 8 columns each.
+// What the kernels that read rows before the gradients share: a row of kColumns columns is read by
+// threads side by side, each with 8 of its columns.
 #pragma once
 
-#include "../../common/rows.cuh"
-#include "config.cuh"
+#include "../rows.cuh"
+#include "workspace.cuh"
 
-namespace rrattn::cuda::sm90::backward {
+namespace rrattn::cuda::backward {
 
 constexpr int kPrepareThreads = 256;
+// Threads of a row: a power of 2, for the sums over a row. Of 192 columns the last 8 threads have none.
 template <int kColumns>
-constexpr int kRowLanes = kColumns / 8;  // threads of a row
+constexpr int kRowLanes = kColumns <= 64    ? 8
+                          : kColumns <= 128 ? 16
+                                            : 32;
 template <int kColumns>
 constexpr int kPrepareRows = kPrepareThreads / kRowLanes<kColumns>;
 
@@ -22,4 +25,4 @@ __device__ inline uint4 load_part(const Rows& rows, int64_t batch, int64_t head,
                     column, head_dim, aligned);
 }
 
-}  // namespace rrattn::cuda::sm90::backward
+}  // namespace rrattn::cuda::backward

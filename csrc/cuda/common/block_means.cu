@@ -1,25 +1,18 @@
-// The mean key and the mean value of each key block, for attention that is compensated:
-//
-//   key [B, Lk, Hkv, D], value [B, Lk, Hkv, Dv]
-//     ->  mean_key [B, Mk, Hkv, D], mean_value [B, Mk, Hkv, Dv]
-//
-// Tiles of means have also those that stand in for nothing, where their probability is 0. So a mean
-// value with a NaN or infinity is zero, and its mean key NaN instead: it shows in all that it stands
-// in for, and nowhere else.
-#pragma once
+#include "block_means.cuh"
+#include "element.cuh"
+#include "launch.cuh"
+#include "rows.cuh"
 
-#include "../../common/launch.cuh"
-#include "../../common/rows.cuh"
+namespace rrattn::cuda {
 
-namespace rrattn::cuda::sm90::attend {
+namespace {
 
-constexpr int kMeanThreads = 256;
+constexpr int kThreads = 256;
 
 // A thread's sum of 8 columns of rows `kStep` apart. All of its loads, up to 8, are in flight.
 template <int kRows, int kStep, typename Element>
-__device__ inline void sum_rows(const Element* rows, int64_t row_stride, int first_row,
-                                int num_rows, int column, int head_dim, bool aligned,
-                                float (&sum)[8]) {
+__device__ void sum_rows(const Element* rows, int64_t row_stride, int first_row, int num_rows,
+                         int column, int head_dim, bool aligned, float (&sum)[8]) {
   constexpr int kLoads = kRows < 8 ? kRows : 8;
 #pragma unroll 1
   for (int r0 = 0; r0 < kRows; r0 += kLoads) {
@@ -39,15 +32,15 @@ __device__ inline void sum_rows(const Element* rows, int64_t row_stride, int fir
 }
 
 // A thread block has one key block of one head. Threads side by side read the columns of a row, of
-// which keys and values have up to kHeadDim.
-template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kMeanThreads)
+// which keys and values have up to kColumns.
+template <typename Element, int kColumns>
+__global__ void __launch_bounds__(kThreads)
     block_means_kernel(AttendParams params, Rows mean_key, Rows mean_value, bool aligned_key,
                        bool aligned_value) {
-  static_assert(kHeadDim <= kMeanThreads);  // at the end, a thread has a column
-  constexpr int kChunks = kHeadDim / 8;
-  constexpr int kRowGroups = kMeanThreads / kChunks;
-  __shared__ alignas(16) float sums[2][kRowGroups][kHeadDim];  // of keys, of values
+  static_assert(kColumns <= kThreads);  // at the end, a thread has a column
+  constexpr int kChunks = kColumns / 8;
+  constexpr int kRowGroups = kThreads / kChunks;
+  __shared__ alignas(16) float sums[2][kRowGroups][kColumns];  // of keys, of values
   const int64_t n_block = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
   const int64_t first_key = n_block * kBlockSize;
   const int num_keys =
@@ -57,7 +50,7 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int row_group = static_cast<int>(threadIdx.x) / kChunks;
   const int first_column = static_cast<int>(threadIdx.x) % kChunks * 8;
   const auto sum = [&](const Rows& rows, int num_columns, bool aligned,
-                       float (&to)[kRowGroups][kHeadDim]) {
+                       float (&to)[kRowGroups][kColumns]) {
     float eight[8] = {};
     sum_rows<kBlockSize / kRowGroups, kRowGroups>(
         static_cast<const Element*>(rows.data) + batch * rows.batch_stride +
@@ -71,9 +64,9 @@ __global__ void __launch_bounds__(kMeanThreads)
   sum(params.value, head_dim_v, aligned_value, sums[1]);
   __syncthreads();
   const int column = static_cast<int>(threadIdx.x);
-  const auto mean_of = [&](const float (&parts)[kRowGroups][kHeadDim]) {
+  const auto mean_of = [&](const float (&parts)[kRowGroups][kColumns]) {
     float total = 0;
-    for (int g = 0; column < kHeadDim && g < kRowGroups; ++g) total += parts[g][column];
+    for (int g = 0; column < kColumns && g < kRowGroups; ++g) total += parts[g][column];
     return static_cast<Element>(total / static_cast<float>(num_keys));
   };
   Element key = mean_of(sums[0]), value = mean_of(sums[1]);
@@ -89,7 +82,9 @@ __global__ void __launch_bounds__(kMeanThreads)
   if (column < head_dim_v) write(mean_value, value);
 }
 
-template <typename Element, int kHeadDim>
+}  // namespace
+
+template <typename Element, int kColumns>
 void launch_block_means(const AttendParams& params, const Rows& mean_key, const Rows& mean_value,
                         cudaStream_t stream) {
   const Visibility& visibility = params.visibility;
@@ -97,9 +92,18 @@ void launch_block_means(const AttendParams& params, const Rows& mean_key, const 
   const dim3 grid(static_cast<unsigned>(visibility.num_n_blocks()),
                   static_cast<unsigned>(params.heads.num_heads_k),
                   static_cast<unsigned>(visibility.batch));
-  block_means_kernel<Element, kHeadDim><<<grid, kMeanThreads, 0, stream>>>(
+  block_means_kernel<Element, kColumns><<<grid, kThreads, 0, stream>>>(
       params, mean_key, mean_value, aligned_rows(params.key), aligned_rows(params.value));
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 
-}  // namespace rrattn::cuda::sm90::attend
+#define RRATTN_INSTANTIATE_BLOCK_MEANS(kColumns)                              \
+  template void launch_block_means<ElementOf<DataType::kBFloat16>, kColumns>( \
+      const AttendParams&, const Rows&, const Rows&, cudaStream_t);           \
+  template void launch_block_means<ElementOf<DataType::kFloat16>, kColumns>(  \
+      const AttendParams&, const Rows&, const Rows&, cudaStream_t)
+RRATTN_INSTANTIATE_BLOCK_MEANS(64);
+RRATTN_INSTANTIATE_BLOCK_MEANS(128);
+RRATTN_INSTANTIATE_BLOCK_MEANS(256);
+
+}  // namespace rrattn::cuda

@@ -1,12 +1,18 @@
 // Averages the keys of each stride, and writes tiles of the averages as shared memory is to hold
 // them; with spread, finds the variances too. A NaN or infinity in a key that no query sees counts
 // as zero, and so do the keys that the last stride lacks.
+//
+// Tile says what a tile is: the type and padded size of its keys (Element, kHeadDim), how many
+// strides, elements and variances it has (kStrides, kElements, kVariances), and where in it eight
+// columns of an average and a variance lie (key_offset, variance_offset). Workspace has the tiles
+// (pooled_keys, variances), and counters that the next kernel wants at zero (clear_counters). Both are
+// types of a path, so no two paths have an instance of the kernel in common.
 #pragma once
 
-#include "../../common/rows.cuh"
-#include "block_sums.cuh"
+#include "../rows.cuh"
+#include "items.cuh"
 
-namespace rrattn::cuda::sm90::estimate {
+namespace rrattn::cuda::estimate {
 
 constexpr int kPoolThreads = 256;
 constexpr int kPoolStrides = 32;  // strides of a thread block
@@ -43,16 +49,15 @@ struct Moments {
 };
 
 // A thread averages 8 columns of one stride, with up to 8 loads in flight.
-template <typename Traits, int kKeyStride, bool kFlashMask>
+template <typename Tile, int kKeyStride, bool kFlashMask, typename Workspace>
 __global__ void __launch_bounds__(kPoolThreads)
-    pool_keys_kernel(EstimateParams params, WorkLayout layout, Workspace<Traits> workspace,
-                     bool aligned) {
-  using Element = typename Traits::Element;
-  constexpr int kChunks = Traits::kHeadDim / 8;
+    pool_keys_kernel(EstimateParams params, WorkLayout layout, Workspace workspace, bool aligned) {
+  using Element = typename Tile::Element;
+  constexpr int kChunks = Tile::kHeadDim / 8;
   constexpr int kLoads = kKeyStride < 8 ? kKeyStride : 8;
   const int64_t head = blockIdx.y, batch = blockIdx.z;
   if (blockIdx.x == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
-    workspace.next_item[0] = workspace.next_item[1] = *workspace.num_outgrown = 0;
+    workspace.clear_counters();
   }
   const auto* keys = static_cast<const Element*>(params.key.data) +
                      batch * params.key.batch_stride + head * params.key.head_stride;
@@ -100,21 +105,33 @@ __global__ void __launch_bounds__(kPoolThreads)
 #pragma unroll
     for (int e = 0; e < 8; ++e) mean[e] = static_cast<Element>(moments.sum[e] / kKeyStride);
     const int64_t tile =
-        (batch * params.heads.num_heads_k + head) * layout.num_tiles + stride / kTileStrides;
-    const int offset =
-        typename Traits::KeyOffsets{}(column_of(static_cast<int>(stride % kTileStrides)), column);
-    *reinterpret_cast<uint4*>(workspace.pooled_keys + tile * Traits::kKeyTileElements + offset) =
+        (batch * params.heads.num_heads_k + head) * layout.num_tiles + stride / Tile::kStrides;
+    const int offset = Tile::key_offset(static_cast<int>(stride % Tile::kStrides), column);
+    *reinterpret_cast<uint4*>(workspace.pooled_keys + tile * Tile::kElements + offset) =
         *reinterpret_cast<const uint4*>(mean);
     if (params.sampling.spread > 0) {
       const float variance = row_sum<kChunks>(moments.variance(kKeyStride));
       if (i % kChunks == 0) {
-        const auto in_tile = static_cast<int>(stride % kTileStrides);
-        workspace.variances[tile * kTileVariances + in_tile / kThreadStrides * kThreadVariances +
-                            in_tile % kThreadStrides] =
+        const auto in_tile = static_cast<int>(stride % Tile::kStrides);
+        workspace.variances[tile * Tile::kVariances + Tile::variance_offset(in_tile)] =
             variance / static_cast<float>(kKeyStride * head_dim);
       }
     }
   }
 }
 
-}  // namespace rrattn::cuda::sm90::estimate
+template <typename Tile, int kKeyStride, typename Workspace>
+void launch_pool_keys(const EstimateParams& params, const WorkLayout& layout,
+                      const Workspace& workspace) {
+  const dim3 grid(static_cast<unsigned>(layout.num_tiles * Tile::kStrides / kPoolStrides),
+                  static_cast<unsigned>(params.heads.num_heads_k),
+                  static_cast<unsigned>(params.visibility.batch));
+  const auto kernel = params.visibility.row_bounds.data
+                          ? pool_keys_kernel<Tile, kKeyStride, true, Workspace>
+                          : pool_keys_kernel<Tile, kKeyStride, false, Workspace>;
+  kernel<<<grid, kPoolThreads, 0, stream_of(params.execution)>>>(params, layout, workspace,
+                                                                 aligned_rows(params.key));
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace rrattn::cuda::estimate

@@ -1,9 +1,9 @@
 // What S, dP and the sums of dQ start from, and in deterministic mode the units of these sums.
 #pragma once
 
-#include "preparation.cuh"
+#include "row_parts.cuh"
 
-namespace rrattn::cuda::sm90::backward {
+namespace rrattn::cuda::backward {
 
 // The power of 2 that scales numbers of at most `bound` to at most `target`, which is a power of 2
 // too. NaN for a bound that is NaN or at least 2^60: then all sums in this unit come out as NaN.
@@ -26,11 +26,11 @@ __device__ inline float query_scale(float grad_out_norm, float value_norm, float
 // memory, are read at about the same time.
 template <typename Element, int kColumns>
 __global__ void __launch_bounds__(kPrepareThreads)
-    prepare_rows_kernel(const __grid_constant__ KernelParams params, bool aligned) {
+    prepare_rows_kernel(const __grid_constant__ BackwardParams params,
+                        const __grid_constant__ Workspace workspace, bool aligned) {
   constexpr int kLanes = kRowLanes<kColumns>, kRows = kPrepareRows<kColumns>;
-  const BackwardParams& backward = params.backward;
-  const Workspace& workspace = params.workspace;
-  const Visibility& visibility = backward.visibility;
+  static_assert(kBlockSize % kRows == 0 && kColumns % kLanes == 0 && kColumns / kLanes <= kRows);
+  const Visibility& visibility = params.visibility;
   const auto num_heads = static_cast<unsigned>(visibility.num_heads);
   const auto padded = static_cast<unsigned>(visibility.num_m_blocks()) * kBlockSize;
   const unsigned head = blockIdx.x % num_heads, tile = blockIdx.x / num_heads;
@@ -38,15 +38,18 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const unsigned token = tile % (padded / kRows) * kRows + threadIdx.x / kLanes;
   const int64_t row = (batch * num_heads + head) * padded + token;
   const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
-  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns) + lane;
-  sums[0] = sums[kLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's
+  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns);
+#pragma unroll
+  for (int i = 0; i < kColumns / 4; i += kLanes) {
+    if (i + lane < kColumns / 4) sums[i + lane] = make_uint4(0, 0, 0, 0);
+  }
   float delta = 0, norm = 0;
   if (token < visibility.seqlen_q) {
     const auto eight = [&](const Rows& rows) {
       return load_part<Element>(rows, batch, head, token, column,
-                                static_cast<int>(backward.heads.head_dim_v), aligned);
+                                static_cast<int>(params.heads.head_dim_v), aligned);
     };
-    const uint4 out = eight(backward.out), grad_out = eight(backward.grad_out);
+    const uint4 out = eight(params.out), grad_out = eight(params.grad_out);
     for (int e = 0; e < 8; ++e) {
       const float grad = element<Element>(grad_out, e);
       delta += element<Element>(out, e) * grad;
@@ -57,27 +60,37 @@ __global__ void __launch_bounds__(kPrepareThreads)
     delta += __shfl_xor_sync(~0u, delta, lanes);
     norm += __shfl_xor_sync(~0u, norm, lanes);
   }
-  const unsigned group = num_heads / static_cast<unsigned>(backward.heads.num_heads_k);
-  const int64_t key_head = batch * backward.heads.num_heads_k + head / group;
-  if (backward.deterministic && token < kColumns / kLanes && head % group == 0) {
+  const unsigned group = num_heads / static_cast<unsigned>(params.heads.num_heads_k);
+  const int64_t key_head = batch * params.heads.num_heads_k + head / group;
+  if (params.deterministic && token < kColumns / kLanes && head % group == 0) {
     const int64_t at = key_head * kColumns + token * kLanes + lane;
     workspace.key_scale[at] = scale_to(__uint_as_float(workspace.key_column[at]), 1, -30);
   }
   if (lane != 0) return;
   const float lse = token < visibility.seqlen_q
-                        ? backward.lse[(batch * num_heads + head) * visibility.seqlen_q + token]
+                        ? params.lse[(batch * num_heads + head) * visibility.seqlen_q + token]
                         : -INFINITY;
   const bool sees_nothing = lse == -INFINITY;
-  if (backward.grad_lse.data != nullptr && !sees_nothing) {
-    delta -= backward.grad_lse.at(batch, head, token);
+  if (params.grad_lse.data != nullptr && !sees_nothing) {
+    delta -= params.grad_lse.at(batch, head, token);
   }
   workspace.score_start[row] =
-      (sees_nothing ? -INFINITY : -lse) / usable_scale(backward.softmax_scale);
+      (sees_nothing ? -INFINITY : -lse) / usable_scale(params.softmax_scale);
   workspace.grad_score_start[row] = sees_nothing ? 0 : -delta;
-  if (backward.deterministic) {
+  if (params.deterministic) {
     workspace.query_scale[row] =
         query_scale(norm, __uint_as_float(workspace.value_norm[key_head]), delta, lse);
   }
 }
 
-}  // namespace rrattn::cuda::sm90::backward
+template <typename Element, int kColumns>
+void prepare_rows(const BackwardParams& params, const Workspace& workspace) {
+  const auto grid =
+      static_cast<unsigned>(num_padded_rows(params.visibility) / kPrepareRows<kColumns>);
+  if (grid == 0) return;
+  prepare_rows_kernel<Element, kColumns><<<grid, kPrepareThreads, 0, stream_of(params.execution)>>>(
+      params, workspace, aligned_rows(params.out) && aligned_rows(params.grad_out));
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace rrattn::cuda::backward

@@ -1,13 +1,16 @@
 // The block mask by key blocks: which query blocks selected each.
 #pragma once
 
-#include "config.cuh"
+#include "workspace.cuh"
 
-namespace rrattn::cuda::sm90::backward {
+namespace rrattn::cuda::backward {
+
+constexpr int kTransposeThreads = 256;
 
 // [B, Hq, Mq, words] -> [B, Hq, Mk, words]; a warp takes 32 query blocks by 32 key blocks.
-static __global__ void transpose_mask_kernel(const __grid_constant__ KernelParams params) {
-  const Visibility& visibility = params.backward.visibility;
+static __global__ void transpose_mask_kernel(const __grid_constant__ BackwardParams params,
+                                             uint32_t* transposed_mask) {
+  const Visibility& visibility = params.visibility;
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
   const int num_n_blocks = static_cast<int>(visibility.num_n_blocks());
   const int num_m_words = (num_m_blocks + kMaskWordBits - 1) / kMaskWordBits;
@@ -20,7 +23,7 @@ static __global__ void transpose_mask_kernel(const __grid_constant__ KernelParam
   const int lane = threadIdx.x % 32, m_block = m_word * 32 + lane, n_block = n_word * 32 + lane;
   const uint32_t word =
       m_block < num_m_blocks
-          ? params.backward.block_mask[(head * num_m_blocks + m_block) * num_n_words + n_word]
+          ? params.block_mask[(head * num_m_blocks + m_block) * num_n_words + n_word]
           : 0;
   uint32_t transposed = 0;
   for (int bit = 0; bit < 32; ++bit) {
@@ -28,9 +31,20 @@ static __global__ void transpose_mask_kernel(const __grid_constant__ KernelParam
     if (lane == bit) transposed = column;
   }
   if (n_block < num_n_blocks) {
-    params.workspace.transposed_mask[(head * num_n_blocks + n_block) * num_m_words + m_word] =
-        transposed;
+    transposed_mask[(head * num_n_blocks + n_block) * num_m_words + m_word] = transposed;
   }
 }
 
-}  // namespace rrattn::cuda::sm90::backward
+inline void transpose_mask(const BackwardParams& params, const Workspace& workspace) {
+  const Visibility& visibility = params.visibility;
+  const int64_t warps = visibility.batch * visibility.num_heads *
+                        ceil_div(visibility.num_m_blocks(), kMaskWordBits) *
+                        visibility.num_mask_words();
+  if (warps == 0) return;
+  const auto grid = static_cast<unsigned>(ceil_div(warps * 32, kTransposeThreads));
+  transpose_mask_kernel<<<grid, kTransposeThreads, 0, stream_of(params.execution)>>>(
+      params, workspace.transposed_mask);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace rrattn::cuda::backward
