@@ -1,0 +1,3 @@
+#include "../stage.cuh"
+
+RRATTN_INSTANTIATE_ESTIMATE(rrattn::DataType::kFloat16, 64);
