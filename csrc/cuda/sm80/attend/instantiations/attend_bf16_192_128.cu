@@ -1,0 +1,3 @@
+#include "../stage.cuh"
+
+RRATTN_INSTANTIATE_ATTEND(rrattn::DataType::kBFloat16, 192, 128);

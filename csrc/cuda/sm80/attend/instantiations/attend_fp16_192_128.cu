@@ -1,0 +1,3 @@
+#include "../stage.cuh"
+
+RRATTN_INSTANTIATE_ATTEND(rrattn::DataType::kFloat16, 192, 128);

@@ -1,0 +1,16 @@
+// Block-sparse attention for one element type, padded head sizes, that of queries and keys and that
+// of values, and kind of GPU, instantiated in instantiations/attend_<type>_<head sizes>.cu.
+#pragma once
+
+#include "../../../core/params.h"
+#include "../common/tile_table.h"
+
+namespace rrattn::cuda::sm80::attend {
+
+template <DataType kDataType, int kHeadDim, int kHeadDimV, TileTable kTable>
+struct Stage {
+  static int64_t workspace_bytes(const AttendParams& params);
+  static void launch(const AttendParams& params);
+};
+
+}  // namespace rrattn::cuda::sm80::attend
