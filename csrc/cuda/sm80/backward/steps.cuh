@@ -1,0 +1,90 @@
+// What a thread block goes through: an item of work, and the query blocks that selected its keys.
+#pragma once
+
+#include "../../common/block_masking.cuh"
+#include "../../common/heads.cuh"
+#include "config.cuh"
+
+namespace rrattn::cuda::sm80::backward {
+
+// The place of a thread block's item. Section by section come the first 5 / 8 of the key blocks, under the
+// diagonal the longest items, and then the others of all heads: so no long item is left for the end, when
+// thread blocks would wait for it.
+template <typename Traits>
+__device__ inline typename Traits::Place item_place(const KernelParams& params) {
+  using Place = typename Traits::Place;
+  const int num_heads_k = static_cast<int>(params.backward.heads.num_heads_k);
+  const int num_parts = static_cast<int>(params.backward.visibility.num_n_blocks()) * Place::kParts;
+  const int num_heads = params.num_items / num_parts;
+  const int long_parts = num_parts * 5 / 8, num_long = num_heads * long_parts;
+  const int item = static_cast<int>(blockIdx.x);
+  const bool is_long = item < num_long;
+  WorkPlace work = place_of_item(is_long ? item : item - num_long, num_heads,
+                                 is_long ? long_parts : num_parts - long_parts,
+                                 is_long ? params.section_heads : num_heads);
+  if (!is_long) work.block += long_parts;
+  return Place(work.block, work.head % num_heads_k, work.head / num_heads_k);
+}
+
+// Begins the plan of an item.
+template <typename Place>
+__device__ inline void begin_plan(Plan& plan, const KernelParams& params, const Place& place) {
+  plan.planned = 0;
+  plan.head = place.key_head *
+              static_cast<int>(group_size(params.backward.visibility, params.backward.heads));
+  plan.end = static_cast<int>(params.backward.visibility.num_m_blocks());
+}
+
+// Plans blocks until kAhead follow the first `used`, or all are planned: head by head, those of a head from
+// the last to the first. All lanes of a warp call it together, and each looks at one of kAtOnce blocks.
+template <typename Place>
+__device__ inline void plan_blocks(Plan& plan, const KernelParams& params, const Place& place,
+                                   int used) {
+  const BackwardParams& backward = params.backward;
+  const Visibility& visibility = backward.visibility;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks()), n_block = place.n_block();
+  const int end_head =
+      (place.key_head + 1) * static_cast<int>(group_size(visibility, backward.heads));
+  int planned = plan.planned, head = plan.head, end = plan.end;
+  if (planned - used >= Plan::kAhead || head == end_head) return;
+  do {
+    const int first = (end - 1) / Plan::kAtOnce * Plan::kAtOnce;
+    const int m_block = first + Plan::kAtOnce - 1 - lane;
+    const int64_t row =
+        (place.batch * visibility.num_heads + head) * visibility.num_n_blocks() + n_block;
+    const uint32_t bits =
+        params.workspace
+            .transposed_mask[row * ceil_div(num_m_blocks, kMaskWordBits) + first / kMaskWordBits];
+    BlockKind kind = BlockKind::kHidden;
+    if (lane < Plan::kAtOnce && m_block < end && bits >> m_block % kMaskWordBits & 1) {
+      kind = classify_block(
+          visibility,
+          span_bounds_of(visibility, kBlockSize, params.workspace.block_bounds, place.batch, head),
+          m_block, n_block);
+    }
+    const uint32_t selected = __ballot_sync(~0u, kind != BlockKind::kHidden);
+    if (kind != BlockKind::kHidden) {
+      const auto first_row = [&](const Rows& rows) {
+        return static_cast<const uint16_t*>(rows.data) + place.batch * rows.batch_stride +
+               head * rows.head_stride + int64_t{m_block} * kBlockSize * rows.row_stride;
+      };
+      plan.blocks[(planned + __popc(selected & ((1u << lane) - 1))) % Plan::kSlots] = {
+          first_row(backward.query), first_row(backward.grad_out), m_block * kBlockSize, head,
+          has_hidden_scores(visibility, kind, m_block, n_block)};
+    }
+    planned += __popc(selected);
+    end = first;
+    if (end == 0) {
+      end = num_m_blocks;
+      ++head;
+    }
+  } while (planned - used < Plan::kAhead && head != end_head);
+  if (lane == 0) {
+    if (head == end_head) plan.blocks[planned % Plan::kSlots].first_query = -1;
+    plan.planned = planned, plan.head = head, plan.end = end;
+  }
+  __syncwarp();
+}
+
+}  // namespace rrattn::cuda::sm80::backward
