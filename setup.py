@@ -6,8 +6,14 @@ rrattn._direct  the same stages over DLPack, for kernel work beside other array 
 The GPU kernels need the nvcc in CUDA_HOME, /usr/local/cuda or PATH, and CUTLASS. They are built into both where Paddle
 is a GPU build, and elsewhere into rrattn._direct on request. Environment variables:
 
-RRATTN_CUDA_ARCHS=90a    GPU architectures, separated by spaces; 90a (Hopper) is the only one so far, and the default
-                         where Paddle is a GPU build; set but empty: no GPU kernels
+RRATTN_CUDA_ARCHS        GPU architectures, separated by spaces: 90a, Hopper's own kernels; 80, 86, 89, 100, 120 and
+                         what else nvcc knows, the portable kernels for that compute capability; 90, the portable ones
+                         for Hopper; PTX, the portable ones for all other GPUs from 8.0 on, whose driver compiles them;
+                         all: 80 86 89 90a 100 120 as far as nvcc can, and PTX; set but empty: no GPU kernels. Default
+                         where Paddle is a GPU build: those of PADDLE_CUDA_ARCH_LIST, else of the GPUs that there are,
+                         else all; where it is none: no GPU kernels
+PADDLE_CUDA_ARCH_LIST    the same as Paddle takes it: "8.0 8.6 9.0+PTX", also with ; or , between, also "Ampere";
+                         9.0 is 90a, +PTX after any is PTX, and what is older than 8.0 is left out
 MAX_JOBS=N               compilers at once; default: as many as there are cores, and memory for (4 GB each for GPU
                          kernels, 1 GB each for the rest)
 RRATTN_CUTLASS=FOLDER    CUTLASS's include folder; default: that of the nvidia-cutlass package
@@ -18,7 +24,6 @@ import importlib.util
 import os
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,19 +44,14 @@ try:
 except ImportError:
     raise SystemExit(f"pybind11 is not installed, which the build needs: {BUILD_TOOLS}") from None
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+import cuda_archs  # noqa: E402 - pip does not put this folder on the path
+
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
-WITHOUT_GPU = "to build without the GPU kernels, set RRATTN_CUDA_ARCHS to nothing"
-SUPPORTED_CUDA_ARCHS = ["90a"]
-# Folders of csrc/cuda whose kernels are for some of these architectures. All others are for all.
-CUDA_ARCHS_OF_FOLDER = {"sm90": ["90a"]}
-
 paddle = importlib.import_module("paddle") if importlib.util.find_spec("paddle") else None
 paddle_is_gpu_build = paddle is not None and paddle.is_compiled_with_cuda()
-CUDA_ARCHS = os.environ.get("RRATTN_CUDA_ARCHS", "90a" if paddle_is_gpu_build else "").split()
-for arch in CUDA_ARCHS:
-    if arch not in SUPPORTED_CUDA_ARCHS:
-        raise SystemExit(f"RRATTN_CUDA_ARCHS has {arch}, but supported are: {' '.join(SUPPORTED_CUDA_ARCHS)}")
+CUDA_ARCHS = cuda_archs.choose(paddle_is_gpu_build)
 
 
 def refuse_another_paddle():
@@ -99,16 +99,12 @@ def find_sources(pattern):
 CORE_SOURCES = find_sources("core/**/*.cpp") + find_sources("cpu/**/*.cpp")
 DISPATCH_SOURCES = find_sources("cuda/**/*.cpp")
 CUDA_SOURCES = find_sources("cuda/**/*.cu")
-LIBRARY_SOURCES = CORE_SOURCES + (DISPATCH_SOURCES + CUDA_SOURCES if CUDA_ARCHS else [])
 HEADERS = find_sources("**/*.h") + find_sources("**/*.cuh")
 EXPORTS = "csrc/bindings/exports.map"
-
-
-def architecture_flags(source, archs):
-    """nvcc's, for those of the architectures that the folder of a CUDA source is for."""
-    folder = Path(source).relative_to("csrc/cuda").parts[0]
-    built = [arch for arch in archs if arch in CUDA_ARCHS_OF_FOLDER.get(folder, archs)]
-    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in built]
+BUILT_CUDA_SOURCES = [source for source in CUDA_SOURCES if cuda_archs.of_source(source, CUDA_ARCHS)]
+# The settings of the dispatch are there without GPU kernels too.
+DISPATCH_SOURCES = [source for source in DISPATCH_SOURCES if CUDA_ARCHS or source == "csrc/cuda/gpu_path.cpp"]
+LIBRARY_SOURCES = CORE_SOURCES + DISPATCH_SOURCES + BUILT_CUDA_SOURCES
 
 
 # What the libraries must be able to do where they are loaded: raise an error that is formatted in C++.
@@ -133,21 +129,10 @@ if {with_paddle}:
 
 def find_cuda():
     """The folder of the CUDA toolkit."""
-    on_path = shutil.which("nvcc")
-    for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", on_path and Path(on_path).resolve().parents[1]):
-        if folder and Path(folder, "bin", "nvcc").is_file():
-            return Path(folder)
-    raise SystemExit(f"nvcc is not in CUDA_HOME, /usr/local/cuda or PATH; {WITHOUT_GPU}")
-
-
-def find_cutlass():
-    folder = os.environ.get("RRATTN_CUTLASS")
-    package = importlib.util.find_spec("cutlass_library")
-    if folder is None and package is not None:
-        folder = os.path.join(os.path.dirname(package.origin), "source", "include")
-    if folder is None or not os.path.isdir(os.path.join(folder, "cute")):
-        raise SystemExit(f"CUTLASS is not there: install nvidia-cutlass or set RRATTN_CUTLASS; {WITHOUT_GPU}")
-    return folder
+    nvcc = cuda_archs.find_nvcc()
+    if nvcc is None:
+        raise SystemExit(f"nvcc is not in CUDA_HOME, /usr/local/cuda or PATH; {cuda_archs.WITHOUT_GPU}")
+    return nvcc.parents[1]
 
 
 def cuda_includes():
@@ -209,31 +194,39 @@ def compilers_at_once(gigabytes_each):
 
 
 class BuildLibraries(build_clib):
-    """Adds a library of the CUDA sources, which setuptools cannot compile."""
+    """Adds a library of the CUDA sources, which setuptools cannot compile.
+
+    The dispatch is built again when it is for other architectures.
+    """
 
     def get_library_names(self):
         return [*super().get_library_names(), *(["rrattn_cuda"] if CUDA_ARCHS else [])]
 
     def run(self):
+        configuration = Path(self.build_temp, "cuda_archs")
+        write_if_changed(configuration, " ".join(CUDA_ARCHS))
+        dict(self.libraries)["rrattn_dispatch"]["obj_deps"][""].append(str(configuration))
+        for archive in Path(self.build_clib).glob("librrattn_*.a"):
+            archive.unlink()  # else it keeps the objects of an earlier build that this one has no more
         super().run()
         if not CUDA_ARCHS:
             return
         with ThreadPoolExecutor(compilers_at_once(gigabytes_each=4)) as pool:
-            jobs = [pool.submit(self.compile_cuda, source) for source in CUDA_SOURCES]
+            jobs = [pool.submit(self.compile_cuda, source) for source in BUILT_CUDA_SOURCES]
             objects = [job.result() for job in jobs]
         self.compiler.create_static_lib(objects, "rrattn_cuda", output_dir=self.build_clib)
 
     def compile_cuda(self, source):
         """Makes the object again where the source, a header or the command is another one; returns its path."""
-        target = Path(self.build_temp, source).with_suffix(".o")
+        target = Path(self.build_temp, "cuda", cuda_archs.object_name(source))
         command = [
             str(find_cuda() / "bin/nvcc"),
             "-std=c++17",
             "-O3",
             "--expt-relaxed-constexpr",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
-            *architecture_flags(source, CUDA_ARCHS),
-            f"-I{find_cutlass()}",
+            *cuda_archs.flags(cuda_archs.of_source(source, CUDA_ARCHS)),
+            f"-I{cuda_archs.find_cutlass()}",
             "-c",
             source,
             "-o",
@@ -255,7 +248,7 @@ class BuildExtensions(build_ext):
     """
 
     def run(self):
-        versions = [f"pybind11 {pybind11.__version__}", PADDLE_RECORD]
+        versions = [f"pybind11 {pybind11.__version__}", PADDLE_RECORD, f"GPU kernels for {CUDA_ARCHS}"]
         configuration = Path(self.build_temp, "configuration")
         write_if_changed(configuration, "\n".join([*versions, *(repr(vars(one)) for one in self.extensions)]))
         for extension in self.extensions:
@@ -322,15 +315,17 @@ def paddle_extension():
 
 
 extensions = [direct_extension(), *([paddle_extension()] if paddle else [])]
-core_library = {
-    "sources": [source for source in LIBRARY_SOURCES if source.endswith(".cpp")],
-    "obj_deps": {"": HEADERS},
+core_library = {"sources": CORE_SOURCES, "obj_deps": {"": HEADERS}, "cflags": COMPILE_ARGS + STRICT}
+dispatch_library = {
+    "sources": DISPATCH_SOURCES,
+    "obj_deps": {"": list(HEADERS)},
+    "macros": [("RRATTN_CUDA_ARCHS", f'"{" ".join(CUDA_ARCHS)}"')],
     "cflags": COMPILE_ARGS + STRICT,
 }
 
 ParallelCompile(default=compilers_at_once(gigabytes_each=1)).install()
 setup(
-    libraries=[("rrattn_core", core_library)],
+    libraries=[("rrattn_core", core_library), ("rrattn_dispatch", dispatch_library)],
     ext_modules=extensions,
     cmdclass={"build_clib": BuildLibraries, "build_ext": BuildExtensions},
 )

@@ -559,10 +559,10 @@ def kernels_here() -> tuple[list[Kernels], list[str]]:
     if not paddle.is_compiled_with_cuda():
         left_out.append("GPUs: this Paddle is a CPU build")
     for gpu in info.gpus():
-        if gpu.has_kernels:
+        if gpu.kernels:
             found.append(OperatorKernels(f"gpu:{gpu.index}"))
         else:
-            left_out.append(f"{gpu}: this build has no kernels for it")
+            left_out.append(str(gpu))
     return found, left_out
 
 
@@ -577,6 +577,8 @@ def run() -> int:
         groups.append((f"{kernels.name}, compensation", kernels, partial(check_compensation, kernels)))
         groups.append((f"{kernels.name}, bad arguments", kernels, partial(check_refusal, kernels)))
     num_failed = 0
+    if gpus := info.gpus():
+        print(*(f"GPU: {gpu}" for gpu in gpus), f"operators: {info.built_for()}", sep="\n")
     for name, kernels, check in groups:
         print(f"{name:<50}", end=" ", flush=True)  # before it runs: should it end the process, this tells which
         try:

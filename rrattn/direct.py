@@ -37,8 +37,11 @@ _DEFAULTS = RRAttentionConfig()
 _DEFAULT_THRESHOLD = cast(float, _DEFAULTS.threshold)  # one number, where a config may have several
 _OPTIONS = ("num_threads", "workspace", "stream", "size_only")
 
+available_gpu_paths = _direct.available_gpu_paths
 available_simd = _direct.available_simd
+cuda_archs = _direct.cuda_archs
 default_num_threads = _direct.default_num_threads
+gpu_path = _direct.gpu_path
 simd = _direct.simd
 
 
@@ -68,6 +71,35 @@ def set_simd(name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"simd is {name!r}, but must be a name, one of {', '.join(available_simd())}")
     _direct.set_simd(name)
+
+
+def gpu_kernels(device: int = 0, path: str | None = None) -> str:
+    """The kernels that a GPU, by its number, gets for a path of :func:`available_gpu_paths`, by default that in use.
+
+    "hopper", its own ones, or "portable-99KB" and so on, the portable ones with these tiles. A ValueError where this
+    build has none for the GPU says what it has.
+    """
+    return _direct.gpu_kernels(device, gpu_path() if path is None else _checked_gpu_path(path))
+
+
+def set_gpu_path(name: str) -> None:
+    """Makes the GPU stages of this module use the kernels of this name, one of :func:`available_gpu_paths`.
+
+    The path holds for all threads and GPUs from the next call on; Paddle's operators always take "auto".
+
+    - "auto", the default: Hopper's own kernels on a Hopper GPU if they are built (90a), else the portable ones.
+    - "portable": the kernels for every GPU from Ampere on, on Hopper too if they are built for it (90, or PTX), which
+      take the tiles that fit the GPU's shared memory.
+    - "portable-99KB", "portable-163KB", "portable-227KB": the same with the tiles for this much shared memory for a
+      thread block, which the GPU must have.
+    """
+    _direct.set_gpu_path(_checked_gpu_path(name))
+
+
+def _checked_gpu_path(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"GPU path is {name!r}, but must be a name, one of {', '.join(available_gpu_paths())}")
+    return name
 
 
 def rr_attention(

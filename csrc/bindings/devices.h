@@ -7,6 +7,7 @@
 #include "../core/arguments.h"
 #include "../cpu/kernels.h"
 #include "../cpu/parallel.h"
+#include "../cuda/gpu_path.h"
 #if defined(RRATTN_WITH_CUDA)
 #include "../cuda/common/device.h"
 #include "../cuda/stages.h"
@@ -77,10 +78,20 @@ inline constexpr Stage<DenseMaskParams> kDenseMask = {
 
 #if defined(RRATTN_WITH_CUDA)
 using cuda::DeviceGuard;
+
+// The name of the kernels that a GPU gets by this path.
+inline std::string gpu_kernels(int device, const cuda::WantedPath& wanted) {
+  const DeviceGuard guard(device);
+  return name_of(choose_gpu_path(cuda::current_gpu(), cuda::built_cuda_archs(), wanted));
+}
 #else
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
+
+[[noreturn]] inline std::string gpu_kernels(int, const cuda::WantedPath&) {
+  throw std::invalid_argument("this build of rrattn has no GPU kernels");
+}
 #endif
 
 }  // namespace rrattn

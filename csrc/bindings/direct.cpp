@@ -1,6 +1,7 @@
 // The stages on any arrays that speak DLPack, without Paddle. The caller allocates the outputs.
 // Users call this module through rrattn/direct.py.
 #include "../cpu/cpu_quota.h"
+#include "../cuda/gpu_path.h"
 #include "arrays.h"
 #include "devices.h"
 #include "settings.h"
@@ -355,6 +356,17 @@ PYBIND11_MODULE(_direct, module) {
   module.def("available_simd", &cpu::available_simd);
   module.def("set_simd", &cpu::set_simd);
   module.def("simd", [] { return std::string(cpu::kernels().name); });
+  module.def("available_gpu_paths", &cuda::available_gpu_paths);
+  module.def("set_gpu_path", &cuda::set_gpu_path);
+  module.def("gpu_path", [] { return std::string(cuda::wanted_gpu_path().name); });
+  module.def("cuda_archs", &cuda::built_cuda_archs);
+  module.def("gpu_kernels", [](int device, const std::string& path) {
+    if (device < 0) {
+      throw std::invalid_argument("device is " + std::to_string(device) +
+                                  ", but must be 0 or more");
+    }
+    return gpu_kernels(device, cuda::gpu_path_of_name(path));
+  });
   module.def("default_num_threads", &cpu::default_num_threads);
   module.def("_cpu_quota", &cpu::cpu_quota);  // for its test
 }

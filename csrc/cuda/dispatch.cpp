@@ -5,8 +5,13 @@
 #include <string>
 #include <type_traits>
 
+#include "common/dense_mask.h"
 #include "common/device.h"
+#include "gpu_path.h"
 #include "select/stage.h"
+#include "sm80/attend/stage.h"
+#include "sm80/backward/stage.h"
+#include "sm80/estimate/stage.h"
 #include "sm90/attend/stage.h"
 #include "sm90/backward/stage.h"
 #include "sm90/estimate/stage.h"
@@ -16,25 +21,51 @@ namespace rrattn::cuda {
 
 namespace {
 
-// The stages of an architecture.
+// The stages of an architecture. Hopper's gradients have no kernels of head size 64 of their own:
+// those of 128 are for it too.
 struct Sm90 {
   template <DataType kDataType, int kHeadDim, int kKeyStride>
   using EstimateStage = sm90::estimate::Stage<kDataType, kHeadDim, kKeyStride>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV>
   using AttendStage = sm90::attend::Stage<kDataType, kHeadDim, kHeadDimV>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
-  using BackwardStage = sm90::backward::Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
+  using BackwardStage = sm90::backward::Stage<kDataType, std::max(kHeadDim, 128),
+                                              std::max(kHeadDimV, 128), kDeterministic>;
+};
+
+template <sm80::TileTable kTable>
+struct Sm80 {
+  template <DataType kDataType, int kHeadDim, int kKeyStride>
+  using EstimateStage = sm80::estimate::Stage<kDataType, kHeadDim, kKeyStride, kTable>;
+  template <DataType kDataType, int kHeadDim, int kHeadDimV>
+  using AttendStage = sm80::attend::Stage<kDataType, kHeadDim, kHeadDimV, kTable>;
+  template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
+  using BackwardStage =
+      sm80::backward::Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic, kTable>;
 };
 
 // Each function calls `use` with a value as std::integral_constant, or the type that stands for it.
 
+// By the current GPU. Stages of an architecture that is not built are not even named, as nothing
+// could link them.
 template <typename Use>
 auto with_architecture(const Use& use) {
-  const ComputeCapability capability = current_compute_capability();
-  if (capability.major == 9 && capability.minor == 0) return use(Sm90());
-  throw std::invalid_argument("the GPU has compute capability " + std::to_string(capability.major) +
-                              "." + std::to_string(capability.minor) +
-                              ", but this build of rrattn supports: 9.0 (Hopper)");
+  constexpr std::string_view kArchs = RRATTN_CUDA_ARCHS;
+  const GpuPath path = choose_gpu_path(current_gpu(), kArchs, wanted_gpu_path());
+  if constexpr (has_hopper_kernels(kArchs)) {
+    if (path.hopper) return use(Sm90());
+  }
+  if constexpr (has_portable_kernels(kArchs)) {
+    switch (path.table) {
+      case sm80::TileTable::k99KB:
+        return use(Sm80<sm80::TileTable::k99KB>());
+      case sm80::TileTable::k163KB:
+        return use(Sm80<sm80::TileTable::k163KB>());
+      case sm80::TileTable::k227KB:
+        return use(Sm80<sm80::TileTable::k227KB>());
+    }
+  }
+  throw std::logic_error("choose_gpu_path chose kernels that are not built");
 }
 
 template <typename Use>
@@ -74,9 +105,12 @@ auto with_attend_head_dims(const Heads& heads, const Use& use) {
 // The same of the gradients.
 template <typename Use>
 auto with_backward_head_dims(const Heads& heads, const Use& use) {
+  constexpr std::integral_constant<int, 64> k64;
   constexpr std::integral_constant<int, 128> k128;
   constexpr std::integral_constant<int, 256> k256;
-  if (std::max(heads.head_dim, heads.head_dim_v) <= 128) return use(k128, k128);
+  const int64_t larger = std::max(heads.head_dim, heads.head_dim_v);
+  if (larger <= 64) return use(k64, k64);
+  if (larger <= 128) return use(k128, k128);
   return heads.head_dim_v <= 128 ? use(k256, k128) : use(k256, k256);
 }
 
@@ -170,6 +204,11 @@ auto with_stage(const BackwardParams& params, const Use& use) {
   });
 }
 
+template <typename Use>
+auto with_stage(const DenseMaskParams&, const Use& use) {
+  return with_architecture([&](auto) { return use(DenseMaskStage()); });
+}
+
 template <typename Params>
 int64_t workspace_bytes(const Params& params) {
   return with_stage(params, [&](auto stage) { return stage.workspace_bytes(params); });
@@ -186,10 +225,14 @@ int64_t estimate_workspace_bytes(const EstimateParams& params) { return workspac
 int64_t select_workspace_bytes(const SelectParams& params) { return workspace_bytes(params); }
 int64_t attend_workspace_bytes(const AttendParams& params) { return workspace_bytes(params); }
 int64_t backward_workspace_bytes(const BackwardParams& params) { return workspace_bytes(params); }
+int64_t dense_mask_workspace_bytes(const DenseMaskParams& params) {
+  return workspace_bytes(params);
+}
 
 void run_estimate(const EstimateParams& params) { launch(params); }
 void run_select(const SelectParams& params) { launch(params); }
 void run_attend(const AttendParams& params) { launch(params); }
 void run_backward(const BackwardParams& params) { launch(params); }
+void run_dense_mask(const DenseMaskParams& params) { launch(params); }
 
 }  // namespace rrattn::cuda
