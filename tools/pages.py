@@ -15,6 +15,22 @@ def with_sections(text, sections):
     return text
 
 
+def rewrite(pages, check):
+    """The paths of those pages that are not as they are to be; writes them, unless it is only to check.
+
+    `pages` is as for `write_or_check`.
+    """
+    differing = []
+    for name, rewritten in pages.items():
+        before = (ROOT / name).read_text()
+        after = rewritten(before)
+        if before != after:
+            differing.append(name)
+            if not check:
+                (ROOT / name).write_text(after)
+    return differing
+
+
 def write_or_check(script, description, source, pages):
     """Reads the command line of a script, and returns its exit status: 1 where --check finds a difference.
 
@@ -30,14 +46,7 @@ def write_or_check(script, description, source, pages):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    differing = []
-    for name, rewritten in pages.items():
-        before = (ROOT / name).read_text()
-        after = rewritten(before)
-        if before != after:
-            differing.append(name)
-        if not arguments.check:
-            (ROOT / name).write_text(after)
+    differing = rewrite(pages, arguments.check)
     if arguments.check and differing:
         print(f"not as in {source}: {', '.join(differing)}; {script} writes them")
     return int(arguments.check and bool(differing))
