@@ -1,7 +1,9 @@
 """Fixtures of the kernel tests, of the tests of builds, and of the model tests at the end.
 
 A test of `kernels` runs on the CPU and, where they are, on a GPU and through Paddle's operators there: `-k gpu` runs
-these alone. What a GPU cannot do is marked cpu_only; of the fixture `dtype` it takes no float32.
+these alone. What a GPU cannot do is marked cpu_only; of the fixture `dtype` it takes no float32. Where the portable
+kernels can be forced on a GPU, a test runs with each of their tables of tiles too, unless it is marked one_path or
+one_table, since what it tests are the same kernels there.
 """
 
 import importlib
@@ -38,8 +40,26 @@ def runs(item):
     platform = parameters.get("platform", "cpu")
     if platform == "cpu":
         return True
+    if item.path.parent.name == "gpu" and not fits_gpu_test(item, platform):
+        return False
+    if platform in gpu_harness.PATHS and not differs_by_path(item, platform):
+        return False
     dtypes = PLATFORMS[platform].dtypes
     return item.get_closest_marker("cpu_only") is None and parameters.get("dtype", dtypes[0]) in dtypes
+
+
+def fits_gpu_test(item, platform):
+    """Whether a test of tests/gpu has something to test there: Paddle's operators run on the usual path alone."""
+    if item.path.name.startswith("test_paddle_"):
+        return platform == "gpu"
+    return platform != "paddle-gpu" or "kernels" in item.fixturenames
+
+
+def differs_by_path(item, platform):
+    """Whether a test sees there what it does not on the usual path, or on the first of those that are forced."""
+    if item.get_closest_marker("one_table"):
+        return platform == next(iter(gpu_harness.PATHS))
+    return item.get_closest_marker("one_path") is None
 
 
 @pytest.fixture
@@ -49,8 +69,9 @@ def rng():
 
 @pytest.fixture(scope="session", params=PLATFORMS)
 def platform(request):
-    """Where the kernels run: "cpu", "gpu" or "paddle-gpu"."""
-    return request.param
+    """Where the kernels run: "cpu", "gpu", "gpu-portable-99KB" and so on, or "paddle-gpu"."""
+    with gpu_harness.path_in_use(gpu_harness.PATHS.get(request.param, "auto")):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,11 @@ collect_ignore_glob = (
 )
 
 
-@pytest.fixture(scope="session", params=gpu_harness.PLATFORMS)
+@pytest.fixture(scope="session", params=gpu_harness.PLATFORMS, autouse=True)
 def platform(request):
-    return request.param
+    """For all tests, also those that call rrattn.direct themselves."""
+    with gpu_harness.path_in_use(gpu_harness.PATHS.get(request.param, "auto")):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,15 @@ from test_attend_gpu import attend, random_inputs, random_mask, torch_attend, wi
 
 from rrattn import direct
 
+GRADS = ("grad_query", "grad_key", "grad_value")
+
 
 def backward(inputs, block_mask, grad_out, causal=True, **options):
     """Gradients of (query, key, value) after a forward of its own, given the words of the block mask."""
     out, lse = attend(*inputs, block_mask, causal)
     grads = [torch.full_like(x, float("nan")) for x in inputs]
     arrays = *inputs, block_mask, out, lse, grad_out
-    outputs = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
+    outputs = dict(zip(GRADS, grads))
     with_workspace(direct.block_sparse_attention_backward, *arrays, **outputs, causal=causal, **options)
     return grads
 
@@ -35,8 +37,19 @@ def torch_out(query, key, value, mask, causal):
         selected = torch.from_numpy(mask[0, h]).cuda().repeat_interleave(128, 0).repeat_interleave(128, 1)
         selected = selected[: query.shape[1], : key.shape[1]] & visible
         scores = query[0, :, h] @ key[0, :, h // group].T * query.shape[3] ** -0.5
-        heads.append(scores.masked_fill(~selected, float("-inf")).softmax(-1) @ value[0, :, h // group])
+        weights = scores.masked_fill(~selected, float("-inf")).softmax(-1)
+        heads.append(weights.nan_to_num(0) @ value[0, :, h // group])  # NaN: a row that sees nothing
     return torch.stack(heads, 1)[None]
+
+
+def check(inputs, mask, grad_out, deterministic):
+    """Gradients of the kernel, found as good as torch's in the same dtype."""
+    grads = backward(inputs, words(mask), grad_out, deterministic=deterministic)
+    exact = torch_backward([x.float() for x in inputs], mask, grad_out.float(), causal=True)
+    naive = torch_backward(inputs, mask, grad_out, causal=True)
+    for actual, oracle, same_dtype in zip(grads, exact, naive):
+        assert_as_good_as_naive(*(x.float().cpu().numpy() for x in (actual, oracle, same_dtype)))
+    return grads
 
 
 @pytest.mark.parametrize("deterministic", (False, True))
@@ -55,16 +68,104 @@ def torch_out(query, key, value, mask, causal):
 )
 def test_long_sequences(dtype, sizes, density, deterministic):
     inputs = random_inputs(*sizes, dtype=getattr(torch, dtype))
-    mask = random_mask(*inputs[:2], density)
-    grad_out = torch.randn_like(inputs[0])
-    grads = backward(inputs, words(mask), grad_out, deterministic=deterministic)
-    exact = torch_backward([x.float() for x in inputs], mask, grad_out.float(), causal=True)
-    naive = torch_backward(inputs, mask, grad_out, causal=True)
-    for actual, oracle, same_dtype in zip(grads, exact, naive):
-        assert_as_good_as_naive(*(x.float().cpu().numpy() for x in (actual, oracle, same_dtype)))
+    check(inputs, random_mask(*inputs[:2], density), torch.randn_like(inputs[0]), deterministic)
 
 
-@pytest.mark.parametrize("head_dim", (128, 256))
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_rows_and_keys_without_blocks_among_others(head_dim, deterministic):
+    inputs = random_inputs(2048, 2048, 8, 2, head_dim)
+    mask = random_mask(*inputs[:2], 0.3)
+    mask[:, ::3, ::5] = False
+    mask[:, 5] = False
+    mask[:, :4, :, 3] = False  # of all query heads of the first key head
+    grad_query, grad_key, grad_value = check(inputs, mask, torch.randn_like(inputs[0]), deterministic)
+    nothing = torch.from_numpy(np.repeat(~mask.any(-1), 128, axis=2)).cuda()
+    assert not grad_query.transpose(1, 2)[nothing].any()
+    assert not grad_key[:, 384:512, 0].any() and not grad_value[:, 384:512, 0].any()
+
+
+@pytest.mark.one_table
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_a_million_keys(deterministic):
+    """A few blocks among them, the first and the last too; offsets pass 2^31 elements, heads lie 20 * 128 apart."""
+    seqlen_q, seqlen_k, heads = 256, 1 << 20, 4
+    torch.manual_seed(0)
+    query = 2 * torch.randn(1, seqlen_q, heads, 128, device="cuda", dtype=torch.bfloat16)
+    grad_out = torch.randn_like(query)
+    buffer = torch.full((4, seqlen_k, 20, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
+    buffer[:2, :, 19].normal_()
+    key, value, grad_key, grad_value = (x[None, :, 19:] for x in buffer)
+    grad_query = torch.full_like(query, float("nan"))
+    mask = np.random.default_rng(0).random((1, heads, 2, seqlen_k // 128)) < 0.003
+    mask[..., 0] = mask[..., -1] = True
+    out, lse = attend(query, key, value, words(mask))
+    outputs = dict(zip(GRADS, (grad_query, grad_key, grad_value)))
+    arrays = query, key, value, words(mask), out, lse, grad_out
+    options = {**outputs, "causal": True, "deterministic": deterministic}
+    with_workspace(direct.block_sparse_attention_backward, *arrays, **options)
+    exact = [torch.zeros(shape, device="cuda") for shape in (query.shape, (seqlen_k, 128), (seqlen_k, 128))]
+    row = torch.arange(seqlen_k - seqlen_q, seqlen_k, device="cuda")
+    for h, m in np.ndindex(heads, 2):
+        rows = slice(m * 128, (m + 1) * 128)
+        blocks = torch.from_numpy(np.flatnonzero(mask[0, h, m])).cuda()
+        token = (blocks[:, None] * 128 + torch.arange(128, device="cuda")).flatten()
+        leaves = [x.float().requires_grad_() for x in (query[0, rows, h], key[0, token, 0], value[0, token, 0])]
+        scores = (leaves[0] @ leaves[1].T / 128**0.5).masked_fill(token > row[rows, None], float("-inf"))
+        grads = torch.autograd.grad(scores.softmax(-1) @ leaves[2], leaves, grad_out[0, rows, h].float())
+        exact[0][0, rows, h] = grads[0]
+        exact[1].index_add_(0, token, grads[1])
+        exact[2].index_add_(0, token, grads[2])
+    for actual, expected in zip((grad_query, grad_key[0, :, 0], grad_value[0, :, 0]), exact):
+        assert (actual.float() - expected).norm() <= 0.01 * expected.norm()
+    unseen = torch.from_numpy(~mask[0].any((0, 1))).cuda().repeat_interleave(128)
+    assert not grad_key[0, unseen].any() and not grad_value[0, unseen].any()
+
+
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_a_captured_graph_replays_with_other_inputs(deterministic):
+    inputs = random_inputs(1024, 1024, 4, 2, 128)
+    block_mask, grad_out = words(random_mask(*inputs[:2], 0.5)), torch.randn_like(inputs[0])
+    out, lse = torch.empty_like(inputs[0]), torch.empty(1, 4, 1024, device="cuda")
+    grads = [torch.empty_like(x) for x in inputs]
+    workspace = torch.empty(1 << 27, dtype=torch.uint8, device="cuda")
+
+    def run():
+        options = {"causal": True, "workspace": workspace, "stream": torch.cuda.current_stream().cuda_stream}
+        direct.block_sparse_attention(*inputs, block_mask, out=out, lse=lse, **options)
+        options.update(zip(GRADS, grads), deterministic=deterministic)
+        direct.block_sparse_attention_backward(*inputs, block_mask, out, lse, grad_out, **options)
+
+    run()  # loads the kernels
+    before = [x.clone() for x in grads]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for x in (*inputs, grad_out):
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    replayed = [x.clone() for x in grads]
+    run()
+    first = 0 if deterministic else 1  # with the same bits on every run
+    assert all(map(torch.equal, replayed[first:], grads[first:]))
+    torch.testing.assert_close(replayed[0], grads[0], rtol=2.0**-7, atol=1e-3)
+    assert not any(map(torch.equal, replayed, before))
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_a_workspace_that_is_too_small_is_refused(head_dim):
+    inputs = random_inputs(256, 256, 4, 2, head_dim)
+    grads = [torch.full_like(x, float("nan")) for x in inputs]
+    arrays = *inputs, words(random_mask(*inputs[:2], 1.0)), inputs[0], torch.zeros(1, 4, 256, device="cuda"), inputs[0]
+    outputs = dict(zip(GRADS, grads))
+    size = direct.block_sparse_attention_backward(*arrays, **outputs, size_only=True)
+    workspace = torch.empty(size - 1, dtype=torch.uint8, device="cuda")
+    with pytest.raises(ValueError, match=f"workspace has {size - 1} bytes, but must have at least {size}"):
+        direct.block_sparse_attention_backward(*arrays, **outputs, workspace=workspace)
+    assert all(grad.isnan().all() for grad in grads)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
 def test_deterministic_gradients_are_identical_over_a_hundred_runs(head_dim):
     inputs = random_inputs(4096, 4096, 8, 2, head_dim)
     mask = random_mask(*inputs[:2], 0.5)
@@ -77,7 +178,7 @@ def test_deterministic_gradients_are_identical_over_a_hundred_runs(head_dim):
 
 
 @pytest.mark.parametrize("scale", (1e-6, 1.0, 100.0))
-@pytest.mark.parametrize("head_dim", (128, 192))
+@pytest.mark.parametrize("head_dim", (64, 128, 192))
 def test_deterministic_gradients_of_any_size(head_dim, scale):
     """Sums of whole numbers, whose unit goes with the data: outliers among keys and values, and small dO."""
     inputs = random_inputs(1024, 1024, 4, 2, head_dim)

@@ -1,9 +1,12 @@
 """Dense masks on a GPU: one that is longer than a thread block reads."""
 
 import numpy as np
+import pytest
 from test_dense_mask import additive, causal_mask
 
 from rrattn import reference
+
+pytestmark = pytest.mark.one_path
 
 
 def test_a_long_mask(kernels, rng):

@@ -6,6 +6,8 @@ import torch
 
 from rrattn import direct, reference
 
+pytestmark = pytest.mark.one_table
+
 
 def long_inputs(seqlen_q, seqlen_k, num_heads=4, num_heads_k=2):
     torch.manual_seed(0)

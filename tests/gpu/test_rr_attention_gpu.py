@@ -5,6 +5,8 @@ import torch
 
 from rrattn import direct
 
+pytestmark = pytest.mark.one_path
+
 
 def call(query, key, **options):
     """Expects a ValueError, and outputs as they were."""

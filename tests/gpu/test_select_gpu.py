@@ -8,6 +8,8 @@ from test_select import SCORES, check
 
 from rrattn import reference
 
+pytestmark = pytest.mark.one_path
+
 
 @pytest.mark.parametrize("num_k_blocks", (2049, 8192))  # the longest rows: 1M tokens
 def test_long_rows(kernels, rng, num_k_blocks):

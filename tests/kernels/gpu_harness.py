@@ -1,16 +1,18 @@
 """The kernels on a GPU in place of the CPU's: torch tensors through rrattn.direct, and Paddle's operators.
 
-They need torch, a Hopper GPU, and rrattn built with the GPU kernels (see setup.py); those through Paddle a GPU build of
-it. `PLATFORMS` has what is here.
+They need torch, a GPU, and rrattn built with the GPU kernels for it (see setup.py); those through Paddle a GPU build of
+it. `PLATFORMS` has what is here: "gpu", "paddle-gpu", and "gpu-portable-99KB" and so on, the portable kernels with each
+table of tiles, where they are built for the GPU and fit.
 """
 
+import contextlib
 import threading
 
 import harness
 import numpy as np
 import pytest
 
-from rrattn import reference
+from rrattn import direct, reference
 
 try:
     import torch
@@ -28,6 +30,29 @@ except ImportError:
     WHY_NOT_PADDLE = "Paddle is not installed"
 
 WORKSPACE_BYTES = 1 << 28
+
+
+@contextlib.contextmanager
+def path_in_use(path):
+    """The path of rrattn.direct on GPUs, as long as the context lasts."""
+    before = direct.gpu_path()
+    direct.set_gpu_path(path)
+    try:
+        yield
+    finally:
+        direct.set_gpu_path(before)
+
+
+def path_runs(path):
+    """Whether this build has kernels of a path for the GPU, and the GPU room for them."""
+    scores = torch.zeros(1, 1, 1, 1, device="cuda")
+    arrays = {"block_mask": torch.zeros(1, 1, 1, 1, dtype=torch.int32, device="cuda")}
+    with path_in_use(path):
+        try:
+            direct.select_blocks(scores, 0.5, **arrays, seqlen_q=1, seqlen_k=1, size_only=True)
+        except ValueError:
+            return False
+    return True
 
 
 class GpuKernels(harness.Kernels):
@@ -174,6 +199,10 @@ class PaddleKernels(GpuKernels):
         return None, selected, harness.decode(self.values(out), dtype), self.values(lse)
 
 
-PLATFORMS = (
-    {} if WHY_NOT else {"gpu": GpuKernels} if WHY_NOT_PADDLE else {"gpu": GpuKernels, "paddle-gpu": PaddleKernels}
-)
+PATHS = {}  # of the platforms whose path is forced
+if not WHY_NOT:
+    tables = [path for path in direct.available_gpu_paths() if path.startswith("portable-")]
+    PATHS = {f"gpu-{path}": path for path in tables if path_runs(path)}
+PLATFORMS = {} if WHY_NOT else {"gpu": GpuKernels, **dict.fromkeys(PATHS, GpuKernels)}
+if PLATFORMS and not WHY_NOT_PADDLE:
+    PLATFORMS["paddle-gpu"] = PaddleKernels

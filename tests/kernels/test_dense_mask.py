@@ -6,6 +6,7 @@ from harness import LAYOUTS, assert_identical, encode
 
 from rrattn import direct, reference
 
+pytestmark = pytest.mark.one_path
 DTYPES = ("bool", "float32", "float16", "bfloat16")
 SIZES = ((1, 1), (1, 300), (37, 37), (130, 700), (300, 300), (600, 600))
 

@@ -9,6 +9,7 @@ from harness import LAYOUTS, assert_as_good_as_naive, assert_identical, assert_s
 
 from rrattn import reference
 
+pytestmark = pytest.mark.one_table
 BLOCK = reference.BLOCK
 
 

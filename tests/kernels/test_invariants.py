@@ -48,6 +48,7 @@ def test_tau_of_one_is_dense_attention(kernels, main_dtype, case):
         assert_as_good_as_naive(actual, exact, same_dtype)
 
 
+@pytest.mark.one_table
 @each_keep_local
 @each_case
 def test_growing_tau_never_removes_a_block(kernels, main_dtype, case, keep_local):

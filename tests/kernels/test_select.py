@@ -9,6 +9,7 @@ from harness import LAYOUTS, assert_identical, assert_same_in_two_threads
 
 from rrattn import reference
 
+pytestmark = pytest.mark.one_path
 TAUS = (1e-30, 0.1, 0.5, 0.9, 0.95, 0.999, float(np.nextafter(np.float32(1), np.float32(0))), 1.0)
 
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_harness
 import pytest
 import test_attend
 import test_backward
@@ -12,7 +13,7 @@ import test_estimate
 from cases import DTYPES, Case
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
-PLATFORMS = {"CPU": ("cpu",), "Hopper": ("gpu", "paddle-gpu")}
+PLATFORMS = {"CPU": ("cpu",), "Hopper": ("gpu", "paddle-gpu"), "Ampere and newer": (*gpu_harness.PATHS,)}
 
 
 @dataclass(frozen=True)

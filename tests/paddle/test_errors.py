@@ -464,6 +464,29 @@ def test_config_for_another_number_of_layers():
         config.layer_threshold(1, 3)
 
 
+def test_gpu_paths():
+    before = direct.gpu_path()
+    assert before in direct.available_gpu_paths()
+    with pytest.raises(ValueError, match='GPU path is "hopper", but this build has: auto'):
+        direct.set_gpu_path("hopper")
+    with pytest.raises(TypeError, match="GPU path is 3,.*auto"):
+        direct.set_gpu_path(3)
+    with pytest.raises(ValueError, match='GPU path is "hopper", but this build has: auto'):
+        direct.gpu_kernels(path="hopper")
+    with pytest.raises(TypeError, match="GPU path is 3, but must be a name, one of auto"):
+        direct.gpu_kernels(path=3)
+    with pytest.raises(ValueError, match="device is -1, but must be 0 or more"):
+        direct.gpu_kernels(-1)
+    if not direct.cuda_archs():
+        with pytest.raises(ValueError, match="this build of rrattn has no GPU kernels"):
+            direct.gpu_kernels()
+    assert direct.gpu_path() == before
+    for path in direct.available_gpu_paths():
+        direct.set_gpu_path(path)
+        assert direct.gpu_path() == path
+    direct.set_gpu_path(before)
+
+
 def test_simd_levels():
     before = direct.simd()
     with pytest.raises(ValueError, match="mmx.*baseline"):

@@ -35,6 +35,8 @@ def paddle_with_gpus(monkeypatch):
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda index: [(8, 0), (9, 0), (10, 0)][index])
     monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda index: ["A100", "H100", "B200"][index])
     monkeypatch.setattr(_build_info, "CUDA_ARCHS", "90a")
+    kernels = {"auto": ("portable-163KB", "hopper", "portable-227KB")}
+    monkeypatch.setattr(direct, "gpu_kernels", lambda device, path: kernels[path][device])
 
 
 def test_info(capsys):
@@ -47,6 +49,8 @@ def test_info(capsys):
     assert said["Paddle"] == f"{paddle.__version__}, commit {paddle.version.commit}, {device} build"
     built_for = f"built for Paddle {_build_info.PADDLE_VERSION}, commit {_build_info.PADDLE_COMMIT}, with"
     assert said["operators"].startswith(built_for)
+    built = ", ".join("PTX" if arch == "PTX" else f"sm_{arch}" for arch in direct.cuda_archs().split())
+    assert said["rrattn.direct"] == (f"with GPU kernels for {built}" if built else "without GPU kernels")
     assert said["SIMD"] == f"{direct.simd()} in use, available: {', '.join(direct.available_simd())}"
     assert said["threads"] == f"{direct.default_num_threads()} by default"
     if not paddle.is_compiled_with_cuda():
@@ -66,11 +70,27 @@ def test_info_of_gpus(paddle_with_gpus, monkeypatch):
     assert any(line.startswith("operators: ") and line.endswith(", with GPU kernels for sm_90a") for line in lines)
     assert [line for line in lines if line.startswith("GPU")] == [
         "GPU: gpu:0, A100, compute capability 8.0, NO kernels in this build",
-        "GPU: gpu:1, H100, compute capability 9.0, with kernels in this build",
+        "GPU: gpu:1, H100, compute capability 9.0, with Hopper's own kernels",
         "GPU: gpu:2, B200, compute capability 10.0, NO kernels in this build",
     ]
+    for archs, with_kernels in (("80", [True, False, False]), ("86 90 100", [False, True, True]),
+                                ("80 90a 120", [True, True, False]), ("80 PTX", [True] * 3)):  # fmt: skip
+        monkeypatch.setattr(_build_info, "CUDA_ARCHS", archs)
+        assert [gpu.kernels is not None for gpu in info.gpus()] == with_kernels
+    assert any(line.endswith(", with GPU kernels for sm_80, PTX") for line in info.lines())
+    portable = "with portable kernels, tiles for 163 KB of shared memory"
+    assert f"GPU: gpu:0, A100, compute capability 8.0, {portable}" in info.lines()
+
+    def no_driver(device, path):
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    monkeypatch.setattr(direct, "gpu_kernels", no_driver)
+    assert any("gpu:0, A100" in line and "CUDA driver version is insufficient" in line for line in info.lines())
+    with monkeypatch.context() as patch:
+        patch.setattr(paddle.device.cuda, "get_device_capability", lambda index: (7, 5))
+        assert all(gpu.kernels is None for gpu in info.gpus())
     monkeypatch.setattr(_build_info, "CUDA_ARCHS", "")
-    assert not any(gpu.has_kernels for gpu in info.gpus())
+    assert all(gpu.kernels is None for gpu in info.gpus())
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
     assert info.lines()[-1] == "GPU: Paddle sees none"
 
@@ -321,8 +341,23 @@ def test_gpus_with_kernels_are_checked_and_others_named(paddle_with_gpus):
     kernels, left_out = check.kernels_here()
     assert [(one.device, one.dtypes) for one in kernels if one.on_gpu] == [("gpu:1", ("float16", "bfloat16"))]
     assert left_out == [
-        "gpu:0, A100, compute capability 8.0: this build has no kernels for it",
-        "gpu:2, B200, compute capability 10.0: this build has no kernels for it",
+        "gpu:0, A100, compute capability 8.0, NO kernels in this build",
+        "gpu:2, B200, compute capability 10.0, NO kernels in this build",
+    ]
+
+
+def test_check_tells_which_kernels_each_gpu_gets_and_what_is_built(paddle_with_gpus, monkeypatch, capsys):
+    monkeypatch.setattr(_build_info, "CUDA_ARCHS", "80 90a")
+    left_out = check.kernels_here()[1]
+    monkeypatch.setattr(check, "kernels_here", lambda: ([], left_out))
+    assert main(["check"]) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "GPU: gpu:0, A100, compute capability 8.0, with portable kernels, tiles for 163 KB of shared memory",
+        "GPU: gpu:1, H100, compute capability 9.0, with Hopper's own kernels",
+        "GPU: gpu:2, B200, compute capability 10.0, NO kernels in this build",
+        f"operators: built for Paddle {_build_info.PADDLE_VERSION}, commit {_build_info.PADDLE_COMMIT}, "
+        "with GPU kernels for sm_80, sm_90a",
+        "not checked: gpu:2, B200, compute capability 10.0, NO kernels in this build",
     ]
 
 

@@ -16,6 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Each note is a file of its own, named by its time: compilers run at once.
 COMPILER = """#!/bin/sh
+case $1 in
+--list-gpu-arch) printf 'compute_%s\\n' 75 80 86 87 88 89 90 100 110 103 120 121; exit ;;
+--version) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit ;;
+esac
 echo "$@" >{log}/$(date +%s%N)-$$
 while [ $# -gt 1 ]; do
   if [ "$1" = -o ]; then : >"$2"; fi
@@ -72,13 +76,14 @@ class Checkout:
         )
 
     def build(self, *arguments, **options):
-        """The names of the files that this makes."""
+        """The names of the files that this makes, of objects of CUDA sources without their folders."""
         for note in self.log.iterdir():
             note.unlink()
         process = self.run(*arguments, **options)
         assert process.returncode == 0, process.stderr
         commands = [note.split() for note in self.notes()]
-        return {Path(words[words.index("-o") + 1]).name.split(".")[0] for words in commands if "-o" in words}
+        made = [Path(words[words.index("-o") + 1]).name for words in commands if "-o" in words]
+        return {name.split(".")[0].rpartition("-")[2] for name in made}
 
     def notes(self):
         """What the compilers noted, in order."""
@@ -124,13 +129,19 @@ def test_a_build_in_place_is_recorded_in_place(checkout):
 def test_gpu_kernels_come_and_go_with_the_architectures(checkout):
     on_cpu = checkout.build()
     with_gpu = checkout.build(archs="90a")
-    assert {"_direct", "direct", "dispatch"} | {path.stem for path in ROOT.glob("csrc/cuda/**/*.cu")} <= with_gpu
+    sources = expected_flags(flags_of("90a"), [], flags_of("90a"))
+    assert {"_direct", "direct", "dispatch"} | {Path(source).stem for source in sources} <= with_gpu
     assert not checkout.build(archs="90a")
     assert {"_direct", "direct"} <= checkout.build()
     assert "_direct" in on_cpu
     moved = checkout.folder.parent / "other"
     (moved / "cute").mkdir(parents=True)
     assert "estimate_bf16_64" in checkout.build(archs="90a", environment={"RRATTN_CUTLASS": str(moved)})
+
+
+def objects_in_library(checkout):
+    (library,) = checkout.folder.glob("build/temp*/librrattn_cuda.a")
+    return set(subprocess.run(["ar", "t", library], capture_output=True, text=True, check=True).stdout.split())
 
 
 def architectures_of(notes):
@@ -143,37 +154,60 @@ def architectures_of(notes):
 
 
 def flags_of(*archs):
-    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    """Hopper's own kernels are compiled with its instructions, all else with Ampere's."""
+    return [f"-gencode=arch=compute_{'90a' if arch == '90a' else 80},code=sm_{arch}" for arch in archs]
 
 
-def support_another_architecture(checkout):
-    """When kernels for Ampere join those of csrc/cuda/sm90: what is in no architecture's folder is built for both."""
-    setup = checkout.folder / "setup.py"
-    text, line = setup.read_text(), 'SUPPORTED_CUDA_ARCHS = ["90a"]'
-    assert text.count(line) == 1
-    setup.write_text(text.replace(line, 'SUPPORTED_CUDA_ARCHS = ["80", "90a"]'))
-    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/**/*.cu")}
-    of_hopper = {source for source in sources if source.startswith("csrc/cuda/sm90/")}
-    assert of_hopper and sources - of_hopper
-    return {source: flags_of("90a") if source in of_hopper else flags_of("80", "90a") for source in sources}
+def expected_flags(of_hopper, of_ampere, of_all):
+    """For each CUDA source the flags of its folder; none where it is not built."""
+    flags = {}
+    for path in ROOT.glob("csrc/cuda/**/*.cu"):
+        source = path.relative_to(ROOT)
+        flags[source.as_posix()] = {"sm90": of_hopper, "sm80": of_ampere}.get(source.parts[2], of_all)
+    assert any(source.startswith("csrc/cuda/sm90/") for source in flags)
+    return {source: given for source, given in flags.items() if given}
 
 
-def test_sources_are_built_for_the_architectures_of_their_folder(checkout):
-    expected = support_another_architecture(checkout)
+PTX = "-gencode=arch=compute_80,code=compute_80"
+
+
+@pytest.mark.parametrize(
+    "archs, of_hopper, of_ampere, of_all",
+    (
+        ("90a", flags_of("90a"), [], flags_of("90a")),
+        ("80 120", [], flags_of("80", "120"), flags_of("80", "120")),
+        ("86 90a PTX", flags_of("90a"), [*flags_of("86"), PTX], [*flags_of("86", "90a"), PTX]),
+        ("PTX", [], [PTX], [PTX]),
+        ("90", [], flags_of("90"), flags_of("90")),
+        ("90 90a", flags_of("90a"), flags_of("90"), flags_of("90a")),
+        ("all", flags_of("90a"), [*flags_of("80", "86", "89", "100", "120"), PTX],
+         [*flags_of("80", "86", "89", "90a", "100", "120"), PTX]),
+    ),
+)  # fmt: skip
+def test_sources_are_built_for_the_architectures_of_their_folder(archs, of_hopper, of_ampere, of_all, checkout):
+    checkout.build(archs=archs)
+    assert architectures_of(checkout.notes()) == expected_flags(of_hopper, of_ampere, of_all)
+
+
+def test_other_architectures_build_again_what_they_concern(checkout):
     checkout.build(archs="80 90a")
-    assert architectures_of(checkout.notes()) == expected
-    checkout.build(archs="90a")  # again, for one fewer: those of Hopper alone are as they were
-    assert architectures_of(checkout.notes()) == {
-        source: flags_of("90a") for source, flags in expected.items() if flags != flags_of("90a")
-    }
+    built = checkout.build(archs="90a")
+    assert architectures_of(checkout.notes()) == expected_flags([], [], flags_of("90a"))
+    assert {"dispatch", "_direct"} <= built  # which know what is built
+    assert not {"kernels", "simd_avx2"} & built
 
 
-def test_sources_of_one_name_in_two_folders_have_objects_of_their_own(checkout):
+def test_sources_of_one_name_in_two_folders_are_both_in_the_library(checkout):
     shutil.copy(checkout.folder / "csrc/cuda/select/select.cu", checkout.folder / "csrc/cuda/common")
     checkout.build(archs="90a")
-    commands = [note.split() for note in checkout.notes() if "-gencode=" in note]
-    objects = {words[words.index("-o") + 1] for words in commands}
-    assert len(objects) == len(commands) == len(list(ROOT.glob("csrc/cuda/**/*.cu"))) + 1
+    assert {"select-select.o", "common-select.o"} <= objects_in_library(checkout)
+
+
+def test_what_is_built_no_more_leaves_the_library(checkout):
+    checkout.build(archs="80 90a")
+    checkout.build(archs="80")
+    objects = objects_in_library(checkout)
+    assert "select-select.o" in objects and not any(name.startswith("sm90-") for name in objects)
 
 
 def ci(checkout, *checks):
@@ -188,13 +222,17 @@ def ci(checkout, *checks):
 
 
 def test_ci_compiles_sources_for_the_architectures_of_their_folder(checkout):
-    expected = support_another_architecture(checkout)
     write_program(checkout.folder / ".venv/bin/python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     process = ci(checkout, "CUDA sources")
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.splitlines()[-1] == "all checks passed"
-    assert architectures_of(checkout.notes()) == expected
-    assert len({Path(source).stem for source in expected}) == len(expected)  # the objects lie in one folder
+    expected = expected_flags(flags_of("90a"), flags_of("80"), flags_of("80", "90a", "120"))
+    portable = {source for source in expected if source.startswith("csrc/cuda/sm80/")}
+    of_bfloat16 = {source for source in portable if "_bf16_" in source}  # each dtype for an architecture of its own
+    assert {source.replace("_bf16_", "_fp16_") for source in of_bfloat16} == portable - of_bfloat16
+    assert architectures_of(checkout.notes()) == {**expected, **dict.fromkeys(of_bfloat16, flags_of("120"))}
+    objects = {note.split()[note.split().index("-o") + 1] for note in checkout.notes() if "-gencode=" in note}
+    assert len(objects) == len(expected)
 
 
 def test_ci_knows_no_other_check(checkout):

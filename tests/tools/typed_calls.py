@@ -105,8 +105,12 @@ def arrays(query: Tensor) -> int:
     direct.rr_attention(query, query, query, out=query, threshold=0.9, workspace=array, size_only=True)
     direct.startend_rows_from_dense(mask, start_rows=integers, verdict=integers)
     direct.set_simd(direct.available_simd()[0])
+    direct.set_gpu_path(direct.available_gpu_paths()[0])
+    kernels: str = direct.gpu_kernels(1, path="portable")
+    direct.gpu_kernels(kernels)  # wrong: arg-type
     direct.rr_attention(array, array, array)  # wrong: call-arg
     direct.rr_attention(array, array, array, out=[0.0])  # wrong: arg-type
     direct.rr_attention(array, array, array, out=array, threads=2)  # wrong: call-arg
     direct.set_simd(None)  # wrong: arg-type
+    direct.set_gpu_path(None)  # wrong: arg-type
     return size + direct.default_num_threads()
