@@ -46,9 +46,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
     largest_norm = max(largest_norm, __float_as_uint(fabsf(row_sum<kLanes>(norm))));
   }
-  for (int e = 0; column < kColumns && e < 8; ++e) {
-    atomicMax(shared_largest + column + e, largest[e]);
-  }
+  for (int e = 0; e < 8; ++e) atomicMax(shared_largest + column + e, largest[e]);
   atomicMax(&shared_largest_norm, largest_norm);
   __syncthreads();
   if (threadIdx.x < kColumns) {

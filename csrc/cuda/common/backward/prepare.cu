@@ -23,7 +23,6 @@ void prepare(const BackwardParams& params, const Workspace& workspace) {
                                                                  const Workspace&)
 RRATTN_INSTANTIATE_PREPARE(64);
 RRATTN_INSTANTIATE_PREPARE(128);
-RRATTN_INSTANTIATE_PREPARE(192);
 RRATTN_INSTANTIATE_PREPARE(256);
 
 }  // namespace rrattn::cuda::backward

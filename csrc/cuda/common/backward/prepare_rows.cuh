@@ -38,11 +38,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const unsigned token = tile % (padded / kRows) * kRows + threadIdx.x / kLanes;
   const int64_t row = (batch * num_heads + head) * padded + token;
   const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
-  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns);
-#pragma unroll
-  for (int i = 0; i < kColumns / 4; i += kLanes) {
-    if (i + lane < kColumns / 4) sums[i + lane] = make_uint4(0, 0, 0, 0);
-  }
+  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns) + lane;
+  sums[0] = sums[kLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's
   float delta = 0, norm = 0;
   if (token < visibility.seqlen_q) {
     const auto eight = [&](const Rows& rows) {

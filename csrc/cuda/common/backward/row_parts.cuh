@@ -8,11 +8,8 @@
 namespace rrattn::cuda::backward {
 
 constexpr int kPrepareThreads = 256;
-// Threads of a row: a power of 2, for the sums over a row. Of 192 columns the last 8 threads have none.
 template <int kColumns>
-constexpr int kRowLanes = kColumns <= 64    ? 8
-                          : kColumns <= 128 ? 16
-                                            : 32;
+constexpr int kRowLanes = kColumns / 8;  // threads of a row
 template <int kColumns>
 constexpr int kPrepareRows = kPrepareThreads / kRowLanes<kColumns>;
 
