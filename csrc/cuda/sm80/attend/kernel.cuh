@@ -244,29 +244,22 @@ class RowAttention {
 
   // out += P V, with P in the scores.
   __device__ void multiply_values(int slot, const Scores (&scores)[kM]) {
-    const SecondOperand<kTileN, true> value(value_in(slot), 0);
+    multiply_add<Element, kTileN>(out_, Probabilities{scores},
+                                  SecondOperand<kTileN, true>(value_in(slot), 0));
+  }
+
+  // The first operand of P V: scores, in the order in which a product leaves them, are fragments of it.
+  struct Probabilities {
+    const Scores (&scores)[kM];
+
+    __device__ void load(uint32_t (&to)[4], int i, int k) const {
 #pragma unroll
-    for (int k = 0; k < kTileN; k += 16) {
-      uint32_t a[kM][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          a[m][i] = pack_two<Element>(scores[m](k / 2 + i * 2), scores[m](k / 2 + i * 2 + 1));
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < Traits::kHeadDimV; n += 16) {
-        uint32_t b[4];
-        value.load(b, n, k);
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          multiply_add<Element>(out_[m], n / 2, a[m], b[0], b[1]);
-          multiply_add<Element>(out_[m], n / 2 + 4, a[m], b[2], b[3]);
-        }
+      for (int part = 0; part < 4; ++part) {
+        const int at = k / 2 + part * 2;
+        to[part] = pack_two<Element>(scores[i / 16](at), scores[i / 16](at + 1));
       }
     }
-  }
+  };
 
   // Turns scores into probabilities, and adds them to the sums.
   __device__ void softmax(KeyTile tile, Scores (&scores)[kM]) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../../common/attend_sections.cuh"
 #include "../../common/block_means.cuh"
 #include "../../common/element.cuh"
 #include "../../common/stood_in_for.cuh"
@@ -32,12 +33,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch(const AttendParams& a
       static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
   // Keys and values of a section stay well below the L2 cache.
   const int64_t section_bytes = int64_t{device_attribute(cudaDevAttrL2CacheSize)} * 5 / 8;
-  const int64_t head_bytes = visibility.seqlen_k *
-                             (attend.heads.head_dim + attend.heads.head_dim_v) *
-                             size_of(attend.heads.dtype);
-  const int64_t key_heads = visibility.batch * attend.heads.num_heads_k;
-  params.section_heads = heads_in_section(section_bytes, head_bytes, key_heads) *
-                         static_cast<int>(group_size(visibility, attend.heads));
+  params.section_heads = attend_section_heads(attend, section_bytes);
   params.aligned_query = aligned_rows(attend.query);
   params.aligned_key = aligned_rows(attend.key);
   params.aligned_value = aligned_rows(attend.value);

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../../common/attend_sections.cuh"
 #include "../../common/block_means.cuh"
 #include "../../common/element.cuh"
 #include "../../common/rows.cuh"
@@ -46,12 +47,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV>::launch(const AttendParams& attend) {
   params.next_item = workspace.next_item;
   params.num_items =
       static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
-  const int64_t head_bytes = visibility.seqlen_k *
-                             (attend.heads.head_dim + attend.heads.head_dim_v) *
-                             size_of(attend.heads.dtype);
-  const int64_t key_heads = visibility.batch * attend.heads.num_heads_k;
-  params.section_heads = heads_in_section(kSectionBytes, head_bytes, key_heads) *
-                         static_cast<int>(group_size(visibility, attend.heads));
+  params.section_heads = attend_section_heads(attend, kSectionBytes);
   params.aligned_out = aligned_rows(attend.out);
 
   if (attend.compensate) {

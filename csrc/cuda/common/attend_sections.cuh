@@ -1,0 +1,20 @@
+// The sections in which attention takes its rows.
+#pragma once
+
+#include "heads.cuh"
+#include "work_order.cuh"
+
+namespace rrattn::cuda {
+
+// Query heads of a section whose keys and values have at most `section_bytes`.
+inline int attend_section_heads(const AttendParams& attend, int64_t section_bytes) {
+  const Visibility& visibility = attend.visibility;
+  const int64_t head_bytes = visibility.seqlen_k *
+                             (attend.heads.head_dim + attend.heads.head_dim_v) *
+                             size_of(attend.heads.dtype);
+  const int64_t key_heads = visibility.batch * attend.heads.num_heads_k;
+  return heads_in_section(section_bytes, head_bytes, key_heads) *
+         static_cast<int>(group_size(visibility, attend.heads));
+}
+
+}  // namespace rrattn::cuda
