@@ -17,7 +17,7 @@ from .config import BLOCK_SIZE, RRAttentionConfig
 __version__ = "0.1.0"
 
 _HAS_PADDLE = _importlib_util.find_spec("paddle") is not None
-_LOADED_WHEN_ASKED_FOR = ("direct", "visualize")
+_LOADED_WHEN_ASKED_FOR = ("direct", "distributed", "visualize")
 
 if _HAS_PADDLE:
     from .functional import block_sparse_attention, estimate_block_scores, rr_attention, select_blocks
@@ -57,11 +57,22 @@ __all__ = [
     "select_blocks",
     "unpack_block_mask",
 ]
-_NEEDS_PADDLE = (*__all__, "functional", "integrations", "layer", "masks", "published", "stats", "visualize")
+_NEEDS_PADDLE = (
+    *__all__,
+    "distributed",
+    "functional",
+    "integrations",
+    "layer",
+    "masks",
+    "published",
+    "stats",
+    "visualize",
+)
 
 
 if _typing.TYPE_CHECKING:  # where a __getattr__ would make every name one of the module's
     from . import direct as direct
+    from . import distributed as distributed
     from . import visualize as visualize
 else:
 

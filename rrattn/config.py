@@ -14,6 +14,9 @@ from . import arguments
 BLOCK_SIZE = 128
 """Tokens in a block, of queries and of keys: the unit of sparsity."""
 
+MAX_SEQLEN_K_ON_GPU = 1 << 20
+"""Keys that a GPU selects from at most (csrc/cuda/dispatch.cpp)."""
+
 CAUSAL = False
 """What calls are that do not say, as `paddle.nn.functional.scaled_dot_product_attention` and `flashmask_attention`."""
 

@@ -226,17 +226,17 @@ def rr_attention(
     >>> key, value = paddle.randn([1, 4096, 2, 64]), paddle.randn([1, 4096, 2, 64])
     >>> out = rrattn.rr_attention(query, key, value, causal=True, threshold=0.9)
     """
-    query, key, value = _attention_inputs(query, key, value)
+    query, key, value = attention_inputs(query, key, value)
     causal = arguments.flag(causal, "causal")
-    rows = _row_indices(startend_row_indices, key, causal)
-    sink = _sink(sink, query)
+    rows = checked_rows(startend_row_indices, key, causal)
+    sink = checked_sink(sink, query)
     scalar, per_head = _split_threshold(threshold)
     attributes = (
         causal,
         *_sampling(query, stride, key_stride, head_offset, softmax_scale, spread),
         scalar,
         *checked_keep_rules(keep_sink, keep_last, keep_local, min_share).values(),
-        _deterministic(deterministic),
+        is_deterministic(deterministic),
         arguments.flag(compensate, "compensate"),
     )
     asked = (
@@ -244,7 +244,7 @@ def rr_attention(
         arguments.flag(return_block_mask, "return_block_mask"),
     )
     if arguments.flag(training, "training"):
-        _check_gradients(compensate, query, key, value, sink)
+        refuse_compensated_gradients(compensate, query, key, value, sink)
     with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
         out, *extras = _call_with_sink("rr_attention", (query, key, value, rows, per_head), sink, attributes)
     return _results(out, extras, asked)
@@ -280,11 +280,11 @@ def estimate_block_scores(
     ValueError, TypeError
         With the value and what is allowed.
     """
-    query, key = _attention_inputs(query, key)
+    query, key = attention_inputs(query, key)
     causal = arguments.flag(causal, "causal")
-    rows = _row_indices(startend_row_indices, key, causal)
+    rows = checked_rows(startend_row_indices, key, causal)
     sampling = _sampling(query, stride, key_stride, head_offset, softmax_scale, spread)
-    sink = _sink(sink, query)
+    sink = checked_sink(sink, query)
     with paddle.no_grad(), watch_layout(query, key, rows, causal=causal):
         block_scores: Tensor = call("estimate", query, key, rows, sink, causal, *sampling)
     return block_scores
@@ -339,7 +339,7 @@ def select_blocks(
         block_mask: Tensor = call(
             "select",
             block_scores,
-            _row_indices(startend_row_indices, block_scores, causal),
+            checked_rows(startend_row_indices, block_scores, causal),
             per_head,
             causal,
             arguments.length(seqlen_q, "seqlen_q"),
@@ -430,15 +430,15 @@ def block_sparse_attention(
     ValueError, TypeError
         With the value and what is allowed.
     """
-    query, key, value = _attention_inputs(query, key, value)
+    query, key, value = attention_inputs(query, key, value)
     block_mask = checked_tensor(block_mask, "block_mask")
     causal = arguments.flag(causal, "causal")
-    rows = _row_indices(startend_row_indices, key, causal)
-    scale = _scale(arguments.softmax_scale(softmax_scale), query)
-    attributes = causal, scale, _deterministic(deterministic), arguments.flag(compensate, "compensate")
+    rows = checked_rows(startend_row_indices, key, causal)
+    scale = scale_of(arguments.softmax_scale(softmax_scale), query)
+    attributes = causal, scale, is_deterministic(deterministic), arguments.flag(compensate, "compensate")
     asked = (arguments.flag(return_softmax_lse, "return_softmax_lse"),)
-    sink = _sink(sink, query)
-    _check_gradients(compensate, query, key, value, sink)
+    sink = checked_sink(sink, query)
+    refuse_compensated_gradients(compensate, query, key, value, sink)
     with watch_layout(query, key, rows, causal=causal):
         out, *extras = _call_with_sink("attend", (query, key, value, block_mask, rows), sink, attributes)
     return _results(out, extras, asked)
@@ -463,7 +463,7 @@ def records_gradient(*tensors: Tensor | None) -> bool:
     return paddle.is_grad_enabled() and not all(tensor is None or tensor.stop_gradient for tensor in tensors)
 
 
-def _check_gradients(compensate: bool, *tensors: Tensor | None) -> None:
+def refuse_compensated_gradients(compensate: bool, *tensors: Tensor | None) -> None:
     """Refuses compensation where gradients would be recorded. What a program is traced for is not known: that one
     raises in its backward pass."""
     if compensate and paddle.in_dynamic_mode() and records_gradient(*tensors):
@@ -473,7 +473,7 @@ def _check_gradients(compensate: bool, *tensors: Tensor | None) -> None:
         )
 
 
-def _row_indices(indices: Tensor | None, like: Tensor, causal: bool) -> Tensor | None:
+def checked_rows(indices: Tensor | None, like: Tensor, causal: bool) -> Tensor | None:
     """FlashMask as it is. An empty tensor is refused here: Paddle would hand it to the operator as an absent one."""
     if indices is None:
         return None
@@ -486,8 +486,8 @@ def _row_indices(indices: Tensor | None, like: Tensor, causal: bool) -> Tensor |
     return indices
 
 
-def _sink(sink: Tensor | None, query: Tensor) -> Tensor | None:
-    """The sink in float32, which the kernels read; a model's parameters may be of 16 bits. See also _row_indices."""
+def checked_sink(sink: Tensor | None, query: Tensor) -> Tensor | None:
+    """The sink in float32, which the kernels read; a model's parameters may be of 16 bits. See also checked_rows."""
     if sink is None:
         return None
     shape = list(checked_tensor(sink, "sink").shape)
@@ -496,7 +496,7 @@ def _sink(sink: Tensor | None, query: Tensor) -> Tensor | None:
     return sink.astype("float32") if sink.dtype in (paddle.float16, paddle.bfloat16) else sink
 
 
-def _attention_inputs(*tensors: Tensor) -> list[Tensor]:
+def attention_inputs(*tensors: Tensor) -> list[Tensor]:
     """The tensors, in the dtype of auto_cast where that is active."""
     checked = [checked_tensor(tensor, name) for tensor, name in zip(tensors, ("query", "key", "value"))]
     dtype = _autocast_dtype()
@@ -514,7 +514,7 @@ def _autocast_dtype() -> Any:
 def _split_threshold(threshold: Any) -> tuple[float, Tensor | None]:
     """(float, None), or (unused float, float32 tensor of one element per head)."""
     if isinstance(threshold, (paddle.Tensor, paddle.pir.Value)):
-        if 0 in threshold.shape:  # the operator would see an absent one, see _row_indices
+        if 0 in threshold.shape:  # the operator would see an absent one, see checked_rows
             raise ValueError(
                 f"threshold has shape {list(threshold.shape)}, but must have one element for each head, or one"
             )
@@ -522,7 +522,7 @@ def _split_threshold(threshold: Any) -> tuple[float, Tensor | None]:
     return arguments.threshold(threshold, allowed="a number in (0, 1] or a float32 Tensor of one per head"), None
 
 
-def _deterministic(deterministic: object) -> bool:
+def is_deterministic(deterministic: object) -> bool:
     """As asked for, or as Paddle's flag says, which builds for the CPU do not have."""
     asked = arguments.optional_flag(deterministic, "deterministic")
     if asked is None:
@@ -534,11 +534,11 @@ def _deterministic(deterministic: object) -> bool:
 def _sampling(query: Tensor, stride: object, key_stride: object, *others: object) -> tuple[object, ...]:
     """The values of `sampling_of_call`, with the scale that the query gives where none is given."""
     sampling = sampling_of_call(stride, key_stride, *others)
-    sampling["softmax_scale"] = _scale(sampling["softmax_scale"], query)
+    sampling["softmax_scale"] = scale_of(sampling["softmax_scale"], query)
     return tuple(sampling.values())
 
 
-def _scale(softmax_scale: float | None, query: Tensor) -> float:
+def scale_of(softmax_scale: float | None, query: Tensor) -> float:
     """The scale itself, or 1 / sqrt(D)."""
     if softmax_scale is not None:
         return softmax_scale

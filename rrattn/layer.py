@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 MASK_BYTES_KEPT = 64 << 20
 
 
+def every_block(batch_size: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """A block mask that leaves out nothing. Every bit is set: those of absent blocks do no harm."""
+    blocks, words = -(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // (WORD_BITS * BLOCK_SIZE))
+    return paddle.full([batch_size, num_heads, blocks, words], -1, dtype="int32")
+
+
 class BlockSelection:
     """Which blocks one call of attention attended.
 
@@ -209,15 +215,13 @@ class RRAttention(nn.Layer):
         seqlen_k = key.shape[1]
         decoding = seqlen_q == 1 and seqlen_k > 1
         known = min(batch_size, seqlen_q, seqlen_k) > 0  # while tracing, a size may be open
-        if known and (decoding or self.dense or seqlen_k < config.min_length):
-            # Every bit set: those of absent blocks do no harm.
-            blocks, words = -(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // (WORD_BITS * BLOCK_SIZE))
-            every_block = paddle.full([batch_size, num_heads, blocks, words], -1, dtype="int32")
+        if known and (decoding or self.attends_densely(seqlen_k)):
+            block_mask = every_block(batch_size, num_heads, seqlen_q, seqlen_k)
             out = block_sparse_attention(
                 query,
                 key,
                 value,
-                every_block,
+                block_mask,
                 startend_row_indices,
                 causal=causal,
                 softmax_scale=softmax_scale,
@@ -225,7 +229,7 @@ class RRAttention(nn.Layer):
                 compensate=False,  # nothing is left out
                 sink=sink,
             )
-            return out, every_block if eager and not decoding else None
+            return out, block_mask if eager and not decoding else None
         sampling: Sampling = {**config.sampling(), "softmax_scale": softmax_scale}
         result = rr_attention(
             query,
@@ -234,7 +238,7 @@ class RRAttention(nn.Layer):
             startend_row_indices,
             causal=causal,
             training=not eager or records_gradient(query, key, value, sink),
-            threshold=self._threshold_for(query),
+            threshold=self.threshold_for(query),
             deterministic=config.deterministic,
             compensate=config.compensate,
             sink=sink,
@@ -244,10 +248,14 @@ class RRAttention(nn.Layer):
         )
         return result if eager else (result, None)
 
+    def attends_densely(self, seqlen_k: int) -> bool:
+        """Whether prefills over this many keys attend every block by the settings."""
+        return self.dense or seqlen_k < self.config.min_length
+
     def extra_repr(self) -> str:
         return "dense" if self.dense else f"threshold={self.threshold}, stride={self.config.stride}"
 
-    def _threshold_for(self, query: Tensor) -> float | Tensor:
+    def threshold_for(self, query: Tensor) -> float | Tensor:
         """A float as it is; one per head as a tensor beside the query, made once per device."""
         if isinstance(self.threshold, (int, float)):
             return float(self.threshold)

@@ -389,6 +389,20 @@ std::vector<Tensor> rr_attention_with_sink(const RRAttentionAttributes& attribut
   return all_stages(attributes, query, key, value, startend_row_indices, head_thresholds, sink);
 }
 
+// The gradients as an operator of its own, for who keeps no graph of the forward pass, as
+// attention over ranks that gather keys and values again. Without a sink its gradient is empty.
+std::vector<Tensor> attend_gradients(const AttendAttributes& attributes, const Tensor& query,
+                                     const Tensor& key, const Tensor& value,
+                                     const Tensor& block_mask,
+                                     const OptionalTensor& startend_row_indices,
+                                     const OptionalTensor& sink, const Tensor& out,
+                                     const Tensor& lse, const Tensor& grad_out) {
+  std::vector<Tensor> grads = gradients(attributes, query, key, value, block_mask,
+                                        startend_row_indices, sink, out, lse, grad_out, Tensor());
+  if (!sink) grads.push_back(paddle::empty({0}, DType::FLOAT32, query.place()));
+  return grads;
+}
+
 // The same gradients, from inputs in another order.
 std::vector<Tensor> rr_attention_backward(const AttendAttributes& attributes, const Tensor& query,
                                           const Tensor& key, const Tensor& value,
@@ -463,6 +477,18 @@ std::vector<Shape> attend_with_sink_shape(const Shape& query, const Shape&, cons
 std::vector<DType> attend_with_sink_dtype(DType query, DType, DType, DType, const OptionalDType&,
                                           DType) {
   return {query, DType::FLOAT32};
+}
+
+std::vector<Shape> attend_gradients_shape(const Shape& query, const Shape& key, const Shape& value,
+                                          const Shape&, const OptionalShape&,
+                                          const OptionalShape& sink, const Shape&, const Shape&,
+                                          const Shape&) {
+  return {query, key, value, sink ? *sink : Shape{0}};
+}
+std::vector<DType> attend_gradients_dtype(DType query, DType key, DType value, DType,
+                                          const OptionalDType&, const OptionalDType&, DType, DType,
+                                          DType) {
+  return {query, key, value, DType::FLOAT32};
 }
 
 std::vector<Shape> rr_attention_shape(const Shape& query, const Shape& key, const Shape& value,
@@ -557,6 +583,16 @@ PD_BUILD_DOUBLE_GRAD_OP(rrattn_attend_with_sink)
              paddle::Optional(paddle::Grad(paddle::Grad("Sink")))})
     .Outputs({paddle::Grad(paddle::Grad("Out"))})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::refuse_second_order>::call));
+
+PD_BUILD_OP(rrattn_attend_gradients)
+    .Inputs({"Query", "Key", "Value", "BlockMask", paddle::Optional("StartendRowIndices"),
+             paddle::Optional("Sink"), "Out", "Lse", "GradOut"})
+    .Outputs({"GradQuery", "GradKey", "GradValue", "GradSink"})
+    .Attrs(rrattn::attributes<rrattn::AttendAttributes>())
+    .SetKernelFn(
+        PD_KERNEL(rrattn::Operator<rrattn::attend_gradients, rrattn::AttendAttributes>::call))
+    .SetInferShapeFn(PD_INFER_SHAPE(rrattn::Guarded<rrattn::attend_gradients_shape>::call))
+    .SetInferDtypeFn(PD_INFER_DTYPE(rrattn::attend_gradients_dtype));
 
 PD_BUILD_OP(rrattn_rr_attention)
     .Inputs({"Query", "Key", "Value", paddle::Optional("StartendRowIndices"),

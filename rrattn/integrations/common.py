@@ -57,12 +57,13 @@ def settings_of(model_config: Any, given: Settings | None = None) -> RRAttention
     )
 
 
-def refuse_settings(model_config: Any, unsupported: Mapping[str, int], library: str) -> None:
-    """Raises ValueError for a field of a model's config whose value is above the one in `unsupported`."""
+def refuse_settings(model_config: Any, unsupported: Mapping[str, int], library: str, reason: str = "") -> None:
+    """Raises ValueError for a field of a model's config whose value is above the one in `unsupported`, and says why."""
     for name, off in unsupported.items():
         setting = getattr(model_config, name, off)
         if setting > off:  # degrees are -1 where they were never set
-            raise ValueError(f"rrattn does not support {name}={setting} in {library} models; it must be {off}")
+            because = f": {reason}" if reason else ""
+            raise ValueError(f"rrattn does not support {name}={setting} in {library} models; it must be {off}{because}")
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,43 @@ def fleet_rank(ranks: int) -> int:
     """
     if ranks <= 1:
         return 0
-    group = getattr(fleet.fleet, "_hcg", None)  # its getter fails where there is none
-    if group is None or group.get_model_parallel_world_size() != ranks:
-        found = "was not initialized" if group is None else f"has {group.get_model_parallel_world_size()}"
-        raise ValueError(f"the model's heads are split over {ranks} ranks, but paddle.distributed.fleet {found}")
-    rank: int = group.get_model_parallel_rank()
+    groups = _fleet_groups()
+    found = None if groups is None else groups.get_model_parallel_world_size()
+    if found != ranks:
+        raise ValueError(f"the model's heads are split over {ranks} ranks, but {_what_fleet_has(found)}")
+    rank: int = groups.get_model_parallel_rank()
     return rank
+
+
+def fleet_sequence_group(ranks: int, setting: str) -> Any:
+    """The process group whose ranks have a part of each sequence: fleet's group "sep".
+
+    Parameters
+    ----------
+    ranks : int
+        How many there are by the model's config.
+    setting : str
+        The config's name for that, for the error.
+
+    Raises
+    ------
+    ValueError
+        When fleet does not have this number of ranks in the group.
+    """
+    groups = _fleet_groups()
+    found = None if groups is None else groups.get_sep_parallel_world_size()
+    if found != ranks:
+        raise ValueError(f"{setting}={ranks} ranks have a part of each sequence, but {_what_fleet_has(found)}")
+    return groups.get_sep_parallel_group()
+
+
+def _fleet_groups() -> Any:
+    """The process groups that fleet set up; None before that, where its own getter fails."""
+    return getattr(fleet.fleet, "_hcg", None)
+
+
+def _what_fleet_has(ranks: int | None) -> str:
+    return f"paddle.distributed.fleet {'was not initialized' if ranks is None else f'has {ranks}'}"
 
 
 def core_of(layer: Layer) -> RRAttention | None:
@@ -265,18 +297,37 @@ def attend(
     ValueError
         For both masks at once, and for a dense mask of another shape, or that FlashMask bounds cannot express.
     """
-    rows = startend_rows
-    if rows is not None and attention_mask is not None:
+    if startend_rows is not None and attention_mask is not None:
         raise ValueError("give either attention_mask or attn_mask_startend_row_indices to rrattn, not both")
-    if rows is not None:
-        if rows.ndim == 2:
-            rows = rows.unsqueeze(1)
-        rows = rows.unsqueeze(-1) if rows.ndim == 3 else rows
-        causal = {1: True, 4: False}.get(rows.shape[-1], causal)
-    elif attention_mask is not None:
+    rows, causal = with_bounds(startend_rows, causal)
+    if attention_mask is not None:
         rows, causal = _rows_of_keys(attention_mask, query, key), True
     out: Tensor = core(query, key, value, rows, causal=causal, softmax_scale=softmax_scale, sink=sink)
     return out
+
+
+def with_bounds(startend_rows: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
+    """Row indices as libraries pass them, with all four dimensions, and whether they mean causal attention.
+
+    Parameters
+    ----------
+    startend_rows : Tensor, optional
+        int32 [B, Lk], [B, 1|Hkv|Hq, Lk] or [B, 1|Hkv|Hq, Lk, 1|2|4].
+    causal : bool
+        Where their number of bounds does not say it.
+
+    Returns
+    -------
+    tuple of Tensor or None, and bool
+        int32 [B, 1|Hkv|Hq, Lk, 1|2|4], and causal.
+    """
+    if startend_rows is None:
+        return None, causal
+    rows = startend_rows
+    if rows.ndim == 2:
+        rows = rows.unsqueeze(1)
+    rows = rows.unsqueeze(-1) if rows.ndim == 3 else rows
+    return rows, {1: True, 4: False}.get(rows.shape[-1], causal)
 
 
 def _rows_of_keys(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rrattn import direct
+from rrattn.config import MAX_SEQLEN_K_ON_GPU
 
 pytestmark = pytest.mark.one_path
 
@@ -28,5 +29,5 @@ def test_what_a_gpu_does_not_take_is_refused_before_the_first_stage():
     with pytest.raises(ValueError, match="query has dtype float32, but on a GPU must have float16 or bfloat16"):
         call(tokens(1, torch.float32), tokens(300, torch.float32))
     workspace = torch.empty(1 << 28, device="cuda", dtype=torch.uint8)
-    with pytest.raises(ValueError, match="seqlen_k is 1048577, but must be at most 1048576 on a GPU"):
+    with pytest.raises(ValueError, match=f"seqlen_k is 1048577, but must be at most {MAX_SEQLEN_K_ON_GPU} on a GPU"):
         call(tokens(1), tokens((1 << 20) + 1), workspace=workspace)

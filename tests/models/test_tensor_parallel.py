@@ -1,15 +1,12 @@
 """Models whose heads are split over 2 and 4 processes select and compute what one process does."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 import tiny_models
+from processes import run_ranks
 from tiny_models import LIBRARY, MODELS, NUM_LAYERS, SPARSE, assert_same, generate, logits, make_model, make_tokens
 
 import rrattn
@@ -52,38 +49,6 @@ def recorded(model):
     return results
 
 
-def run_ranks(ranks, folder):
-    """Runs tensor_parallel_rank.py once per rank."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks + 8)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    endpoints = [f"127.0.0.1:{port}" for port in ports[:ranks]]
-    processes = []
-    for rank in range(ranks):
-        settings = {
-            "PADDLE_TRAINER_ID": str(rank),
-            "PADDLE_TRAINERS_NUM": str(ranks),
-            "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
-            "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
-            "PADDLE_DISTRI_BACKEND": "gloo",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-        }
-        program = Path(__file__).with_name("tensor_parallel_rank.py")
-        command = [sys.executable, *map(str, [program, folder, *ports[ranks:]])]
-        with open(folder / f"log_{rank}", "w") as log:
-            processes.append(
-                subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT)
-            )
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), "\n".join((folder / f"log_{rank}").read_text()[-3000:] for rank in range(ranks))
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(folder with the weights, model type -> what one process records)."""
@@ -100,7 +65,7 @@ def whole(tmp_path_factory):
 def split(request, whole):
     """(ranks, model type -> what each rank records)."""
     ranks, folder = request.param, whole[0]
-    run_ranks(ranks, folder)
+    run_ranks(Path(__file__).with_name("tensor_parallel_rank.py"), ranks, folder)
     return ranks, {
         model_type: [dict(np.load(folder / f"{model_type}_{rank}.npz")) for rank in range(ranks)]
         for model_type in MODELS

@@ -1,0 +1,59 @@
+"""Programs that run as the ranks of a group: processes of their own, over gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import paddle
+from paddle.distributed import collective
+
+GROUPS = 128  # more than fleet numbers for four ranks, also those that a rank is not in
+
+
+def run_ranks(program, ranks, folder):
+    """Runs `program FOLDER PORT...` once per rank, with ports for `give_groups_their_own_store`."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks + GROUPS)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    endpoints = [f"127.0.0.1:{port}" for port in ports[:ranks]]
+    processes = []
+    for rank in range(ranks):
+        settings = {
+            "PADDLE_TRAINER_ID": str(rank),
+            "PADDLE_TRAINERS_NUM": str(ranks),
+            "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+            "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
+            "PADDLE_DISTRI_BACKEND": "gloo",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, *map(str, [program, folder, *ports[ranks:]])]
+        with open(folder / f"log_{rank}", "w") as log:
+            processes.append(
+                subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT)
+            )
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(codes), "\n".join((folder / f"log_{rank}").read_text()[-3000:] for rank in range(ranks))
+
+
+def give_groups_their_own_store(ports):
+    """One store per process group, at the port of its number, which all ranks count alike.
+
+    In a store that groups share, gloo finds the addresses of an earlier group where those of a later one are not there
+    yet (Paddle 3.3.1), and every other start of four processes hangs.
+    """
+    ports = list(ports)
+    create = collective._new_process_group_impl
+    stores = []  # a group does not keep its store alive
+
+    def create_with_store(backend, store, rank, size, *arguments, group_id=0, **options):
+        stores.append(paddle.base.core.TCPStore("127.0.0.1", ports[group_id], rank == 0, size, 120))
+        return create(backend, stores[-1], rank, size, *arguments, group_id=group_id, **options)
+
+    collective._new_process_group_impl = create_with_store
