@@ -12,6 +12,12 @@ A softmax offset of PaddleFleet, learned (`add_full_attention_sink_bias`, or sof
 (softmax_type "off-by-one"), is rrattn's attention sink. Heads of values may have another size than those of keys, as
 in multi-latent attention. The window of a sliding-window layer joins the row indices, as in DotProductAttention.
 
+With context parallelism each rank has a part of every sequence, and row indices are of whole sequences. By
+`cp_balance_mode`, or `hybrid_mla_cp_mode` where that is set, ranks share keys and values ("dualchunk_allgather", which
+is PaddleFleet's default, and "contiguous_allgather") or heads ("contiguous_a2a"), as `rrattn.distributed` says. In the
+last there may be fewer key heads than query heads, other than in PaddleFleet, and sliding-window layers of multi-latent
+attention, which PaddleFleet runs in a mode of its own then, "contiguous_swap2p", share heads like the others.
+
 For PaddleFleet's training operator `rr_attention`, `rrattn.rr_attention` is a drop-in: the same arguments. Give it
 the threshold, which is 1 there by default.
 """
@@ -25,11 +31,21 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle.distributed import fleet
 
-from .common import Place, attend, core_of, make_core, refuse_settings, set_core, settings_of, swap_in
+from ..distributed import attend_in_context
+from .common import (
+    Place,
+    attend,
+    core_of,
+    make_core,
+    refuse_settings,
+    set_core,
+    settings_of,
+    swap_in,
+    with_bounds,
+)
 from .model_library import ModelLibrary
 
 try:
-    from paddlefleet import context_parallel_utils
     from paddlefleet.process_groups_config import ProcessGroupCollection
     from paddlefleet.transformer.dot_product_attention import DotProductAttention
     from paddlefleet.transformer.enums import AttnMaskType
@@ -43,12 +59,20 @@ if TYPE_CHECKING:
     from paddle import Tensor
     from paddle.nn import Layer
 
+    from ..layer import RRAttention
+
 logger = logging.getLogger(__name__)
 
 # Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"apply_query_key_layer_scaling": False, "gpt_model_use_experimental_version": False}
 _CORE_NAME = "core_attention"  # of the attribute in which an attention layer has its core attention
-_ALL_TO_ALL = "contiguous_a2a"
+# Context parallelism: cp_balance_mode, and what rrattn.distributed calls that layout.
+_LAYOUTS = {
+    "dualchunk_allgather": "dual_chunk",
+    "contiguous_allgather": "contiguous",
+    "contiguous_a2a": "all_to_all",
+}
+_ALL_TO_ALL = _LAYOUTS["contiguous_a2a"]
 # Arguments of a call that carry the attention, and those that DotProductAttention takes for the sake of other core
 # attentions and never reads. Others are not supported, unless they are None or False.
 _READ = (
@@ -117,7 +141,8 @@ class SelectedBlocks:
     Parameters of a call
     --------------------
     query : Tensor
-        [B, Lq, H, D], with context parallelism [B, Lq / ranks, H, D]; H is this rank's share of the heads.
+        [B, Lq, H, D], with context parallelism [B, Lq / ranks, H, D]; H is this rank's share of the heads. There Lq /
+        ranks is a multiple of 256 with "dualchunk_allgather" and of 128 with "contiguous_allgather".
     key, value : Tensor
         [B, Lq, Hkv, D] and [B, Lq, Hkv, Dv] likewise: without what the cache holds.
     attention_mask : Tensor, optional
@@ -126,7 +151,8 @@ class SelectedBlocks:
     attn_mask_startend_row_indices : Tensor, optional
         int32 [B, 1 | Hkv, Lk, 1 | 2 | 4], of the whole sequence.
     attn_mask_type : AttnMaskType, optional
-        With row indices of two bounds and no cache, causal or not; causal otherwise.
+        With row indices of two bounds and no cache, causal or not; causal otherwise. Where context-parallel ranks share
+        keys and values, two bounds are not causal, as in PaddleFleet, which takes them with `experimental_dataflow`.
     past_key_values, layer_idx, use_cache
         With both, `past_key_values.update(key, value, layer_idx)` returns the keys and values to attend.
     x, qr, kv_compressed, k_pos_emb, q_absorbed, v_b_proj_weight
@@ -167,32 +193,24 @@ class SelectedBlocks:
         cache = given.get("past_key_values") if given.get("use_cache") else None
         if query.shape[1] == 1 or rows is not None:
             mask = None  # a decoding step still gets the prefill's
+        if _is_context_parallel(layer):
+            if given.get("use_cache") or mask is not None:
+                raise ValueError("with context parallelism, rrattn supports neither a cache nor attention_mask")
+            out = _attend_in_context(layer, query, key, value, rows, given.get("attn_mask_type"))
+            return out.reshape([0, 0, out.shape[2] * out.shape[3]])
         window = _window(layer)
         if window and rows is None and query.shape[1] > 1:
             raise ValueError(
                 f"a prefill with sliding_window {window} takes attn_mask_startend_row_indices, also without rrattn"
             )
-        group = _context_parallel_group(layer)
-        if group is not None and (given.get("use_cache") or mask is not None):
-            raise ValueError("with context parallelism, rrattn supports neither a cache nor attention_mask")
         if cache is not None:
             key, value = cache.update(key, value, given["layer_idx"])
         elif rows is not None:
             causal = given.get("attn_mask_type") == AttnMaskType.causal
         if window and rows is not None:
             rows = _within_window(rows, window)
-
-        sink = layer.softmax_offset
-        if group is not None:
-            query, key, value = (_exchange(tensor, group, scatter=2, gather=1) for tensor in (query, key, value))
-            if rows is not None and rows.ndim == 4 and rows.shape[1] > 1:
-                rows = paddle.split(rows, group.world_size, axis=1)[group.rank]
-            if sink is not None:
-                sink = paddle.split(sink, group.world_size)[group.rank]
-        core = core_of(layer)
-        assert core is not None, "a layer has this forward while it is enabled"
         out = attend(
-            core,
+            _core(layer),
             query,
             key,
             value,
@@ -200,10 +218,8 @@ class SelectedBlocks:
             rows,
             causal=causal,
             softmax_scale=layer.softmax_scale,
-            sink=None if sink is None else sink.astype("float32"),
+            sink=_sink(layer),
         )
-        if group is not None:
-            out = _exchange(out, group, scatter=1, gather=2)
         return out.reshape([0, 0, out.shape[2] * out.shape[3]])
 
 
@@ -242,7 +258,8 @@ class PaddleFleet(ModelLibrary):
         ------
         ValueError
             For what rrattn does not support: query-key layer scaling, the experimental version of GPTModel, a
-            sliding window for some heads alone, and context parallelism other than cp_balance_mode "contiguous_a2a".
+            sliding window for some heads alone, another cp_balance_mode than those above, and, with
+            "contiguous_a2a", heads that the context-parallel ranks do not divide.
         """
         if isinstance(layer, RRCoreAttention):
             place: Place = layer._place
@@ -279,15 +296,23 @@ def _place_of(layer: Layer, tp_group: Any) -> Place:
     ratio = getattr(layer, "head_wise_swa_ratio", 0)
     if _window(layer) and 0 < ratio < 1:
         raise ValueError(f"rrattn does not support head_wise_swa_ratio={ratio} in PaddleFleet models; only 0 and 1")
-    # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
     num_heads = getattr(layer, "num_attention_heads", config.num_attention_heads)
+    heads_here = layer.num_attention_heads_per_partition
     tp_ranks, tp_rank = _ranks_and_rank(tp_group)
-    cp_ranks, cp_rank = _ranks_and_rank(_context_parallel_group(layer))
-    if layer.num_attention_heads_per_partition * tp_ranks != num_heads:
+    if heads_here * tp_ranks != num_heads:
         raise ValueError(
-            f"a layer has {layer.num_attention_heads_per_partition} of its {num_heads} heads here, which are not "
+            f"a layer has {heads_here} of its {num_heads} heads here, which are not "
             f"those of one of {tp_ranks} tensor-parallel ranks"
         )
+    # Heads are split over the tensor-parallel ranks and each part of them, by the all-to-all, over the others.
+    cp_ranks, cp_rank = 1, 0
+    if _is_context_parallel(layer) and _layout(layer) == _ALL_TO_ALL:
+        cp_ranks, cp_rank = _ranks_and_rank(_context_parallel_group())
+        if heads_here % cp_ranks:
+            raise ValueError(
+                f"cp_balance_mode 'contiguous_a2a' cannot split {heads_here} heads over {cp_ranks} context-parallel "
+                f"ranks: their number must be a multiple of {cp_ranks}"
+            )
     return Place(
         num_layers=_num_layers(config),
         num_heads=num_heads,
@@ -339,39 +364,92 @@ def _refuse_arguments(given: dict[str, Any]) -> None:
             raise ValueError(f"rrattn does not support {name}={told} in PaddleFleet layers; it must be None or False")
 
 
-def _context_parallel_group(layer: Layer) -> Any:
-    """Fleet's group of context-parallel ranks, None where there is one rank.
+# Context parallelism
+
+
+def _is_context_parallel(layer: Layer) -> bool:
+    return bool(getattr(layer, "context_parallel_size", 1) > 1)
+
+
+def _context_parallel_group() -> Any:
+    groups: Any = fleet.get_hybrid_communicate_group()
+    return groups.get_context_parallel_group()
+
+
+def _layout(layer: Layer) -> str:
+    """How a layer's context-parallel ranks share a sequence, as `rrattn.distributed` calls it.
 
     Raises
     ------
     ValueError
-        For a split of the context that rrattn does not support.
+        For a cp_balance_mode that rrattn does not support.
     """
-    if getattr(layer, "context_parallel_size", 1) <= 1:
-        return None
     mode = getattr(layer, "hybrid_mla_cp_mode", None) or layer.config.cp_balance_mode
-    if mode != _ALL_TO_ALL:
-        raise ValueError(
-            f"cp_balance_mode is {mode!r}, in which a rank holds some of the queries and all keys; rrattn "
-            f"supports {_ALL_TO_ALL!r}, in which it holds some of the heads and whole sequences"
+    if mode not in _LAYOUTS:
+        reason = (
+            " (keys of a window alone are exchanged, which PaddleFleet chooses itself where a layer has one)"
+            if mode == "contiguous_swap2p"
+            else ""
         )
-    if not hasattr(context_parallel_utils, "UlyssesAlltoAll"):
-        raise ValueError(f"this version of PaddleFleet has no UlyssesAlltoAll, which cp_balance_mode {mode!r} takes")
-    groups: Any = fleet.get_hybrid_communicate_group()
-    return groups.get_context_parallel_group()
+        raise ValueError(
+            f"rrattn does not support cp_balance_mode {mode!r}{reason} in PaddleFleet models; it must be one of "
+            f"{', '.join(map(repr, _LAYOUTS))}"
+        )
+    return _LAYOUTS[mode]
+
+
+def _attend_in_context(
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, mask_type: AttnMaskType | None
+) -> Tensor:
+    """Attention [B, Lq / ranks, H, Dv] of a layer whose sequences are split over context-parallel ranks."""
+    group, layout, window = _context_parallel_group(), _layout(layer), _window(layer)
+    in_window_mode = window > 0 and getattr(layer.config, "multi_latent_attention", False)  # "contiguous_swap2p"
+    if rows is not None and (layout != _ALL_TO_ALL or in_window_mode):
+        # Here PaddleFleet gives rows of one bound the diagonal as a second one.
+        known = (1, 2) if getattr(layer.config, "experimental_dataflow", False) else (1,)
+        if rows.ndim != 4 or rows.shape[-1] not in known:
+            raise ValueError(
+                f"attn_mask_startend_row_indices have shape {list(rows.shape)}; with context parallelism in this mode "
+                "PaddleFleet takes 4 dimensions, the last with one bound, or with two where experimental_dataflow is on"
+            )
+        mask_type = AttnMaskType.no_mask
+    rows, causal = with_bounds(rows, rows is None or mask_type == AttnMaskType.causal)
+    if window:
+        if rows is None:
+            seqlen = key.shape[1] * group.world_size
+            rows = paddle.full([key.shape[0], 1, seqlen, 1], seqlen, dtype="int32")
+        rows = _within_window(rows, window)
+    return attend_in_context(
+        _core(layer),
+        query,
+        key,
+        value,
+        rows,
+        group=group,
+        layout=layout,
+        causal=causal,
+        softmax_scale=layer.softmax_scale,
+        sink=_sink(layer),
+    )
+
+
+# What both ways of attending read of a layer
+
+
+def _core(layer: Layer) -> RRAttention:
+    core = core_of(layer)
+    assert core is not None, "a layer has this forward while it is enabled"
+    return core
+
+
+def _sink(layer: Layer) -> Tensor | None:
+    """The softmax offsets of this rank's heads, float32 [H]."""
+    return None if layer.softmax_offset is None else layer.softmax_offset.astype("float32")
 
 
 def _ranks_and_rank(group: Any) -> tuple[int, int]:
     """(number of ranks, which of them this one is) of a process group; (1, 0) where there is none."""
     return (1, 0) if group is None or group.world_size <= 1 else (group.world_size, group.rank)
-
-
-def _exchange(tensor: Tensor, group: Any, *, scatter: int, gather: int) -> Tensor:
-    """All-to-all over the context-parallel ranks: dimension `scatter` is split over them, `gather` put together."""
-    exchanged: Tensor = context_parallel_utils.UlyssesAlltoAll.apply(
-        tensor, scatter_idx=scatter, gather_idx=gather, batch_dim_idx=0, group=group
-    )
-    return exchanged
 
 
 def _additive_or_visible(mask: Tensor | None) -> Tensor | None:

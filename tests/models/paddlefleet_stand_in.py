@@ -1,7 +1,8 @@
 """A stand-in for PaddleFleet, which has no release to install: its core attention by contract, and a GPTModel over it.
 
 Names, constructors, calls and cache are those of src/paddlefleet/{models/gpt/gpt_model,transformer/attention,
-transformer/dot_product_attention,transformer/multi_latent_attention}.py at github.com/PaddlePaddle/PaddleFleet (2026);
+transformer/dot_product_attention,transformer/multi_latent_attention}.py at github.com/PaddlePaddle/PaddleFleet (2026),
+and context parallelism is that of context_parallel_utils.py and dot_product_attention.py there, at commit f5f9d731f83d;
 the computation itself is written down naively, as a dense twin.
 """
 
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
 import paddle
+import paddle.distributed as dist
 from paddle import nn
+from paddle.autograd import PyLayer
+from paddle.distributed import fleet
 from paddle.distributed.fleet.utils import recompute
 
 
@@ -61,34 +65,121 @@ class TransformerConfig:
     apply_query_key_layer_scaling: bool = False
     gpt_model_use_experimental_version: bool = False
     cp_balance_mode: str = "dualchunk_allgather"
+    hybrid_mla_cp_mode: str = None
+    experimental_dataflow: bool = False
+    sequence_parallel: bool = False
     recompute_core_attention: bool = False
     params_dtype: str = "float32"
 
 
 class ContextParallel:
-    """What get_context_parallel_world_size and fleet's group tell, set by the tests."""
+    """What get_context_parallel_world_size tells, set by the tests."""
 
     size = 1
 
 
-class UlyssesAlltoAll:
-    """All-to-all over ranks that run one after another in one process.
+# Tokens that are split over ranks. gloo has neither all-to-all nor reduce_scatter: all_gather and all_reduce are in
+# their place.
 
-    The group knows the whole of every tensor that enters: a rank's share is cut from it, after a check that the rank
-    brought its own part. What leaves is put together from the heads that the ranks left there in an earlier round.
-    """
+
+def held_chunks(mode, group):
+    """(number of chunks of a sequence, those that this rank holds)."""
+    if mode == "dualchunk_allgather":
+        return 2 * group.world_size, (group.rank, 2 * group.world_size - 1 - group.rank)
+    return group.world_size, (group.rank,)
+
+
+def scatter(tensor, axis, mode, group):
+    """This rank's part of a whole tensor."""
+    number, held = held_chunks(mode, group)
+    chunks = paddle.split(tensor, number, axis=axis)
+    return paddle.concat([chunks[i] for i in held], axis=axis)
+
+
+def all_gather(tensor, axis, mode, group):
+    """The whole tensor of the ranks' parts."""
+    parts = []
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    if mode == "dualchunk_allgather":
+        first, last = zip(*(paddle.split(part, 2, axis=axis) for part in parts))
+        parts = [*first, *last[::-1]]
+    return paddle.concat(parts, axis=axis)
+
+
+def all_reduce(tensor, group):
+    total = tensor.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class AllGather(PyLayer):
+    """Forward gathers, backward sums over the ranks and scatters: ContextParallelAllGatherOp, for any group."""
 
     @staticmethod
-    def apply(tensor, scatter_idx, gather_idx, batch_dim_idx, group):
-        assert batch_dim_idx == 0 and {scatter_idx, gather_idx} == {1, 2}
-        if scatter_idx == 2:
-            whole = group.whole[len(group.entered)]
-            group.entered.append(tensor)
-            assert (paddle.split(whole, group.world_size, axis=1)[group.rank] == tensor).all()
-            return paddle.split(whole, group.world_size, axis=2)[group.rank]
-        group.heads[group.rank] = tensor
-        parts = [paddle.split(heads, group.world_size, axis=1)[group.rank] for heads in group.heads.values()]
-        return paddle.concat(parts, axis=2)
+    def forward(ctx, *arguments):
+        ctx.arguments = arguments[1:]
+        return all_gather(*arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return scatter(all_reduce(grad, ctx.arguments[-1]), *ctx.arguments)
+
+
+class ReduceScatter(PyLayer):
+    """Forward sums over the ranks and scatters, backward gathers."""
+
+    @staticmethod
+    def forward(ctx, tensor, *arguments):
+        ctx.arguments = arguments
+        return scatter(all_reduce(tensor, arguments[-1]), *arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, *ctx.arguments)
+
+
+class ForEachRank(PyLayer):
+    """Forward the same, backward the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad, ctx.group)
+
+
+class OfEachRank(PyLayer):
+    """Forward the sum over the ranks, backward the same."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        return all_reduce(tensor, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone()
+
+
+class UlyssesAlltoAll(PyLayer):
+    @staticmethod
+    def forward(ctx, tensor, scatter_idx, gather_idx, batch_dim_idx, group):
+        assert batch_dim_idx == 0
+        ctx.arguments = gather_idx, scatter_idx, group
+        return exchanged(tensor, scatter_idx, gather_idx, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return exchanged(grad, *ctx.arguments)
+
+
+def exchanged(tensor, scatter_idx, gather_idx, group):
+    parts = []
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    parts = [paddle.split(part, group.world_size, axis=scatter_idx)[group.rank] for part in parts]
+    return paddle.concat(parts, axis=gather_idx)
 
 
 class DotProductAttention(nn.Layer):
@@ -113,7 +204,7 @@ class DotProductAttention(nn.Layer):
         super().__init__()
         self.config = config
         self.context_parallel_size = ContextParallel.size
-        self.hybrid_mla_cp_mode = getattr(config, "hybrid_mla_cp_mode", None)
+        self.hybrid_mla_cp_mode = config.hybrid_mla_cp_mode
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.is_mtp_layer = is_mtp_layer
@@ -166,29 +257,73 @@ class DotProductAttention(nn.Layer):
         q_absorbed=None,
         v_b_proj_weight=None,
     ):
-        """Dense; its row indices have one bound."""
+        """Dense; its row indices have one bound, or two."""
         if use_cache and past_key_values is not None:
             key, value = past_key_values.update(key, value, layer_idx)
-        seqlen_q, seqlen_k = query.shape[1], key.shape[1]
-        visible = paddle.ones([seqlen_q, seqlen_k], dtype="bool")
-        if attn_mask_type is not AttnMaskType.no_mask:
-            visible = paddle.tril(visible, diagonal=seqlen_k - seqlen_q)
-        if attn_mask_startend_row_indices is not None:
-            start = attn_mask_startend_row_indices[:, :, None, :, 0]  # [B, 1, 1, Lk]
+        causal, rows = attn_mask_type is not AttnMaskType.no_mask, attn_mask_startend_row_indices
+        if self.context_parallel_size > 1:
+            return self._attend_in_context(query, key, value, rows, causal).reshape([0, 0, -1])
+        positions = paddle.arange(key.shape[1] - query.shape[1], key.shape[1], dtype="int32")
+        if rows is not None or query.shape[1] == 1:
+            attention_mask = None
+        out = self._attend(query, key, value, positions, rows, causal, self.softmax_offset, attention_mask)
+        return out.reshape([0, 0, -1])
+
+    def _attend(self, query, key, value, positions, rows, causal, softmax_offset, hidden=None):
+        """Of queries at these positions of the keys; row indices of two bounds: [start, end) below the diagonal where
+        causal, else all from `start` down, and all above `end`."""
+        seqlen_k, positions = key.shape[1], positions.reshape([-1, 1])
+        visible = paddle.ones([query.shape[1], seqlen_k], dtype="bool")
+        if causal:
+            visible = positions >= paddle.arange(seqlen_k, dtype="int32")
+        if rows is not None:
+            if rows.shape[1] > 1:
+                rows = rows.repeat_interleave(query.shape[2] // rows.shape[1], axis=1)
+            start = rows[:, :, None, :, 0]  # [B, 1 | H, 1, Lk]
             if self.sliding_window is not None:
                 start = paddle.minimum(start, paddle.arange(seqlen_k, dtype="int32") + self.sliding_window[0])
-            visible = visible & (paddle.arange(seqlen_q, dtype="int32").reshape([-1, 1]) < start)
-        elif attention_mask is not None and seqlen_q > 1:
-            visible = visible & ~attention_mask
+            below = positions < start
+            if rows.shape[-1] == 2:
+                past_end = positions >= rows[:, :, None, :, 1]
+                below = below | past_end if causal else below & past_end
+            visible = visible & below
+        if hidden is not None:
+            visible = visible & ~hidden
         groups = query.shape[2] // key.shape[2]
         key, value = (tensor.repeat_interleave(groups, axis=2) for tensor in (key, value))
         scores = self.softmax_scale * paddle.einsum("bqhd,bkhd->bhqk", query, key)
         scores = paddle.where(visible, scores, paddle.full_like(scores, -1e9))
-        if self.softmax_offset is not None:
-            sink = self.softmax_offset.astype(scores.dtype).reshape([1, -1, 1, 1]).expand([*scores.shape[:3], 1])
+        if softmax_offset is not None:
+            sink = softmax_offset.astype(scores.dtype).reshape([1, -1, 1, 1]).expand([*scores.shape[:3], 1])
             scores = paddle.concat([scores, sink], axis=-1)
         shares = nn.functional.softmax(scores)[..., :seqlen_k]
-        return paddle.einsum("bhqk,bkhd->bqhd", shares, value).reshape([0, 0, -1])
+        return paddle.einsum("bhqk,bkhd->bqhd", shares, value)
+
+    def _attend_in_context(self, query, key, value, rows, causal):
+        group = fleet.get_hybrid_communicate_group().get_context_parallel_group()
+        mode, sink = self.hybrid_mla_cp_mode or self.config.cp_balance_mode, self.softmax_offset
+        seqlen = key.shape[1] * group.world_size
+        if mode == "contiguous_a2a" and not (self.is_swa and self.config.multi_latent_attention):
+            assert rows is not None and query.shape[2] == key.shape[2] == value.shape[2]
+            if rows.shape[1] > 1:
+                rows = paddle.split(rows, group.world_size, axis=1)[group.rank]
+            if sink is not None:
+                sink = paddle.split(sink, group.world_size)[group.rank]
+            query, key, value = (UlyssesAlltoAll.apply(tensor, 2, 1, 0, group) for tensor in (query, key, value))
+            out = self._attend(query, key, value, paddle.arange(seqlen, dtype="int32"), rows, causal, sink)
+            return UlyssesAlltoAll.apply(out, 1, 2, 0, group)
+        # With windows of multi-latent attention and "contiguous_a2a", PaddleFleet exchanges keys of a window alone
+        # ("contiguous_swap2p"); the others are hidden.
+        if rows is None:
+            rows = paddle.full([key.shape[0], 1, seqlen, 1], seqlen, dtype="int32")
+        if rows.shape[-1] == 1:
+            diagonal = paddle.arange(seqlen, dtype="int32").reshape([1, 1, seqlen, 1])
+            rows = paddle.concat([rows, diagonal.expand(rows.shape)], axis=-1)
+        else:
+            assert rows.shape[-1] == 2 and self.config.experimental_dataflow
+        key, value = (AllGather.apply(tensor, 1, mode, group) for tensor in (key, value))
+        positions = scatter(paddle.arange(seqlen, dtype="int32"), 0, mode, group)
+        return self._attend(query, key, value, positions, rows, False, sink)
 
 
 class RMSNorm(nn.Layer):
@@ -200,12 +335,10 @@ class RMSNorm(nn.Layer):
         return self.weight * x * paddle.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
-def rotated(x, begin):
-    """[B, S, H, D], its halves rotated by the positions from `begin` on."""
+def rotated(x, positions):
+    """[B, S, H, D], its halves rotated by the positions [S]."""
     half = x.shape[-1] // 2
-    angles = paddle.arange(begin, begin + x.shape[1], dtype="float32")[:, None, None] * 1e4 ** -(
-        paddle.arange(half, dtype="float32") / half
-    )
+    angles = positions.astype("float32")[:, None, None] * 1e4 ** -(paddle.arange(half, dtype="float32") / half)
     first, second = x[..., :half], x[..., half:]
     cos, sin = angles.cos(), angles.sin()
     return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -219,6 +352,9 @@ class SelfAttention(nn.Layer):
     ):
         super().__init__()
         self.config, self.layer_number, self.attn_mask_type = config, layer_number, mask_type
+        self.tp = None if pg_collection.tp is None or pg_collection.tp.world_size == 1 else pg_collection.tp
+        ranks = 1 if self.tp is None else self.tp.world_size
+        self.heads, self.kv_heads = config.num_attention_heads // ranks, config.num_key_value_heads // ranks
         # Empty layers in front count for the numbers, but not for the window.
         real_number = layer_number - config.num_empty_layers_add_in_head
         is_swa = config.sliding_window is not None and (
@@ -240,7 +376,7 @@ class SelfAttention(nn.Layer):
             softmax_scale=config.softmax_scale,
             pg_collection=pg_collection,
         )
-        self.o_proj = nn.Linear(config.num_attention_heads * self.v_channels, config.hidden_size, bias_attr=False)
+        self.o_proj = nn.Linear(self.heads * self.v_channels, config.hidden_size, bias_attr=False)
         self.make_projections()
 
     def channels(self):
@@ -249,21 +385,30 @@ class SelfAttention(nn.Layer):
     def make_projections(self):
         config = self.config
         bias = None if config.attention_bias else False
-        sizes = (config.num_attention_heads, self.k_channels), (config.num_key_value_heads, self.k_channels)
-        sizes = (*sizes, (config.num_key_value_heads, self.v_channels))
+        sizes = (self.heads, self.k_channels), (self.kv_heads, self.k_channels), (self.kv_heads, self.v_channels)
         self.projections = nn.LayerList(
             [nn.Linear(config.hidden_size, heads * size, bias_attr=bias) for heads, size in sizes]
         )
         norm = RMSNorm if config.use_qk_norm else lambda size: nn.Identity()
         self.q_norm, self.k_norm = norm(self.k_channels), norm(self.k_channels)
 
-    def query_key_value(self, hidden, begin):
+    def query_key_value(self, hidden, positions):
         sizes = (self.k_channels, self.k_channels, self.v_channels)
         heads = [project(hidden).reshape([0, 0, -1, size]) for project, size in zip(self.projections, sizes)]
-        return rotated(self.q_norm(heads[0]), begin), rotated(self.k_norm(heads[1]), begin), heads[2], {}
+        return rotated(self.q_norm(heads[0]), positions), rotated(self.k_norm(heads[1]), positions), heads[2], {}
 
-    def forward(self, hidden, begin, attention_mask=None, attn_mask_startend_row_indices=None, **cache):
-        query, key, value, extra = self.query_key_value(hidden, begin)
+    def forward(self, hidden, positions, attention_mask=None, attn_mask_startend_row_indices=None, **cache):
+        if self.config.sequence_parallel:
+            hidden = AllGather.apply(hidden, 1, "contiguous", self.tp)
+        elif self.tp is not None:
+            hidden = ForEachRank.apply(hidden, self.tp)
+        out = self.o_proj(self.attend(hidden, positions, attention_mask, attn_mask_startend_row_indices, **cache))
+        if self.config.sequence_parallel:
+            return ReduceScatter.apply(out, 1, "contiguous", self.tp)
+        return out if self.tp is None else OfEachRank.apply(out, self.tp)
+
+    def attend(self, hidden, positions, *masks, **cache):
+        query, key, value, extra = self.query_key_value(hidden, positions)
         arguments = {
             "attn_mask_type": self.attn_mask_type,
             "attention_bias": None,
@@ -271,15 +416,14 @@ class SelfAttention(nn.Layer):
             "use_rr_flash_attention": False,
             **extra,
         }
-        masks = (attention_mask, attn_mask_startend_row_indices)
         if self.config.recompute_core_attention and self.training:
-            return self.o_proj(recompute(self.core_attention, query, key, value, *masks, **arguments))
+            return recompute(self.core_attention, query, key, value, *masks, **arguments)
         arguments |= {
             "past_key_values": cache.get("past_key_values"),
             "layer_idx": self.layer_number,
             "use_cache": cache.get("use_cache", False),
         }
-        return self.o_proj(self.core_attention(query, key, value, *masks, **arguments))
+        return self.core_attention(query, key, value, *masks, **arguments)
 
 
 class MLASelfAttention(SelfAttention):
@@ -289,7 +433,7 @@ class MLASelfAttention(SelfAttention):
         return self.config.qk_nope_head_dim + self.config.qk_rope_head_dim, self.config.v_head_dim
 
     def make_projections(self):
-        config, heads = self.config, self.config.num_attention_heads
+        config, heads = self.config, self.heads
         self.q_proj = nn.Linear(config.hidden_size, heads * self.k_channels, bias_attr=False)
         self.kv_a_proj = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias_attr=False)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
@@ -297,14 +441,14 @@ class MLASelfAttention(SelfAttention):
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + self.v_channels), bias_attr=False
         )
 
-    def query_key_value(self, hidden, begin):
+    def query_key_value(self, hidden, positions):
         nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
         query = self.q_proj(hidden).reshape([0, 0, -1, self.k_channels])
-        query = paddle.concat([query[..., :nope], rotated(query[..., nope:], begin)], axis=-1)
+        query = paddle.concat([query[..., :nope], rotated(query[..., nope:], positions)], axis=-1)
         latent, position = self.kv_a_proj(hidden).split([self.config.kv_lora_rank, rope], axis=-1)
         latent = self.kv_a_layernorm(latent)
         both = self.kv_b_proj(latent).reshape([0, 0, -1, nope + self.v_channels])
-        position = rotated(position.unsqueeze(2), begin).expand([-1, -1, both.shape[2], -1])
+        position = rotated(position.unsqueeze(2), positions).expand([-1, -1, both.shape[2], -1])
         key = paddle.concat([both[..., :nope], position], axis=-1)
         extra = {"x": hidden, "qr": None, "kv_compressed": latent, "k_pos_emb": position, "q_absorbed": None}
         return query, key, both[..., nope:], extra
@@ -319,13 +463,17 @@ class TransformerLayer(nn.Layer):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias_attr=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias_attr=False)
 
-    def forward(self, hidden, begin, **inputs):
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), begin, **inputs)
+    def forward(self, hidden, positions, **inputs):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, **inputs)
         return hidden + self.down_proj(nn.functional.silu(self.up_proj(self.post_attention_layernorm(hidden))))
 
 
 class GPTModel(nn.Layer):
-    """Takes a dict of inputs, as PaddleFleet's does, which is a pipeline of layers; returns logits."""
+    """Takes a dict of inputs, as PaddleFleet's does, which is a pipeline of layers; returns logits.
+
+    With context parallelism the tokens are this rank's. With sequence parallelism a tensor-parallel rank has a part of
+    these outside of attention, and returns the logits of that.
+    """
 
     def __init__(self, config, core_attention=DotProductAttention):
         super().__init__()
@@ -345,8 +493,14 @@ class GPTModel(nn.Layer):
         hidden = self.embedding(inputs.pop("input_ids"))
         cache = inputs.get("past_key_values")
         begin = 0 if cache is None or not cache.states else next(iter(cache.states.values()))[0].shape[1]
+        positions = paddle.arange(begin, begin + hidden.shape[1] * ContextParallel.size)
+        if ContextParallel.size > 1:
+            group = fleet.get_hybrid_communicate_group().get_context_parallel_group()
+            positions = scatter(positions, 0, self.config.cp_balance_mode, group)
+        if self.config.sequence_parallel:
+            hidden = scatter(hidden, 1, "contiguous", ProcessGroupCollection.tp_group)
         for layer in self.layers:
-            hidden = layer(hidden, begin, **inputs)
+            hidden = layer(hidden, positions, **inputs)
         return self.lm_head(self.norm(hidden))
 
 
@@ -366,7 +520,6 @@ class Cache:
 
 _MODULES = {
     "paddlefleet": (),
-    "paddlefleet.context_parallel_utils": (UlyssesAlltoAll,),
     "paddlefleet.process_groups_config": (ProcessGroupCollection,),
     "paddlefleet.models": (),
     "paddlefleet.models.gpt": (GPTModel,),

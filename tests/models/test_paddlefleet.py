@@ -4,6 +4,7 @@ import copy
 import inspect
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,7 +148,7 @@ def make_core(fleet, tp=None, **settings):
 
 @pytest.fixture
 def context_parallel(monkeypatch, fleet):
-    """context_parallel(rank, **whole): two context-parallel ranks, of which this is the one that is built."""
+    """context_parallel(group, **settings): a core of the group's rank, which no other ranks talk to."""
 
     def build(group, **settings):
         monkeypatch.setattr(stand_in.ContextParallel, "size", group.world_size)
@@ -163,37 +164,58 @@ def context_parallel(monkeypatch, fleet):
     return build
 
 
-@pytest.mark.parametrize(("masked", "sinks"), [(False, False), (True, False), (True, True)])
-def test_context_parallelism_by_all_to_all(fleet, context_parallel, masked, sinks):
-    paddle.seed(4)
-    query, (key, value) = 3 * paddle.randn([1, 512, 4, 16]), paddle.randn([2, 1, 512, 2, 16])
-    rows = paddle.concat([rrattn.masks.document_startend_rows(lengths) for lengths in ([512], [300, 212])], axis=1)
-    rows = rows if masked else None  # a bound per key head
-    settings = {"rrattn_threshold": 0.5, "add_full_attention_sink_bias": sinks}
-    one = make_core(fleet, **settings)
-    expected = one(query, key, value, None, rows)
-    heads = {}
-    for _ in range(2):  # in the second round, every rank finds the heads of the others
-        outs, masks = [], []
-        for rank in (0, 1):
-            group = stand_in.group(rank, 2, whole=(query, key, value), entered=[], heads=heads)
-            core = context_parallel(group, **settings, cp_balance_mode="contiguous_a2a")
-            core.set_state_dict(one.state_dict())
-            parts = (paddle.split(tensor, 2, axis=1)[rank] for tensor in (query, key, value))
-            outs.append(core(*parts, None, rows))
-            masks.append(rrattn.layer_selections(core)[0].block_mask)
-    assert (paddle.concat(outs, axis=1) == expected).all()
-    assert (paddle.concat(masks, axis=1) == rrattn.layer_selections(one)[0].block_mask).all()
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cp_balance_mode": "contiguous_swap2p"}, r"'contiguous_swap2p' \(keys of a window alone.*'contiguous_a2a'"),
+        ({"cp_balance_mode": "ring"}, "cp_balance_mode 'ring' in PaddleFleet models; it must be one of 'dualchunk_all"),
+        ({"hybrid_mla_cp_mode": "ring"}, "cp_balance_mode 'ring'"),
+        ({"num_attention_heads": 3, "cp_balance_mode": "contiguous_a2a"}, "cannot split 3 heads over 2 context-"),
+    ],
+)
+def test_context_parallelism_that_is_not_supported_is_refused_when_a_layer_is_built(
+    context_parallel, settings, message
+):
+    with pytest.raises(ValueError, match=message):
+        context_parallel(stand_in.group(0, 2), **settings)
 
 
-def test_context_parallelism_by_all_gather_is_refused_by_name(context_parallel):
-    for mode in ("dualchunk_allgather", "contiguous_allgather"):
-        with pytest.raises(ValueError, match=f"cp_balance_mode is '{mode}'.*'contiguous_a2a'"):
-            context_parallel(stand_in.group(0, 2), cp_balance_mode=mode)
-    core = context_parallel(stand_in.group(0, 2), cp_balance_mode="contiguous_a2a")
-    x = paddle.ones([1, 128, 4, 16])
-    with pytest.raises(ValueError, match="neither a cache nor attention_mask"):
-        core(x, x, x, None, past_key_values=stand_in.Cache(), use_cache=True)
+def test_heads_are_split_over_context_parallel_ranks_by_all_to_all_alone(context_parallel):
+    groups = {"tp": stand_in.group(1, 2)}
+    for mode, offsets in {
+        "contiguous_a2a": [2, 3],
+        "contiguous_allgather": [2, 2],
+        "dualchunk_allgather": [2, 2],
+    }.items():
+        cores = [context_parallel(stand_in.group(rank, 2), cp_balance_mode=mode, **groups) for rank in (0, 1)]
+        assert [core._rrattn.config.head_offset for core in cores] == offsets
+
+
+@pytest.mark.parametrize("mode", ["dualchunk_allgather", "contiguous_allgather", "contiguous_a2a"])
+def test_calls_that_context_parallelism_does_not_support_are_refused(context_parallel, mode):
+    core = context_parallel(stand_in.group(0, 2), cp_balance_mode=mode)
+    x = paddle.ones([1, 256, 4, 16])
+    for refused in (
+        {"attention_mask": None, "past_key_values": stand_in.Cache(), "use_cache": True},
+        {"attention_mask": paddle.zeros([1, 1, 256, 256])},
+    ):
+        with pytest.raises(ValueError, match="neither a cache nor attention_mask"):
+            core(x, x, x, **refused)
+
+
+def test_row_indices_that_paddlefleet_does_not_take_with_gathered_keys_are_refused(context_parallel):
+    x = paddle.ones([1, 256, 4, 16])
+    for settings, shape in (({}, [1, 1, 512, 2]), ({"experimental_dataflow": True}, [1, 1, 512, 4]), ({}, [1, 512])):
+        core = context_parallel(stand_in.group(0, 2), **settings)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*one bound, or with two where experimental"):
+            core(x, x, x, None, paddle.full(shape, 512, "int32"))
+
+
+def test_lengths_that_context_parallelism_does_not_support_are_refused(context_parallel):
+    core = context_parallel(stand_in.group(0, 2, nranks=2))
+    x = paddle.ones([1, 320, 4, 16])
+    with pytest.raises(ValueError, match="320 tokens.* multiple of 256"):
+        core(x, x, x, None)
 
 
 def test_statistics_and_settings_per_layer(model):
