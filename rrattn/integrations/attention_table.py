@@ -57,6 +57,10 @@ FLAG = "_attn_implementation"
 
 # Fields of a model's config that rrattn does not support above these values.
 _UNSUPPORTED_CONFIG = {"context_parallel_size": 1, "sep_parallel_size": 1}
+_WHY_UNSUPPORTED = (
+    "layers that look up the table attend the tokens of their own rank alone, with any attention function, although "
+    "the trainer splits the sequences; PaddleFleet's GPTModel has context parallelism"
+)
 # Arguments that add nothing to the tensors and masks: positions are in the queries and keys, a window in the mask.
 _WITHOUT_EFFECT = (
     "position_ids",
@@ -270,7 +274,7 @@ class AttentionTableLibrary(ModelLibrary):
     def place(self, layer: Layer) -> Place:
         config, number = layer.config, _number(layer)
         assert number is not None, "attention layers know their number"
-        refuse_settings(config, _UNSUPPORTED_CONFIG, self.name)
+        refuse_settings(config, _UNSUPPORTED_CONFIG, self.name, _WHY_UNSUPPORTED)
         ranks = getattr(config, "tensor_model_parallel_size", 1)
         return Place(
             num_layers=config.num_hidden_layers,

@@ -205,7 +205,7 @@ def test_models_without_attention_layers_are_refused(model):
 @pytest.mark.parametrize("name", ["context_parallel_size", "sep_parallel_size"])
 def test_configs_that_are_not_supported_are_refused(model, tokens, name):
     setattr(model.config, name, 2)
-    with pytest.raises(ValueError, match=f"{name}=2 in PaddleFormers.*must be 1"):
+    with pytest.raises(ValueError, match=f"{name}=2 in PaddleFormers.*must be 1: layers .* their own rank alone"):
         rrattn.enable(model)
     assert model.config._attn_implementation == "eager"
     model.config._attn_implementation = "rrattn"

@@ -136,7 +136,6 @@ def test_every_way_of_recompute(model_type, granularity, reentrant, tokens, monk
     [
         ({"output_attentions": True}, "output_attentions"),
         ({"alibi": paddle.zeros([2 * NUM_HEADS, 1, 256])}, "alibi"),
-        ({"reshard_layer": paddle.nn.Identity()}, "reshard_layer"),
         ({"attention_mask": paddle.zeros([2, 1, 256, 256])}, "not causal"),
     ],
 )
