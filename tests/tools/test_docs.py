@@ -1,6 +1,7 @@
 """What the README and the pages in docs/ tell users to run does run, and what they name is there."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,10 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_ELSEWHERE = {"migration.md": "tests/paddle/test_published.py"}
+RUN_ELSEWHERE = {
+    "distributed.md": "test_the_program_for_several_processes",
+    "migration.md": "tests/paddle/test_published.py",
+}
 # Constants, and the names of the first release, which docs/migration.md has.
 UNDOCUMENTED = (
     "BLOCK_SIZE",
@@ -63,6 +67,22 @@ def test_the_python_of_a_page(name, checkout):
     if name in RUN_ELSEWHERE:
         pytest.skip(f"{RUN_ELSEWHERE[name]} runs it")
     run_python(ROOT / "docs" / name, checkout)
+
+
+def test_the_program_for_several_processes(tmp_path):
+    page = ROOT / "docs" / "distributed.md"
+    (program,), (command,) = blocks(page, "python"), blocks(page, "bash")
+    python, *arguments, name = shlex.split(command)
+    assert python == "python" and f"Save this as `{name}`" in page.read_text()
+    (tmp_path / name).write_text(program)
+    process = subprocess.run(
+        [sys.executable, *arguments, name], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    logs = [log.read_text() for log in sorted(tmp_path.glob("log/workerlog.*"))]
+    assert process.returncode == 0, process.stdout + process.stderr + "".join(logs)
+    assert len(logs) == 2
+    for rank, log in enumerate(logs):
+        assert re.search(rf"^rank {rank} of 2: 1024 of 2048 tokens, largest difference ", log, re.MULTILINE), log
 
 
 def test_the_readmes_commands():
