@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import paddle
 from paddle.distributed import collective
@@ -34,8 +35,12 @@ def run_ranks(program, ranks, folder):
             processes.append(
                 subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT)
             )
+    started = time.monotonic()
     try:
-        codes = [process.wait(timeout=300) for process in processes]
+        # Until all are through, or one is not: the others would wait for it.
+        while (codes := [process.poll() for process in processes]).count(None) and not any(codes):
+            assert time.monotonic() - started < 300, f"after 300 s the ranks' exit codes are {codes}"
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
