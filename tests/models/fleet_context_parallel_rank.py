@@ -17,9 +17,9 @@ import paddlefleet_stand_in as stand_in
 import pytest
 from context_parallel_rank import block_masks_of, part_of
 from fleet_models import logits, make_tokens
+from fleet_ranks import load_part
 from paddle.distributed import fleet
 from processes import give_groups_their_own_store
-from tensor_parallel_rank import load_part
 
 import rrattn
 
@@ -38,7 +38,7 @@ class Groups:
         return self.cp
 
 
-def make_groups(cp, tp, ports):
+def make_groups(cp, tp):
     """Groups of `cp` context-parallel times `tp` tensor-parallel ranks, the latter None where there is one."""
     ranks = np.arange(cp * tp).reshape(cp, tp)
     found = []
@@ -47,8 +47,6 @@ def make_groups(cp, tp, ports):
             made = dist.new_group(group, backend="gloo")
             if dist.get_rank() in group:
                 found.append(made)
-            else:
-                next(ports)  # which the others took
     return Groups(*found, *([None] if tp == 1 else []))
 
 
@@ -131,7 +129,7 @@ def main(folder, ports):
     from test_fleet_context_parallel import LAYOUTS, RUNS, TOPOLOGIES, TWO_BOUNDS
 
     for cp, tp in TOPOLOGIES[dist.get_world_size()]:
-        groups = make_groups(cp, tp, ports)
+        groups = make_groups(cp, tp)
         fleet.fleet._hcg = groups
         stand_in.ContextParallel.size = cp
         stand_in.ProcessGroupCollection.tp_group = groups.tp
