@@ -13,7 +13,7 @@ from paddle.distributed import collective, fleet
 from paddle.distributed.fleet.base import topology
 from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.utils import sequence_parallel_utils
-from processes import give_groups_their_own_store
+from processes import ForEachRank, OfEachRank, all_reduce, give_groups_their_own_store
 
 
 def part_of(whole, shape, rank, ranks, name):
@@ -50,42 +50,17 @@ def load_part(model, folder, model_type, rank, ranks):
 
 def _lend_operators():
     """c_identity, c_concat, mp_allreduce_sum and reduce-scatter, by all_reduce and all_gather of the same group."""
-    mp_ops._c_identity = collective._c_identity = lambda tensor, group=None, **options: _Identity.apply(tensor, group)
-    mp_ops._mp_allreduce = collective._mp_allreduce = lambda tensor, group=None, **options: _Sum.apply(tensor, group)
+    mp_ops._c_identity = collective._c_identity = lambda tensor, group=None, **options: ForEachRank.apply(tensor, group)
+    mp_ops._mp_allreduce = collective._mp_allreduce = lambda tensor, group=None, **options: OfEachRank.apply(
+        tensor, group
+    )
     mp_ops._c_concat = collective._c_concat = lambda tensor, group=None: _Concat.apply(tensor, group)
 
     def reduce_scatter(tensor):
         group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
-        return sequence_parallel_utils.scatter(_sum(tensor, group))
+        return sequence_parallel_utils.scatter(all_reduce(tensor, group))
 
     sequence_parallel_utils.reduce_scatter = reduce_scatter
-
-
-def _sum(tensor, group):
-    tensor = tensor.clone()
-    dist.all_reduce(tensor, group=group)
-    return tensor
-
-
-class _Identity(PyLayer):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _sum(grad, ctx.group)
-
-
-class _Sum(PyLayer):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        return _sum(tensor, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.clone()
 
 
 class _Concat(PyLayer):

@@ -17,6 +17,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.distributed import fleet
 from paddle.distributed.fleet.utils import recompute
+from processes import ForEachRank, OfEachRank, all_reduce
 
 
 class AttnMaskType(enum.Enum):
@@ -106,12 +107,6 @@ def all_gather(tensor, axis, mode, group):
     return paddle.concat(parts, axis=axis)
 
 
-def all_reduce(tensor, group):
-    total = tensor.clone()
-    dist.all_reduce(total, group=group)
-    return total
-
-
 class AllGather(PyLayer):
     """Forward gathers, backward sums over the ranks and scatters: ContextParallelAllGatherOp, for any group."""
 
@@ -136,31 +131,6 @@ class ReduceScatter(PyLayer):
     @staticmethod
     def backward(ctx, grad):
         return all_gather(grad, *ctx.arguments)
-
-
-class ForEachRank(PyLayer):
-    """Forward the same, backward the sum over the ranks."""
-
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_reduce(grad, ctx.group)
-
-
-class OfEachRank(PyLayer):
-    """Forward the sum over the ranks, backward the same."""
-
-    @staticmethod
-    def forward(ctx, tensor, group):
-        return all_reduce(tensor, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.clone()
 
 
 class UlyssesAlltoAll(PyLayer):

@@ -7,6 +7,8 @@ import sys
 import time
 
 import paddle
+import paddle.distributed as dist
+from paddle.autograd import PyLayer
 from paddle.distributed import collective
 
 GROUPS = 128  # more than fleet numbers for four ranks, also those that a rank is not in
@@ -62,3 +64,37 @@ def give_groups_their_own_store(ports):
         return create(backend, stores[-1], rank, size, *arguments, group_id=group_id, **options)
 
     collective._new_process_group_impl = create_with_store
+
+
+# What tensor parallelism does between its layers, whose operators Paddle's CPU build lacks
+
+
+def all_reduce(tensor, group):
+    total = tensor.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class ForEachRank(PyLayer):
+    """Forward the same, backward the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad, ctx.group)
+
+
+class OfEachRank(PyLayer):
+    """Forward the sum over the ranks, backward the same."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        return all_reduce(tensor, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone()
