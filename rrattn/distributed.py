@@ -252,9 +252,9 @@ class _GatheredKeys:
         rows = self.startend_row_indices
         return None if rows is None else (rows[:, :, : chunk.seqlen_k] - chunk.start).clip(0, chunk.length)
 
-    def select(self, query: Tensor, key: Tensor, chunk: Chunk, sink: Tensor | None) -> Tensor:
-        """The block mask of a chunk's queries over the keys that they may see."""
-        config, rows = self.core.config, self.rows_of(chunk)
+    def select(self, query: Tensor, key: Tensor, rows: Tensor | None, chunk: Chunk, sink: Tensor | None) -> Tensor:
+        """The block mask of a chunk's queries over the keys that they may see, under `rows_of` the chunk."""
+        config = self.core.config
         if self.dense:
             return every_block(query.shape[0], query.shape[2], chunk.length, chunk.seqlen_k)
         sampling: Sampling = {**config.sampling(), "softmax_scale": self.softmax_scale}
@@ -283,19 +283,21 @@ class _AttendChunks(PyLayer):
         query, key, value = query.detach(), key.detach(), value.detach()
         sink = None if sink is None else sink.detach()
         keys, values = gathered.gather(key), gathered.gather(value)
+        rows_of_chunks = [gathered.rows_of(chunk) for chunk in gathered.chunks]
         whole_key = keys.wait()
         masks = [
-            gathered.select(query, whole_key[:, : chunk.seqlen_k], chunk, sink) for chunk in gathered.chunks
+            gathered.select(query, whole_key[:, : chunk.seqlen_k], rows, chunk, sink)
+            for chunk, rows in zip(gathered.chunks, rows_of_chunks)
         ]  # while the values are on their way
         whole_value = values.wait()
         outs, lses = [], []
-        for chunk, block_mask in zip(gathered.chunks, masks):
+        for chunk, rows, block_mask in zip(gathered.chunks, rows_of_chunks, masks):
             out, lse = block_sparse_attention(
                 query[:, chunk.here],
                 whole_key[:, : chunk.seqlen_k],
                 whole_value[:, : chunk.seqlen_k],
                 block_mask,
-                gathered.rows_of(chunk),
+                rows,
                 causal=gathered.causal,
                 softmax_scale=gathered.softmax_scale,
                 compensate=gathered.compensate,
@@ -307,7 +309,7 @@ class _AttendChunks(PyLayer):
         last = gathered.chunks[-1]
         gathered.core.last_selection = BlockSelection(
             masks[-1],
-            gathered.rows_of(last),
+            rows_of_chunks[-1],
             causal=gathered.causal,
             seqlen_q=last.length,
             seqlen_k=last.seqlen_k,
@@ -457,20 +459,18 @@ def _reduce_scatter(parts: Tensor, group: Any) -> Tensor:
         total = parts.astype("float32")
         dist.all_reduce(total, group=group)
         return total[group.rank].astype(parts.dtype)
-    batch_size = parts.shape[1]
     total = paddle.empty(parts.shape[1:], dtype=parts.dtype)
     dist.stream.reduce_scatter(total, parts.reshape([-1, *parts.shape[2:]]), group=group)
-    assert total.shape[0] == batch_size
     return total
 
 
 def _exchange(tensor: Tensor, group: Any, split: int, join: int) -> Tensor:
     parts = paddle.stack(paddle.split(tensor, group.nranks, axis=split))  # for each rank
-    received = paddle.empty_like(parts)
     if _is_gloo(group):
         of_all: list[Tensor] = []
         dist.all_gather(of_all, parts, group=group)
         received = paddle.stack([parts_of_rank[group.rank] for parts_of_rank in of_all])
     else:
+        received = paddle.empty_like(parts)
         dist.stream.alltoall_single(received, parts, group=group)
     return paddle.concat(list(received), axis=join)
