@@ -35,17 +35,23 @@ inline cudaStream_t stream_of(const Execution& execution) {
   return static_cast<cudaStream_t>(execution.stream);
 }
 
+// Launches a kernel with the shared memory and the threads of its Traits.
+template <typename Traits, typename... Parameters, typename... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), int num_thread_blocks, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
+  RRATTN_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<num_thread_blocks, Traits::kThreads, kSharedBytes, stream>>>(arguments...);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
 // Launches a persistent kernel, which holds all shared memory of a multiprocessor: a thread block
 // on each of them, but no more than there are items.
 template <typename Traits, typename... Parameters, typename... Arguments>
 void launch_persistent(void (*kernel)(Parameters...), int num_items, cudaStream_t stream,
                        const Arguments&... arguments) {
-  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
-  RRATTN_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const int thread_blocks = std::min(num_items, num_multiprocessors());
-  kernel<<<thread_blocks, Traits::kThreads, kSharedBytes, stream>>>(arguments...);
-  RRATTN_CUDA_CHECK(cudaGetLastError());
+  launch_kernel<Traits>(kernel, std::min(num_items, num_multiprocessors()), stream, arguments...);
 }
 
 // Hands out pieces of the workspace, aligned to 1,024 bytes. Without a base it only counts.

@@ -2,6 +2,8 @@
 // stand in for others.
 #pragma once
 
+#include <cmath>
+
 #include "bit_walk.cuh"
 #include "block_masking.cuh"
 
@@ -13,6 +15,22 @@ namespace rrattn::cuda {
 // scores' increase, divided by it) has no room in a float.
 template <bool kCompensate>
 constexpr float kLateScalesAbove = kCompensate ? 0x1p-64f : 0;
+
+// What is added to the product of a query and a mean key, before it is scaled: the mean stands for
+// all keys of its block, so that its probability counts as many times.
+struct AddedToMeans {
+  float added;       // of a whole block
+  float added_last;  // of the last block, besides
+};
+inline AddedToMeans added_to_means(const AttendParams& attend) {
+  const double scale = attend.softmax_scale > kLateScalesAbove<true> ? attend.softmax_scale : 1;
+  const auto added = [&](int64_t num_keys) {
+    return static_cast<float>(std::log(static_cast<double>(num_keys)) / scale);
+  };
+  const Visibility& visibility = attend.visibility;
+  const int64_t last_keys = visibility.seqlen_k - (visibility.num_n_blocks() - 1) * kBlockSize;
+  return {added(kBlockSize), added(last_keys) - added(kBlockSize)};
+}
 
 // The blocks of a row that its bits select and that it sees, from the last to the first. All lanes
 // of a warp call it together.

@@ -26,6 +26,7 @@ __device__ inline void transpose_quad(uint32_t (&words)[4]) {
 template <typename Element, typename Accumulators>
 __device__ inline void store_row(const Accumulators& accumulators, int half, float scale,
                                  Element* row, bool valid, int head_dim, bool aligned) {
+  static_assert(decltype(cute::size(accumulators))::value % 16 == 0);  // 32 columns
 #pragma unroll
   for (int four = 0; four < cute::size(accumulators) / 16; ++four) {  // chunks of 8 columns
     uint32_t words[4];

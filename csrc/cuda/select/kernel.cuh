@@ -72,8 +72,13 @@ __device__ inline void classify_blocks(const KernelParams& params, const Row& ro
   });
 }
 
+// Half of the warps of a multiprocessor at once, which leave each thread 64 registers, in no more
+// thread blocks than any GPU holds: ptxas ignores a bound of more.
+constexpr int blocks_at_once(int num_warps) { return num_warps > 1 ? 32 / num_warps : 16; }
+
 template <int kWarps, int kWords, bool kFlashMask>
-__global__ void __launch_bounds__(kWarps * 32, 32 / kWarps) select_kernel(KernelParams params) {
+__global__ void __launch_bounds__(kWarps * 32, blocks_at_once(kWarps))
+    select_kernel(KernelParams params) {
   using Search = CutSearch<kWarps, kWords>;
   alignas(16) __shared__ typename RowReduction<kWarps>::Shared of_warps;
   __shared__ typename Search::Shared of_search;

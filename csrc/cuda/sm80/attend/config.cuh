@@ -103,9 +103,7 @@ struct KernelParams {
   int num_items = 0;
   int section_heads = 1;  // query heads of a section
   bool aligned_query = false, aligned_key = false, aligned_value = false, aligned_out = false;
-  // With compensation, before the softmax scale, for how many keys it stands: to each mean, and
-  // besides to that of the last block, which may have fewer.
-  float added_to_mean = 0, added_to_last_mean = 0;
+  AddedToMeans added_to_means{};  // with compensation
 };
 
 }  // namespace rrattn::cuda::sm80::attend

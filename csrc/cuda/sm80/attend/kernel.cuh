@@ -356,8 +356,8 @@ class RowAttention {
           float& score = scores[m](accumulator_index(half, i));
           float adjusted = score * product_scale_;
           if (of_means) {
-            adjusted += params_.added_to_mean;
-            if (accumulator_column(i) == last) adjusted += params_.added_to_last_mean;
+            adjusted += params_.added_to_means.added;
+            if (accumulator_column(i) == last) adjusted += params_.added_to_means.added_last;
           }
           score = hidden >> i & 1 ? -INFINITY : adjusted;
         }

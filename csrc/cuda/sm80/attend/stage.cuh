@@ -1,8 +1,6 @@
 // Defines Stage: the launches of its kernels.
 #pragma once
 
-#include <cmath>
-
 #include "../../common/attend_sections.cuh"
 #include "../../common/block_means.cuh"
 #include "../../common/element.cuh"
@@ -40,25 +38,14 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch(const AttendParams& a
   params.aligned_out = aligned_rows(attend.out);
 
   const auto run = [&](auto kernel) {
-    constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
-    RRATTN_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    kernel<<<static_cast<unsigned>(params.num_items), Traits::kThreads, kSharedBytes, stream>>>(
-        params);
-    RRATTN_CUDA_CHECK(cudaGetLastError());
+    launch_kernel<Traits>(kernel, params.num_items, stream, params);
   };
   if (attend.compensate) {
     constexpr int kMeanColumns = kHeadDim <= 128 ? kHeadDim : 256;  // a power of 2
     launch_block_means<typename Traits::Element, kMeanColumns>(attend, workspace.mean_key,
                                                                workspace.mean_value, stream);
     find_stood_in_for(attend, workspace.block_bounds, workspace.stood_in_for, stream);
-    const float scale = attend.softmax_scale > kLateScalesAbove<true> ? attend.softmax_scale : 1;
-    const auto added = [&](int64_t num_keys) {
-      return static_cast<float>(std::log(static_cast<double>(num_keys)) / scale);
-    };
-    params.added_to_mean = added(kBlockSize);
-    const int64_t last_keys = visibility.seqlen_k - (visibility.num_n_blocks() - 1) * kBlockSize;
-    params.added_to_last_mean = added(last_keys) - params.added_to_mean;
+    params.added_to_means = added_to_means(attend);
     run(attend_kernel<Traits, true, true>);
   } else if (may_leave_unseen_keys(visibility)) {
     run(attend_kernel<Traits, true, false>);

@@ -25,8 +25,11 @@ struct Plan {
 
   PlannedBlock blocks[kSlots];
   int planned;  // blocks so far
-  int head;  // those before `end` of this head come next; of the heads after the group there are none
-  int end;
+  // The blocks from `begin` to before `end` of this head come next, and then those of the heads before end_head.
+  int head, end_head;
+  int begin, end;
+  const uint32_t* mask_row;  // of the transposed mask, for this head
+  uint32_t mask_word;        // of that row, the word that holds the bit of the block before `end`
 };
 
 // The tiles of a thread block, and how many of its warps share the rows of each product, while the others

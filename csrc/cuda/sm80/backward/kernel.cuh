@@ -73,6 +73,7 @@ class ItemGradients {
                                 params_.aligned_key);
     copy_keys<Traits::kHeadDimV>(shared_.value, backward.value, backward.heads.head_dim_v,
                                  params_.aligned_value);
+    copy_numbers(0);
     copy_queries(0);
     copy_grad_out(0);
     commit_copies();
@@ -86,8 +87,11 @@ class ItemGradients {
       wait_for_copies<0>();
       __syncthreads();  // the step's tiles are there, and all warps are done with the last step
       more = block(step + 1).first_query >= 0;
-      if (kTiles.query_slots == 2 && more) copy_queries(step + 1);
-      if (kTiles.grad_out_slots == 2 && more) copy_grad_out(step + 1);
+      if (more) {
+        copy_numbers(step + 1);
+        if (kTiles.query_slots == 2) copy_queries(step + 1);
+        if (kTiles.grad_out_slots == 2) copy_grad_out(step + 1);
+      }
       commit_copies();
       if (threadIdx.x < 32) plan_blocks(shared_.plan, params_, place_, step / kBlockTiles);
       compute_scores(step);
@@ -145,13 +149,11 @@ class ItemGradients {
     const BackwardParams& backward = params_.backward;
     copy_rows<Traits::kHeadDim>(query_tile(step), block(step).query, backward.query, step,
                                 backward.heads.head_dim, params_.aligned_query);
-    copy_numbers(score_start(step), params_.workspace.score_start, step);
   }
   __device__ void copy_grad_out(int step) const {
     const BackwardParams& backward = params_.backward;
     copy_rows<Traits::kHeadDimV>(grad_out_tile(step), block(step).grad_out, backward.grad_out, step,
                                  backward.heads.head_dim_v, params_.aligned_grad_out);
-    copy_numbers(grad_score_start(step), params_.workspace.grad_score_start, step);
   }
   template <int kColumns>
   __device__ void copy_rows(uint32_t to, const void* block_rows, const Rows& rows, int step,
@@ -166,16 +168,24 @@ class ItemGradients {
         static_cast<int>(params_.backward.visibility.seqlen_q) - block(step).first_query - first,
         static_cast<int>(head_dim), aligned);
   }
-  __device__ void copy_numbers(float* to, const float* from, int step) const {
-    const int first = static_cast<int>(threadIdx.x) * 4;
-    if (first < kQueries) copy_async(shared_address(to + first), from + row_of(step) + first, true);
+  // The first warp has the plan to do.
+  __device__ void copy_numbers(int step) const {
+    const int number = (static_cast<int>(threadIdx.x) - 32) * 4;
+    static_assert(2 * kQueries / 4 <= Traits::kThreads - 32);
+    if (number < 0 || number >= 2 * kQueries) return;
+    const bool of_scores = number < kQueries;
+    const int row = number % kQueries;
+    copy_async(shared_address((of_scores ? score_start(step) : grad_score_start(step)) + row),
+               (of_scores ? params_.workspace.score_start : params_.workspace.grad_score_start) +
+                   row_of(step) + row,
+               true);
   }
   // Of the step's first query, in [B, Hq, Mq, kBlockSize].
   __device__ int64_t row_of(int step) const {
     const Visibility& visibility = params_.backward.visibility;
-    return (place_.batch * visibility.num_heads + block(step).head) * visibility.num_m_blocks() *
-               kBlockSize +
-           first_query(step);
+    const int head = place_.batch * static_cast<int>(visibility.num_heads) + block(step).head;
+    const int rows = static_cast<int>(visibility.num_m_blocks()) * kBlockSize;
+    return int64_t{head} * rows + first_query(step);
   }
   __device__ int first_query(int step) const {
     return block(step).first_query + row_in_block(step);

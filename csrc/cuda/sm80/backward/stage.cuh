@@ -48,19 +48,10 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic, kTable>::launch(
   params.aligned_grad_value = aligned_rows(backward.grad_value);
 
   rrattn::cuda::backward::prepare<Element, kHeadDim>(backward, params.workspace);
-  const auto run = [&](auto kernel) {
-    if (params.num_items == 0) return;
-    constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
-    RRATTN_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    kernel<<<static_cast<unsigned>(params.num_items), Traits::kThreads, kSharedBytes, stream>>>(
-        params);
-    RRATTN_CUDA_CHECK(cudaGetLastError());
-  };
-  if (may_leave_unseen_keys(visibility)) {
-    run(backward_kernel<Traits, true>);
-  } else {
-    run(backward_kernel<Traits, false>);
+  if (params.num_items > 0) {
+    const auto kernel = may_leave_unseen_keys(visibility) ? backward_kernel<Traits, true>
+                                                          : backward_kernel<Traits, false>;
+    launch_kernel<Traits>(kernel, params.num_items, stream, params);
   }
   if (padded_rows > 0) {
     finish_grad_query_kernel<Traits>

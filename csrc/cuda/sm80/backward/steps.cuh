@@ -26,13 +26,28 @@ __device__ inline typename Traits::Place item_place(const KernelParams& params) 
   return Place(work.block, work.head % num_heads_k, work.head / num_heads_k);
 }
 
+__device__ inline void prefetch(const uint32_t* word) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(word));
+}
+
 // Begins the plan of an item.
 template <typename Place>
 __device__ inline void begin_plan(Plan& plan, const KernelParams& params, const Place& place) {
+  const Visibility& visibility = params.backward.visibility;
+  const int group = static_cast<int>(group_size(visibility, params.backward.heads));
   plan.planned = 0;
-  plan.head = place.key_head *
-              static_cast<int>(group_size(params.backward.visibility, params.backward.heads));
-  plan.end = static_cast<int>(params.backward.visibility.num_m_blocks());
+  plan.head = place.key_head * group;
+  plan.end_head = plan.head + group;
+  // The diagonal passes no query block before this one.
+  const int64_t first_row =
+      visibility.causal ? int64_t{place.n_block()} * kBlockSize - visibility.shift() : 0;
+  plan.begin = max(0, static_cast<int>(first_row / kBlockSize)) / Plan::kAtOnce * Plan::kAtOnce;
+  plan.end = static_cast<int>(visibility.num_m_blocks());
+  plan.mask_row = params.workspace.transposed_mask +
+                  ((place.batch * visibility.num_heads + plan.head) * visibility.num_n_blocks() +
+                   place.n_block()) *
+                      ceil_div(visibility.num_m_blocks(), kMaskWordBits);
+  plan.mask_word = 0;  // read with the first block
 }
 
 // Plans blocks until kAhead follow the first `used`, or all are planned: head by head, those of a head from
@@ -44,20 +59,27 @@ __device__ inline void plan_blocks(Plan& plan, const KernelParams& params, const
   const Visibility& visibility = backward.visibility;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks()), n_block = place.n_block();
-  const int end_head =
-      (place.key_head + 1) * static_cast<int>(group_size(visibility, backward.heads));
   int planned = plan.planned, head = plan.head, end = plan.end;
+  const int end_head = plan.end_head, begin = plan.begin;
   if (planned - used >= Plan::kAhead || head == end_head) return;
+  const int row_words = (num_m_blocks + kMaskWordBits - 1) / kMaskWordBits;
+  const uint32_t* mask_row = plan.mask_row;
+  uint32_t mask_word = plan.mask_word;
   do {
     const int first = (end - 1) / Plan::kAtOnce * Plan::kAtOnce;
     const int m_block = first + Plan::kAtOnce - 1 - lane;
-    const int64_t row =
-        (place.batch * visibility.num_heads + head) * visibility.num_n_blocks() + n_block;
-    const uint32_t bits =
-        params.workspace
-            .transposed_mask[row * ceil_div(num_m_blocks, kMaskWordBits) + first / kMaskWordBits];
+    if (end % kMaskWordBits == 0 || end == num_m_blocks) {
+      const int word = first / kMaskWordBits;
+      mask_word = mask_row[word];
+      // The word that comes next: by then it is there.
+      const bool of_next_head = word == begin / kMaskWordBits;
+      if (!of_next_head || head + 1 < end_head) {
+        prefetch(mask_row +
+                 (of_next_head ? visibility.num_n_blocks() * row_words + row_words - 1 : word - 1));
+      }
+    }
     BlockKind kind = BlockKind::kHidden;
-    if (lane < Plan::kAtOnce && m_block < end && bits >> m_block % kMaskWordBits & 1) {
+    if (lane < Plan::kAtOnce && m_block < end && mask_word >> m_block % kMaskWordBits & 1) {
       kind = classify_block(
           visibility,
           span_bounds_of(visibility, kBlockSize, params.workspace.block_bounds, place.batch, head),
@@ -75,14 +97,16 @@ __device__ inline void plan_blocks(Plan& plan, const KernelParams& params, const
     }
     planned += __popc(selected);
     end = first;
-    if (end == 0) {
+    if (end <= begin) {
       end = num_m_blocks;
       ++head;
+      mask_row += visibility.num_n_blocks() * row_words;
     }
   } while (planned - used < Plan::kAhead && head != end_head);
   if (lane == 0) {
     if (head == end_head) plan.blocks[planned % Plan::kSlots].first_query = -1;
     plan.planned = planned, plan.head = head, plan.end = end;
+    plan.mask_row = mask_row, plan.mask_word = mask_word;
   }
   __syncwarp();
 }

@@ -28,7 +28,6 @@ int64_t Stage<kDataType, kHeadDim, kKeyStride, kTable>::workspace_bytes(
 
 template <typename Traits, int kKeyStride>
 void launch_estimate(const EstimateParams& params) {
-  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
   const cudaStream_t stream = stream_of(params.execution);
   const WorkLayout layout(params, kTileStrides, kRowTiles);
   const int thread_blocks = num_thread_blocks<Traits>(layout);
@@ -38,11 +37,8 @@ void launch_estimate(const EstimateParams& params) {
   compute_span_bounds(params.visibility, kKeyStride * kTileStrides, workspace.tile_bounds, stream);
   launch_pool_keys<typename Traits::Tile, kKeyStride>(params, layout, workspace);
   const auto kernel = estimate_kernel<Traits, kKeyStride>;
-  RRATTN_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<thread_blocks, Traits::kThreads, kSharedBytes, stream>>>(params, layout, workspace,
-                                                                    aligned_rows(params.query));
-  RRATTN_CUDA_CHECK(cudaGetLastError());
+  launch_kernel<Traits>(kernel, thread_blocks, stream, params, layout, workspace,
+                        aligned_rows(params.query));
 }
 
 template <DataType kDataType, int kHeadDim, int kKeyStride, TileTable kTable>

@@ -313,9 +313,9 @@ class Consumer {
       for (int i = 0; i < kRowScores; ++i) {
         float& score = scores(accumulator_index(half, i));
         float adjusted = score * product_scale_;
-        if constexpr (kMeans) adjusted += params_.added_to_mean;
+        if constexpr (kMeans) adjusted += params_.added_to_means.added;
         score = hidden[half] >> i & 1 ? -INFINITY : adjusted;
-        if (kMeans && accumulator_column(i) == last) score += params_.added_to_last_mean;
+        if (kMeans && accumulator_column(i) == last) score += params_.added_to_means.added_last;
       }
     }
   }

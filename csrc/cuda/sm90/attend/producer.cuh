@@ -24,9 +24,7 @@ struct KernelParams {
   // With compensation:
   CUtensorMap mean_key, mean_value;
   const uint32_t* stood_in_for;  // [B, Hq, Mq, words]
-  // Before score_scale, for how many keys it stands: to each mean, and besides to that of the last
-  // block, which may have fewer.
-  float added_to_mean, added_to_last_mean;
+  AddedToMeans added_to_means;
 };
 
 // The mask row of an item; whether it has any tiles is not known yet. Query blocks go from the

@@ -1,8 +1,6 @@
 // Defines Stage: the launches of its kernels.
 #pragma once
 
-#include <cmath>
-
 #include "../../common/attend_sections.cuh"
 #include "../../common/block_means.cuh"
 #include "../../common/element.cuh"
@@ -61,13 +59,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV>::launch(const AttendParams& attend) {
     };
     params.mean_key = map_means(workspace.mean_key, key_shape);
     params.mean_value = map_means(workspace.mean_value, value_shape);
-    const float scale = attend.softmax_scale > kLateScalesAbove<true> ? attend.softmax_scale : 1;
-    const auto added = [&](int64_t num_keys) {
-      return static_cast<float>(std::log(static_cast<double>(num_keys)) / scale);
-    };
-    params.added_to_mean = added(kBlockSize);
-    const int64_t last_keys = visibility.seqlen_k - (visibility.num_n_blocks() - 1) * kBlockSize;
-    params.added_to_last_mean = added(last_keys) - params.added_to_mean;
+    params.added_to_means = added_to_means(attend);
     launch_persistent<Traits>(attend_kernel<Traits, true, true>, params.num_items, stream, params);
     return;
   }
