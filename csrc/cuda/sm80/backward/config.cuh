@@ -18,10 +18,12 @@ struct PlannedBlock {
 };
 
 // What the first warp has planned of an item: a ring of blocks.
+template <int kAtOnce_>
 struct Plan {
-  static constexpr int kSlots = 16;
-  static constexpr int kAtOnce = 8;  // blocks of the mask that are looked at
-  static constexpr int kAhead = 4;   // blocks that are planned at least, the one under way included
+  static constexpr int kAtOnce = kAtOnce_;  // blocks of the mask that are looked at
+  static constexpr int kAhead = 4;  // blocks that are planned at least, the one under way included
+  static constexpr int kSlots = 2 * kAtOnce;
+  static_assert(kAhead + kAtOnce <= kSlots && kMaskWordBits % kAtOnce == 0);
 
   PlannedBlock blocks[kSlots];
   int planned;  // blocks so far
@@ -43,6 +45,7 @@ struct Tiles {
   int query_warps;  // dQ: [queries, columns]
   int query_slots;  // 2: the next step's queries are copied during this one
   int grad_out_slots;
+  int planned_at_once = 16;  // Plan::kAtOnce
 };
 
 // A warp's sums of dK and dV take half of its registers, and S and dP a quarter. What it reads from shared
@@ -51,7 +54,7 @@ template <int kHeadDim, int kHeadDimV, TileTable kTable>
 constexpr Tiles tiles() {
   constexpr bool kSmall = kTable == TileTable::k99KB;
   if (kHeadDim == 64) {
-    return kSmall ? Tiles{128, 64, 8, 2, 4, 4, 2, 2} : Tiles{128, 128, 8, 4, 4, 4, 2, 2};
+    return kSmall ? Tiles{128, 64, 8, 2, 4, 4, 2, 2} : Tiles{128, 128, 8, 4, 4, 4, 2, 2, 8};
   }
   if (kHeadDim == 128) {
     return kSmall ? Tiles{64, 64, 4, 2, 2, 2, 2, 1} : Tiles{128, 64, 8, 2, 4, 2, 2, 2};
@@ -104,7 +107,7 @@ struct KernelTraits {
     alignas(16) float score_start[2][kQueries];
     alignas(16) float grad_score_start[2][kQueries];
     Place place;
-    Plan plan;
+    Plan<kTiles.planned_at_once> plan;
     // A bit for each key of the item, then for each value: whether it is not finite and some query
     // sees it. It is zero in `key` or `value` then.
     uint32_t not_finite[2 * kKeys / 32];

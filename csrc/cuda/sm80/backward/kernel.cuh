@@ -64,15 +64,15 @@ class ItemGradients {
 
  private:
   __device__ void take_steps() {
-    // The first warp plans ahead. The plan lies in shared memory, since the sums take the registers.
-    if (threadIdx.x < 32) plan_blocks(shared_.plan, params_, place_, 0);
-    __syncthreads();
-    if (block(0).first_query < 0) return;
     const BackwardParams& backward = params_.backward;
     copy_keys<Traits::kHeadDim>(shared_.key, backward.key, backward.heads.head_dim,
                                 params_.aligned_key);
     copy_keys<Traits::kHeadDimV>(shared_.value, backward.value, backward.heads.head_dim_v,
                                  params_.aligned_value);
+    // The first warp plans ahead. The plan lies in shared memory, since the sums take the registers.
+    if (threadIdx.x < 32) plan_blocks(shared_.plan, params_, place_, 0);
+    __syncthreads();
+    if (block(0).first_query < 0) return;
     copy_numbers(0);
     copy_queries(0);
     copy_grad_out(0);
@@ -130,7 +130,7 @@ class ItemGradients {
 
   // The block of a step, and its tiles: of each block from the last to the first.
   __device__ const PlannedBlock& block(int step) const {
-    return shared_.plan.blocks[step / kBlockTiles % Plan::kSlots];
+    return shared_.plan.blocks[step / kBlockTiles % decltype(shared_.plan)::kSlots];
   }
   __device__ static int row_in_block(int step) {
     return (kBlockTiles - 1 - step % kBlockTiles) * kQueries;

@@ -31,7 +31,7 @@ __device__ inline void prefetch(const uint32_t* word) {
 }
 
 // Begins the plan of an item.
-template <typename Place>
+template <typename Plan, typename Place>
 __device__ inline void begin_plan(Plan& plan, const KernelParams& params, const Place& place) {
   const Visibility& visibility = params.backward.visibility;
   const int group = static_cast<int>(group_size(visibility, params.backward.heads));
@@ -52,7 +52,7 @@ __device__ inline void begin_plan(Plan& plan, const KernelParams& params, const 
 
 // Plans blocks until kAhead follow the first `used`, or all are planned: head by head, those of a head from
 // the last to the first. All lanes of a warp call it together, and each looks at one of kAtOnce blocks.
-template <typename Place>
+template <typename Plan, typename Place>
 __device__ inline void plan_blocks(Plan& plan, const KernelParams& params, const Place& place,
                                    int used) {
   const BackwardParams& backward = params.backward;
