@@ -64,7 +64,7 @@ KNOWN_SPILLS = {
     ("attend", (128,)): ({"8.0": 8, "8.6": 12, "8.9": 12, "9.0": 20, "10.0": 20}, PUT_ASIDE),
     ("attend, compensated", (128,)): ({"9.0": 72, "10.0": 72}, PUT_ASIDE),
     ("backward", (64,)): ({"8.0": 24, "9.0": 80, "10.0": 80}, PUT_ASIDE),
-    ("backward", (128,)): ({"8.0": 4, "8.6": 4, "8.9": 4, "9.0": 24, "10.0": 16, "12.0": 92}, PUT_ASIDE),
+    ("backward", (128,)): ({"8.0": 8, "8.6": 4, "8.9": 4, "9.0": 12, "10.0": 28, "12.0": 76}, PUT_ASIDE),
     ("estimate", (64,)): ({"12.0": 8}, "with more registers no third thread block would fit on a multiprocessor"),
 }
 

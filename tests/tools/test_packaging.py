@@ -345,3 +345,17 @@ def test_tables_show_the_gpu_stages_that_were_measured():
         "|---|---|---|---|---|---|",
         "| 8,192 | 25% | 4.000 ms | 500 | 4.500 ms | 6.000 ms, 1.50 x |",
     ]
+
+
+def test_the_table_of_portable_kernels_says_what_its_shares_are_of():
+    common = {"gpu": "H100", "cuda": "13.0", "dtype": "bfloat16", "num_heads": 32, "num_heads_k": 8, "head_dim": 128}
+    common |= {"commit": "abc", "command": "python portable.py", "seqlen_q": 8192, "baselines": {"flash dense": 6.0}}
+    common |= {"density": 0.254, "kernels": "portable-99KB"}
+    whole = {"stage": "rr_attention", "ms": 3.0, "share": 2.0, **common}
+    sampled = {"stage": "estimate+select", "ms": 0.06, "share": 0.01, **common}
+    backward = {"stage": "backward", "ms": 2.0, "share": 0.762, **common}
+    assert tables.portable_table([whole, sampled, backward]).splitlines()[-3:] == [
+        "| backward | 128 | 32/8 | 8,192 | 99 KB | 25% | 2.000 ms | 6.000 ms | 0.76 x a block |",
+        "| estimate + select | 128 | 32/8 | 8,192 | 99 KB |  | 0.060 ms | 6.000 ms | 1.00% of its time |",
+        "| rr_attention | 128 | 32/8 | 8,192 | 99 KB | 25% | 3.000 ms | 6.000 ms | 2.00 x |",
+    ]

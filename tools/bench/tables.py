@@ -145,6 +145,33 @@ def rr_attention_table(rows):
     return "\n".join(lines)
 
 
+PORTABLE_STAGES = "attend", "backward", "estimate+select", "rr_attention"
+
+
+def portable_table(records):
+    """The portable kernels beside FlashAttention-2: a row a stage, shape and table of tiles."""
+    sources = dict.fromkeys(f"`{row['command']}` at commit {row['commit']}" for row in records)
+    one = records[0]
+    lines = [
+        f"{one['gpu']}, CUDA {one['cuda']}, {one['dtype']}, batch 1, causal, random data ({', '.join(sources)}).",
+        "",
+        "| | head size | heads | tokens | tiles | blocks | time | FlashAttention-2, dense | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(records, key=lambda row: PORTABLE_STAGES.index(row["stage"])):
+        if row["stage"] == "estimate+select":
+            share = f"{100 * row['share']:.2f}% of its time"
+        else:
+            share = f"{row['share']:.2f} x{'' if row['stage'] == 'rr_attention' else ' a block'}"
+        blocks = "" if row["stage"] == "estimate+select" else f"{100 * row['density']:.0f}%"
+        lines.append(
+            f"| {row['stage'].replace('+', ' + ')} | {row['head_dim']} | {row['num_heads']}/{row['num_heads_k']} |"
+            f" {row['seqlen_q']:,} | {row['kernels'].split('-')[-1].replace('KB', ' KB')} | {blocks} |"
+            f" {row['ms']:.3f} ms | {row['baselines']['flash dense']:.3f} ms | {share} |"
+        )
+    return "\n".join(lines)
+
+
 def settings_text(row):
     """The settings of a whole call, but for the defaults."""
     return ", ".join(f"`{name}={value}`" for name, value in row["settings"].items()) or "the defaults"
@@ -176,9 +203,12 @@ def headline(records):
 
 
 def main():
-    records = json.loads((ROOT / "tools/bench/results/gpu.json").read_text())
+    records, portable = (
+        json.loads((ROOT / f"tools/bench/results/{name}.json").read_text()) for name in ("gpu", "gpu_portable")
+    )
+    sections = {"cpu": cpu_table(), "gpu": gpu_tables(records), "portable": portable_table(portable)}
     pages = {
-        "docs/performance.md": lambda text: with_sections(text, {"cpu": cpu_table(), "gpu": gpu_tables(records)}),
+        "docs/performance.md": lambda text: with_sections(text, sections),
         "README.md": lambda text: with_sections(text, {"headline": headline(records)}),
     }
     return write_or_check("python -m tools.bench.tables", __doc__.splitlines()[0], "tools/bench/results", pages)
