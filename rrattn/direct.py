@@ -369,6 +369,81 @@ def block_sparse_attention_backward(
     )
 
 
+def ragged_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    cu_seqlens_q: Array,
+    seqlens_k: Array,
+    block_tables: Array | None = None,
+    *,
+    out: Array,
+    lse: Array | None = None,
+    block_mask: Array | None = None,
+    pooled_keys: Array | None = None,
+    heads_first: bool = True,
+    sink: Array | None = None,
+    stride: int = _DEFAULTS.stride,
+    key_stride: int | None = _DEFAULTS.key_stride,
+    threshold: float | Array = _DEFAULT_THRESHOLD,
+    head_offset: int = _DEFAULTS.head_offset,
+    softmax_scale: float | None = _DEFAULTS.softmax_scale,
+    spread: float = _DEFAULTS.spread,
+    keep_sink: bool = _DEFAULTS.keep_sink,
+    keep_last: bool | Array = _DEFAULTS.keep_last,
+    keep_local: int = _DEFAULTS.keep_local,
+    min_share: float = _DEFAULTS.min_share,
+    compensate: bool = _DEFAULTS.compensate,
+    dtype: str | None = None,
+    **options: Unpack[Options],
+) -> int:
+    """All three stages for requests of several lengths in one call: :func:`rrattn.serving.ragged_attention` on arrays.
+
+    On a CPU alone. T stands for the queries of all requests, P for pages.
+
+    Parameters
+    ----------
+    query : [T, Hq, D] float32, float16 or bfloat16
+    key, value : [tokens, Hkv, D] and [tokens, Hkv, Dv], same dtype, of all requests; or with block_tables
+        [P, Hkv, page size, D] and [P, Hkv, page size, Dv]
+    cu_seqlens_q : [B + 1] int32
+    seqlens_k : [B] int32
+    block_tables : [B, pages of a request] int32, optional
+    out : [T, Hq, Dv], output, same dtype
+    lse : [Hq, T] float32, output if given
+    block_mask : [words] int32, output if given: of each request [Hq, Mq, ceil(Mk / 32)], one after the other
+    pooled_keys : [P, Hkv, page size / key_stride, D + 1] float32, read and written, optional
+    sink : [Hq] float32, optional
+    threshold : float in (0, 1], or [Hq] or [1] float32
+    keep_last : bool, or [B] bool
+    heads_first, and all other settings
+        As in :func:`rrattn.serving.ragged_attention`.
+    """
+    scalar, per_head = _split_threshold(threshold)
+    keeps_last, per_request = (True, keep_last) if hasattr(keep_last, "__dlpack__") else (keep_last, None)
+    return _direct.ragged_attention(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        seqlens_k,
+        block_tables=block_tables,
+        keep_last=per_request,
+        head_thresholds=per_head,
+        sink=sink,
+        pooled_keys=pooled_keys,
+        out=out,
+        lse=lse,
+        block_mask=block_mask,
+        heads_first=arguments.flag(heads_first, "heads_first"),
+        sampling=_direct.Sampling(**sampling_of_call(stride, key_stride, head_offset, softmax_scale, spread)),
+        rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keeps_last, keep_local, min_share)),
+        compensate=arguments.flag(compensate, "compensate"),
+        dtype=_name(dtype),
+        options=_options(ragged_attention, options),
+    )
+
+
 def startend_rows_from_dense(
     mask: Array, *, start_rows: Array, verdict: Array, dtype: str | None = None, **options: Unpack[Options]
 ) -> int:

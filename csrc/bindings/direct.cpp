@@ -1,6 +1,8 @@
 // The stages on any arrays that speak DLPack, without Paddle. The caller allocates the outputs.
 // Users call this module through rrattn/direct.py.
+#include "../core/ragged_arguments.h"
 #include "../cpu/cpu_quota.h"
+#include "../cpu/ragged.h"
 #include "../cuda/gpu_path.h"
 #include "arrays.h"
 #include "devices.h"
@@ -287,6 +289,57 @@ int64_t rr_attention(const py::object& query, const py::object& key, const py::o
   return bytes;
 }
 
+// One after the other in a workspace: the outputs that were not given, and what the stages take.
+int64_t ragged_attention(const py::object& query, const py::object& key, const py::object& value,
+                         const py::object& cu_seqlens_q, const py::object& seqlens_k,
+                         const py::object& block_tables, const py::object& keep_last,
+                         const py::object& head_thresholds, const py::object& sink,
+                         const py::object& pooled_keys, const py::object& out,
+                         const py::object& lse, const py::object& block_mask, bool heads_first,
+                         const GivenSampling& sampling, const KeepRules& rules, bool compensate,
+                         const Name& dtype, const Options& options) {
+  Arrays arrays(dtype);
+  OptionalArray pooled;
+  if (!pooled_keys.is_none()) pooled = arrays.write(pooled_keys, "pooled_keys");
+  const RaggedArrays given{arrays.read_values(query, "query"),
+                           arrays.read_values(key, "key"),
+                           arrays.read_values(value, "value"),
+                           arrays.read(cu_seqlens_q, "cu_seqlens_q"),
+                           arrays.read(seqlens_k, "seqlens_k"),
+                           arrays.read_optional(block_tables, "block_tables"),
+                           arrays.read_optional(keep_last, "keep_last"),
+                           arrays.read_optional(head_thresholds, "threshold"),
+                           arrays.read_optional(sink, "sink"),
+                           pooled};
+  const Array& written = arrays.write_values(out, "out");
+  const OptionalArray given_lse = arrays.write_optional(lse, "lse");
+  const OptionalArray given_mask = arrays.write_optional(block_mask, "block_mask");
+  const RaggedSettings settings{heads_first, sampling.of(given.query), rules, compensate};
+  Execution execution = options.execution();
+  const std::vector<RequestLengths> lengths = ragged_lengths(given, heads_first);
+  const auto plan_at = [&](intptr_t address) {
+    Scratch scratch(address, given.query);
+    const Shape& of_query = given.query.shape;
+    const Array row_lse = given_lse ? *given_lse
+                                    : scratch.take("lse", ElementType::kFloat32, "float32",
+                                                   {of_query[1], of_query[0]});
+    const Array mask = given_mask ? *given_mask
+                                  : scratch.take("block_mask", ElementType::kInt32, "int32",
+                                                 {ragged_mask_words(lengths, of_query[1])});
+    execution.workspace = scratch.end();
+    return std::make_pair(ragged_calls(given, lengths, written, row_lse, mask, settings),
+                          scratch.bytes());
+  };
+  const auto [sizes, scratch_bytes] = plan_at(intptr_t{1} << 61);
+  const int64_t bytes = scratch_bytes + cpu::ragged_workspace_bytes(sizes, execution.num_threads);
+  if (options.size_only) return bytes;
+  const Workspace workspace(bytes, arrays, given.query, options);
+  const RaggedCalls calls = plan_at(reinterpret_cast<intptr_t>(workspace.data())).first;
+  py::gil_scoped_release unlocked;
+  cpu::run_ragged(calls, execution);
+  return bytes;
+}
+
 int64_t startend_rows_from_dense(const py::object& mask, const py::object& start_rows,
                                  const py::object& verdict, const Name& dtype,
                                  const Options& options) {
@@ -350,6 +403,13 @@ PYBIND11_MODULE(_direct, module) {
              py::arg("block_mask") = none, py::arg("block_scores") = none, py::arg("causal"),
              py::arg("sampling"), py::arg("rules"), py::arg("compensate"), py::arg("dtype") = none,
              py::arg("options"));
+  module.def("ragged_attention", &ragged_attention, py::arg("query"), py::arg("key"),
+             py::arg("value"), py::arg("cu_seqlens_q"), py::arg("seqlens_k"), py::kw_only(),
+             py::arg("block_tables") = none, py::arg("keep_last") = none,
+             py::arg("head_thresholds") = none, py::arg("sink") = none,
+             py::arg("pooled_keys") = none, py::arg("out"), py::arg("lse") = none,
+             py::arg("block_mask") = none, py::arg("heads_first"), py::arg("sampling"),
+             py::arg("rules"), py::arg("compensate"), py::arg("dtype") = none, py::arg("options"));
   module.def("startend_rows_from_dense", &startend_rows_from_dense, py::arg("mask"), py::kw_only(),
              py::arg("start_rows"), py::arg("verdict"), py::arg("dtype") = none,
              py::arg("options"));

@@ -2,55 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 
+#include "checks.h"
 #include "overlap.h"
 
 namespace rrattn {
 
 namespace {
-
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-constexpr int64_t kMaxLength = int64_t{1} << 30;  // row numbers and lane arithmetic are int32
-
-void require_shape(const Array& array, const std::vector<int64_t>& shape, const char* meaning) {
-  if (array.shape != shape) {
-    fail(array.name, " has shape ", to_string(array.shape), ", but must have ", to_string(shape),
-         ": ", meaning);
-  }
-}
-
-void require_type(const Array& array, ElementType type, const char* type_name) {
-  if (array.type != type)
-    fail(array.name, " has dtype ", array.type_name, ", but must have ", type_name);
-}
-
-void require_contiguous(const Array& array) {
-  if (is_empty(array)) return;  // its strides mean nothing
-  int64_t expected = 1;
-  for (size_t i = array.shape.size(); i-- > 0;) {
-    if (array.shape[i] != 1 && array.strides[i] != expected) {
-      fail(array.name, " has strides ", to_string(array.strides), " for shape ",
-           to_string(array.shape), ", but must be contiguous");
-    }
-    expected *= array.shape[i];
-  }
-}
-
-void require_same_device(const Array& array, const Array& first) {
-  if (array.device != first.device) {
-    fail(array.name, " is on ", array.device, ", but ", first.name, " is on ", first.device,
-         "; all tensors must be on the same device");
-  }
-}
 
 DataType data_type(const Array& array) {
   switch (array.type) {

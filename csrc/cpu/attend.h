@@ -10,6 +10,7 @@
 #pragma once
 
 #include "block_means.h"
+#include "calls.h"
 #include "masking.h"
 
 namespace rrattn::cpu::RRATTN_SIMD {
@@ -141,10 +142,11 @@ inline void attend_means(const AttendParams& params, const HeadMask& mask, const
 }
 
 // Heads [first_head, first_head + num_heads), which share key head `key_head`, of one query block.
-inline void attend_item(const AttendParams& params, const SpanBounds* block_bounds,
+inline void attend_item(const AttendCall& call, const SpanBounds* block_bounds,
                         const BlockMeans& means, int64_t batch, int64_t key_head,
                         int64_t first_head, int64_t num_heads, int64_t m_block,
                         AttendScratch& scratch) {
+  const AttendParams& params = call.params;
   const Visibility& visibility = params.visibility;
   const int64_t head_dim = params.heads.head_dim, head_dim_v = params.heads.head_dim_v;
   const int64_t first_query = m_block * kBlockSize;
@@ -170,8 +172,8 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
   }
   memset(scratch.out_strips, 0, num_heads * kBlockSize * head_dim_v * sizeof(float));
 
-  const HeadView key = key_head_of(params.key, params.heads, batch, key_head);
-  const HeadView value = value_head_of(params.value, params.heads, batch, key_head);
+  const HeadView key = key_head_of(params.key, params.heads, batch, key_head, call.pages);
+  const HeadView value = value_head_of(params.value, params.heads, batch, key_head, call.pages);
   for (int64_t n_block = 0; n_block < visibility.num_n_blocks(); ++n_block) {
     const int64_t first_key = n_block * kBlockSize;
     bool tile_read = false;
@@ -215,7 +217,7 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
     float* row_max = scratch.row_max + slot * kBlockSize;
     float* row_sum = scratch.row_sum + slot * kBlockSize;
     float* lse =
-        params.lse + (batch * visibility.num_heads + head) * visibility.seqlen_q + first_query;
+        params.lse + (batch * visibility.num_heads + head) * call.lse_head_stride + first_query;
     for (int64_t i = 0; i < num_queries; ++i) {
       lse[i] = row_max[i] + __builtin_logf(row_sum[i]);
       row_sum[i] = row_sum[i] == 0 ? 0 : 1 / row_sum[i];
@@ -228,49 +230,68 @@ inline void attend_item(const AttendParams& params, const SpanBounds* block_boun
   }
 }
 
-inline int64_t attend_workspace_bytes(const AttendParams& params) {
-  Arena arena;
-  arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
-  BlockMeans(arena, params);
-  return workspace_bytes<AttendScratch>(arena, params);
+// Shared by all threads, of one call.
+struct AttendShared {
+  SpanBounds* block_bounds;  // [B, bounds heads, Mk]; nothing without FlashMask
+  BlockMeans means;
+
+  AttendShared(Arena& arena, const AttendCall& call)
+      : block_bounds(arena.take<SpanBounds>(call.params.visibility.num_span_bounds(kBlockSize))),
+        means(arena, call.params) {}
+};
+
+inline int64_t num_m_blocks_of(const AttendCall& call) {
+  return call.params.visibility.num_m_blocks();
 }
 
-inline void run_attend(const AttendParams& params) {
-  const Visibility& visibility = params.visibility;
-  const int num_threads = params.execution.num_threads;
-  Arena arena(params.execution.workspace);
-  SpanBounds* block_bounds = arena.take<SpanBounds>(visibility.num_span_bounds(kBlockSize));
-  compute_span_bounds(visibility, kBlockSize, num_threads, block_bounds);
+inline int64_t attend_workspace_bytes(const Calls<AttendCall>& calls) {
+  Arena arena;
+  take_for_each<AttendShared>(arena, calls);
+  WorkQueue(arena, calls, 1, num_m_blocks_of);
+  return workspace_bytes<AttendScratch>(arena, calls[0].params);
+}
 
-  const BlockMeans means(arena, params);
-  const auto compute_means = [&](int thread, int64_t begin, int64_t end) {
-    AttendScratch scratch = thread_scratch<AttendScratch>(arena, params, thread);
+inline void run_attend(const Calls<AttendCall>& calls) {
+  const AttendParams& all = calls[0].params;  // of what the calls have in common
+  const int num_threads = all.execution.num_threads;
+  Arena arena(all.execution.workspace);
+  const AttendShared* shared = take_for_each<AttendShared>(arena, calls);
+  const WorkQueue queue(arena, calls, 1, num_m_blocks_of);
+  for (int64_t c = 0; c < calls.count; ++c) {
+    compute_span_bounds(calls[c].params.visibility, kBlockSize, num_threads,
+                        shared[c].block_bounds);
+  }
+
+  const auto num_means = [&](int64_t c) {
+    return BlockMeans::num_heads(calls[c].params) * shared[c].means.rows;
+  };
+  const auto compute_means = [&](int thread, int64_t c, int64_t begin, int64_t end) {
+    AttendScratch scratch = thread_scratch<AttendScratch>(arena, all, thread);
+    const BlockMeans& means = shared[c].means;
     for (int64_t i = begin; i < end; ++i) {
-      compute_block_mean(params, means, i / means.rows, i % means.rows, scratch.row_buffer);
+      compute_block_mean(calls[c], means, i / means.rows, i % means.rows, scratch.row_buffer);
     }
   };
-  parallel_for(num_threads, BlockMeans::num_heads(params) * means.rows,
-               grain_for(kBlockSize * (params.heads.head_dim + params.heads.head_dim_v)),
-               compute_means);
+  parallel_for_calls(num_threads, calls.count, num_means,
+                     grain_for(kBlockSize * (all.heads.head_dim + all.heads.head_dim_v)),
+                     compute_means);
 
-  const int64_t group = visibility.num_heads / params.heads.num_heads_k;
+  const int64_t group = all.visibility.num_heads / all.heads.num_heads_k;
   const int64_t chunks = ceil_div(group, kHeadsPerItem);
-  const int64_t per_m_block = visibility.batch * params.heads.num_heads_k * chunks;
-  const int64_t num_items = per_m_block * visibility.num_m_blocks();
+  const int64_t per_m_block = all.visibility.batch * all.heads.num_heads_k * chunks;
   const auto attend_items = [&](int thread, int64_t begin, int64_t end) {
-    AttendScratch scratch = thread_scratch<AttendScratch>(arena, params, thread);
+    AttendScratch scratch = thread_scratch<AttendScratch>(arena, all, thread);
     for (int64_t item = begin; item < end; ++item) {
-      // From the last query block to the first: under the diagonal the longest come first.
-      const int64_t m_block = visibility.num_m_blocks() - 1 - item / per_m_block;
-      const int64_t chunk = item % chunks, key_head = item / chunks % params.heads.num_heads_k;
-      const int64_t batch = item % per_m_block / chunks / params.heads.num_heads_k;
+      const WorkRow& row = queue.rows[item / per_m_block];
+      const int64_t chunk = item % chunks, key_head = item / chunks % all.heads.num_heads_k;
+      const int64_t batch = item % per_m_block / chunks / all.heads.num_heads_k;
       const int64_t first_head = key_head * group + chunk * kHeadsPerItem;
       const int64_t num_heads = clip_count(first_head, (key_head + 1) * group, kHeadsPerItem);
-      attend_item(params, block_bounds, means, batch, key_head, first_head, num_heads, m_block,
-                  scratch);
+      attend_item(calls[row.call], shared[row.call].block_bounds, shared[row.call].means, batch,
+                  key_head, first_head, num_heads, row.row, scratch);
     }
   };
-  parallel_for(num_threads, num_items, 1, attend_items);
+  parallel_for(num_threads, per_m_block * queue.count, 1, attend_items);
 }
 
 }  // namespace rrattn::cpu::RRATTN_SIMD

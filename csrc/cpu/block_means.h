@@ -49,8 +49,9 @@ inline bool mean_row(const HeadView& head, int64_t first_row, int64_t num_rows, 
 }
 
 // Row `row` of the means of one head of one batch entry.
-inline void compute_block_mean(const AttendParams& params, const BlockMeans& means, int64_t head,
+inline void compute_block_mean(const AttendCall& call, const BlockMeans& means, int64_t head,
                                int64_t row, float* row_buffer) {
+  const AttendParams& params = call.params;
   float *mean_key = means.key(head, row), *mean_value = means.value(head, row);
   const int64_t first_key = row * kBlockSize;
   const int64_t num_keys = clip_count(first_key, params.visibility.seqlen_k, kBlockSize);
@@ -60,8 +61,8 @@ inline void compute_block_mean(const AttendParams& params, const BlockMeans& mea
     return;
   }
   const int64_t batch = head / params.heads.num_heads_k, key_head = head % params.heads.num_heads_k;
-  const HeadView key = key_head_of(params.key, params.heads, batch, key_head);
-  const HeadView value = value_head_of(params.value, params.heads, batch, key_head);
+  const HeadView key = key_head_of(params.key, params.heads, batch, key_head, call.pages);
+  const HeadView value = value_head_of(params.value, params.heads, batch, key_head, call.pages);
   mean_row(key, first_key, num_keys, mean_key, row_buffer);
   if (mean_row(value, first_key, num_keys, mean_value, row_buffer)) return;
   memset(mean_value, 0, means.head_dim_v * sizeof(float));

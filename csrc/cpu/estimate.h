@@ -9,6 +9,7 @@
 // never stored, only a row of block sums for each lane.
 #pragma once
 
+#include "calls.h"
 #include "masking.h"
 
 namespace rrattn::cpu::RRATTN_SIMD {
@@ -41,11 +42,12 @@ struct PooledKeys {
   float* variances;    // [B, Hkv, num_strides]: the mean over D; nothing without spread
   SpanBounds* bounds;  // [B, bounds heads, num_strides]; nothing without FlashMask
 
-  PooledKeys(Arena& arena, const EstimateParams& params) {
+  PooledKeys(Arena& arena, const EstimateCall& call) {
+    const EstimateParams& params = call.params;
     const EstimateShape shape(params);
     const Visibility& visibility = params.visibility;
-    const int64_t rows =
-        visibility.batch * params.heads.num_heads_k * shape.num_strides + kStridesPerTile;
+    const int64_t strides = visibility.batch * params.heads.num_heads_k * shape.num_strides;
+    const int64_t rows = call.scores_wanted ? strides + kStridesPerTile : 0;
     keys = arena.take<float>(rows * params.heads.head_dim);
     variances = arena.take<float>(params.sampling.spread > 0 ? rows : 0);
     bounds = arena.take<SpanBounds>(visibility.num_span_bounds(shape.key_stride));
@@ -77,53 +79,84 @@ inline bool is_finite(const float* row, int64_t head_dim) {
   return zero == 0;
 }
 
-// Sums the keys of each stride, and finds their variance. A NaN or infinity in a key that no query
-// sees counts as zero, and so do the keys that the last stride lacks.
-inline void pool_keys(const EstimateParams& params, const PooledKeys& pooled, const Arena& arena) {
+// A stride of the keys of a request, in the cache beside its pages: D sums, then their variance.
+inline float* cached_stride(const EstimateCall& call, int64_t key_head, int64_t first_key) {
+  const EstimateParams& params = call.params;
+  const int64_t strides_per_page = call.pages.page_size / params.sampling.key_stride;
+  const int64_t page = call.pages.table[first_key / call.pages.page_size];
+  const int64_t stride = first_key % call.pages.page_size / params.sampling.key_stride;
+  return call.pooled.data +
+         ((page * params.heads.num_heads_k + key_head) * strides_per_page + stride) *
+             (params.heads.head_dim + 1);
+}
+
+// The variance of the `count` keys of a stride, and of zeros for those that it lacks, around the
+// mean, over D. read_key(r) puts key r of the stride into `row`.
+template <typename ReadKey>
+float variance_of(const float* sum, int64_t count, int64_t key_stride, int64_t head_dim,
+                  const ReadKey& read_key, float* row, float* squares) {
+  memset(squares, 0, head_dim * sizeof(float));
+  const auto length = static_cast<float>(key_stride);
+  for (int64_t r = 0; r < key_stride; ++r) {
+    if (r < count) read_key(r);
+    if (r == count) memset(row, 0, head_dim * sizeof(float));
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const float difference = row[d] - sum[d] / length;
+      squares[d] += difference * difference;
+    }
+  }
+  float total = 0;
+  for (int64_t d = 0; d < head_dim; ++d) total += squares[d];
+  return total / (length * static_cast<float>(head_dim));
+}
+
+// Sums the keys of strides [begin, end) over all key heads, and finds their variance. A NaN or
+// infinity in a key that no query sees counts as zero, and so do the keys that the last stride
+// lacks. Where strides are kept beside the pages, those that only hold tokens of earlier calls come
+// from there, and the others go there.
+inline void pool_strides(const EstimateCall& call, const PooledKeys& pooled, int64_t begin,
+                         int64_t end, const EstimateScratch& scratch) {
+  const EstimateParams& params = call.params;
   const EstimateShape shape(params);
   const Visibility& visibility = params.visibility;
   const int64_t head_dim = params.heads.head_dim, num_heads_k = params.heads.num_heads_k;
   const int64_t group = visibility.num_heads / num_heads_k;
-  const auto pool_strides = [&](int thread, int64_t begin, int64_t end) {
-    const auto scratch = thread_scratch<EstimateScratch>(arena, params, thread);
-    float *row = scratch.row_buffer, *squares = scratch.squares;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first_key = i % shape.num_strides * shape.key_stride;
-      const int64_t head = i / shape.num_strides;
-      const int64_t batch = head / num_heads_k, key_head = head % num_heads_k;
-      const HeadView key = key_head_of(params.key, params.heads, batch, key_head);
-      const int64_t count = clip_count(first_key, visibility.seqlen_k, shape.key_stride);
-      const auto read_key = [&](int64_t r) {
-        key.read(first_key + r, row);
-        if (visibility.row_bounds.data && !is_finite(row, head_dim) &&
-            !seen_by_group(visibility, group, batch, key_head, first_key + r)) {
-          for (int64_t d = 0; d < head_dim; ++d) row[d] = std::isfinite(row[d]) ? row[d] : 0;
-        }
-      };
-      float* sum = pooled.keys + i * head_dim;
-      memset(sum, 0, head_dim * sizeof(float));
-      for (int64_t r = 0; r < count; ++r) {
-        read_key(r);
-        for (int64_t d = 0; d < head_dim; ++d) sum[d] += row[d];
-      }
-      if (params.sampling.spread == 0) continue;
-      memset(squares, 0, head_dim * sizeof(float));
-      const auto key_stride = static_cast<float>(shape.key_stride);
-      for (int64_t r = 0; r < shape.key_stride; ++r) {
-        if (r < count) read_key(r);
-        if (r == count) memset(row, 0, head_dim * sizeof(float));
-        for (int64_t d = 0; d < head_dim; ++d) {
-          const float difference = row[d] - sum[d] / key_stride;
-          squares[d] += difference * difference;
-        }
-      }
-      float total = 0;
-      for (int64_t d = 0; d < head_dim; ++d) total += squares[d];
-      pooled.variances[i] = total / (key_stride * static_cast<float>(head_dim));
+  float* row = scratch.row_buffer;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first_key = i % shape.num_strides * shape.key_stride;
+    const int64_t head = i / shape.num_strides;
+    const int64_t batch = head / num_heads_k, key_head = head % num_heads_k;
+    float* cached = call.pooled.data ? cached_stride(call, key_head, first_key) : nullptr;
+    float* sum = call.scores_wanted ? pooled.keys + i * head_dim : cached;
+    if (cached && first_key + shape.key_stride <= call.pooled.num_cached) {
+      if (!call.scores_wanted) continue;
+      memcpy(sum, cached, head_dim * sizeof(float));
+      if (params.sampling.spread > 0) pooled.variances[i] = cached[head_dim];
+      continue;
     }
-  };
-  parallel_for(params.execution.num_threads, visibility.batch * num_heads_k * shape.num_strides,
-               grain_for(shape.key_stride * head_dim), pool_strides);
+    const HeadView key = key_head_of(params.key, params.heads, batch, key_head, call.pages);
+    const int64_t count = clip_count(first_key, visibility.seqlen_k, shape.key_stride);
+    const auto read_key = [&](int64_t r) {
+      key.read(first_key + r, row);
+      if (visibility.row_bounds.data && !is_finite(row, head_dim) &&
+          !seen_by_group(visibility, group, batch, key_head, first_key + r)) {
+        for (int64_t d = 0; d < head_dim; ++d) row[d] = std::isfinite(row[d]) ? row[d] : 0;
+      }
+    };
+    memset(sum, 0, head_dim * sizeof(float));
+    for (int64_t r = 0; r < count; ++r) {
+      read_key(r);
+      for (int64_t d = 0; d < head_dim; ++d) sum[d] += row[d];
+    }
+    if (params.sampling.spread == 0 && cached == nullptr) continue;
+    const float variance =
+        variance_of(sum, count, shape.key_stride, head_dim, read_key, row, scratch.squares);
+    if (call.scores_wanted && params.sampling.spread > 0) pooled.variances[i] = variance;
+    if (cached) {
+      if (cached != sum) memcpy(cached, sum, head_dim * sizeof(float));
+      cached[head_dim] = variance;
+    }
+  }
 }
 
 // The sampled queries of one strip: column c is token first_token + c * stride. Under the diagonal
@@ -337,40 +370,80 @@ inline void estimate_strip(const EstimateParams& params, const EstimateShape& sh
   }
 }
 
-inline int64_t estimate_workspace_bytes(const EstimateParams& params) {
-  Arena arena;
-  PooledKeys(arena, params);
-  return workspace_bytes<EstimateScratch>(arena, params);
+// The parameters of the call with the most keys, whose scratch is large enough for all.
+inline const EstimateParams& longest_of(const Calls<EstimateCall>& calls) {
+  const EstimateCall* longest = calls.first;
+  for (int64_t c = 1; c < calls.count; ++c) {
+    if (calls[c].params.visibility.seqlen_k > longest->params.visibility.seqlen_k)
+      longest = &calls[c];
+  }
+  return longest->params;
 }
 
-inline void run_estimate(const EstimateParams& params) {
-  const EstimateShape shape(params);
-  const Visibility& visibility = params.visibility;
-  Arena arena(params.execution.workspace);
-  const PooledKeys pooled(arena, params);
-  pool_keys(params, pooled, arena);
-  compute_span_bounds(visibility, shape.key_stride, params.execution.num_threads, pooled.bounds);
+// Query blocks that are worked on together, for the rows of the queue.
+inline int64_t num_rows_of(const EstimateCall& call) {
+  const EstimateShape shape(call.params);
+  return call.scores_wanted
+             ? ceil_div(call.params.visibility.num_m_blocks(), shape.m_blocks_per_item)
+             : 0;
+}
 
-  const int64_t num_heads = visibility.batch * visibility.num_heads;
-  const int64_t items_per_head = ceil_div(visibility.num_m_blocks(), shape.m_blocks_per_item);
-  memset(params.block_scores, 0,
-         num_heads * visibility.num_m_blocks() * visibility.num_n_blocks() * sizeof(float));
+inline int64_t estimate_workspace_bytes(const Calls<EstimateCall>& calls) {
+  const EstimateParams& longest = longest_of(calls);
+  Arena arena;
+  take_for_each<PooledKeys>(arena, calls);
+  WorkQueue(arena, calls, EstimateShape(longest).m_blocks_per_item, num_rows_of);
+  return workspace_bytes<EstimateScratch>(arena, longest);
+}
+
+inline void run_estimate(const Calls<EstimateCall>& calls) {
+  const EstimateParams& longest = longest_of(calls);
+  const EstimateShape all(longest);  // of what the calls have in common
+  const Heads& heads = longest.heads;
+  const int num_threads = longest.execution.num_threads;
+  Arena arena(longest.execution.workspace);
+  const PooledKeys* pooled = take_for_each<PooledKeys>(arena, calls);
+  const WorkQueue queue(arena, calls, all.m_blocks_per_item, num_rows_of);
+
+  const auto num_pooled = [&](int64_t c) {
+    if (!calls[c].scores_wanted && calls[c].pooled.data == nullptr) return int64_t{0};
+    return calls[c].params.visibility.batch * heads.num_heads_k *
+           EstimateShape(calls[c].params).num_strides;
+  };
+  parallel_for_calls(num_threads, calls.count, num_pooled,
+                     grain_for(all.key_stride * heads.head_dim),
+                     [&](int thread, int64_t c, int64_t begin, int64_t end) {
+                       pool_strides(calls[c], pooled[c], begin, end,
+                                    thread_scratch<EstimateScratch>(arena, longest, thread));
+                     });
+  for (int64_t c = 0; c < calls.count; ++c) {
+    const Visibility& visibility = calls[c].params.visibility;
+    compute_span_bounds(visibility, all.key_stride, num_threads, pooled[c].bounds);
+    if (!calls[c].scores_wanted) continue;
+    memset(calls[c].params.block_scores, 0,
+           visibility.batch * visibility.num_heads * visibility.num_m_blocks() *
+               visibility.num_n_blocks() * sizeof(float));
+  }
+
+  const int64_t num_heads = longest.visibility.batch * longest.visibility.num_heads;
   const auto estimate_items = [&](int thread, int64_t begin, int64_t end) {
-    const EstimateScratch scratch = thread_scratch<EstimateScratch>(arena, params, thread);
+    const EstimateScratch scratch = thread_scratch<EstimateScratch>(arena, longest, thread);
     for (int64_t item = begin; item < end; ++item) {
-      // From the last query blocks to the first: under the diagonal the longest come first.
-      const int64_t m_block = (items_per_head - 1 - item / num_heads) * shape.m_blocks_per_item;
+      const WorkRow& row = queue.rows[item / num_heads];
+      const EstimateParams& params = calls[row.call].params;
+      const EstimateShape shape(params);
       const int64_t head = item % num_heads;
+      const int64_t first_sample = row.row * shape.m_blocks_per_item * shape.samples_per_block;
       for (int64_t strip = 0; strip < shape.strips_per_item; ++strip) {
-        estimate_strip(params, shape, pooled, head / visibility.num_heads,
-                       head % visibility.num_heads,
-                       m_block * shape.samples_per_block + strip * kStrip, scratch);
+        estimate_strip(params, shape, pooled[row.call], head / params.visibility.num_heads,
+                       head % params.visibility.num_heads, first_sample + strip * kStrip, scratch);
       }
     }
   };
-  const int64_t products = shape.strips_per_item * kStrip * shape.num_strides;
-  parallel_for(params.execution.num_threads, num_heads * items_per_head,
-               grain_for(products * params.heads.head_dim), estimate_items);
+  // A row's pairs of queries and keys, in samples and strides.
+  const int64_t products = queue.work() / (all.stride * all.key_stride) / (queue.count + 1);
+  parallel_for(num_threads, num_heads * queue.count, grain_for(products * heads.head_dim),
+               estimate_items);
 }
 
 }  // namespace rrattn::cpu::RRATTN_SIMD

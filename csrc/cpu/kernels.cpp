@@ -48,18 +48,34 @@ void set_simd(const std::string& name) {
   throw std::invalid_argument("simd is \"" + name + "\", but this machine runs: " + allowed);
 }
 
+int64_t estimate_workspace_bytes(const Calls<EstimateCall>& calls) {
+  return kernels().estimate_workspace_bytes(calls);
+}
+int64_t attend_workspace_bytes(const Calls<AttendCall>& calls) {
+  return kernels().attend_workspace_bytes(calls);
+}
 int64_t estimate_workspace_bytes(const EstimateParams& params) {
-  return kernels().estimate_workspace_bytes(params);
+  const EstimateCall call{params, {}, {}};
+  return estimate_workspace_bytes(Calls<EstimateCall>{&call, 1});
 }
 int64_t attend_workspace_bytes(const AttendParams& params) {
-  return kernels().attend_workspace_bytes(params);
+  const AttendCall call(params);
+  return attend_workspace_bytes(Calls<AttendCall>{&call, 1});
 }
 int64_t backward_workspace_bytes(const BackwardParams& params) {
   return kernels().backward_workspace_bytes(params);
 }
 
-void run_estimate(const EstimateParams& params) { kernels().run_estimate(params); }
-void run_attend(const AttendParams& params) { kernels().run_attend(params); }
+void run_estimate(const Calls<EstimateCall>& calls) { kernels().run_estimate(calls); }
+void run_attend(const Calls<AttendCall>& calls) { kernels().run_attend(calls); }
+void run_estimate(const EstimateParams& params) {
+  const EstimateCall call{params, {}, {}};
+  run_estimate(Calls<EstimateCall>{&call, 1});
+}
+void run_attend(const AttendParams& params) {
+  const AttendCall call(params);
+  run_attend(Calls<AttendCall>{&call, 1});
+}
 void run_backward(const BackwardParams& params) { kernels().run_backward(params); }
 
 }  // namespace rrattn::cpu

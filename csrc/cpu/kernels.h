@@ -7,15 +7,16 @@
 #include <vector>
 
 #include "../core/params.h"
+#include "../core/ragged.h"
 
 namespace rrattn::cpu {
 
 struct Kernels {
   const char* name;
-  int64_t (*estimate_workspace_bytes)(const EstimateParams&);
-  void (*run_estimate)(const EstimateParams&);
-  int64_t (*attend_workspace_bytes)(const AttendParams&);
-  void (*run_attend)(const AttendParams&);
+  int64_t (*estimate_workspace_bytes)(const Calls<EstimateCall>&);
+  void (*run_estimate)(const Calls<EstimateCall>&);
+  int64_t (*attend_workspace_bytes)(const Calls<AttendCall>&);
+  void (*run_attend)(const Calls<AttendCall>&);
   int64_t (*backward_workspace_bytes)(const BackwardParams&);
   void (*run_backward)(const BackwardParams&);
 };
@@ -45,5 +46,14 @@ void run_select(const SelectParams& params);
 void run_attend(const AttendParams& params);
 void run_backward(const BackwardParams& params);
 void run_dense_mask(const DenseMaskParams& params);
+
+// The same for several calls that run as one.
+int64_t estimate_workspace_bytes(const Calls<EstimateCall>& calls);
+int64_t select_workspace_bytes(const Calls<SelectParams>& calls);
+int64_t attend_workspace_bytes(const Calls<AttendCall>& calls);
+
+void run_estimate(const Calls<EstimateCall>& calls);
+void run_select(const Calls<SelectParams>& calls);
+void run_attend(const Calls<AttendCall>& calls);
 
 }  // namespace rrattn::cpu

@@ -32,6 +32,26 @@ void parallel_for(int num_threads, int64_t num_items, int64_t grain, Body body) 
       &body);
 }
 
+// The same for items of several calls, one call's after the other's: body(thread, call, begin, end)
+// for parts of [0, count_of(call)). No thread waits for one call's to be done before it goes on with
+// the next one's.
+template <typename CountOf, typename Body>
+void parallel_for_calls(int num_threads, int64_t num_calls, const CountOf& count_of, int64_t grain,
+                        Body body) {
+  int64_t num_items = 0;
+  for (int64_t call = 0; call < num_calls; ++call) num_items += count_of(call);
+  parallel_for(num_threads, num_items, grain, [&](int thread, int64_t begin, int64_t end) {
+    int64_t first = 0;  // of the call
+    for (int64_t call = 0; call < num_calls && first < end; ++call) {
+      const int64_t count = count_of(call);
+      const int64_t from = begin > first ? begin - first : 0;
+      const int64_t to = end - first < count ? end - first : count;
+      if (from < to) body(thread, call, from, to);
+      first += count;
+    }
+  });
+}
+
 // How many items, of so many multiply-adds each, are worth a thread's turn: some 20 us of work.
 inline int64_t grain_for(int64_t work_per_item) {
   constexpr int64_t kWorkPerTurn = int64_t{1} << 20;

@@ -97,39 +97,78 @@ void keep_by_rule(const SelectParams& params, int64_t m_block, const SelectScrat
 
 }  // namespace
 
-int64_t select_workspace_bytes(const SelectParams& params) {
-  return params.visibility.num_span_bounds(kBlockSize) * static_cast<int64_t>(sizeof(SpanBounds)) +
-         params.execution.num_threads * scratch_bytes(params.visibility.num_n_blocks());
+namespace {
+
+int64_t num_rows_of(const SelectParams& params) {
+  const Visibility& visibility = params.visibility;
+  return visibility.batch * visibility.num_heads * visibility.num_m_blocks();
 }
 
-void run_select(const SelectParams& params) {
+// Of the call with the most.
+int64_t most_n_blocks(const Calls<SelectParams>& calls) {
+  int64_t most = 0;
+  for (int64_t c = 0; c < calls.count; ++c)
+    most = std::max(most, calls[c].visibility.num_n_blocks());
+  return most;
+}
+
+// A row of the mask of any head and batch entry.
+void select_row(const SelectParams& params, const SpanBounds* block_bounds, int64_t row,
+                const SelectScratch& scratch) {
   const Visibility& visibility = params.visibility;
   const int64_t num_n_blocks = visibility.num_n_blocks(), num_m_blocks = visibility.num_m_blocks();
   const int64_t num_words = visibility.num_mask_words();
-  auto* block_bounds = static_cast<SpanBounds*>(params.execution.workspace);
-  char* all_scratch =
-      reinterpret_cast<char*>(block_bounds + visibility.num_span_bounds(kBlockSize));
-  compute_span_bounds(visibility, kBlockSize, params.execution.num_threads, block_bounds);
-  const auto select_rows = [&](int thread, int64_t begin, int64_t end) {
+  const int64_t m_block = row % num_m_blocks, head = row / num_m_blocks % visibility.num_heads;
+  const int64_t batch = row / num_m_blocks / visibility.num_heads;
+  const SpanBounds* bounds = span_bounds_of(visibility, kBlockSize, block_bounds, batch, head);
+  for (int64_t n = 0; n < num_n_blocks; ++n)
+    scratch.kinds[n] = classify_block(visibility, bounds, m_block, n);
+  uint32_t* mask_row = params.block_mask + row * num_words;
+  std::fill(mask_row, mask_row + num_words, 0u);
+  keep_top(params.block_scores + row * num_n_blocks, params.rules.threshold_of(head),
+           params.rules.min_share, num_n_blocks, scratch, mask_row);
+  keep_by_rule(params, m_block, scratch, mask_row);
+}
+
+}  // namespace
+
+int64_t select_workspace_bytes(const Calls<SelectParams>& calls) {
+  int64_t num_bounds = 0;
+  for (int64_t c = 0; c < calls.count; ++c)
+    num_bounds += calls[c].visibility.num_span_bounds(kBlockSize);
+  return num_bounds * static_cast<int64_t>(sizeof(SpanBounds)) +
+         calls[0].execution.num_threads * scratch_bytes(most_n_blocks(calls));
+}
+
+void run_select(const Calls<SelectParams>& calls) {
+  const Execution& execution = calls[0].execution;
+  const int64_t num_n_blocks = most_n_blocks(calls);
+  auto* const all_bounds = static_cast<SpanBounds*>(execution.workspace);
+  SpanBounds* end_bounds = all_bounds;
+  for (int64_t c = 0; c < calls.count; ++c) {
+    compute_span_bounds(calls[c].visibility, kBlockSize, execution.num_threads, end_bounds);
+    end_bounds += calls[c].visibility.num_span_bounds(kBlockSize);
+  }
+  char* all_scratch = reinterpret_cast<char*>(end_bounds);
+  const auto select_rows = [&](int thread, int64_t c, int64_t begin, int64_t end) {
     char* own = all_scratch + thread * scratch_bytes(num_n_blocks);
     auto* keys = reinterpret_cast<uint64_t*>(own);
     const SelectScratch scratch{reinterpret_cast<BlockKind*>(keys + num_n_blocks), keys};
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t m_block = row % num_m_blocks, head = row / num_m_blocks % visibility.num_heads;
-      const int64_t batch = row / num_m_blocks / visibility.num_heads;
-      const SpanBounds* bounds = span_bounds_of(visibility, kBlockSize, block_bounds, batch, head);
-      for (int64_t n = 0; n < num_n_blocks; ++n)
-        scratch.kinds[n] = classify_block(visibility, bounds, m_block, n);
-      uint32_t* mask_row = params.block_mask + row * num_words;
-      std::fill(mask_row, mask_row + num_words, 0u);
-      keep_top(params.block_scores + row * num_n_blocks, params.rules.threshold_of(head),
-               params.rules.min_share, num_n_blocks, scratch, mask_row);
-      keep_by_rule(params, m_block, scratch, mask_row);
-    }
+    const SpanBounds* block_bounds = all_bounds;
+    for (int64_t before = 0; before < c; ++before)
+      block_bounds += calls[before].visibility.num_span_bounds(kBlockSize);
+    for (int64_t row = begin; row < end; ++row) select_row(calls[c], block_bounds, row, scratch);
   };
   constexpr int64_t kWorkPerBlock = 512;  // classify and sort, as multiply-adds of the kernels
-  parallel_for(params.execution.num_threads, visibility.batch * visibility.num_heads * num_m_blocks,
-               grain_for(num_n_blocks * kWorkPerBlock), select_rows);
+  parallel_for_calls(
+      execution.num_threads, calls.count, [&](int64_t c) { return num_rows_of(calls[c]); },
+      grain_for(num_n_blocks * kWorkPerBlock), select_rows);
 }
+
+int64_t select_workspace_bytes(const SelectParams& params) {
+  return select_workspace_bytes(Calls<SelectParams>{&params, 1});
+}
+
+void run_select(const SelectParams& params) { run_select(Calls<SelectParams>{&params, 1}); }
 
 }  // namespace rrattn::cpu

@@ -8,6 +8,8 @@
 
 #include "../core/geometry.h"
 #include "../core/params.h"
+#include "../core/ragged.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "span_bounds.h"
+#include "work_queue.h"

@@ -8,6 +8,7 @@
 
 #include "../core/geometry.h"
 #include "../core/params.h"
+#include "../core/ragged.h"
 #include "simd.h"
 
 namespace rrattn::cpu::RRATTN_SIMD {
@@ -97,34 +98,43 @@ inline char* row_at(const Rows& rows, DataType dtype, int64_t batch, int64_t row
              size_of(dtype);
 }
 
-// One head of a [B, L, H, D] tensor.
+// One head of a [B, L, H, D] tensor, or of a request's pages in it.
 struct HeadView {
-  char* first;  // its row 0
-  int64_t row_bytes;
+  char* first;  // its row 0, or that of page 0
+  int64_t row_bytes, page_bytes;
   int64_t head_dim;
   DataType dtype;
+  Pages pages;
 
-  HeadView(const Rows& rows, DataType dtype, int64_t head_dim, int64_t batch, int64_t head)
+  HeadView(const Rows& rows, DataType dtype, int64_t head_dim, int64_t batch, int64_t head,
+           const Pages& pages)
       : first(row_at(rows, dtype, batch, 0, head)),
         row_bytes(rows.row_stride * size_of(dtype)),
+        page_bytes(rows.batch_stride * size_of(dtype)),
         head_dim(head_dim),
-        dtype(dtype) {}
-  void read(int64_t row, float* to) const {
-    read_row(dtype, first + row * row_bytes, head_dim, to);
+        dtype(dtype),
+        pages(pages) {}
+  const char* at(int64_t row) const {
+    if (pages.table == nullptr) return first + row * row_bytes;
+    return first + pages.table[row / pages.page_size] * page_bytes +
+           row % pages.page_size * row_bytes;
   }
+  void read(int64_t row, float* to) const { read_row(dtype, at(row), head_dim, to); }
   void write(int64_t row, const float* from) const {
     write_row(dtype, from, head_dim, first + row * row_bytes);
   }
 };
 
 // A head of queries or keys, or of their gradients.
-inline HeadView key_head_of(const Rows& rows, const Heads& heads, int64_t batch, int64_t head) {
-  return HeadView(rows, heads.dtype, heads.head_dim, batch, head);
+inline HeadView key_head_of(const Rows& rows, const Heads& heads, int64_t batch, int64_t head,
+                            const Pages& pages = {}) {
+  return HeadView(rows, heads.dtype, heads.head_dim, batch, head, pages);
 }
 
 // A head of values or outputs, or of their gradients.
-inline HeadView value_head_of(const Rows& rows, const Heads& heads, int64_t batch, int64_t head) {
-  return HeadView(rows, heads.dtype, heads.head_dim_v, batch, head);
+inline HeadView value_head_of(const Rows& rows, const Heads& heads, int64_t batch, int64_t head,
+                              const Pages& pages = {}) {
+  return HeadView(rows, heads.dtype, heads.head_dim_v, batch, head, pages);
 }
 
 // Of a row of either.
@@ -187,6 +197,7 @@ class Arena {
     at_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return reinterpret_cast<T*>(at);
   }
+  bool only_counts() const { return base_ == 0; }
   int64_t used() const { return at_ - base_; }
   char* rest() const { return reinterpret_cast<char*>(at_); }
 
