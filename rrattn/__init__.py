@@ -17,7 +17,7 @@ from .config import BLOCK_SIZE, RRAttentionConfig
 __version__ = "0.1.0"
 
 _HAS_PADDLE = _importlib_util.find_spec("paddle") is not None
-_LOADED_WHEN_ASKED_FOR = ("direct", "distributed", "visualize")
+_LOADED_WHEN_ASKED_FOR = ("direct", "distributed", "serving", "visualize")
 
 if _HAS_PADDLE:
     from .functional import block_sparse_attention, estimate_block_scores, rr_attention, select_blocks
@@ -65,6 +65,7 @@ _NEEDS_PADDLE = (
     "layer",
     "masks",
     "published",
+    "serving",
     "stats",
     "visualize",
 )
@@ -73,6 +74,7 @@ _NEEDS_PADDLE = (
 if _typing.TYPE_CHECKING:  # where a __getattr__ would make every name one of the module's
     from . import direct as direct
     from . import distributed as distributed
+    from . import serving as serving
     from . import visualize as visualize
 else:
 

@@ -230,7 +230,7 @@ def rr_attention(
     causal = arguments.flag(causal, "causal")
     rows = checked_rows(startend_row_indices, key, causal)
     sink = checked_sink(sink, query)
-    scalar, per_head = _split_threshold(threshold)
+    scalar, per_head = split_threshold(threshold)
     attributes = (
         causal,
         *_sampling(query, stride, key_stride, head_offset, softmax_scale, spread),
@@ -334,7 +334,7 @@ def select_blocks(
     """
     block_scores = checked_tensor(block_scores, "block_scores")
     causal = arguments.flag(causal, "causal")
-    scalar, per_head = _split_threshold(threshold)
+    scalar, per_head = split_threshold(threshold)
     with paddle.no_grad():
         block_mask: Tensor = call(
             "select",
@@ -511,7 +511,7 @@ def _autocast_dtype() -> Any:
     return None if tracer._amp_level == paddle.base.core.AmpLevel.O0 else tracer._amp_dtype
 
 
-def _split_threshold(threshold: Any) -> tuple[float, Tensor | None]:
+def split_threshold(threshold: Any) -> tuple[float, Tensor | None]:
     """(float, None), or (unused float, float32 tensor of one element per head)."""
     if isinstance(threshold, (paddle.Tensor, paddle.pir.Value)):
         if 0 in threshold.shape:  # the operator would see an absent one, see checked_rows

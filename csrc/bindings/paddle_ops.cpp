@@ -4,6 +4,7 @@
 //   rrattn_select        block_scores                   -> block_mask
 //   rrattn_attend        query, key, value, block_mask  -> out, lse
 //   rrattn_rr_attention  query, key, value              -> out, lse, block_mask   (the three above)
+//   rrattn_ragged        the same for requests of several lengths, on a CPU
 //
 // The last two have gradients, over the block mask of the forward pass; the selection carries none.
 // With a sink they are operators of their own, rrattn_attend_with_sink and so on: Paddle's static
@@ -11,6 +12,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../core/ragged_arguments.h"
+#include "../cpu/ragged.h"
 #include "devices.h"
 #include "paddle/common/ddim.h"
 #include "paddle/extension.h"
@@ -422,6 +425,37 @@ std::vector<Tensor> rr_attention_with_sink_backward(
                    grad_out, grad_lse);
 }
 
+// pooled_keys is brought up to date in its memory.
+std::vector<Tensor> ragged(const RaggedSettings& settings, const Tensor& query, const Tensor& key,
+                           const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& seqlens_k,
+                           const OptionalTensor& block_tables, const OptionalTensor& keep_last,
+                           const OptionalTensor& head_thresholds, const OptionalTensor& sink,
+                           OptionalTensor& pooled_keys) {
+  const RaggedArrays arrays{
+      describe(query, "query"),         describe(key, "key"),
+      describe(value, "value"),         describe(cu_seqlens_q, "cu_seqlens_q"),
+      describe(seqlens_k, "seqlens_k"), describe(block_tables, "block_tables"),
+      describe(keep_last, "keep_last"), describe(head_thresholds, "threshold"),
+      describe(sink, "sink"),           describe(pooled_keys, "pooled_keys")};
+  const std::vector<RequestLengths> lengths = ragged_lengths(arrays, settings.heads_first);
+  const Shape of_query = query.shape();
+  Tensor out =
+      paddle::empty({of_query[0], of_query[1], value.shape().back()}, query.dtype(), query.place());
+  Tensor lse = paddle::empty({of_query[1], of_query[0]}, DType::FLOAT32, query.place());
+  Tensor block_mask =
+      paddle::empty({ragged_mask_words(lengths, of_query[1])}, DType::INT32, query.place());
+  const RaggedCalls calls =
+      ragged_calls(arrays, lengths, describe(out, "out"), describe(lse, "lse"),
+                   describe(block_mask, "block_mask"), settings);
+  Execution execution;
+  execution.num_threads = cpu::default_num_threads();
+  const int64_t bytes = cpu::ragged_workspace_bytes(calls, execution.num_threads);
+  Tensor workspace = paddle::empty({std::max<int64_t>(bytes, 1)}, DType::UINT8, query.place());
+  execution.workspace = workspace.data();
+  cpu::run_ragged(calls, execution);
+  return {out, lse, block_mask};
+}
+
 std::vector<Tensor> dense_mask(const Tensor& mask) {
   const Kernel<DenseMaskParams>& kernel = kDenseMask.kernel_for(describe(mask, "mask"));
   Tensor start_rows = paddle::empty(start_rows_shape(mask.shape()), DType::INT32, mask.place());
@@ -649,6 +683,15 @@ PD_BUILD_DOUBLE_GRAD_OP(rrattn_rr_attention_with_sink)
              paddle::Optional(paddle::Grad(paddle::Grad("Sink")))})
     .Outputs({paddle::Grad(paddle::Grad("Out"))})
     .SetKernelFn(PD_KERNEL(rrattn::Guarded<rrattn::refuse_second_order>::call));
+
+PD_BUILD_OP(rrattn_ragged)
+    .Inputs({"Query", "Key", "Value", "CuSeqlensQ", "SeqlensK", paddle::Optional("BlockTables"),
+             paddle::Optional("KeepLast"), paddle::Optional("HeadThresholds"),
+             paddle::Optional("Sink"), paddle::Optional("PooledKeys")})
+    .Outputs({"Out", "Lse", "BlockMask", paddle::Optional("PooledKeysOut")})
+    .SetInplaceMap({{paddle::Optional("PooledKeys"), paddle::Optional("PooledKeysOut")}})
+    .Attrs(rrattn::attributes<rrattn::RaggedSettings>())
+    .SetKernelFn(PD_KERNEL(rrattn::Operator<rrattn::ragged, rrattn::RaggedSettings>::call));
 
 PD_BUILD_OP(rrattn_dense_mask)
     .Inputs({"Mask"})
