@@ -339,6 +339,15 @@ def attend(
     return out, lse
 
 
+def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    """(out [..., L, Hq, Dv], lse [..., Hq, L]) of attention over two sets of keys, from those over each of them."""
+    with np.errstate(invalid="ignore"):
+        lse = np.logaddexp(lse_a, lse_b, dtype=np.float64)
+        shares = [np.where(np.isneginf(part), 0, np.exp(part - lse)) for part in (lse_a, lse_b)]
+    weights = [np.swapaxes(share, -1, -2)[..., None] for share in shares]
+    return out_a * weights[0] + out_b * weights[1], lse
+
+
 def stood_in_for(
     block_mask: NDArray[np.bool_], startend: Array | None, *, causal: bool, seqlen_q: int, seqlen_k: int
 ) -> NDArray[np.bool_]:
