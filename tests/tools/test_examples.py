@@ -92,6 +92,35 @@ def test_generation_dense_and_sparse(tmp_path):
     assert "the same new bytes: 100.0%" in output
 
 
+def test_serving_gives_each_request_what_it_gets_alone(tmp_path):
+    output = run("serve_paged.py", "--tokens", 700, "--new", 4, "--threshold", 0.6, folder=tmp_path)
+    served = re.findall(r"^  after ([\d,]+) tokens, (.*): '", output, re.MULTILINE)
+    assert served == [(tokens, "as alone") for tokens in ("175", "350", "525", "700")] * 2
+    pages = re.findall(r"^threshold (\S+), [\d.]+ s, at most (\d+) pages of 64 tokens at once$", output, re.MULTILINE)
+    # three requests at once: the last one comes when the first one's pages are free again
+    assert [threshold for threshold, _ in pages] == ["1.0", "0.6"]
+    assert all(11 <= int(most) <= 6 + 9 + 12 for _, most in pages)
+
+
+@paddle.no_grad()
+def test_dense_serving_gives_what_the_library_generates():
+    byte_llama, serve_paged = import_module("byte_llama"), import_module("serve_paged")
+    model = byte_llama.load_probe()
+    document = byte_llama.read_document(Path(serve_paged.__file__), 700)
+    new, _ = serve_paged.serve(model, [document[0, :n].numpy() for n in (700, 130)], 8, 1.0)
+    for own, length in zip(new, (700, 130)):
+        prompt = document[:, :length]
+        expected, _ = model.generate(
+            prompt,
+            attention_mask=paddle.ones_like(prompt),
+            max_new_tokens=8,
+            decode_strategy="greedy_search",
+            eos_token_id=-1,
+            use_cache=True,
+        )
+        assert own == expected[0].tolist()
+
+
 def losses_of(output):
     """Loss and density of each step that finetune_qwen.py printed."""
     steps = re.findall(r"^step +\d+ +loss per byte ([\d.]+) +density +([\d.]+)%", output, re.MULTILINE)
