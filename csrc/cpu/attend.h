@@ -253,6 +253,7 @@ inline int64_t attend_workspace_bytes(const Calls<AttendCall>& calls) {
 
 inline void run_attend(const Calls<AttendCall>& calls) {
   const AttendParams& all = calls[0].params;  // of what the calls have in common
+  if (all.heads.num_heads_k == 0) return;     // there are no query heads either
   const int num_threads = all.execution.num_threads;
   Arena arena(all.execution.workspace);
   const AttendShared* shared = take_for_each<AttendShared>(arena, calls);

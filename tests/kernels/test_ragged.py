@@ -94,6 +94,12 @@ def test_no_requests_and_requests_without_queries():
         assert direct.ragged_attention(requests.query, key, value, *sizes, tables, out=out) > 0
 
 
+def test_requests_without_heads():
+    query, key = poisoned((5, 0, 32), "float32"), poisoned((9, 0, 32), "float32")
+    sizes = np.array([0, 5], np.int32), np.array([9], np.int32)
+    assert direct.ragged_attention(query, key, key, *sizes, out=query.copy()) > 0
+
+
 def test_strided_arrays_are_read_and_written_in_place():
     """As engines have them: queries, keys and values side by side, and pages of keys and values in one array."""
     requests = Requests(LENGTHS)

@@ -164,3 +164,10 @@ def test_the_example_of_its_docstring_runs():
     tests = doctest.DocTestFinder().find(direct.rr_attention, "rr_attention", globs={})
     results = [doctest.DocTestRunner().run(test) for test in tests]
     assert sum(result.attempted for result in results) == 7 and not any(result.failed for result in results)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("heads_k", (0, 2))
+def test_arrays_without_heads_are_left_as_they_are(heads_k):
+    query, key = poisoned((1, 5, 0, 32), "float32"), poisoned((1, 5, heads_k, 32), "float32")
+    assert direct.rr_attention(query, key, key, out=query.copy(), causal=True) > 0
