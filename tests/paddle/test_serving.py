@@ -67,6 +67,15 @@ def test_pooled_keys_are_written_in_place():
     assert_identical((out.numpy(), tensor.numpy()), (expected, pooled))
 
 
+def test_a_batch_without_queries():
+    query, pages = paddle.zeros([0, 4, 32]), paddle.zeros([3, 2, PAGE, 32])
+    sizes = paddle.zeros([3], "int32"), paddle.to_tensor([70, 0], "int32")
+    tables = paddle.to_tensor([[0, 1], [-1, -1]], "int32")
+    options = {"return_softmax_lse": True, "return_block_masks": True}
+    out, lse, masks = serving.ragged_attention(query, pages, pages, *sizes, tables, **options)
+    assert [x.shape for x in (out, lse, *masks)] == [[0, 4, 32], [4, 0], [4, 0, 1], [4, 0, 0]]
+
+
 def test_examples_of_the_docstrings():
     failures, tests = doctest.testmod(serving, extraglobs={"paddle": paddle, "rrattn": rrattn})
     assert tests > 0 and failures == 0
