@@ -1,6 +1,9 @@
 """Requests of several lengths in one call, keys in one piece and in pages: each as in its own call, bit for bit."""
 
 import ctypes
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,3 +320,17 @@ def test_arrays_on_a_gpu_are_refused(name):
     }
     with pytest.raises(ValueError, match=f"{name} is on cuda:0, but ragged batches run on a CPU only"):
         direct.ragged_attention(**{**call, name: OnGpu(call[name])})
+
+
+def test_nothing_is_read_or_written_past_an_array():
+    program = Path(__file__).with_name("guarded_batches.py")
+    process = subprocess.run([sys.executable, str(program), "0", "30"], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout.split()[-1]) > 60
+
+
+def test_what_there_is_no_argument_for_is_named():
+    requests = Requests([(3, 200), (2, 70)])
+    arrays = requests.query, *requests.in_one_piece, requests.cu_seqlens_q, requests.seqlens_k
+    with pytest.raises(TypeError, match="ragged_attention has no argument startend_row_indices, causal; by name it"):
+        direct.ragged_attention(*arrays, out=None, startend_row_indices=None, causal=False)
