@@ -330,7 +330,7 @@ int64_t ragged_attention(const py::object& query, const py::object& key, const p
     return std::make_pair(ragged_calls(given, lengths, written, row_lse, mask, settings),
                           scratch.bytes());
   };
-  const auto [sizes, scratch_bytes] = plan_at(intptr_t{1} << 61);
+  const auto [sizes, scratch_bytes] = plan_at(intptr_t{1} << 62);
   const int64_t bytes = scratch_bytes + cpu::ragged_workspace_bytes(sizes, execution.num_threads);
   if (options.size_only) return bytes;
   const Workspace workspace(bytes, arrays, given.query, options);

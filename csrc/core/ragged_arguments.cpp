@@ -12,8 +12,7 @@ namespace {
 
 constexpr const char* kLengthsMeaning = "one for each request";
 
-// Where no memory is: of arrays that are checked before they are there.
-void* const kNowhere = reinterpret_cast<void*>(intptr_t{1} << 62);
+constexpr intptr_t kNowhere = intptr_t{1} << 61;  // where no memory is
 
 void require_on_cpu(const Array& array) {
   if (array.device != "cpu") {
@@ -121,6 +120,75 @@ bool keeps_all(const KeepRules& rules, int64_t num_heads) {
   return true;
 }
 
+// A contiguous array that is checked in place of many that are not there yet.
+Array nowhere(const char* name, ElementType type, std::vector<int64_t> shape, intptr_t address) {
+  Array array;
+  array.name = name;
+  array.data = reinterpret_cast<void*>(address);
+  array.type = type;
+  array.element_bytes = 4;
+  array.device = "cpu";
+  array.shape = std::move(shape);
+  array.strides.resize(array.shape.size());
+  int64_t step = 1;
+  for (size_t i = array.shape.size(); i-- > 0; step *= array.shape[i]) array.strides[i] = step;
+  return array;
+}
+
+// What the requests have in common.
+struct Common {
+  EstimateParams estimate;
+  SelectParams select;
+  AttendParams attend;
+};
+
+// Checks types, heads, strides and settings, as those of a usual call of all queries over the keys of
+// one page, or of all requests.
+Common check_as_one_call(const RaggedArrays& arrays, const Array& out, const Array& lse,
+                         const RaggedSettings& settings) {
+  const bool paged = arrays.block_tables.has_value();
+  const Array query = as_batch(arrays.query);
+  const Array key = sample_of(arrays.key, paged, settings.heads_first);
+  const Array value = sample_of(arrays.value, paged, settings.heads_first);
+  const int64_t seqlen_q = query.shape[1], num_heads = query.shape[2], seqlen_k = key.shape[1];
+  const int64_t m_blocks = ceil_div(seqlen_q, kBlockSize);
+  const int64_t n_blocks = ceil_div(seqlen_k, kBlockSize);
+  const Array scores =
+      nowhere("block_scores", ElementType::kFloat32, {1, num_heads, m_blocks, n_blocks}, kNowhere);
+  const Array mask =
+      nowhere("block_mask", ElementType::kInt32,
+              {1, num_heads, m_blocks, ceil_div(n_blocks, kMaskWordBits)}, kNowhere + kNowhere / 2);
+  return {
+      estimate_params(query, key, std::nullopt, arrays.sink, scores, false, settings.sampling),
+      select_params(scores, arrays.head_thresholds, std::nullopt, mask, false, seqlen_q, seqlen_k,
+                    settings.rules),
+      attend_params(query, key, value, mask, std::nullopt, arrays.sink, as_batch(out),
+                    as_batch(lse), false, settings.sampling.softmax_scale, settings.compensate)};
+}
+
+void check_outputs(const RaggedArrays& arrays, int64_t mask_words, const Array& out,
+                   const Array& lse, const Array& block_mask) {
+  const int64_t num_tokens = arrays.query.shape[0], num_heads = arrays.query.shape[1];
+  require_shape(out, {num_tokens, num_heads, arrays.value.shape.back()},
+                "[tokens, num_heads, head_dim of value]");
+  require_type(lse, ElementType::kFloat32, "float32");
+  require_shape(lse, {num_heads, num_tokens}, "[num_heads, tokens]");
+  require_type(block_mask, ElementType::kInt32, "int32");
+  require_shape(block_mask, {mask_words},
+                "the words of all requests' masks, [num_heads, query blocks, words of 32 key "
+                "blocks] one after the other");
+  require_contiguous(block_mask);
+  std::vector<const Array*> outputs = {&out, &lse, &block_mask};
+  std::vector<const Array*> inputs = {&arrays.query, &arrays.key, &arrays.value,
+                                      &arrays.cu_seqlens_q, &arrays.seqlens_k};
+  if (arrays.pooled_keys) outputs.push_back(&*arrays.pooled_keys);
+  for (const OptionalArray* array :
+       {&arrays.block_tables, &arrays.keep_last, &arrays.head_thresholds, &arrays.sink}) {
+    if (*array) inputs.push_back(&**array);
+  }
+  require_own_memory(outputs, inputs, &arrays.query);
+}
+
 // The same rows from a later one on.
 Rows from(Rows rows, int64_t row, DataType dtype) {
   rows.data = static_cast<char*>(rows.data) + row * rows.row_stride * size_of(dtype);
@@ -187,116 +255,68 @@ int64_t ragged_mask_words(const std::vector<RequestLengths>& lengths, int64_t nu
 RaggedCalls ragged_calls(const RaggedArrays& arrays, const std::vector<RequestLengths>& lengths,
                          const Array& out, const Array& lse, const Array& block_mask,
                          const RaggedSettings& settings) {
-  const bool paged = arrays.block_tables.has_value(), heads_first = settings.heads_first;
   const Array &query = arrays.query, &key = arrays.key, &value = arrays.value;
   const int64_t num_tokens = query.shape[0], num_heads = query.shape[1];
   if (!std::equal(key.shape.begin(), key.shape.end() - 1, value.shape.begin())) {
     fail("value has shape ", to_string(value.shape), ", but must have that of key, ",
          to_string(key.shape), ", but for the head size");
   }
-  require_shape(out, {num_tokens, num_heads, value.shape.back()},
-                "[tokens, num_heads, head_dim of value]");
-  require_type(lse, ElementType::kFloat32, "float32");
-  require_shape(lse, {num_heads, num_tokens}, "[num_heads, tokens]");
-  require_type(block_mask, ElementType::kInt32, "int32");
-  require_shape(block_mask, {ragged_mask_words(lengths, num_heads)},
-                "the words of all requests' masks, [num_heads, query blocks, words of 32 key "
-                "blocks] one after the other");
-  require_contiguous(block_mask);
-  const auto batch = static_cast<int64_t>(lengths.size());
-  const uint8_t* keep_last = check_keep_last(arrays.keep_last, batch);
-
-  // The rest is checked as a usual call of all queries over the keys of one page or of all requests,
-  // which has the same types, heads, strides and settings.
-  const Array one_query = as_batch(query), one_out = as_batch(out), one_lse = as_batch(lse);
-  const Array one_key = sample_of(key, paged, heads_first);
-  const Array one_value = sample_of(value, paged, heads_first);
-  Array scores, mask;
-  scores.name = "block_scores";
-  mask.name = "block_mask";
-  scores.device = mask.device = "cpu";
-  scores.data = mask.data = kNowhere;
-  scores.type = ElementType::kFloat32;
-  mask.type = ElementType::kInt32;
-  const int64_t m_blocks = ceil_div(num_tokens, kBlockSize);
-  const int64_t n_blocks = ceil_div(one_key.shape[1], kBlockSize);
-  const int64_t words = ceil_div(n_blocks, kMaskWordBits);
-  scores.shape = {1, num_heads, m_blocks, n_blocks};
-  scores.strides = {num_heads * m_blocks * n_blocks, m_blocks * n_blocks, n_blocks, 1};
-  mask.shape = {1, num_heads, m_blocks, words};
-  mask.strides = {num_heads * m_blocks * words, m_blocks * words, words, 1};
-  scores.element_bytes = mask.element_bytes = 4;
-  const EstimateParams estimate = estimate_params(one_query, one_key, std::nullopt, arrays.sink,
-                                                  scores, false, settings.sampling);
-  scores.data = static_cast<char*>(kNowhere) + (intptr_t{1} << 61);
-  const SelectParams select = select_params(scores, arrays.head_thresholds, std::nullopt, mask,
-                                            false, num_tokens, one_key.shape[1], settings.rules);
-  const AttendParams attend =
-      attend_params(one_query, one_key, one_value, mask, std::nullopt, arrays.sink, one_out,
-                    one_lse, false, settings.sampling.softmax_scale, settings.compensate);
-  const int64_t page_size = paged ? one_key.shape[1] : 0;
-  const int64_t key_stride = estimate.sampling.key_stride;
+  check_outputs(arrays, ragged_mask_words(lengths, num_heads), out, lse, block_mask);
+  const uint8_t* keep_last =
+      check_keep_last(arrays.keep_last, static_cast<int64_t>(lengths.size()));
+  const Common common = check_as_one_call(arrays, out, lse, settings);
+  const DataType dtype = common.attend.heads.dtype;
+  const bool paged = arrays.block_tables.has_value();
+  const int64_t page_size = paged ? key.shape[settings.heads_first ? 2 : 1] : 0;
   if (arrays.pooled_keys) {
-    check_pooled_keys(*arrays.pooled_keys, arrays, estimate.heads, page_size, key_stride);
+    check_pooled_keys(*arrays.pooled_keys, arrays, common.attend.heads, page_size,
+                      common.estimate.sampling.key_stride);
   }
-  std::vector<const Array*> outputs = {&out, &lse, &block_mask};
-  std::vector<const Array*> inputs = {&query, &key, &value, &arrays.cu_seqlens_q,
-                                      &arrays.seqlens_k};
-  if (arrays.pooled_keys) outputs.push_back(&*arrays.pooled_keys);
-  for (const OptionalArray* array :
-       {&arrays.block_tables, &arrays.keep_last, &arrays.head_thresholds, &arrays.sink}) {
-    if (*array) inputs.push_back(&**array);
-  }
-  require_own_memory(outputs, inputs, &query);
 
   RaggedCalls calls;
   int64_t first_key = 0, first_word = 0;
-  for (int64_t b = 0; b < batch; ++b) {
+  for (size_t b = 0; b < lengths.size(); ++b) {
     const RequestLengths& request = lengths[b];
+    const Visibility visibility{1, request.seqlen_q, request.seqlen_k, num_heads, true, {}};
     if (request.seqlen_q > 0) {
-      Visibility visibility{1, request.seqlen_q, request.seqlen_k, num_heads, true, {}};
-      Pages pages;
+      EstimateCall estimate{common.estimate, {}, {}};
+      SelectParams select = common.select;
+      AttendCall attend(common.attend);
       if (paged) {
-        pages = {static_cast<const int32_t*>(arrays.block_tables->data) +
-                     b * arrays.block_tables->shape[1],
-                 page_size};
+        const auto* tables = static_cast<const int32_t*>(arrays.block_tables->data);
+        attend.pages = {tables + static_cast<int64_t>(b) * arrays.block_tables->shape[1],
+                        page_size};
+        estimate.pages = attend.pages;
       }
-      EstimateCall estimate_call{estimate, pages, {}};
-      EstimateParams& estimated = estimate_call.params;
-      estimated.visibility = visibility;
-      estimated.query = from(estimate.query, request.first_query, estimate.heads.dtype);
-      estimated.key = from(estimate.key, first_key, estimate.heads.dtype);
       if (arrays.pooled_keys) {
-        estimate_call.pooled = {static_cast<float*>(arrays.pooled_keys->data),
-                                request.seqlen_k - request.seqlen_q};
+        estimate.pooled = {static_cast<float*>(arrays.pooled_keys->data),
+                           request.seqlen_k - request.seqlen_q};
       }
-      SelectParams selected = select;
-      selected.visibility = visibility;
-      selected.rules.keep_local = std::min(settings.rules.keep_local, visibility.num_n_blocks());
-      if (keep_last) selected.rules.keep_last = keep_last[b] != 0;
-      selected.block_mask = static_cast<uint32_t*>(block_mask.data) + first_word;
-      if ((selected.rules.keep_last && visibility.num_m_blocks() == 1) ||
-          keeps_all(selected.rules, num_heads)) {
-        estimate_call.scores_wanted = false;
-        selected.rules.threshold = 1;
-        selected.rules.head_thresholds = nullptr;
+      estimate.params.visibility = select.visibility = attend.params.visibility = visibility;
+      attend.params.query = from(common.attend.query, request.first_query, dtype);
+      attend.params.key = from(common.attend.key, first_key, dtype);
+      attend.params.value = from(common.attend.value, first_key, dtype);
+      attend.params.out = from(common.attend.out, request.first_query, dtype);
+      attend.params.lse = static_cast<float*>(lse.data) + request.first_query;
+      attend.lse_head_stride = num_tokens;
+      estimate.params.query = attend.params.query;
+      estimate.params.key = attend.params.key;
+      select.block_mask = static_cast<uint32_t*>(block_mask.data) + first_word;
+      attend.params.block_mask = select.block_mask;
+      select.rules.keep_local = std::min(settings.rules.keep_local, visibility.num_n_blocks());
+      if (keep_last) select.rules.keep_last = keep_last[b] != 0;
+      if ((select.rules.keep_last && visibility.num_m_blocks() == 1) ||
+          keeps_all(select.rules, num_heads)) {
+        // Every visible block is kept, so there are no scores to read.
+        estimate.scores_wanted = false;
+        select.rules.threshold = 1;
+        select.rules.head_thresholds = nullptr;
       }
-      AttendCall attend_call(attend);
-      AttendParams& attended = attend_call.params;
-      attend_call.pages = pages;
-      attend_call.lse_head_stride = num_tokens;
-      attended.visibility = visibility;
-      attended.query = from(attend.query, request.first_query, attend.heads.dtype);
-      attended.key = estimated.key;
-      attended.value = from(attend.value, first_key, attend.heads.dtype);
-      attended.block_mask = selected.block_mask;
-      attended.out = from(attend.out, request.first_query, attend.heads.dtype);
-      attended.lse = static_cast<float*>(lse.data) + request.first_query;
-      first_word += num_heads * visibility.num_m_blocks() * visibility.num_mask_words();
-      calls.estimate.push_back(estimate_call);
-      calls.select.push_back(selected);
-      calls.attend.push_back(attend_call);
+      calls.estimate.push_back(estimate);
+      calls.select.push_back(select);
+      calls.attend.push_back(attend);
     }
+    first_word += num_heads * visibility.num_m_blocks() * visibility.num_mask_words();
     if (!paged) first_key += request.seqlen_k;
   }
   return calls;
