@@ -3,6 +3,7 @@
 #include "../core/ragged_arguments.h"
 #include "../cpu/cpu_quota.h"
 #include "../cpu/ragged.h"
+#include "../cpu/work_queue.h"
 #include "../cuda/gpu_path.h"
 #include "arrays.h"
 #include "devices.h"
@@ -351,6 +352,24 @@ int64_t startend_rows_from_dense(const py::object& mask, const py::object& start
              arrays, first, options);
 }
 
+// (request, query block) in the order in which the threads take them, of requests of these numbers of
+// queries and keys. For its test.
+std::vector<std::pair<int, int>> work_order(
+    const std::vector<std::pair<int64_t, int64_t>>& lengths) {
+  std::vector<cpu::WorkRow> rows;
+  for (size_t b = 0; b < lengths.size(); ++b) {
+    const Visibility visibility{1, lengths[b].first, lengths[b].second, 1, true, {}};
+    for (int64_t m_block = 0; m_block < visibility.num_m_blocks(); ++m_block) {
+      rows.push_back({cpu::work_of_rows(visibility, m_block, 1), static_cast<int32_t>(b),
+                      static_cast<int32_t>(m_block)});
+    }
+  }
+  cpu::longest_first(rows.data(), static_cast<int64_t>(rows.size()));
+  std::vector<std::pair<int, int>> order;
+  for (const cpu::WorkRow& row : rows) order.emplace_back(row.call, row.row);
+  return order;
+}
+
 // A class that is made from its settings, by name.
 template <typename Settings, typename... Values>
 void add_settings(py::module_& module, const char* name, std::tuple<Setting<Values>...> settings) {
@@ -428,6 +447,7 @@ PYBIND11_MODULE(_direct, module) {
     return gpu_kernels(device, cuda::gpu_path_of_name(path));
   });
   module.def("default_num_threads", &cpu::default_num_threads);
+  module.def("_work_order", &work_order);
   module.def("_cpu_quota", &cpu::cpu_quota);  // for its test
 }
 

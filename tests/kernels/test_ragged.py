@@ -10,7 +10,7 @@ import pytest
 from harness import assert_identical, poisoned
 from ragged_batch import Requests
 
-from rrattn import direct
+from rrattn import _direct, direct
 
 LENGTHS = [(300, 300), (1, 1), (0, 77), (1, 500), (127, 127), (129, 700), (256, 384), (0, 0), (600, 600)]
 LAYOUTS = {
@@ -83,6 +83,17 @@ def test_results_do_not_depend_on_the_number_of_threads():
     requests = Requests([(2000, 2000), *LENGTHS])
     one, several = (requests.call(*requests.in_pages(64), threshold=0.6, num_threads=n) for n in (1, 3))
     assert_identical(one, several)
+
+
+def test_threads_take_the_longest_rows_of_all_requests_first():
+    lengths = [(300, 300), (1, 5000), (2000, 2000), (0, 10), (128, 900)]
+    order = _direct._work_order(lengths)
+    rows = {(b, m): min(128, q - 128 * m) for b, (q, _) in enumerate(lengths) for m in range(-(-q // 128))}
+    work = {(b, m): n * (lengths[b][1] - lengths[b][0] + 128 * m + n) for (b, m), n in rows.items()}
+    assert sorted(order) == sorted(work)
+    assert [work[row] for row in order] == sorted(work.values(), reverse=True)
+    assert order[0] == (2, 14) and order[1:3] == [(2, 13), (2, 12)]  # the last of the prompt of 2,000 has fewer rows
+    assert _direct._work_order([(384, 384)] * 2)[:2] == [(0, 2), (1, 2)]
 
 
 def test_no_requests_and_requests_without_queries():
