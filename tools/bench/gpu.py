@@ -3,8 +3,11 @@
     python -m tools.bench.gpu --stage estimate+select --json tools/bench/results/gpu.json
     python -m tools.bench.gpu --stage attend --tokens 8192 32768 --density 0.5 0.1
 
+    python -m tools.bench.gpu --stage shapes --shape "MQA 32/1" "8 documents"
+
 Needs torch, a Hopper GPU, and rrattn.direct built with the GPU kernels (RRATTN_CUDA_ARCHS=90a, see setup.py). bfloat16,
-batch 1, 32 query heads over 8 key heads, D 128, causal; random data except where rr_attention says otherwise.
+batch 1, 32 query heads over 8 key heads, D 128, causal, except where shapes says otherwise; random data except where
+rr_attention does.
 
 estimate, select, estimate+select
     Medians of replays of a CUDA graph between events, warm, and cuDNN's dense attention. The floor is the larger of two
@@ -24,9 +27,14 @@ rr_attention
     Estimate, select and attend in a row, with the settings of gpu_attend.RR_ATTENTION_SETTINGS, on queries and keys
     with structure (gpu_inputs.structured) and on random ones, and cuDNN's dense attention in turns. TFLOP/s count
     the attended blocks as above over the time of all three stages.
+shapes
+    attend and backward of what shapes.SHAPES lists: other head sizes, numbers of heads and batches, documents by
+    FlashMask, a low density. Rivals in turns: both dense attentions of torch and their backward passes, which take
+    documents as sequences of their own, and FlashAttention-4 on the same blocks, until compiling it has taken
+    gpu_shapes.SECONDS_OF_FA4. TFLOP/s as of attend and backward. A short table comes last.
 
-Densities are shares of the visible blocks. A run with --json replaces the records of the stages and lengths that it
-measures and keeps the file's others.
+Densities are shares of the visible blocks. A run with --json replaces the records of the stages, lengths and shapes
+that it measures and keeps the file's others.
 """
 
 from __future__ import annotations
@@ -44,12 +52,12 @@ import torch
 from rrattn import direct
 from rrattn.command_line import check_output_file
 
-from . import gpu_attend, gpu_backward
+from . import gpu_attend, gpu_backward, gpu_shapes, shapes
 from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
 from .gpu_rivals import DENSE, elapsed_ms
 
 SAMPLING_STAGES = ("estimate", "select", "estimate+select")
-STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention")
+STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention", "shapes")
 THRESHOLD = 0.9
 # seqlen_q, seqlen_k, stride, key stride
 SHAPES = [
@@ -160,10 +168,10 @@ def line(record):
 
 
 def merge(before, after):
-    """Records before, but for the stages and lengths that are among those after, and those."""
+    """Records before, but for the stages, lengths and shapes that are among those after, and those."""
 
     def place(record):
-        return record["stage"], record["seqlen_q"], record["seqlen_k"]
+        return record["stage"], record["seqlen_q"], record["seqlen_k"], record.get("shape")
 
     replaced = set(map(place, after))
     return [record for record in before if place(record) not in replaced] + after
@@ -174,6 +182,7 @@ def parse_arguments():
     parser.add_argument("--stage", choices=STAGES, action="append", help="may be given several times; default: all")
     parser.add_argument("--tokens", type=int, nargs="+", help="only these lengths of keys")
     parser.add_argument("--density", type=float, nargs="+", help="only these densities of attend and backward")
+    parser.add_argument("--shape", nargs="+", choices=shapes.SHAPES, metavar="NAME", help="only these of shapes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the records to FILE, beside its others")
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     arguments = parser.parse_args()
@@ -184,6 +193,8 @@ def parse_arguments():
         if unknown:
             allowed, stages = ", ".join(map(str, sorted(known))) or "none", ", ".join(arguments.stage)
             parser.error(f"--{name} must be of those that {stages} is measured at ({allowed}), got {unknown}")
+    if arguments.shape and "shapes" not in arguments.stage:
+        parser.error("--shape is of the stage shapes, which is not among those to be measured")
     if arguments.json:
         check_output_file(parser, "--json", arguments.json)
         try:
@@ -237,7 +248,7 @@ def main():
 
     def report(record, text):
         print(text, flush=True)
-        records.append({**record, **common})
+        records.append({**common, **record})
         if arguments.json:  # each time, so that a run that is cut short leaves what it measured
             merged = merge(stored_records(arguments.json), records)
             arguments.json.write_text(json.dumps(merged, indent=1) + "\n")
@@ -256,6 +267,12 @@ def main():
     if "rr_attention" in stages:
         for record in gpu_attend.measure_all_rr_attention(arguments.tokens):
             report(record, gpu_attend.line(record))
+    if "shapes" in stages:
+        measured = []
+        for record in gpu_shapes.measure(arguments.shape):
+            report(record, shapes.line(record))
+            measured.append(record)
+        print(*shapes.short_table(measured), sep="\n")
 
 
 if __name__ == "__main__":

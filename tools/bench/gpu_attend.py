@@ -44,12 +44,16 @@ def empty(dtype, *shape):
 
 
 class Pipeline:
-    """The stages on given inputs: the estimate's, the selection's and the attention's results lie in its fields."""
+    """The stages on given inputs: the attention's results lie in its fields.
 
-    def __init__(self, query, key, value):
-        self.query, self.key, self.value = query, key, value
+    `startend`, int32 [B or 1, Hkv or 1, Lk, bounds], is FlashMask's row indices of attention and its gradients.
+    """
+
+    def __init__(self, query, key, value, startend=None):
+        self.query, self.key, self.value, self.startend = query, key, value, startend
         self.lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
-        self.out, self.lse = torch.empty_like(query), empty(torch.float32, 1, NUM_HEADS, query.shape[1])
+        batch, seqlen_q, heads, _ = query.shape
+        self.out, self.lse = torch.empty_like(query), empty(torch.float32, batch, heads, seqlen_q)
         self.workspace = empty(torch.uint8, 0)
 
     def with_workspace(self, stages):
@@ -66,7 +70,8 @@ class Pipeline:
         return call, num_bytes
 
     def attend(self, block_mask):
-        arrays, outputs = (self.query, self.key, self.value, block_mask), {"out": self.out, "lse": self.lse}
+        arrays = self.query, self.key, self.value, block_mask, self.startend
+        outputs = {"out": self.out, "lse": self.lse}
         return lambda **options: direct.block_sparse_attention(*arrays, **outputs, causal=True, **options)
 
     def stages(self, scores, block_mask, config):

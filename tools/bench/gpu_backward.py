@@ -30,7 +30,7 @@ def backward(pipeline, block_mask, grad_out, grads, deterministic):
     arrays = pipeline.query, pipeline.key, pipeline.value, block_mask, pipeline.out.clone(), pipeline.lse.clone()
     outputs = dict(zip(("grad_query", "grad_key", "grad_value"), grads))
     return lambda **options: direct.block_sparse_attention_backward(
-        *arrays, grad_out, **outputs, causal=True, deterministic=deterministic, **options
+        *arrays, grad_out, pipeline.startend, **outputs, causal=True, deterministic=deterministic, **options
     )
 
 

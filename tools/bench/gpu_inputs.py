@@ -9,26 +9,26 @@ import torch
 NUM_HEADS, NUM_HEADS_K, HEAD_DIM, BLOCK = 32, 8, 128, 128
 
 
-def normal(length, heads):
-    """[1, length, heads, D] bfloat16."""
-    return torch.randn(1, length, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+def normal(length, heads, head_dim=HEAD_DIM, batch=1):
+    """[batch, length, heads, head_dim] bfloat16."""
+    return torch.randn(batch, length, heads, head_dim, device="cuda", dtype=torch.bfloat16)
 
 
-def random_blocks(seqlen_q, seqlen_k, density):
-    """bool [Hq, Mq, Mk]: each block before a row's own with this probability, the row's own always, none after it."""
+def random_blocks(seqlen_q, seqlen_k, density, heads=NUM_HEADS, batch=1):
+    """bool [B, Hq, Mq, Mk]: each block before a row's own with this probability, that one always, none after it."""
     blocks_q, blocks_k = seqlen_q // BLOCK, seqlen_k // BLOCK
-    chosen = torch.rand(NUM_HEADS, blocks_q, blocks_k, device="cuda") < density
+    chosen = torch.rand(batch, heads, blocks_q, blocks_k, device="cuda") < density
     own = torch.ones(blocks_q, blocks_k, device="cuda", dtype=torch.bool).tril(blocks_k - blocks_q)
     before = own.tril(blocks_k - blocks_q - 1)
     return chosen & before | own & ~before
 
 
 def pack(mask):
-    """bool [Hq, Mq, Mk] to the words of rrattn, [1, Hq, Mq, ceil(Mk / 32)] int32."""
+    """bool [B, Hq, Mq, Mk] to the words of rrattn, [B, Hq, Mq, ceil(Mk / 32)] int32."""
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 32))
     powers = 1 << torch.arange(32, device="cuda")
     words = (padded.unflatten(-1, (-1, 32)) * powers).sum(-1)  # int64, below 2^32
-    return torch.where(words < 1 << 31, words, words - (1 << 32)).int()[None].contiguous()
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).int().contiguous()
 
 
 def selected_blocks(words):
@@ -42,10 +42,13 @@ def visible_blocks(seqlen_q, seqlen_k):
     return sum(blocks_k - blocks_q + m + 1 for m in range(blocks_q))
 
 
-def attend_flops(num_selected, seqlen_q):
-    """Two products a block, 4 * 128 * 128 * D; the row's own block, which is selected, counts half (causal)."""
-    own = NUM_HEADS * (seqlen_q // BLOCK)
-    return 4 * BLOCK * BLOCK * HEAD_DIM * (num_selected - own / 2)
+def attend_flops(num_selected, seqlen_q, heads=NUM_HEADS, head_dim=HEAD_DIM):
+    """Two products a block, 4 * 128 * 128 * D; the row's own block, which is selected, counts half (causal).
+
+    `heads` are those of all sequences of a batch.
+    """
+    own = heads * (seqlen_q // BLOCK)
+    return 4 * BLOCK * BLOCK * head_dim * (num_selected - own / 2)
 
 
 def structured(tokens, seed=0):

@@ -58,7 +58,7 @@ def random_words(num_heads, tokens, density):
     """The words of random masks, each head with its own: every block on the diagonal, others with this probability."""
     blocks = tokens // 128
     own = torch.eye(blocks, device="cuda", dtype=torch.bool)
-    return pack((torch.rand(num_heads, blocks, blocks, device="cuda") < density).tril() | own)
+    return pack((torch.rand(1, num_heads, blocks, blocks, device="cuda") < density).tril() | own)
 
 
 class Problem:

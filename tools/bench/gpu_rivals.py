@@ -1,8 +1,8 @@
 """Other implementations of attention on the same inputs, for the GPU benchmarks, and how all are timed in turn.
 
-Each maker takes query [1, Lq, Hq, D], key and value [1, Lk, Hkv, D], and where it is block-sparse a mask, bool
-[Hq, Mq, Mk], of selected causal blocks, each row's own among them; it returns a call without arguments. What cannot run
-here raises, and `make` tells why.
+Each maker takes query [B, Lq, Hq, D], key and value [B, Lk, Hkv, D], and where it is block-sparse a mask, bool
+[B, Hq, Mq, Mk], of selected causal blocks, each row's own among them; it returns a call without arguments. What cannot
+run here raises, and `make` tells why.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def dense(backend):
 
 
 def index_lists(mask):
-    """(number of blocks [1, Hq, Mq], their indices in rising order [1, Hq, Mq, Mk]), int32."""
+    """(number of blocks [B, Hq, Mq], their indices in rising order [B, Hq, Mq, Mk]), int32."""
     mask = mask.contiguous()
     order = (~mask).byte().argsort(dim=-1, stable=True)
-    return mask.sum(-1, dtype=torch.int32)[None], order.int()[None]
+    return mask.sum(-1, dtype=torch.int32), order.int()
 
 
 def whole_and_own(mask):
     """The selected blocks that every row sees whole, and those on the diagonal."""
-    own = torch.ones_like(mask[0]).triu(mask.shape[2] - mask.shape[1])
+    own = torch.ones_like(mask[0, 0]).triu(mask.shape[3] - mask.shape[2])
     return mask & ~own, mask & own
 
 
@@ -123,7 +123,7 @@ SPARSE = {"flex": flex, "fa4": flash_attention_4}
 
 
 def backward_of(forward):
-    """The backward pass of one of the above, by torch's autograd: takes grad_out [1, Lq, Hq, D] as well, at the end."""
+    """The backward pass of one of the above, by torch's autograd: takes grad_out [B, Lq, Hq, D] as well, at the end."""
 
     def maker(*arguments):
         *inputs, grad_out = arguments
@@ -185,7 +185,7 @@ def elapsed_ms(call):
     return begin.elapsed_time(end)
 
 
-def interleaved_ms(calls, rounds):
+def interleaved_ms(calls, rounds, seconds_before=SECONDS_BEFORE):
     """{name: median ms over the rounds}, each call in every round: a GPU that slows down slows all of them.
 
     What ran before sets the clock that a call finds: an H200 at its power limit is faster after a light kernel than
@@ -197,7 +197,7 @@ def interleaved_ms(calls, rounds):
     for _ in range(rounds):
         for name, call in shuffled.sample(list(calls.items()), len(calls)):
             start = time.monotonic()
-            while time.monotonic() - start < SECONDS_BEFORE:
+            while time.monotonic() - start < seconds_before:
                 call()
                 torch.cuda.synchronize()
             for _ in range(2):

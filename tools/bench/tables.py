@@ -8,6 +8,7 @@ import json
 import sys
 import textwrap
 
+from tools.bench import shapes
 from tools.pages import ROOT, with_sections, write_or_check
 
 
@@ -43,6 +44,7 @@ def gpu_tables(records):
         (attend_table, "attend"),
         (backward_table, "backward"),
         (rr_attention_table, "rr_attention"),
+        (shapes_table, "shapes"),
     )
     rows_of = {stage: [row for row in records if row["stage"] == stage] for _, stage in tables}
     return "\n\n".join(table(rows_of[stage]) for table, stage in tables if rows_of[stage])
@@ -143,6 +145,33 @@ def rr_attention_table(rows):
             f" {row['ms']:.3f} ms | {times(row, 'cudnn dense')} |"
         )
     return "\n".join(lines)
+
+
+def shapes_table(rows):
+    one = rows[0]
+    sources = dict.fromkeys(f"`{row['command']}` at commit {row['commit']}" for row in rows)
+    lines = [
+        f"{one['gpu']}, CUDA {one['cuda']}, {one['dtype']}, causal, random blocks, those on the diagonal always; batch"
+        " 1, 16,384 tokens, 32 query heads over 8 key heads, head size 128 where the name of a row says nothing else;"
+        f" the documents share 32,768 tokens by FlashMask ({', '.join(sources)}). *n x* is the time of dense attention,"
+        " of all blocks, over ours, and that of FlashAttention-4 on the same blocks. Dense attention is cuDNN's, which"
+        " takes documents as sequences of their own; of gradients of head sizes above 128 the fastest that torch has.",
+        "",
+        "| | blocks | attend | TFLOP/s | dense | FlashAttention-4 | backward | TFLOP/s | dense | FlashAttention-4 |",
+        "|---" * 10 + "|",
+    ]
+    for name, found in shapes.passes_of(rows).items():
+        cells = [name, f"{100 * next(iter(found.values()))['density']:.0f}%"]
+        for each in shapes.PASSES:
+            cells += shape_cells(found[each]) if each in found else ["not measured"] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shape_cells(row):
+    """Time and rate, and how often the time goes into those of dense attention and of FlashAttention-4."""
+    factors = (f"{factor} x" if factor != "-" else "not measured" for factor in shapes.ratios(row))
+    return [f"{row['ms']:.3f} ms", f"{row['tflops']:.0f}", *factors]
 
 
 PORTABLE_STAGES = "attend", "backward", "estimate+select", "rr_attention"
