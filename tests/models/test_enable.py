@@ -26,8 +26,14 @@ import rrattn
 from rrattn.config import SETTINGS, Settings
 from rrattn.integrations import attention_cores
 
+LENGTH = 580  # five blocks, the last one partial: enough to leave some out
 FLAG, OFF = {"paddleformers": ("_attn_implementation", "eager"), "paddlenlp": ("use_rrattn", False)}[LIBRARY]
 SPARSER = replace(SPARSE, threshold=0.2)
+
+
+@pytest.fixture
+def tokens():
+    return make_tokens(LENGTH)
 
 
 def built_from(config, weights_of):

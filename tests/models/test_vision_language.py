@@ -56,7 +56,7 @@ def gradients(model, inputs):
     return float(loss), {name: grad.numpy() for name, grad in grads.items() if grad is not None}
 
 
-def generate(model, inputs, count=4):
+def generate(model, inputs, count=2):
     """`count` more tokens [1, count], drawn with a seed. The library prefills all anew for each: it keeps no cache."""
     paddle.seed(7)
     settings = {"decode_strategy": "sampling", "top_k": 20, "temperature": 10.0, "eos_token_id": -1}

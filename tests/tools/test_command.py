@@ -39,6 +39,14 @@ def paddle_with_gpus(monkeypatch):
     monkeypatch.setattr(direct, "gpu_kernels", lambda device, path: kernels[path][device])
 
 
+@pytest.fixture
+def one_case(monkeypatch):
+    """Each group of the check has a case; it passes with all of them in `test_check_passes_here`."""
+    monkeypatch.setattr(check, "CASES", check.CASES[:1])
+    monkeypatch.setattr(check, "COMPENSATED_CASES", check.COMPENSATED_CASES[:1])
+    monkeypatch.setattr(check, "FEATURES", {label: cases[:1] for label, cases in check.FEATURES.items()})
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
@@ -244,6 +252,7 @@ def does_not(option):
 DTYPES = ("float32", "float16", "bfloat16")
 PLAIN = (*DTYPES, *check.FEATURES)
 ATTENTION = (*PLAIN, "compensation")
+CASES_OF_FAULTS = check.CASES[2:4]
 
 
 @pytest.mark.parametrize(
@@ -315,8 +324,10 @@ ATTENTION = (*PLAIN, "compensation")
         (functional, "estimate_block_scores", ends_early, (*PLAIN, "bad arguments"), "RuntimeError: no such kernel"),
     ],
 )
-def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys, module, name, fault, failing, message):
-    monkeypatch.setattr(check, "CASES", check.CASES[2:4])
+def test_check_fails_where_a_kernel_is_wrong(monkeypatch, one_case, capsys, module, name, fault, failing, message):
+    here = [check.DirectKernels(direct.simd()), check.OperatorKernels("cpu")]  # the fault is before instruction sets
+    monkeypatch.setattr(check, "kernels_here", lambda: (here, []))
+    monkeypatch.setattr(check, "CASES", CASES_OF_FAULTS)
     monkeypatch.setattr(module, name, fault(getattr(module, name)))
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -331,8 +342,7 @@ def test_check_fails_where_a_kernel_is_wrong(monkeypatch, capsys, module, name, 
         assert word in lines[-1]
 
 
-def test_check_leaves_the_instruction_set_as_it_was(monkeypatch, simd):
-    monkeypatch.setattr(check, "CASES", check.CASES[:1])
+def test_check_leaves_the_instruction_set_as_it_was(one_case, simd):
     assert main(["check"]) == 0
     assert direct.simd() == simd
 
@@ -361,8 +371,7 @@ def test_check_tells_which_kernels_each_gpu_gets_and_what_is_built(paddle_with_g
     ]
 
 
-def test_a_device_that_cannot_be_used_fails_its_groups_alone(monkeypatch, capsys):
-    monkeypatch.setattr(check, "CASES", check.CASES[:1])
+def test_a_device_that_cannot_be_used_fails_its_groups_alone(monkeypatch, one_case, capsys):
     monkeypatch.setattr(
         check, "kernels_here", lambda: ([check.OperatorKernels("gpu:99"), check.OperatorKernels("cpu")], [])
     )

@@ -282,6 +282,12 @@ def test_the_dispatch_launches_what_is_instantiated(tmp_path):
     assert launched == {f"{path.parents[1]}_{path.stem.partition('_')[2]}" for path in sources}
 
 
+def test_a_source_of_instances_stands_by_itself():
+    """CI compiles those of a stage as one source, in which what one includes is there for the next."""
+    for path in ROOT.glob("csrc/cuda/sm*/*/instantiations/*.cu"):
+        assert path.read_text().startswith('#include "../stage.cuh"\n'), path
+
+
 KERNEL = re.compile(r"(?:template <([^>]*)>\s*)?(?:static\s+)?__global__")
 
 

@@ -15,7 +15,7 @@ from tools.evaluation.methods import Method  # noqa: E402
 from tools.evaluation.model import Model  # noqa: E402
 
 PROBE = ROOT / "examples" / "probe"
-LENGTH, QUESTIONS = 3000, 10
+LENGTH, QUESTIONS = 2048, 10
 
 
 @pytest.fixture(scope="module")
