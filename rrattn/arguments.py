@@ -29,6 +29,9 @@ KEY_STRIDES = (1, *STRIDES)
 MAX_LENGTH = 2**30
 """The largest number of tokens that the kernels take."""
 
+QUANTIZATIONS = ("qk_int8_pv_fp8",)
+"""What attention can be computed in, other than 16 or 32 bits."""
+
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 
@@ -145,6 +148,18 @@ def softmax_scale(value: object) -> float | None:
     if not math.isfinite(_float32(scale)):
         raise ValueError(f"softmax_scale is {_in_float32(value, scale)}, but must be finite")
     return scale
+
+
+def quantization(value: object) -> str | None:
+    """One of QUANTIZATIONS; None stays None."""
+    if value is None:
+        return None
+    allowed = f"None or {' or '.join(map(repr, QUANTIZATIONS))}"
+    if not isinstance(value, str):
+        raise refused(value, "quantization", allowed)
+    if value not in QUANTIZATIONS:
+        raise refused(value, "quantization", allowed, ValueError)
+    return value
 
 
 def spread(value: object) -> float:

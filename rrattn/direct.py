@@ -125,6 +125,7 @@ def rr_attention(
     keep_local: int = _DEFAULTS.keep_local,
     min_share: float = _DEFAULTS.min_share,
     compensate: bool = _DEFAULTS.compensate,
+    quantization: str | None = _DEFAULTS.quantization,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -143,7 +144,7 @@ def rr_attention(
     threshold : float in (0, 1], or [Hq] or [1] float32
     startend_row_indices, causal, stride, key_stride, head_offset, softmax_scale, spread
         As in :func:`rrattn.rr_attention`.
-    keep_sink, keep_last, keep_local, min_share, compensate
+    keep_sink, keep_last, keep_local, min_share, compensate, quantization
         As there.
 
     The workspace holds the outputs that are not given too.
@@ -175,6 +176,7 @@ def rr_attention(
         sampling=_direct.Sampling(**sampling_of_call(stride, key_stride, head_offset, softmax_scale, spread)),
         rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keep_last, keep_local, min_share)),
         compensate=arguments.flag(compensate, "compensate"),
+        quantization=arguments.quantization(quantization) or "",
         dtype=_name(dtype),
         options=_options(rr_attention, options),
     )
@@ -272,6 +274,7 @@ def block_sparse_attention(
     causal: bool = CAUSAL,
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     compensate: bool = _DEFAULTS.compensate,
+    quantization: str | None = _DEFAULTS.quantization,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
@@ -286,7 +289,7 @@ def block_sparse_attention(
     out : [B, Lq, Hq, Dv], output, same dtype
     lse : [B, Hq, Lq] float32, output: log-sum-exp of each row; where nothing is visible the sink, or -inf
     sink : [Hq] float32, optional
-    startend_row_indices, causal, softmax_scale, compensate : as in :func:`rrattn.rr_attention`
+    startend_row_indices, causal, softmax_scale, compensate, quantization : as in :func:`rrattn.rr_attention`
     """
     return _direct.block_sparse_attention(
         query,
@@ -300,6 +303,7 @@ def block_sparse_attention(
         causal=arguments.flag(causal, "causal"),
         softmax_scale=arguments.softmax_scale(softmax_scale),
         compensate=arguments.flag(compensate, "compensate"),
+        quantization=arguments.quantization(quantization) or "",
         dtype=_name(dtype),
         options=_options(block_sparse_attention, options),
     )

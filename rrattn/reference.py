@@ -5,7 +5,7 @@ Block masks here are plain booleans [B, Hq, Mq, Mk]; `pack` and `unpack` transla
 
     estimate  -> block_scores [B, Hq, Mq, Mk]
     select    -> block mask   [B, Hq, Mq, Mk]
-    attend    -> out [B, Lq, Hq, Dv], lse [B, Hq, Lq]
+    attend    -> out [B, Lq, Hq, Dv], lse [B, Hq, Lq]; quantized_attend the same in eight bits
     backward  -> grad_query, grad_key, grad_value, and with a sink grad_sink [Hq]
 
 A `sink` [Hq] is one more key for each row, of this score and without a value.
@@ -60,6 +60,13 @@ def cast(values: ArrayLike, dtype: str) -> Array:
     if dtype == "float16":
         return np.asarray(values, np.float16).astype(np.float32)
     return np.asarray(values, dtype)
+
+
+def to_e4m3(values: ArrayLike) -> Array:
+    """Values rounded to the nearest number of FP8 (e4m3), ties to even: four leading bits, or multiples of 2^-9 below
+    2^-6. Their magnitude is at most 448."""
+    exponent = np.maximum(np.frexp(values)[1] - 1, -6)
+    return np.ldexp(np.rint(np.ldexp(values, 3 - exponent)), exponent - 3)
 
 
 def encode(values: ArrayLike, dtype: str) -> Array:
@@ -337,6 +344,109 @@ def attend(
         probability, lse[b, h] = masked_softmax(score, visible[b, h], None if sink is None else sink[h])
         out[b, :, h] = cast(cast(probability, dtype) @ v, dtype)
     return out, lse
+
+
+def quantized_attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: NDArray[np.bool_],
+    startend: Array | None = None,
+    *,
+    causal: bool,
+    softmax_scale: float | None = None,
+    sink: Array | None = None,
+) -> tuple[Array, Array]:
+    """Stage 3 with the quantization "qk_int8_pv_fp8": what `attend` returns, of products of eight bits.
+
+    Scales are float32, rounded in the order that is written here; all else is exact, in float64. A kernel multiplies
+    INT8 into int32 and e4m3 into float32, and may round the rest to float32.
+
+    - A key that no query of its group sees counts as nothing, below. A key that is not finite is zeros, and its value
+      NaN; a value that is not finite is NaN.
+    - From each key its head's *mean key* is subtracted: the mean of the finite keys of the first block of 128 that has
+      a key that counts, of those that do. Scores lack its score, which is constant in a row; lse gets it added, and a
+      sink loses it.
+    - Queries become INT8 with a scale for each row, keys with one for each block of 128: x becomes the nearest whole
+      number to x * (127 / largest), ties to even, where `largest` is the largest magnitude of the row or block. Zeros
+      where that is below 2^-100. Of a query that is not finite the scale is NaN, and so are its scores.
+    - Scores are exponents of 2: the product of whole numbers, times largest / 127 of either, times softmax_scale *
+      log2(e).
+    - Values become e4m3, divided by a power of two for each column of a key head: the smallest, from 2^-100 on, with
+      which the largest magnitude of the column is at most 448.
+    - The *base* of a row is its largest visible score, or the sink's if larger, rounded up to a whole number.
+      Probabilities are 256 * 2^(score - base), rounded to e4m3. A kernel may use the largest score so far: as bases are
+      whole, that changes probabilities by powers of two, but for those below 2^-14, where e4m3 has fewer bits.
+    - A row's sum is of rounded probabilities, so that their rounding cancels where one key has most of the mass; the
+      sink adds its own, not rounded. out is the sum of products with values over it.
+    """
+    batch, seqlen_q, num_heads, head_dim = query.shape
+    seqlen_k, num_heads_k = key.shape[1:3]
+    group = num_heads // num_heads_k
+    scale = np.float32(head_dim**-0.5 if softmax_scale is None else softmax_scale)
+    visible = selected_tokens(query, key, block_mask, startend, causal)
+    seen = token_mask(
+        startend, causal=causal, batch=batch, num_heads=num_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+    ).any(axis=2)
+    out = np.zeros((batch, seqlen_q, num_heads, value.shape[-1]))
+    lse = np.zeros((batch, num_heads, seqlen_q))
+    for b, h in np.ndindex(batch, num_heads):
+        h_k = h // group
+        counts = seen[b, h_k * group : (h_k + 1) * group].any(axis=0)  # [Lk]
+        k, mean, k_scale = _quantized_keys(key[b, :, h_k].astype(np.float32), counts)
+        bad_key = counts & ~np.isfinite(key[b, :, h_k]).all(-1)
+        v = _quantized_values(value[b, :, h_k], counts)  # [Lk, Dv], what is not finite NaN
+        v[bad_key] = np.nan
+        q = query[b, :, h].astype(np.float32)
+        bad_query = ~np.isfinite(q).all(-1)
+        q[bad_query] = 0
+        of_mean = (q.astype(np.float64) @ mean) * scale  # [Lq]
+        largest = np.abs(q).max(-1, initial=0)
+        q_scale = largest / np.float32(127) * (scale * np.float32(np.log2(np.e)))
+        q_scale[bad_query] = np.nan
+        score = (_to_int8(q, largest[:, None]) @ k.T) * np.outer(q_scale, k_scale)  # [Lq, Lk]
+        score = np.where(visible[b, h], score, -np.inf)
+        of_sink = np.full(seqlen_q, -np.inf) if sink is None else (sink[h] - of_mean) / np.log(2)
+        base = np.ceil(np.maximum(score.max(-1, initial=-np.inf), of_sink))
+        base = np.where(np.isneginf(base), 0, base)
+        p = to_e4m3(256 * np.exp2(score - base[:, None]))
+        row_sum = p.sum(-1) + 256 * np.exp2(of_sink - base)
+        total = p @ np.nan_to_num(v)
+        total[visible[b, h].astype(float) @ np.isnan(v) > 0] = np.nan
+        out[b, :, h] = total / np.where(row_sum == 0, 1, row_sum)[:, None]
+        with np.errstate(divide="ignore"):
+            lse[b, h] = (base - 8) * np.log(2) + np.log(row_sum) + of_mean
+    return out, lse
+
+
+def _to_int8(x: Array, largest: Array) -> Array:
+    """Whole numbers, in float64, of float32 rows with these largest magnitudes."""
+    zero = largest < np.float32(2.0**-100)
+    return np.rint(x * np.where(zero, np.float32(0), np.float32(127) / np.where(zero, np.float32(1), largest))) + 0.0
+
+
+def _quantized_keys(key: Array, counts: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
+    """(whole numbers [Lk, D], mean key float32 [D], scale of each key float32 [Lk]) of a head's keys [Lk, D]."""
+    mean = np.zeros(key.shape[1], np.float32)
+    finite = counts & np.isfinite(key).all(-1)
+    if finite.any():
+        first = finite.argmax() // BLOCK * BLOCK
+        block = slice(first, first + BLOCK)
+        mean = key[block][finite[block]].mean(0, dtype=np.float64).astype(np.float32)
+    centred = np.where(finite[:, None], key - mean, np.float32(0))
+    largest = np.zeros(len(key), np.float32)
+    for first in range(0, len(key), BLOCK):
+        largest[first : first + BLOCK] = np.abs(centred[first : first + BLOCK]).max()
+    return _to_int8(centred, largest[:, None]).astype(np.float64), mean, largest / np.float32(127)
+
+
+def _quantized_values(value: Array, counts: NDArray[np.bool_]) -> Array:
+    """What e4m3 leaves of a head's values [Lk, Dv]; zeros where they do not count, NaN where they are not finite."""
+    kept = np.where(counts[:, None], value, 0).astype(np.float64)
+    finite = np.where(np.isfinite(kept), kept, 0)
+    fraction, exponent = np.frexp(np.abs(finite).max(0, initial=0))
+    power = np.where(fraction > 0, np.maximum(exponent - 9 + (fraction > 0.875), -100), 0)
+    return np.where(np.isfinite(kept), np.ldexp(to_e4m3(np.ldexp(finite, -power)), power), np.nan)
 
 
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:

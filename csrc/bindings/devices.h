@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "../core/arguments.h"
+#include "../core/quantization.h"
 #include "../cpu/kernels.h"
 #include "../cpu/parallel.h"
 #include "../cuda/gpu_path.h"
@@ -59,6 +60,24 @@ inline constexpr Stage<AttendParams> kAttend = {
     {cuda::attend_workspace_bytes, cuda::run_attend},
 #endif
 };
+
+inline constexpr Stage<AttendParams> kQuantizedAttend = {
+    "attention with quantization",
+    {cpu::quantized_attend_workspace_bytes, cpu::run_quantized_attend},
+};
+
+// Attention as the user asked for it. What does not go together is refused here.
+inline const Kernel<AttendParams>& attend_kernel_for(const Array& first,
+                                                     const std::string& quantization,
+                                                     bool compensate) {
+  if (quantization_of(quantization) == Quantization::kNone) return kAttend.kernel_for(first);
+  if (compensate) {
+    throw std::invalid_argument("quantization is \"" + quantization +
+                                "\", but attention in eight bits is not compensated: give "
+                                "compensate=False");
+  }
+  return kQuantizedAttend.kernel_for(first);
+}
 
 inline constexpr Stage<BackwardParams> kBackward = {
     "backward",

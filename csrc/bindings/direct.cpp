@@ -77,12 +77,11 @@ class Workspace {
   std::unique_ptr<char[]> own_;
 };
 
-// Runs the stage on the device of its arrays, unless size_only, and returns the bytes of workspace
+// Runs a kernel on the device of its arrays, unless size_only, and returns the bytes of workspace
 // that it needs.
 template <typename Params>
-int64_t run(const Stage<Params>& stage, Params params, const Arrays& arrays, const Array& first,
+int64_t run(const Kernel<Params>& kernel, Params params, const Arrays& arrays, const Array& first,
             const Options& options) {
-  const Kernel<Params>& kernel = stage.kernel_for(first);
   params.execution = options.execution();
   const DeviceGuard guard(first.gpu);
   const int64_t bytes = kernel.workspace_bytes(params);
@@ -102,7 +101,7 @@ int64_t estimate_block_scores(const py::object& query, const py::object& key,
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   return run(
-      kEstimate,
+      kEstimate.kernel_for(first),
       estimate_params(first, arrays.read_values(key, "key"),
                       arrays.read_optional(startend_row_indices, "startend_row_indices"),
                       arrays.read_optional(sink, "sink"),
@@ -117,7 +116,7 @@ int64_t select_blocks(const py::object& block_scores, const py::object& head_thr
   Arrays arrays(std::nullopt);
   const Array& first = arrays.read(block_scores, "block_scores");
   return run(
-      kSelect,
+      kSelect.kernel_for(first),
       select_params(first, arrays.read_optional(head_thresholds, "threshold"),
                     arrays.read_optional(startend_row_indices, "startend_row_indices"),
                     arrays.write(block_mask, "block_mask"), causal, seqlen_q, seqlen_k, rules),
@@ -128,12 +127,13 @@ int64_t block_sparse_attention(const py::object& query, const py::object& key,
                                const py::object& value, const py::object& block_mask,
                                const py::object& startend_row_indices, const py::object& sink,
                                const py::object& out, const py::object& lse, bool causal,
-                               const Scale& softmax_scale, bool compensate, const Name& dtype,
+                               const Scale& softmax_scale, bool compensate,
+                               const std::string& quantization, const Name& dtype,
                                const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   return run(
-      kAttend,
+      attend_kernel_for(first, quantization, compensate),
       attend_params(first, arrays.read_values(key, "key"), arrays.read_values(value, "value"),
                     arrays.read(block_mask, "block_mask"),
                     arrays.read_optional(startend_row_indices, "startend_row_indices"),
@@ -152,7 +152,7 @@ int64_t block_sparse_attention_backward(
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   return run(
-      kBackward,
+      kBackward.kernel_for(first),
       backward_params(
           first, arrays.read_values(key, "key"), arrays.read_values(value, "value"),
           arrays.read(block_mask, "block_mask"),
@@ -253,12 +253,12 @@ int64_t rr_attention(const py::object& query, const py::object& key, const py::o
                      const py::object& sink, const py::object& out, const py::object& lse,
                      const py::object& block_mask, const py::object& block_scores, bool causal,
                      const GivenSampling& sampling, const KeepRules& rules, bool compensate,
-                     const Name& dtype, const Options& options) {
+                     const std::string& quantization, const Name& dtype, const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read_values(query, "query");
   const Kernel<EstimateParams>& estimate = kEstimate.kernel_for(first);
   const Kernel<SelectParams>& select = kSelect.kernel_for(first);
-  const Kernel<AttendParams>& attend = kAttend.kernel_for(first);
+  const Kernel<AttendParams>& attend = attend_kernel_for(first, quantization, compensate);
   const Pipeline pipeline{first,
                           arrays.read_values(key, "key"),
                           arrays.read_values(value, "value"),
@@ -346,7 +346,7 @@ int64_t startend_rows_from_dense(const py::object& mask, const py::object& start
                                  const Options& options) {
   Arrays arrays(dtype);
   const Array& first = arrays.read(mask, "mask");
-  return run(kDenseMask,
+  return run(kDenseMask.kernel_for(first),
              dense_mask_params(first, arrays.write(start_rows, "start_rows"),
                                arrays.write(verdict, "verdict")),
              arrays, first, options);
@@ -408,7 +408,7 @@ PYBIND11_MODULE(_direct, module) {
              py::arg("value"), py::arg("block_mask"), py::arg("startend_row_indices") = none,
              py::kw_only(), py::arg("sink") = none, py::arg("out"), py::arg("lse"),
              py::arg("causal"), py::arg("softmax_scale") = none, py::arg("compensate"),
-             py::arg("dtype") = none, py::arg("options"));
+             py::arg("quantization"), py::arg("dtype") = none, py::arg("options"));
   module.def("block_sparse_attention_backward", &block_sparse_attention_backward, py::arg("query"),
              py::arg("key"), py::arg("value"), py::arg("block_mask"), py::arg("out"),
              py::arg("lse"), py::arg("grad_out"), py::arg("startend_row_indices") = none,
@@ -420,8 +420,8 @@ PYBIND11_MODULE(_direct, module) {
              py::arg("head_thresholds") = none, py::arg("startend_row_indices") = none,
              py::kw_only(), py::arg("sink") = none, py::arg("out"), py::arg("lse") = none,
              py::arg("block_mask") = none, py::arg("block_scores") = none, py::arg("causal"),
-             py::arg("sampling"), py::arg("rules"), py::arg("compensate"), py::arg("dtype") = none,
-             py::arg("options"));
+             py::arg("sampling"), py::arg("rules"), py::arg("compensate"), py::arg("quantization"),
+             py::arg("dtype") = none, py::arg("options"));
   module.def("ragged_attention", &ragged_attention, py::arg("query"), py::arg("key"),
              py::arg("value"), py::arg("cu_seqlens_q"), py::arg("seqlens_k"), py::kw_only(),
              py::arg("block_tables") = none, py::arg("keep_last") = none,

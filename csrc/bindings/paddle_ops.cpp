@@ -95,6 +95,7 @@ struct Operator<kFunction, Attributes, std::tuple<Setting<Values>...>> {
 const char* type_name(bool) { return "bool"; }
 const char* type_name(int64_t) { return "int64_t"; }
 const char* type_name(float) { return "float"; }
+const char* type_name(const std::string&) { return "std::string"; }
 
 // These attributes as PD_BUILD_OP takes them: "causal: bool" and so on.
 template <typename Attributes>
@@ -126,6 +127,7 @@ struct AttendAttributes {
   float softmax_scale = 0;
   bool deterministic = false;
   bool compensate = false;
+  std::string quantization;
 };
 
 struct RRAttentionAttributes {
@@ -134,6 +136,7 @@ struct RRAttentionAttributes {
   KeepRules rules;
   bool deterministic = false;
   bool compensate = false;
+  std::string quantization;
 };
 
 auto settings_of(EstimateAttributes& attributes) {
@@ -152,14 +155,16 @@ auto settings_of(AttendAttributes& attributes) {
   return std::make_tuple(Setting{"causal", attributes.causal},
                          Setting{"softmax_scale", attributes.softmax_scale},
                          Setting{"deterministic", attributes.deterministic},
-                         Setting{"compensate", attributes.compensate});
+                         Setting{"compensate", attributes.compensate},
+                         Setting{"quantization", attributes.quantization});
 }
 
 auto settings_of(RRAttentionAttributes& attributes) {
   return std::tuple_cat(std::make_tuple(Setting{"causal", attributes.causal}),
                         settings_of(attributes.sampling), settings_of(attributes.rules),
                         std::make_tuple(Setting{"deterministic", attributes.deterministic},
-                                        Setting{"compensate", attributes.compensate}));
+                                        Setting{"compensate", attributes.compensate},
+                                        Setting{"quantization", attributes.quantization}));
 }
 
 int gpu_of(const Tensor& tensor) { return tensor.is_gpu() ? tensor.place().GetDeviceId() : -1; }
@@ -276,7 +281,8 @@ std::vector<Tensor> attend_blocks(const AttendAttributes& attributes, const Tens
                                   const Tensor& key, const Tensor& value, const Tensor& block_mask,
                                   const OptionalTensor& startend_row_indices,
                                   const OptionalTensor& sink) {
-  const Kernel<AttendParams>& kernel = kAttend.kernel_for(describe(query, "query"));
+  const Kernel<AttendParams>& kernel =
+      attend_kernel_for(describe(query, "query"), attributes.quantization, attributes.compensate);
   check_ranks(query.shape(), key.shape());
   Tensor out = paddle::empty(out_shape(query.shape(), value.shape()), query.dtype(), query.place());
   Tensor lse = paddle::empty(lse_shape(query.shape()), DType::FLOAT32, query.place());
@@ -314,6 +320,11 @@ std::vector<Tensor> gradients(const AttendAttributes& attributes, const Tensor& 
     throw std::invalid_argument(
         "compensate is True, but attention that is compensated has no gradients: train with "
         "compensate=False");
+  }
+  if (quantization_of(attributes.quantization) != Quantization::kNone) {
+    throw std::invalid_argument("quantization is \"" + attributes.quantization +
+                                "\", but attention in eight bits has no gradients: train with "
+                                "quantization=None");
   }
   const Kernel<BackwardParams>& kernel = kBackward.kernel_for(describe(query, "query"));
   std::vector<Tensor> grads;
@@ -363,15 +374,17 @@ std::vector<Tensor> all_stages(const RRAttentionAttributes& attributes, const Te
                                const Tensor& key, const Tensor& value,
                                const OptionalTensor& startend_row_indices,
                                const OptionalTensor& head_thresholds, const OptionalTensor& sink) {
-  kAttend.kernel_for(describe(query, "query"));  // throws before the other stages run in vain
+  // Throws before the other stages run in vain.
+  attend_kernel_for(describe(query, "query"), attributes.quantization, attributes.compensate);
   const bool causal = attributes.causal;
   const Tensor block_scores =
       estimate({causal, attributes.sampling}, query, key, startend_row_indices, sink)[0];
   const Tensor block_mask = select({causal, query.shape()[1], key.shape()[1], attributes.rules},
                                    block_scores, startend_row_indices, head_thresholds)[0];
-  std::vector<Tensor> outputs = attend_blocks(
-      {causal, attributes.sampling.softmax_scale, attributes.deterministic, attributes.compensate},
-      query, key, value, block_mask, startend_row_indices, sink);
+  std::vector<Tensor> outputs =
+      attend_blocks({causal, attributes.sampling.softmax_scale, attributes.deterministic,
+                     attributes.compensate, attributes.quantization},
+                    query, key, value, block_mask, startend_row_indices, sink);
   outputs.push_back(block_mask);
   return outputs;
 }

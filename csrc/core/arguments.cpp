@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "overlap.h"
+#include "quantization.h"
 
 namespace rrattn {
 
@@ -303,6 +304,12 @@ void require_rank(const std::string& name, const std::vector<int64_t>& shape, si
     fail(name, " has ", shape.size(), " dimensions, shape ", to_string(shape), ", but must have ",
          rank, ": ", meaning);
   }
+}
+
+Quantization quantization_of(const std::string& name) {
+  if (name.empty()) return Quantization::kNone;
+  if (name == "qk_int8_pv_fp8") return Quantization::kQkInt8PvFp8;
+  fail("quantization is \"", name, "\", but must be \"qk_int8_pv_fp8\" or none");
 }
 
 float default_softmax_scale(const Array& query) {

@@ -62,11 +62,11 @@ inline void softmax_step(int64_t num_keys, float* scores, float* row_max, float*
 }
 
 // The strip of queries that starts at `column` of the block, against num_keys rows of tiles of keys
-// and values. `adjust_scores` hides scores and adds to them.
-template <typename AdjustScores>
+// and values. `adjust_scores` hides scores and adds to them; `softmax` does what softmax_step does.
+template <typename AdjustScores, typename Softmax>
 inline void attend_tile(const Heads& heads, int64_t slot, int64_t column, int64_t num_keys,
                         const float* key_tile, const float* value_tile, AttendScratch& scratch,
-                        const AdjustScores& adjust_scores) {
+                        const AdjustScores& adjust_scores, const Softmax& softmax) {
   const int64_t head_dim = heads.head_dim, head_dim_v = heads.head_dim_v;
   float* query_strip = scratch.query_strips + (slot * kBlockSize + column) * head_dim;
   float* out_strip = scratch.out_strips + (slot * kBlockSize + column) * head_dim_v;
@@ -75,15 +75,18 @@ inline void attend_tile(const Heads& heads, int64_t slot, int64_t column, int64_
   alignas(64) float rescale[kStrip];
   multiply<Into::kFresh>(num_keys, head_dim, key_tile, head_dim, 1, query_strip, scratch.scores);
   adjust_scores();
-  softmax_step(num_keys, scratch.scores, row_max, row_sum, rescale);
+  softmax(num_keys, scratch.scores, row_max, row_sum, rescale);
   multiply<Into::kScaledSum>(head_dim_v, num_keys, value_tile, 1, head_dim_v, scratch.scores,
                              out_strip, rescale);
 }
 
-// One strip of queries against one block of keys.
+// One strip of queries against one block of keys. `scale_scores(num_keys, scores)` comes before the
+// mask.
+template <typename ScaleScores, typename Softmax>
 inline void attend_strip(const AttendParams& params, const HeadMask& mask, bool flash_mask,
                          int64_t first_query, int64_t first_key, int64_t slot,
-                         AttendScratch& scratch) {
+                         AttendScratch& scratch, const ScaleScores& scale_scores,
+                         const Softmax& softmax) {
   const Visibility& visibility = params.visibility;
   const int64_t last_query = first_query + clip_count(first_query, visibility.seqlen_q, kStrip) - 1;
   const int64_t end_key =
@@ -95,12 +98,64 @@ inline void attend_strip(const AttendParams& params, const HeadMask& mask, bool 
   const bool diagonal =
       visibility.causal && first_key + padded_keys - 1 > first_query + visibility.shift();
   const bool hides = diagonal || flash_mask || first_key + padded_keys > visibility.seqlen_k;
-  attend_tile(params.heads, slot, first_query % kBlockSize, padded_keys, scratch.key_tile,
-              scratch.value_tile, scratch, [&] {
-                if (!hides) return;
-                mask_keys_by_queries(mask, flash_mask, first_key, padded_keys, first_query,
-                                     scratch.scores);
-              });
+  attend_tile(
+      params.heads, slot, first_query % kBlockSize, padded_keys, scratch.key_tile,
+      scratch.value_tile, scratch,
+      [&] {
+        scale_scores(padded_keys, scratch.scores);
+        if (!hides) return;
+        mask_keys_by_queries(mask, flash_mask, first_key, padded_keys, first_query, scratch.scores);
+      },
+      softmax);
+}
+
+// Heads [first_head, first_head + num_heads), which share key head `key_head`, of one query block of
+// a batch entry.
+struct AttendItem {
+  int64_t batch, key_head, first_head, num_heads, m_block;
+
+  // The row of the block mask of one of its heads.
+  const uint32_t* mask_row(const AttendParams& params, int64_t slot) const {
+    const Visibility& visibility = params.visibility;
+    const int64_t row =
+        (batch * visibility.num_heads + first_head + slot) * visibility.num_m_blocks() + m_block;
+    return params.block_mask + row * visibility.num_mask_words();
+  }
+};
+
+// Attends the selected blocks of an item. `read_tiles(first_key, num_keys)` fills the tiles of keys
+// and values of a block, where any head selected it; the other two are those of attend_strip, but
+// for `scale_scores(slot, column, num_keys, scores)`.
+template <typename ReadTiles, typename ScaleScores, typename Softmax>
+inline void attend_selected_blocks(const AttendParams& params, const SpanBounds* block_bounds,
+                                   const AttendItem& item, AttendScratch& scratch,
+                                   const ReadTiles& read_tiles, const ScaleScores& scale_scores,
+                                   const Softmax& softmax) {
+  const Visibility& visibility = params.visibility;
+  for (int64_t n_block = 0; n_block < visibility.num_n_blocks(); ++n_block) {
+    const int64_t first_key = n_block * kBlockSize;
+    bool tile_read = false;
+    for (int64_t slot = 0; slot < item.num_heads; ++slot) {
+      if (!selected(item.mask_row(params, slot), n_block)) continue;
+      const HeadMask mask(visibility, block_bounds, item.batch, item.first_head + slot);
+      const BlockKind kind = mask.kind(item.m_block, n_block);
+      if (kind == BlockKind::kHidden) continue;
+      if (!tile_read) {
+        read_tiles(first_key, clip_count(first_key, visibility.seqlen_k, kBlockSize));
+        tile_read = true;
+      }
+      const bool cleared = clear_unseen_keys(mask, kind, item.m_block, n_block,
+                                             {{scratch.value_tile, params.heads.head_dim_v}});
+      for (int64_t c = 0; c < kBlockSize; c += kStrip) {
+        attend_strip(
+            params, mask, kind == BlockKind::kPartial, item.m_block * kBlockSize + c, first_key,
+            slot, scratch,
+            [&](int64_t num_keys, float* scores) { scale_scores(slot, c, num_keys, scores); },
+            softmax);
+      }
+      if (cleared) tile_read = false;  // the next head may see keys that this one does not
+    }
+  }
 }
 
 // A query block of one head against a tile of means: those of the blocks from first_block on that
@@ -128,37 +183,32 @@ inline void attend_means(const AttendParams& params, const HeadMask& mask, const
               *value_tile = means.value(head, first_block);
   const int64_t num_queries = clip_count(m_block * kBlockSize, visibility.seqlen_q, kBlockSize);
   for (int64_t c = 0; c < num_queries; c += kStrip) {
-    attend_tile(params.heads, slot, c, padded_blocks, key_tile, value_tile, scratch, [&] {
-      for (int64_t i = 0; i < padded_blocks; ++i) {
-        for (int v = 0; v < kTileVecs; ++v) {
-          float* scores = scratch.scores + i * kStrip + v * kLanes;
-          // Not a sum where it hides: a score may be NaN.
-          store(scores,
-                added[i] == kMinusInfinity ? splat(kMinusInfinity) : load(scores) + added[i]);
-        }
-      }
-    });
+    attend_tile(
+        params.heads, slot, c, padded_blocks, key_tile, value_tile, scratch,
+        [&] {
+          for (int64_t i = 0; i < padded_blocks; ++i) {
+            for (int v = 0; v < kTileVecs; ++v) {
+              float* scores = scratch.scores + i * kStrip + v * kLanes;
+              // Not a sum where it hides: a score may be NaN.
+              store(scores,
+                    added[i] == kMinusInfinity ? splat(kMinusInfinity) : load(scores) + added[i]);
+            }
+          }
+        },
+        softmax_step);
   }
 }
 
-// Heads [first_head, first_head + num_heads), which share key head `key_head`, of one query block.
 inline void attend_item(const AttendCall& call, const SpanBounds* block_bounds,
-                        const BlockMeans& means, int64_t batch, int64_t key_head,
-                        int64_t first_head, int64_t num_heads, int64_t m_block,
-                        AttendScratch& scratch) {
+                        const BlockMeans& means, const AttendItem& item, AttendScratch& scratch) {
   const AttendParams& params = call.params;
   const Visibility& visibility = params.visibility;
   const int64_t head_dim = params.heads.head_dim, head_dim_v = params.heads.head_dim_v;
-  const int64_t first_query = m_block * kBlockSize;
-  const int64_t num_words = visibility.num_mask_words();
-  const uint32_t* mask_rows[kHeadsPerItem];
+  const int64_t first_query = item.m_block * kBlockSize;
 
-  for (int64_t slot = 0; slot < num_heads; ++slot) {
-    const int64_t head = first_head + slot;
-    mask_rows[slot] =
-        params.block_mask +
-        ((batch * visibility.num_heads + head) * visibility.num_m_blocks() + m_block) * num_words;
-    const HeadView query = key_head_of(params.query, params.heads, batch, head);
+  for (int64_t slot = 0; slot < item.num_heads; ++slot) {
+    const int64_t head = item.first_head + slot;
+    const HeadView query = key_head_of(params.query, params.heads, item.batch, head);
     for (int64_t c = 0; c < kBlockSize; c += kStrip) {
       read_strip(query, first_query + c, 1,
                  clip_count(first_query + c, visibility.seqlen_q, kStrip), params.softmax_scale,
@@ -170,54 +220,39 @@ inline void attend_item(const AttendCall& call, const SpanBounds* block_bounds,
       scratch.row_sum[i] = sink == kMinusInfinity ? 0 : 1;
     }
   }
-  memset(scratch.out_strips, 0, num_heads * kBlockSize * head_dim_v * sizeof(float));
+  memset(scratch.out_strips, 0, item.num_heads * kBlockSize * head_dim_v * sizeof(float));
 
-  const HeadView key = key_head_of(params.key, params.heads, batch, key_head, call.pages);
-  const HeadView value = value_head_of(params.value, params.heads, batch, key_head, call.pages);
-  for (int64_t n_block = 0; n_block < visibility.num_n_blocks(); ++n_block) {
-    const int64_t first_key = n_block * kBlockSize;
-    bool tile_read = false;
-    for (int64_t slot = 0; slot < num_heads; ++slot) {
-      if (!selected(mask_rows[slot], n_block)) continue;
-      const HeadMask mask(visibility, block_bounds, batch, first_head + slot);
-      const BlockKind kind = mask.kind(m_block, n_block);
-      if (kind == BlockKind::kHidden) continue;
-      if (!tile_read) {
-        const int64_t num_keys = clip_count(first_key, visibility.seqlen_k, kBlockSize);
+  const HeadView key = key_head_of(params.key, params.heads, item.batch, item.key_head, call.pages);
+  const HeadView value =
+      value_head_of(params.value, params.heads, item.batch, item.key_head, call.pages);
+  attend_selected_blocks(
+      params, block_bounds, item, scratch,
+      [&](int64_t first_key, int64_t num_keys) {
         read_tile(key, first_key, num_keys, scratch.key_tile);
         read_tile(value, first_key, num_keys, scratch.value_tile);
-        tile_read = true;
-      }
-      const bool cleared =
-          clear_unseen_keys(mask, kind, m_block, n_block, {{scratch.value_tile, head_dim_v}});
-      for (int64_t c = 0; c < kBlockSize; c += kStrip) {
-        attend_strip(params, mask, kind == BlockKind::kPartial, first_query + c, first_key, slot,
-                     scratch);
-      }
-      if (cleared) tile_read = false;  // the next head may see keys that this one does not
-    }
-  }
+      },
+      [](int64_t, int64_t, int64_t, float*) {}, softmax_step);
 
   if (params.compensate) {
-    const int64_t end = end_under_diagonal(visibility, m_block);
+    const int64_t end = end_under_diagonal(visibility, item.m_block);
     for (int64_t first_block = 0; first_block < end; first_block += kBlockSize) {
-      for (int64_t slot = 0; slot < num_heads; ++slot) {
-        const HeadMask mask(visibility, block_bounds, batch, first_head + slot);
-        attend_means(params, mask, mask_rows[slot], means,
-                     batch * params.heads.num_heads_k + key_head, m_block, first_block, slot,
-                     scratch);
+      for (int64_t slot = 0; slot < item.num_heads; ++slot) {
+        const HeadMask mask(visibility, block_bounds, item.batch, item.first_head + slot);
+        attend_means(params, mask, item.mask_row(params, slot), means,
+                     item.batch * params.heads.num_heads_k + item.key_head, item.m_block,
+                     first_block, slot, scratch);
       }
     }
   }
 
-  for (int64_t slot = 0; slot < num_heads; ++slot) {
-    const int64_t head = first_head + slot;
-    const HeadView out = value_head_of(params.out, params.heads, batch, head);
+  for (int64_t slot = 0; slot < item.num_heads; ++slot) {
+    const int64_t head = item.first_head + slot;
+    const HeadView out = value_head_of(params.out, params.heads, item.batch, head);
     const int64_t num_queries = clip_count(first_query, visibility.seqlen_q, kBlockSize);
     float* row_max = scratch.row_max + slot * kBlockSize;
     float* row_sum = scratch.row_sum + slot * kBlockSize;
-    float* lse =
-        params.lse + (batch * visibility.num_heads + head) * call.lse_head_stride + first_query;
+    float* lse = params.lse + (item.batch * visibility.num_heads + head) * call.lse_head_stride +
+                 first_query;
     for (int64_t i = 0; i < num_queries; ++i) {
       lse[i] = row_max[i] + __builtin_logf(row_sum[i]);
       row_sum[i] = row_sum[i] == 0 ? 0 : 1 / row_sum[i];
@@ -228,6 +263,22 @@ inline void attend_item(const AttendCall& call, const SpanBounds* block_bounds,
                   scratch.row_buffer);
     }
   }
+}
+
+// Items of each block of queries, of all batch entries and heads.
+inline int64_t items_per_m_block(const AttendParams& params) {
+  const int64_t group = params.visibility.num_heads / params.heads.num_heads_k;
+  return params.visibility.batch * params.heads.num_heads_k * ceil_div(group, kHeadsPerItem);
+}
+
+// One of them, of this number among them.
+inline AttendItem item_of(const AttendParams& params, int64_t index, int64_t m_block) {
+  const int64_t group = params.visibility.num_heads / params.heads.num_heads_k;
+  const int64_t chunks = ceil_div(group, kHeadsPerItem);
+  const int64_t key_head = index / chunks % params.heads.num_heads_k;
+  const int64_t first_head = key_head * group + index % chunks * kHeadsPerItem;
+  return {index / chunks / params.heads.num_heads_k, key_head, first_head,
+          clip_count(first_head, (key_head + 1) * group, kHeadsPerItem), m_block};
 }
 
 // Shared by all threads, of one call.
@@ -277,19 +328,13 @@ inline void run_attend(const Calls<AttendCall>& calls) {
                      grain_for(kBlockSize * (all.heads.head_dim + all.heads.head_dim_v)),
                      compute_means);
 
-  const int64_t group = all.visibility.num_heads / all.heads.num_heads_k;
-  const int64_t chunks = ceil_div(group, kHeadsPerItem);
-  const int64_t per_m_block = all.visibility.batch * all.heads.num_heads_k * chunks;
+  const int64_t per_m_block = items_per_m_block(all);
   const auto attend_items = [&](int thread, int64_t begin, int64_t end) {
     AttendScratch scratch = thread_scratch<AttendScratch>(arena, all, thread);
-    for (int64_t item = begin; item < end; ++item) {
-      const WorkRow& row = queue.rows[item / per_m_block];
-      const int64_t chunk = item % chunks, key_head = item / chunks % all.heads.num_heads_k;
-      const int64_t batch = item % per_m_block / chunks / all.heads.num_heads_k;
-      const int64_t first_head = key_head * group + chunk * kHeadsPerItem;
-      const int64_t num_heads = clip_count(first_head, (key_head + 1) * group, kHeadsPerItem);
-      attend_item(calls[row.call], shared[row.call].block_bounds, shared[row.call].means, batch,
-                  key_head, first_head, num_heads, row.row, scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      const WorkRow& row = queue.rows[i / per_m_block];
+      attend_item(calls[row.call], shared[row.call].block_bounds, shared[row.call].means,
+                  item_of(all, i % per_m_block, row.row), scratch);
     }
   };
   parallel_for(num_threads, per_m_block * queue.count, 1, attend_items);

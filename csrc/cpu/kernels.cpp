@@ -62,6 +62,9 @@ int64_t attend_workspace_bytes(const AttendParams& params) {
   const AttendCall call(params);
   return attend_workspace_bytes(Calls<AttendCall>{&call, 1});
 }
+int64_t quantized_attend_workspace_bytes(const AttendParams& params) {
+  return kernels().quantized_attend_workspace_bytes(params);
+}
 int64_t backward_workspace_bytes(const BackwardParams& params) {
   return kernels().backward_workspace_bytes(params);
 }
@@ -76,6 +79,7 @@ void run_attend(const AttendParams& params) {
   const AttendCall call(params);
   run_attend(Calls<AttendCall>{&call, 1});
 }
+void run_quantized_attend(const AttendParams& params) { kernels().run_quantized_attend(params); }
 void run_backward(const BackwardParams& params) { kernels().run_backward(params); }
 
 }  // namespace rrattn::cpu

@@ -17,6 +17,8 @@ struct Kernels {
   void (*run_estimate)(const Calls<EstimateCall>&);
   int64_t (*attend_workspace_bytes)(const Calls<AttendCall>&);
   void (*run_attend)(const Calls<AttendCall>&);
+  int64_t (*quantized_attend_workspace_bytes)(const AttendParams&);
+  void (*run_quantized_attend)(const AttendParams&);
   int64_t (*backward_workspace_bytes)(const BackwardParams&);
   void (*run_backward)(const BackwardParams&);
 };
@@ -38,12 +40,14 @@ void set_simd(const std::string& name);
 int64_t estimate_workspace_bytes(const EstimateParams& params);
 int64_t select_workspace_bytes(const SelectParams& params);
 int64_t attend_workspace_bytes(const AttendParams& params);
+int64_t quantized_attend_workspace_bytes(const AttendParams& params);
 int64_t backward_workspace_bytes(const BackwardParams& params);
 int64_t dense_mask_workspace_bytes(const DenseMaskParams& params);
 
 void run_estimate(const EstimateParams& params);
 void run_select(const SelectParams& params);
 void run_attend(const AttendParams& params);
+void run_quantized_attend(const AttendParams& params);  // without compensation
 void run_backward(const BackwardParams& params);
 void run_dense_mask(const DenseMaskParams& params);
 

@@ -8,6 +8,7 @@
 
 #include "../core/geometry.h"
 #include "../core/params.h"
+#include "../core/quantization.h"
 #include "../core/ragged.h"
 #include "kernels.h"
 #include "parallel.h"

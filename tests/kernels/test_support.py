@@ -10,6 +10,7 @@ import test_attend
 import test_backward
 import test_compensate
 import test_estimate
+import test_quantized
 from cases import DTYPES, Case
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
@@ -23,18 +24,19 @@ class Row:
     head_sizes: range
     forward: bool
     gradients: bool
+    quantization: bool
 
 
 def read_row(line):
-    device, dtypes, head_sizes, forward, gradients = (cell.strip() for cell in line.strip("|\n").split("|"))
+    device, dtypes, head_sizes, *offered = (cell.strip() for cell in line.strip("|\n").split("|"))
     step, first, last = map(int, re.fullmatch(r"multiples of (\d+), (\d+) to (\d+)", head_sizes).groups())
-    allowed = {"yes": True, "no": False}
-    return Row(device, tuple(dtypes.split(", ")), range(first, last + 1, step), allowed[forward], allowed[gradients])
+    forward, gradients, quantization = ({"yes": True, "no": False}[cell] for cell in offered)
+    return Row(device, tuple(dtypes.split(", ")), range(first, last + 1, step), forward, gradients, quantization)
 
 
 def read_table():
     lines = PAGE.read_text().splitlines()
-    first = lines.index("| device | dtype | head size | forward | gradients |") + 2
+    first = lines.index("| device | dtype | head size | forward | gradients | quantization |") + 2
     end = lines.index("", first)
     return [read_row(line) for line in lines[first:end]]
 
@@ -70,11 +72,15 @@ def test_what_is_in_the_table_runs_and_nothing_else_does(kernels, platform, any_
         130, 260, num_heads=2, num_heads_k=1, head_dim=head_size, head_dim_v=of_values, sink=beside, grad_lse=beside
     )
     culprit = "head_dim" if any_dtype in kernels.dtypes else "head_dim|dtype"
+    if not any(row.quantization for row in read_table() if platform in PLATFORMS[row.device]):
+        with pytest.raises(ValueError, match="attention with quantization on: CPU"):
+            test_quantized.run(kernels, case, any_dtype)
     forward = all(row is not None and row.forward for row in rows)
     for stage, runs in (
         (test_estimate, rows[0] is not None and rows[0].forward),
         (test_attend, forward),
         (test_compensate, forward),
+        *(((test_quantized, True),) if forward and all(row.quantization for row in rows) else ()),
         (test_backward, all(row is not None and row.gradients for row in rows)),
     ):
         if runs:

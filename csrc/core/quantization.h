@@ -1,0 +1,49 @@
+// Attention in eight bits: what of it is the same on every device. docs/quantization.md has the
+// formulas, rrattn/reference.py the oracle.
+#pragma once
+
+#include <cmath>
+#include <string>
+
+#include "params.h"
+
+namespace rrattn {
+
+enum class Quantization {
+  kNone,
+  kQkInt8PvFp8,  // INT8 products of queries and keys, FP8 (e4m3) products of probabilities and values
+};
+
+// By the name that users know: "qk_int8_pv_fp8", or "" for none. Throws std::invalid_argument for
+// any other.
+Quantization quantization_of(const std::string& name);
+
+constexpr float kLargestInt8 = 127;  // -128 is not used
+constexpr float kLargestE4m3 = 448;
+constexpr float kSmallestNormalE4m3 = 0x1p-6f;
+
+// Rows and blocks whose largest element is below this count as zeros: 127 over a smaller number
+// might be infinite.
+constexpr float kSmallestScaled = 0x1p-100f;
+
+// The largest e4m3 number of a probability, which is 2^8 at most: a row's base is its largest score
+// (as a power of two) rounded up to a whole number, so that another base changes all probabilities
+// by a power of two.
+constexpr float kProbabilityScale = 256;
+
+// What elements are multiplied by to become INT8, of a row or block with this largest element.
+RRATTN_HOST_DEVICE inline float int8_inverse(float largest) {
+  return largest < kSmallestScaled ? 0.f : kLargestInt8 / largest;
+}
+
+// The exponent of the power of two that a column of values is divided by: the smallest one from -100
+// on with which its largest element is an e4m3 number.
+RRATTN_HOST_DEVICE inline int value_exponent(float largest) {
+  if (largest < kSmallestScaled) return 0;
+  int exponent;
+  const float fraction = std::frexp(largest, &exponent);  // in [1/2, 1); 448 is 0.875 * 2^9
+  exponent += (fraction > kLargestE4m3 * 0x1p-9f) - 9;
+  return exponent < -100 ? -100 : exponent;
+}
+
+}  // namespace rrattn
