@@ -48,6 +48,7 @@ class Settings(Sampling, KeepRules, total=False):
     min_length: int
     deterministic: bool | None
     compensate: bool
+    quantization: str | None
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class RRAttentionConfig:
     compensate : bool
         Let the mean key and value of a block stand in for it where it is not selected but wholly visible, rather than
         leave it out. For inference alone: a call that would record gradients is refused.
+    quantization : str, optional
+        "qk_int8_pv_fp8": attention multiplies numbers of eight bits, INT8 queries and keys, and FP8 probabilities and
+        values (docs/quantization.md). The estimate and decoding steps stay as they are. On a CPU alone, for inference
+        alone, and without `compensate`. Default: none.
 
     Numbers and flags may be NumPy's, and sequences arrays of NumPy or iterators; they are kept as plain Python.
 
@@ -128,6 +133,7 @@ class RRAttentionConfig:
     min_length: int = 0
     deterministic: bool | None = None
     compensate: bool = False
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         checked: Settings = {
@@ -138,7 +144,9 @@ class RRAttentionConfig:
             "min_length": arguments.count(self.min_length, "min_length"),
             "deterministic": arguments.optional_flag(self.deterministic, "deterministic"),
             "compensate": arguments.flag(self.compensate, "compensate"),
+            "quantization": arguments.quantization(self.quantization),
         }
+        refuse_compensated_quantization(self.compensate, self.quantization)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -243,6 +251,14 @@ def checked_keep_rules(keep_sink: object, keep_last: object, keep_local: object,
         "keep_local": arguments.int64_count(keep_local, "keep_local"),
         "min_share": arguments.min_share(min_share),
     }
+
+
+def refuse_compensated_quantization(compensate: bool, quantization: str | None) -> None:
+    """Raises ValueError for the two together, which no kernel has."""
+    if compensate and quantization is not None:
+        raise ValueError(
+            f"quantization is {quantization!r}, but attention in eight bits is not compensated: give compensate=False"
+        )
 
 
 def required_config(config: object) -> RRAttentionConfig:

@@ -32,7 +32,7 @@ from .functional import (
     checked_tensor,
     estimate_block_scores,
     is_deterministic,
-    refuse_compensated_gradients,
+    refuse_inference_gradients,
     scale_of,
     select_blocks,
 )
@@ -178,7 +178,7 @@ def attend_in_context(
     sink = checked_sink(sink, query)
     dense = core.attends_densely(seqlen)
     compensate = core.config.compensate and not dense
-    refuse_compensated_gradients(compensate, query, key, value, sink)
+    refuse_inference_gradients(compensate, core.config.quantization, query, key, value, sink)
     if core.config.softmax_scale is not None:
         scale = core.config.softmax_scale
     chunks = chunks_here(layout, group.nranks, group.rank, query.shape[1], causal=causal)
@@ -301,6 +301,7 @@ class _AttendChunks(PyLayer):
                 causal=gathered.causal,
                 softmax_scale=gathered.softmax_scale,
                 compensate=gathered.compensate,
+                quantization=gathered.core.config.quantization,
                 sink=sink,
                 return_softmax_lse=True,
             )
@@ -346,6 +347,7 @@ class _AttendChunks(PyLayer):
                 gathered.softmax_scale,
                 is_deterministic(gathered.core.config.deterministic),
                 False,  # compensation has no gradients
+                "",  # nor has quantization
             )
             grad_queries.append(of_query)
             grad_keys.append(of_key)

@@ -29,7 +29,13 @@ from typing import TYPE_CHECKING, Any, overload
 import paddle
 
 from . import arguments, config
-from .config import CAUSAL, RRAttentionConfig, checked_keep_rules, sampling_of_call
+from .config import (
+    CAUSAL,
+    RRAttentionConfig,
+    checked_keep_rules,
+    refuse_compensated_quantization,
+    sampling_of_call,
+)
 from .layout import watch_layout
 from .operators import call
 
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
         threshold: float | Tensor
         deterministic: bool | None
         compensate: bool
+        quantization: str | None
         sink: Tensor | None
 
 
@@ -142,6 +149,7 @@ def rr_attention(
     min_share: float = _DEFAULTS.min_share,
     deterministic: bool | None = _DEFAULTS.deterministic,
     compensate: bool = _DEFAULTS.compensate,
+    quantization: str | None = _DEFAULTS.quantization,
     sink: Tensor | None = None,
     return_softmax_lse: bool = False,
     return_block_mask: bool = False,
@@ -198,6 +206,9 @@ def rr_attention(
         Let the mean key and the mean value of a block stand in for it where it is not selected but wholly visible:
         every row of the query block sees all of its keys. A mean counts as often as its block has keys. There are no
         gradients of this: a call that would record them is refused, and a traced program raises in its backward pass.
+    quantization : str, optional
+        "qk_int8_pv_fp8": multiply INT8 queries and keys, and FP8 probabilities and values; see docs/quantization.md. On
+        a CPU alone, without gradients (as `compensate`) and without `compensate`. Default: none.
     sink : Tensor, optional
         [Hq] float32, float16 or bfloat16: a logit for each query head that joins the softmax of each of its rows, as
         one more key that all see and that has no value. It is not multiplied by softmax_scale. -inf is the same as
@@ -237,14 +248,14 @@ def rr_attention(
         scalar,
         *checked_keep_rules(keep_sink, keep_last, keep_local, min_share).values(),
         is_deterministic(deterministic),
-        arguments.flag(compensate, "compensate"),
+        *_numbers(compensate, quantization),
     )
     asked = (
         arguments.flag(return_softmax_lse, "return_softmax_lse"),
         arguments.flag(return_block_mask, "return_block_mask"),
     )
     if arguments.flag(training, "training"):
-        refuse_compensated_gradients(compensate, query, key, value, sink)
+        refuse_inference_gradients(compensate, quantization, query, key, value, sink)
     with paddle.set_grad_enabled(training and paddle.is_grad_enabled()), watch_layout(query, key, rows, causal=causal):
         out, *extras = _call_with_sink("rr_attention", (query, key, value, rows, per_head), sink, attributes)
     return _results(out, extras, asked)
@@ -362,6 +373,7 @@ def block_sparse_attention(
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
     compensate: bool = ...,
+    quantization: str | None = ...,
     sink: Tensor | None = ...,
     return_softmax_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -377,6 +389,7 @@ def block_sparse_attention(
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
     compensate: bool = ...,
+    quantization: str | None = ...,
     sink: Tensor | None = ...,
     return_softmax_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -392,6 +405,7 @@ def block_sparse_attention(
     softmax_scale: float | None = ...,
     deterministic: bool | None = ...,
     compensate: bool = ...,
+    quantization: str | None = ...,
     sink: Tensor | None = ...,
     return_softmax_lse: bool = ...,
 ) -> Any: ...
@@ -407,6 +421,7 @@ def block_sparse_attention(
     softmax_scale: float | None = _DEFAULTS.softmax_scale,
     deterministic: bool | None = _DEFAULTS.deterministic,
     compensate: bool = _DEFAULTS.compensate,
+    quantization: str | None = _DEFAULTS.quantization,
     sink: Tensor | None = None,
     return_softmax_lse: bool = False,
 ) -> Any:
@@ -417,7 +432,9 @@ def block_sparse_attention(
     block_mask : Tensor
         [B, Hq, Mq, ceil(Mk / 32)] int32, from :func:`select_blocks` or :func:`rrattn.pack_block_mask`. Bits of blocks
         that causal or FlashMask hide do no harm.
-    query, key, value, startend_row_indices, causal, softmax_scale, deterministic, compensate, sink, return_softmax_lse
+    query, key, value, startend_row_indices, causal, softmax_scale, deterministic, compensate, quantization, sink
+        As in :func:`rr_attention`.
+    return_softmax_lse
         As in :func:`rr_attention`.
 
     Returns
@@ -435,10 +452,10 @@ def block_sparse_attention(
     causal = arguments.flag(causal, "causal")
     rows = checked_rows(startend_row_indices, key, causal)
     scale = scale_of(arguments.softmax_scale(softmax_scale), query)
-    attributes = causal, scale, is_deterministic(deterministic), arguments.flag(compensate, "compensate")
+    attributes = causal, scale, is_deterministic(deterministic), *_numbers(compensate, quantization)
     asked = (arguments.flag(return_softmax_lse, "return_softmax_lse"),)
     sink = checked_sink(sink, query)
-    refuse_compensated_gradients(compensate, query, key, value, sink)
+    refuse_inference_gradients(compensate, quantization, query, key, value, sink)
     with watch_layout(query, key, rows, causal=causal):
         out, *extras = _call_with_sink("attend", (query, key, value, block_mask, rows), sink, attributes)
     return _results(out, extras, asked)
@@ -463,13 +480,20 @@ def records_gradient(*tensors: Tensor | None) -> bool:
     return paddle.is_grad_enabled() and not all(tensor is None or tensor.stop_gradient for tensor in tensors)
 
 
-def refuse_compensated_gradients(compensate: bool, *tensors: Tensor | None) -> None:
-    """Refuses compensation where gradients would be recorded. What a program is traced for is not known: that one
-    raises in its backward pass."""
-    if compensate and paddle.in_dynamic_mode() and records_gradient(*tensors):
+def refuse_inference_gradients(compensate: bool, quantization: str | None, *tensors: Tensor | None) -> None:
+    """Refuses compensation and quantization where gradients would be recorded. What a program is traced for is not
+    known: that one raises in its backward pass."""
+    if not compensate and quantization is None:
+        return
+    if paddle.in_dynamic_mode() and records_gradient(*tensors):
+        given, kind, without = (
+            ("compensate is True", "that is compensated", "compensate=False")
+            if compensate
+            else (f"quantization is {quantization!r}", "in eight bits", "quantization=None")
+        )
         raise ValueError(
-            "compensate is True, but attention that is compensated has no gradients, and query, key, value or sink "
-            "asks for them (stop_gradient is False): give compensate=False to train, or call it under paddle.no_grad()"
+            f"{given}, but attention {kind} has no gradients, and query, key, value or sink "
+            f"asks for them (stop_gradient is False): give {without} to train, or call it under paddle.no_grad()"
         )
 
 
@@ -529,6 +553,13 @@ def is_deterministic(deterministic: object) -> bool:
         flag = "FLAGS_cudnn_deterministic"
         return paddle.is_compiled_with_cuda() and bool(paddle.get_flags(flag)[flag])
     return asked
+
+
+def _numbers(compensate: object, quantization: object) -> tuple[bool, str]:
+    """The last two attributes of an operator that attends; "" is no quantization."""
+    compensated, quantized = arguments.flag(compensate, "compensate"), arguments.quantization(quantization)
+    refuse_compensated_quantization(compensated, quantized)
+    return compensated, quantized or ""
 
 
 def _sampling(query: Tensor, stride: object, key_stride: object, *others: object) -> tuple[object, ...]:

@@ -227,6 +227,7 @@ class RRAttention(nn.Layer):
                 softmax_scale=softmax_scale,
                 deterministic=config.deterministic,
                 compensate=False,  # nothing is left out
+                quantization=None if decoding else config.quantization,
                 sink=sink,
             )
             return out, block_mask if eager and not decoding else None
@@ -241,6 +242,7 @@ class RRAttention(nn.Layer):
             threshold=self.threshold_for(query),
             deterministic=config.deterministic,
             compensate=config.compensate,
+            quantization=config.quantization,
             sink=sink,
             return_block_mask=eager,
             **sampling,

@@ -247,6 +247,8 @@ def report(model_name: str, library: str, config: RRAttentionConfig, layers: Seq
         parts.append(f"dense below {config.min_length} keys")
     if config.compensate:
         parts.append("compensated")
+    if config.quantization is not None:
+        parts.append(f"quantization {config.quantization}")
     return f"rrattn runs {len(layers)} attention layers of {model_name} ({library}): {', '.join(parts)}"
 
 

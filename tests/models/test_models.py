@@ -106,7 +106,7 @@ def test_deterministic_reaches_the_operator_of_every_layer(model, tokens, in_the
     if in_the_model:
         model.config.rrattn_deterministic, model.config.rrattn_dense_layers, config = True, [0], None
     given, call = [], functional.call
-    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-2])) or call(name, *rest))
+    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-3])) or call(name, *rest))
     logits(rrattn.enable(model, config), tokens)
     assert given == [("attend", True)] + [("rr_attention", True)] * (NUM_LAYERS - 1)
 
@@ -124,11 +124,31 @@ def test_compensate_reaches_the_operator_of_every_layer(model, tokens, in_the_mo
             setattr(model.config, f"rrattn_{name}", value)
         config = None
     given, call = [], functional.call
-    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-1])) or call(name, *rest))
+    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-2])) or call(name, *rest))
     assert_differs(logits(rrattn.enable(model, config), tokens), expected)
     assert given == [("attend", False)] + [("rr_attention", True)] * (NUM_LAYERS - 1)
     model.train()
     with pytest.raises(ValueError, match=r"compensate is True.*compensate=False.*paddle\.no_grad"):
+        model(tokens)
+
+
+@pytest.mark.parametrize("in_the_model", (False, True))
+def test_quantization_reaches_the_operator_of_every_layer(model, tokens, in_the_model, monkeypatch):
+    """Of dense layers and of those that select, for inference alone."""
+    config = replace(SPARSE, quantization="qk_int8_pv_fp8", dense_layers=[0])
+    expected = logits(rrattn.enable(make_model(), replace(config, quantization=None)), tokens)
+    if in_the_model:
+        for name, value in vars(config).items():
+            if value != getattr(rrattn.RRAttentionConfig(), name):
+                setattr(model.config, f"rrattn_{name}", value)
+        config = None
+    given, call = [], functional.call
+    monkeypatch.setattr(functional, "call", lambda name, *rest: given.append((name, rest[-1])) or call(name, *rest))
+    assert_differs(logits(rrattn.enable(model, config), tokens), expected)
+    quantized = "qk_int8_pv_fp8"
+    assert given == [("attend", quantized)] + [("rr_attention", quantized)] * (NUM_LAYERS - 1)
+    model.train()
+    with pytest.raises(ValueError, match=r"quantization is 'qk_int8_pv_fp8'.*quantization=None.*paddle\.no_grad"):
         model(tokens)
 
 

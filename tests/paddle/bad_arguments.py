@@ -252,10 +252,30 @@ BAD_MASK = {
 SHARED_BOUNDS = {name: BAD_QUERY_KEY[name] for name in BAD_QUERY_KEY if "bound" in name}
 BAD_CAUSAL = bad_flags("causal")
 BAD_COMPENSATE = bad_flags("compensate")
+BAD_QUANTIZATION = {
+    f"quantization {value!r}": (
+        {"quantization": value},
+        f"quantization is {value!r}, but must be None or 'qk_int8_pv_fp8'",
+    )
+    for value in ("int8", "", True, 8)
+} | {
+    "compensated quantization": (
+        {"quantization": "qk_int8_pv_fp8", "compensate": True},
+        "quantization is .qk_int8_pv_fp8., but attention in eight bits is not compensated",
+    )
+}
 STAGES = {
     "estimate": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_SAMPLING, **BAD_SINK},
     "select": {**SHARED_BOUNDS, **BAD_CAUSAL, **BAD_THRESHOLD, **BAD_KEEP, **BAD_SCORES},
-    "attend": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK, **BAD_COMPENSATE, **BAD_SINK},
+    "attend": {
+        **BAD_QUERY_KEY,
+        **BAD_CAUSAL,
+        **BAD_VALUE,
+        **BAD_MASK,
+        **BAD_COMPENSATE,
+        **BAD_QUANTIZATION,
+        **BAD_SINK,
+    },
     "backward": {**BAD_QUERY_KEY, **BAD_CAUSAL, **BAD_VALUE, **BAD_MASK, **BAD_SINK},
     "rr_attention": {
         **BAD_QUERY_KEY,
@@ -265,6 +285,7 @@ STAGES = {
         **BAD_THRESHOLD,
         **BAD_KEEP,
         **BAD_COMPENSATE,
+        **BAD_QUANTIZATION,
         **BAD_SINK,
     },
 }
@@ -272,7 +293,16 @@ KEEP_RULES = {"keep_sink", "keep_last", "keep_local"}
 KEYWORDS = {
     "estimate": {"stride", "head_offset", "softmax_scale", "sink"},
     "select": {"threshold", "seqlen_q", "seqlen_k", *KEEP_RULES},
-    "attend": {"softmax_scale", "compensate", "sink"},
+    "attend": {"softmax_scale", "compensate", "quantization", "sink"},
     "backward": {"softmax_scale", "sink", "grad_lse", "grad_sink"},
-    "rr_attention": {"stride", "head_offset", "softmax_scale", "threshold", *KEEP_RULES, "compensate", "sink"},
+    "rr_attention": {
+        "stride",
+        "head_offset",
+        "softmax_scale",
+        "threshold",
+        *KEEP_RULES,
+        "compensate",
+        "quantization",
+        "sink",
+    },
 }

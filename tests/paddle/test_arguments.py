@@ -107,7 +107,7 @@ def test_settings_are_kept_as_plain_python(kind, tmp_path):
     others = {"min_length": 100, "deterministic": True, "compensate": True}
     config = rrattn.RRAttentionConfig(**kind(PLAIN), **kind(others))
     assert config == rrattn.RRAttentionConfig(**PLAIN, **others)
-    types = [int, int, float, bool, bool, int, float, int, float, float, tuple, int, bool, bool]
+    types = [int, int, float, bool, bool, int, float, int, float, float, tuple, int, bool, bool, type(None)]
     assert [type(value) for value in asdict(config).values()] == types
     config.to_json(tmp_path / "config.json")
     assert rrattn.RRAttentionConfig.from_json(tmp_path / "config.json") == config
@@ -324,7 +324,7 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
             "block_mask",
             "causal, seqlen_q, seqlen_k, keep_sink, keep_last, keep_local, min_share",
         ),
-        (direct.block_sparse_attention, 4, "out, lse", "sink, causal, softmax_scale, compensate, dtype"),
+        (direct.block_sparse_attention, 4, "out, lse", "sink, causal, softmax_scale, compensate, quantization, dtype"),
         (
             direct.block_sparse_attention_backward,
             7,
@@ -336,7 +336,7 @@ def test_an_empty_tensor_of_thresholds_is_not_an_absent_one():
             3,
             "out, lse, block_mask, block_scores",
             "sink, causal, stride, key_stride, threshold, head_offset, softmax_scale, spread, keep_sink, keep_last, "
-            "keep_local, min_share, compensate, dtype",
+            "keep_local, min_share, compensate, quantization, dtype",
         ),
         (direct.startend_rows_from_dense, 1, "start_rows, verdict", "dtype"),
     ),

@@ -230,11 +230,12 @@ def test_what_is_too_long_for_some_ranks_is_refused_on_each():
         distributed._check_length((1 << 20) + 256, on_gpu=True)
 
 
-def test_compensation_has_no_gradients():
-    config = rrattn.RRAttentionConfig(compensate=True)
+@pytest.mark.parametrize("setting", ({"compensate": True}, {"quantization": "qk_int8_pv_fp8"}), ids=str)
+def test_compensation_and_quantization_have_no_gradients(setting):
+    config = rrattn.RRAttentionConfig(**setting)
     query = paddle.randn([1, 256, 2, 32])
     query.stop_gradient = False
-    with pytest.raises(ValueError, match="compensate is True"):
+    with pytest.raises(ValueError, match="(compensate|quantization) is "):
         distributed.context_parallel_attention(query, query, query, group=Group(), config=config)
 
 

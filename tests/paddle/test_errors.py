@@ -440,6 +440,12 @@ def test_the_operator_itself_refuses_a_min_share(min_share):
         ({"keep_local": True}, "keep_local is True,.*integer of at least 0"),
         ({"keep_local": 0.5}, "keep_local is 0.5,.*integer of at least 0"),
         ({"compensate": 1}, "compensate is 1,.*True or False"),
+        ({"quantization": "int8"}, "quantization is 'int8',.*None or 'qk_int8_pv_fp8'"),
+        ({"quantization": 8}, "quantization is 8,.*None or 'qk_int8_pv_fp8'"),
+        (
+            {"quantization": "qk_int8_pv_fp8", "compensate": True},
+            "quantization is 'qk_int8_pv_fp8', but attention in eight bits is not compensated",
+        ),
         ({"key_stride": 3}, "key_stride is 3,.*1, 2, 4, 8, 16, 32, 64"),
         ({"key_stride": 128}, "key_stride is 128,.*1, 2, 4, 8, 16, 32, 64"),
         ({"key_stride": "8"}, "key_stride is '8',.*integer"),

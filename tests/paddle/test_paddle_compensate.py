@@ -83,7 +83,7 @@ def test_where_a_layer_attends_every_block_there_is_nothing_to_compensate(settin
 
 def test_the_operators_refuse_the_backward_pass(monkeypatch):
     """As a program may ask for it that no Python has looked at."""
-    monkeypatch.setattr(functional, "refuse_compensated_gradients", lambda *_: None)
+    monkeypatch.setattr(functional, "refuse_inference_gradients", lambda *_: None)
     tensors = to_tensors(make_inputs(CASE), requires_grad=True)
     out, _, block_mask = run(tensors, compensate=True)
     for attended in (out, attend(tensors, block_mask, compensate=True)[0]):

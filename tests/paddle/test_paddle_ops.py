@@ -244,7 +244,7 @@ def test_deterministic_goes_to_the_operator(monkeypatch):
     seen = []
 
     def call(name, *arguments):
-        seen.append((name, arguments[-2]))
+        seen.append((name, arguments[-3]))
         return library_call(name, *arguments)
 
     library_call = functional.call

@@ -32,6 +32,8 @@ def functions(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) ->
     rrattn.rr_attention(query, key, 3)  # wrong: call-overload
     rrattn.rr_attention(query, key, value, treshold=0.9)  # wrong: call-overload
     rrattn.rr_attention(query, key, value, threshold="0.9")  # wrong: call-overload
+    attended += rrattn.rr_attention(query, key, value, quantization="qk_int8_pv_fp8")
+    rrattn.rr_attention(query, key, value, quantization=8)  # wrong: call-overload
     rrattn.rr_attention(query, key, value, compensate="yes")  # wrong: call-overload
     rrattn.rr_attention(query, key, value, return_block_mask=True).mean()  # wrong: attr-defined
     rrattn.estimate_block_scores(query, key, stride=0.5)  # wrong: arg-type
