@@ -315,6 +315,31 @@ def test_tables_match_the_figures():
     assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
+def test_tables_show_eight_bits_beside_all_bits():
+    eight = ',quantization="qk_int8_pv_fp8"'
+    text = {"length": 2048, "task": "text"}
+    losses = {
+        "dense": (2.0, 0.0, 1.0),
+        f"rrattn:threshold=1{eight}": (2.002, 0.002, 1.0),
+        "rrattn:threshold=0.9": (2.01, 0.01, 0.31),
+        f"rrattn:threshold=0.9{eight}": (2.0301, 0.0125, 0.31),
+    }
+    names = ("nats", "divergence", "density")
+    rows = [{**text, "method": method, **dict(zip(names, figures))} for method, figures in losses.items()]
+    assert tables.smollm2_table(rows).splitlines()[-2:] == [
+        "| 2,048 | 1 | 100% | +0.00% | +0.10% | +0.10% | 0.0000 | 0.0020 |",
+        "| 2,048 | 0.9 | 31% | +0.50% | +1.51% | +1.00% | 0.0100 | 0.0125 |",
+    ]
+    probe = [
+        {**text, "task": task, "method": method, "score": score, "nats": 0.4 / score}
+        for method, score in (("dense", 1.0), (f"rrattn:threshold=0.9{eight}", 0.5))
+        for task in tables.TASK_COLUMNS
+    ]
+    assert tables.probe_table(probe).splitlines()[-1] == (
+        f"| threshold=0.9, eight bits |{' 50.0% |' * 6} 0.8000 | 50.00% |"
+    )
+
+
 def test_tables_show_the_gpu_stages_that_were_measured():
     common = {"gpu": "H200", "cuda": "13.0", "dtype": "bfloat16", "num_heads": 32, "num_heads_k": 8, "head_dim": 128}
     common.update(commit="abc", command="python gpu.py", seqlen_q=8192, seqlen_k=8192, density=0.254, tflops=500.0)

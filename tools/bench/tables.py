@@ -1,6 +1,6 @@
-"""Writes the tables of docs/performance.md, and the README's figure of them, from the figures in tools/bench/results/.
+"""Writes the tables of docs/performance.md and docs/quantization.md, and the README's figure, of tools/bench/results/.
 
-python -m tools.bench.tables            rewrites both
+python -m tools.bench.tables            rewrites them
 python -m tools.bench.tables --check    exits with 1 when one does not match the figures
 """
 
@@ -206,6 +206,73 @@ def settings_text(row):
     return ", ".join(f"`{name}={value}`" for name, value in row["settings"].items()) or "the defaults"
 
 
+QUANTIZED = ',quantization="qk_int8_pv_fp8"'
+TASK_COLUMNS = ("lookup", "needle", "multi-needle", "hops", "copy", "inside", "text")
+
+
+def quantization_tables(results):
+    """The loss of SmolLM2 and the probe's tasks, with products of eight bits beside all bits.
+
+    `results` has rows of `tools.evaluate run`, those with the same method and length side by side.
+    """
+    source = f"`{results['command']}` on the default text, {results['cpu']}, at commit {results['commit']}"
+    return "\n\n".join([f"By {source}.", smollm2_table(results["smollm2"]), probe_table(results["probe"])])
+
+
+def smollm2_table(rows):
+    by_method = {(row["length"], row["method"]): row for row in rows}
+    lines = [
+        "SmolLM2-135M, the loss and the KL of one document, from dense attention with all bits:",
+        "",
+        "| tokens | threshold | blocks | loss, all bits | eight bits | over all bits | KL, all bits | eight bits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (length, method), row in by_method.items():
+        if not method.endswith(QUANTIZED):
+            continue
+        method = method[: -len(QUANTIZED)]
+        threshold = method.partition("=")[2]
+        exact, dense = (by_method[length, name] for name in ("dense" if threshold == "1" else method, "dense"))
+        change, of_exact = (f"{100 * (row['nats'] / other['nats'] - 1):+.2f}%" for other in (dense, exact))
+        lines.append(
+            f"| {length:,} | {threshold} | {100 * row['density']:.0f}% |"
+            f" {100 * (exact['nats'] / dense['nats'] - 1):+.2f}% | {change} | {of_exact} |"
+            f" {exact['divergence']:.4f} | {row['divergence']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def probe_table(rows):
+    """Scores of each task; the mean is over tasks, of shares of dense attention's, of the text's inverse loss."""
+    by_method = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["task"]] = row
+    (length,) = {row["length"] for row in rows}
+    lines = [
+        f"The probe, seven tasks of {length:,} bytes; the text's figure is its loss in nats a byte:",
+        "",
+        f"| | {' | '.join(TASK_COLUMNS)} | mean of dense |",
+        "|---" * (len(TASK_COLUMNS) + 2) + "|",
+    ]
+    for method, tasks in by_method.items():
+        cells = [
+            f"{tasks[task]['nats']:.4f}" if task == "text" else f"{100 * tasks[task]['score']:.1f}%"
+            for task in TASK_COLUMNS
+        ]
+        name = f"{method[: -len(QUANTIZED)]}, eight bits" if method.endswith(QUANTIZED) else method
+        mean = mean_of_dense(tasks, by_method["dense"])
+        lines.append(f"| {name.replace('rrattn:', '')} | {' | '.join(cells)} | {100 * mean:.2f}% |")
+    return "\n".join(lines)
+
+
+def mean_of_dense(tasks, dense):
+    shares = [
+        dense[task]["nats"] / tasks[task]["nats"] if task == "text" else tasks[task]["score"] / dense[task]["score"]
+        for task in TASK_COLUMNS
+    ]
+    return sum(shares) / len(shares)
+
+
 def times(row, rival):
     """A rival's time, and how often ours goes into it."""
     ms = row["baselines"].get(rival)
@@ -236,7 +303,9 @@ def main():
         json.loads((ROOT / f"tools/bench/results/{name}.json").read_text()) for name in ("gpu", "gpu_portable")
     )
     sections = {"cpu": cpu_table(), "gpu": gpu_tables(records), "portable": portable_table(portable)}
+    quantized = json.loads((ROOT / "tools/bench/results/quantization.json").read_text())
     pages = {
+        "docs/quantization.md": lambda text: with_sections(text, {"quality": quantization_tables(quantized)}),
         "docs/performance.md": lambda text: with_sections(text, sections),
         "README.md": lambda text: with_sections(text, {"headline": headline(records)}),
     }
