@@ -422,7 +422,9 @@ def quantized_attend(
 def _to_int8(x: Array, largest: Array) -> Array:
     """Whole numbers, in float64, of float32 rows with these largest magnitudes."""
     zero = largest < np.float32(2.0**-100)
-    return np.rint(x * np.where(zero, np.float32(0), np.float32(127) / np.where(zero, np.float32(1), largest))) + 0.0
+    inverse = np.where(zero, np.float32(0), np.float32(127) / np.where(zero, np.float32(1), largest))
+    rounded: Array = np.rint(x * inverse) + 0.0
+    return rounded
 
 
 def _quantized_keys(key: Array, counts: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
