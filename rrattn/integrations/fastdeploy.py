@@ -49,7 +49,7 @@ class RRAttentionBackend(FlashAttentionBackend):  # type: ignore[misc]  # FastDe
     ------
     ValueError
         For settings that rrattn does not know or that do not fit the model, attention that is not causal, and
-        `min_length`, which ragged batches do not have.
+        `min_length` and `quantization`, which ragged batches do not have.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class RRAttentionBackend(FlashAttentionBackend):  # type: ignore[misc]  # FastDe
             raise ValueError("the model's causal is False, but rrattn's FastDeploy backend is for causal attention")
         if settings.min_length:
             raise ValueError(f"rrattn_min_length is {settings.min_length}, but must be 0 in FastDeploy")
+        if settings.quantization:
+            raise ValueError(f"rrattn_quantization is {settings.quantization!r}, but must be None in FastDeploy")
         ranks, num_layers = parallel_config.tensor_parallel_size, model_config.num_hidden_layers
         place = Place(num_layers, num_heads * ranks, ranks, parallel_config.tensor_parallel_rank)
         self._cores = [make_core(settings, place, i) for i in range(num_layers)]

@@ -140,6 +140,7 @@ def test_the_installation_names_the_plugin_where_the_engine_looks(plugin):
     "settings, message",
     (
         ({"rrattn_min_length": 100}, "rrattn_min_length is 100, but must be 0 in FastDeploy"),
+        ({"rrattn_quantization": "qk_int8_pv_fp8"}, "rrattn_quantization is 'qk_int8_pv_fp8', but must be None"),
         ({"causal": False}, "causal is False, but rrattn's FastDeploy backend is for causal attention"),
         ({"rrattn_treshold": 0.5}, "the model's config has rrattn_treshold, but rrattn knows"),
         ({"rrattn_threshold": [0.5] * 3}, "threshold has 3 entries, but the model has 2 layers"),
