@@ -37,6 +37,11 @@ def run(tensors, *arguments, **options):
     return rrattn.rr_attention(*tensors, *arguments, return_softmax_lse=True, return_block_mask=True, **options)
 
 
+def attend(tensors, block_mask, **options):
+    """(out, lse) of block_sparse_attention."""
+    return rrattn.block_sparse_attention(*tensors, block_mask, causal=True, return_softmax_lse=True, **options)
+
+
 def gradients(out, tensors, grad_out):
     return paddle.grad(out, tensors, paddle.to_tensor(grad_out).astype(out.dtype))
 

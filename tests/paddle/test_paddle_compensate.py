@@ -5,55 +5,15 @@ import inspect
 import numpy as np
 import paddle
 import pytest
-from cases import DTYPES, Case, make_inputs
-from harness import Kernels, assert_identical
+from cases import make_inputs
 from paddle.distributed.fleet.utils import recompute
-from paddle_harness import CASE, assert_all_identical, bounds_of, run, to_numpy, to_tensors
+from paddle_harness import CASE, assert_all_identical, attend, run, to_numpy, to_tensors
 
 import rrattn
-from rrattn import functional, published, reference
+from rrattn import functional, published
 
 REFUSED = r"compensate is True.*no gradients.*compensate=False.*paddle\.no_grad\(\)"
 REFUSED_BACKWARD = "compensate is True, but attention that is compensated has no gradients: .*compensate=False"
-
-
-def attend(tensors, block_mask, **options):
-    return rrattn.block_sparse_attention(*tensors, block_mask, causal=True, return_softmax_lse=True, **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flashmask", (None, "window_with_full_tail"))
-def test_both_functions_give_what_the_kernels_give(dtype, flashmask):
-    case = Case(500, 1100, num_heads=4, num_heads_k=2, head_dim=32, batch=2, flashmask=flashmask)
-    inputs = make_inputs(case, dtype)
-    tensors, bounds = to_tensors(inputs, dtype), bounds_of(inputs)
-    out, lse, block_mask = run(tensors, bounds, compensate=True, keep_last=False)
-    selected = reference.unpack(block_mask.numpy(), case.block_shape[-1])
-    arrays = *inputs.forward, selected, inputs.startend
-    expected = Kernels().attend(*arrays, causal=True, dtype=dtype, compensate=True)
-    assert_identical((to_numpy(out), to_numpy(lse)), expected)
-    again = attend(tensors, block_mask, startend_row_indices=bounds, compensate=True)
-    assert_all_identical(again, (out, lse))
-    plain = run(tensors, bounds, keep_last=False)
-    assert_all_identical(block_mask[None], plain[2][None])
-    assert (to_numpy(out) != to_numpy(plain[0])).any()
-
-
-@pytest.mark.parametrize("which", (0, 1, 2))
-def test_a_call_that_would_record_gradients_is_refused(which):
-    tensors = to_tensors(make_inputs(CASE))
-    block_mask = run(tensors)[2]
-    tensors[which].stop_gradient = False
-    for attention in (
-        lambda **options: run(tensors, **options),
-        lambda **options: attend(tensors, block_mask, **options),
-    ):
-        with pytest.raises(ValueError, match=REFUSED):
-            attention(compensate=True)
-        assert not attention(compensate=False)[0].stop_gradient
-        with paddle.no_grad():
-            assert attention(compensate=True)[0].stop_gradient
-    assert run(tensors, compensate=True, training=False)[0].stop_gradient
 
 
 def test_the_layer():

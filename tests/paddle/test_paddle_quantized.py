@@ -2,56 +2,15 @@
 
 import paddle
 import pytest
-from cases import DTYPES, Case, make_inputs
-from harness import Kernels, assert_identical
-from paddle_harness import CASE, assert_all_identical, bounds_of, run, to_numpy, to_tensors
+from cases import make_inputs
+from paddle_harness import CASE, assert_all_identical, attend, run, to_tensors
 
 import rrattn
-from rrattn import functional, published, reference
+from rrattn import functional, published
 
 QUANTIZATION = "qk_int8_pv_fp8"
 REFUSED = r"quantization is 'qk_int8_pv_fp8'.*no gradients.*quantization=None.*paddle\.no_grad\(\)"
 REFUSED_BACKWARD = 'quantization is "qk_int8_pv_fp8", but attention in eight bits has no gradients: .*quantization=None'
-
-
-def attend(tensors, block_mask, **options):
-    return rrattn.block_sparse_attention(*tensors, block_mask, causal=True, return_softmax_lse=True, **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flashmask, sink", ((None, False), ("window_with_full_tail", True)))
-def test_both_functions_give_what_the_kernels_give(dtype, flashmask, sink):
-    case = Case(500, 1100, num_heads=4, num_heads_k=2, head_dim=32, batch=2, flashmask=flashmask, sink=sink)
-    inputs = make_inputs(case, dtype)
-    tensors, bounds = to_tensors(inputs, dtype), bounds_of(inputs)
-    with_sink = {"sink": paddle.to_tensor(inputs.sink)} if sink else {}
-    out, lse, block_mask = run(tensors, bounds, quantization=QUANTIZATION, **with_sink)
-    selected = reference.unpack(block_mask.numpy(), case.block_shape[-1])
-    arrays = *inputs.forward, selected, inputs.startend
-    options = {"causal": True, "dtype": dtype, "sink": inputs.sink, "quantization": QUANTIZATION}
-    assert_identical((to_numpy(out), to_numpy(lse)), Kernels().attend(*arrays, **options))
-    again = attend(tensors, block_mask, startend_row_indices=bounds, quantization=QUANTIZATION, **with_sink)
-    assert_all_identical(again, (out, lse))
-    plain = run(tensors, bounds, **with_sink)
-    assert_all_identical(block_mask[None], plain[2][None])
-    assert (to_numpy(out) != to_numpy(plain[0])).any()
-
-
-@pytest.mark.parametrize("which", (0, 1, 2))
-def test_a_call_that_would_record_gradients_is_refused(which):
-    tensors = to_tensors(make_inputs(CASE))
-    block_mask = run(tensors)[2]
-    tensors[which].stop_gradient = False
-    for attention in (
-        lambda **options: run(tensors, **options),
-        lambda **options: attend(tensors, block_mask, **options),
-    ):
-        with pytest.raises(ValueError, match=REFUSED):
-            attention(quantization=QUANTIZATION)
-        assert not attention(quantization=None)[0].stop_gradient
-        with paddle.no_grad():
-            assert attention(quantization=QUANTIZATION)[0].stop_gradient
-    assert run(tensors, quantization=QUANTIZATION, training=False)[0].stop_gradient
 
 
 def test_the_operators_refuse_the_backward_pass(monkeypatch):
