@@ -265,15 +265,20 @@ inline void attend_item(const AttendCall& call, const SpanBounds* block_bounds,
   }
 }
 
+// Query heads of a key head.
+inline int64_t group_size(const AttendParams& params) {
+  return params.visibility.num_heads / params.heads.num_heads_k;
+}
+
 // Items of each block of queries, of all batch entries and heads.
 inline int64_t items_per_m_block(const AttendParams& params) {
-  const int64_t group = params.visibility.num_heads / params.heads.num_heads_k;
-  return params.visibility.batch * params.heads.num_heads_k * ceil_div(group, kHeadsPerItem);
+  return params.visibility.batch * params.heads.num_heads_k *
+         ceil_div(group_size(params), kHeadsPerItem);
 }
 
 // One of them, of this number among them.
 inline AttendItem item_of(const AttendParams& params, int64_t index, int64_t m_block) {
-  const int64_t group = params.visibility.num_heads / params.heads.num_heads_k;
+  const int64_t group = group_size(params);
   const int64_t chunks = ceil_div(group, kHeadsPerItem);
   const int64_t key_head = index / chunks % params.heads.num_heads_k;
   const int64_t first_head = key_head * group + index % chunks * kHeadsPerItem;

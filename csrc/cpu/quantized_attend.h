@@ -94,10 +94,6 @@ struct QuantizedScratch : AttendScratch {
         largest_values(arena.take<float>(params.heads.head_dim_v)) {}
 };
 
-inline int64_t group_size(const AttendParams& params) {
-  return params.visibility.num_heads / params.heads.num_heads_k;
-}
-
 // The mean of the keys that a query sees, of the first block that has any, without those that are
 // not finite; zeros where there is none. It is of one block, so that it is the same for a chunk of
 // the queries and the keys so far as for the whole.
