@@ -1,5 +1,4 @@
-"""Settings for inference alone, compensation and eight bits, in the functions: as the kernels compute them, and without
-gradients."""
+"""Settings for inference alone, compensation and eight bits: as the kernels compute them, and without gradients."""
 
 import paddle
 import pytest
@@ -7,10 +6,17 @@ from cases import DTYPES, Case, make_inputs
 from harness import Kernels, assert_identical
 from paddle_harness import CASE, assert_all_identical, attend, bounds_of, run, to_numpy, to_tensors
 
-from rrattn import reference
+import rrattn
+from rrattn import functional, reference
 
 # setting: on, off
 SETTINGS = {"compensate": (True, False), "quantization": ("qk_int8_pv_fp8", None)}
+REFUSED_BACKWARD = {
+    "compensate": "compensate is True, but attention that is compensated has no gradients: .*compensate=False",
+    "quantization": (
+        'quantization is "qk_int8_pv_fp8", but attention in eight bits has no gradients: .*quantization=None'
+    ),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,3 +58,54 @@ def test_a_call_that_would_record_gradients_is_refused(name, which):
         with paddle.no_grad():
             assert attention(**{name: on})[0].stop_gradient
     assert run(tensors, **{name: on}, training=False)[0].stop_gradient
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_operators_refuse_the_backward_pass(name, monkeypatch):
+    """As a program may ask for it that no Python has looked at."""
+    monkeypatch.setattr(functional, "refuse_inference_gradients", lambda *_: None)
+    setting = {name: SETTINGS[name][0]}
+    tensors = to_tensors(make_inputs(CASE), requires_grad=True)
+    out, _, block_mask = run(tensors, **setting)
+    for attended in (out, attend(tensors, block_mask, **setting)[0]):
+        with pytest.raises(ValueError, match=REFUSED_BACKWARD[name]):
+            attended.sum().backward()
+
+
+def compensated(query, key, value):
+    return run((query, key, value), compensate=True)
+
+
+def quantized(query, key, value):
+    return run((query, key, value), quantization="qk_int8_pv_fp8")
+
+
+@pytest.mark.parametrize("name, function", zip(SETTINGS, (compensated, quantized)), ids=SETTINGS)
+def test_a_traced_function_infers_and_refuses_its_backward_pass(name, function):
+    tensors = to_tensors(make_inputs(CASE), requires_grad=True)
+    with paddle.no_grad():
+        expected = function(*tensors)
+        assert_all_identical(paddle.jit.to_static(function, full_graph=True)(*tensors), expected)
+    out = paddle.jit.to_static(function, full_graph=True)(*tensors)[0]
+    assert_all_identical([out], expected[:1])
+    with pytest.raises(ValueError, match=REFUSED_BACKWARD[name]):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_saved_programs(name, tmp_path):
+    path = str(tmp_path / "attention")
+    heads = CASE.num_heads, CASE.num_heads_k, CASE.num_heads_k
+    spec = [
+        paddle.static.InputSpec([None, None, h, CASE.head_dim], "float32", name=f"input{i}")
+        for i, h in enumerate(heads)
+    ]
+    layer = rrattn.RRAttention(rrattn.RRAttentionConfig(threshold=0.5, **{name: SETTINGS[name][0]}))
+    tensors = to_tensors(make_inputs(CASE))
+    expected = layer(*tensors)
+    assert (expected != rrattn.rr_attention(*tensors, threshold=0.5)).any()
+    paddle.jit.save(paddle.jit.to_static(layer, input_spec=spec, full_graph=True), path)
+    assert_all_identical([paddle.jit.load(path)(*tensors)], [expected])
+    config = paddle.inference.Config(f"{path}.json", f"{path}.pdiparams")
+    config.disable_glog_info()
+    assert_all_identical(paddle.inference.create_predictor(config).run(tensors), [expected])

@@ -7,13 +7,12 @@ import paddle
 import pytest
 from cases import make_inputs
 from paddle.distributed.fleet.utils import recompute
-from paddle_harness import CASE, assert_all_identical, attend, run, to_numpy, to_tensors
+from paddle_harness import CASE, assert_all_identical, run, to_numpy, to_tensors
 
 import rrattn
 from rrattn import functional, published
 
 REFUSED = r"compensate is True.*no gradients.*compensate=False.*paddle\.no_grad\(\)"
-REFUSED_BACKWARD = "compensate is True, but attention that is compensated has no gradients: .*compensate=False"
 
 
 def test_the_layer():
@@ -39,49 +38,6 @@ def test_where_a_layer_attends_every_block_there_is_nothing_to_compensate(settin
         layer = rrattn.RRAttention(rrattn.RRAttentionConfig(compensate=compensate, **settings))
         grads.append(paddle.grad(layer(*tensors, causal=True).sum(), tensors))
     assert_all_identical(*grads)
-
-
-def test_the_operators_refuse_the_backward_pass(monkeypatch):
-    """As a program may ask for it that no Python has looked at."""
-    monkeypatch.setattr(functional, "refuse_inference_gradients", lambda *_: None)
-    tensors = to_tensors(make_inputs(CASE), requires_grad=True)
-    out, _, block_mask = run(tensors, compensate=True)
-    for attended in (out, attend(tensors, block_mask, compensate=True)[0]):
-        with pytest.raises(ValueError, match=REFUSED_BACKWARD):
-            attended.sum().backward()
-
-
-def compensated(query, key, value):
-    return run((query, key, value), compensate=True)
-
-
-def test_a_traced_function_infers_and_refuses_its_backward_pass():
-    tensors = to_tensors(make_inputs(CASE), requires_grad=True)
-    with paddle.no_grad():
-        expected = compensated(*tensors)
-        assert_all_identical(paddle.jit.to_static(compensated, full_graph=True)(*tensors), expected)
-    out = paddle.jit.to_static(compensated, full_graph=True)(*tensors)[0]
-    assert_all_identical([out], expected[:1])
-    with pytest.raises(ValueError, match=REFUSED_BACKWARD):
-        out.sum().backward()
-
-
-def test_saved_programs(tmp_path):
-    path = str(tmp_path / "attention")
-    heads = CASE.num_heads, CASE.num_heads_k, CASE.num_heads_k
-    spec = [
-        paddle.static.InputSpec([None, None, h, CASE.head_dim], "float32", name=f"input{i}")
-        for i, h in enumerate(heads)
-    ]
-    layer = rrattn.RRAttention(rrattn.RRAttentionConfig(threshold=0.5, compensate=True))
-    tensors = to_tensors(make_inputs(CASE))
-    expected = layer(*tensors)
-    assert (expected != rrattn.rr_attention(*tensors, threshold=0.5)).any()
-    paddle.jit.save(paddle.jit.to_static(layer, input_spec=spec, full_graph=True), path)
-    assert_all_identical([paddle.jit.load(path)(*tensors)], [expected])
-    config = paddle.inference.Config(f"{path}.json", f"{path}.pdiparams")
-    config.disable_glog_info()
-    assert_all_identical(paddle.inference.create_predictor(config).run(tensors), [expected])
 
 
 def test_the_published_names_have_none(monkeypatch):
