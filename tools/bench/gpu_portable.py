@@ -33,7 +33,7 @@ from rrattn.command_line import check_output_file
 from rrattn.config import RRAttentionConfig
 
 from .gpu_attend import HALF, rounds_for
-from .gpu_inputs import pack, selected_blocks, visible_blocks
+from .gpu_inputs import pack, random_blocks, selected_blocks, visible_blocks
 from .gpu_rivals import DENSE, backward_of, interleaved_ms, make
 
 FLASH = "flash dense"
@@ -52,13 +52,6 @@ BLOCK_SPARSE_SHAPES = {
 }
 WHOLE_SHAPES = [(head_dim, tokens) for head_dim in (128, 64) for tokens in (32768, 131072)]
 STAGES = (*BLOCK_SPARSE_SHAPES, "estimate+select", "rr_attention")
-
-
-def random_words(num_heads, tokens, density):
-    """The words of random masks, each head with its own: every block on the diagonal, others with this probability."""
-    blocks = tokens // 128
-    own = torch.eye(blocks, device="cuda", dtype=torch.bool)
-    return pack((torch.rand(1, num_heads, blocks, blocks, device="cuda") < density).tril() | own)
 
 
 class Problem:
@@ -121,7 +114,7 @@ class Problem:
 def measure_block_sparse(stage, head_dim, tokens, densities):
     problem = Problem(head_dim, tokens)
     inputs = problem.query, problem.key, problem.value
-    words = {density: random_words(problem.num_heads, tokens, density) for density in densities}
+    words = {density: pack(random_blocks(tokens, tokens, density, problem.num_heads)) for density in densities}
     if stage == "attend":
         calls = {FLASH: make(FLASH, DENSE[FLASH], *inputs)}
         calls.update({density: problem.call(problem.attend(words[density])) for density in densities})
