@@ -40,11 +40,7 @@ that it measures and keeps the file's others.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -52,7 +48,7 @@ import torch
 from rrattn import direct
 from rrattn.command_line import check_output_file
 
-from . import gpu_attend, gpu_backward, gpu_shapes, shapes
+from . import gpu_attend, gpu_backward, gpu_shapes, records, shapes
 from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
 from .gpu_rivals import DENSE, elapsed_ms
 
@@ -167,14 +163,9 @@ def line(record):
     )
 
 
-def merge(before, after):
-    """Records before, but for the stages, lengths and shapes that are among those after, and those."""
-
-    def place(record):
-        return record["stage"], record["seqlen_q"], record["seqlen_k"], record.get("shape")
-
-    replaced = set(map(place, after))
-    return [record for record in before if place(record) not in replaced] + after
+def place(record):
+    """What a later run replaces."""
+    return record["stage"], record["seqlen_q"], record["seqlen_k"], record.get("shape")
 
 
 def parse_arguments():
@@ -198,7 +189,7 @@ def parse_arguments():
     if arguments.json:
         check_output_file(parser, "--json", arguments.json)
         try:
-            stored_records(arguments.json)
+            records.stored(arguments.json)
         except ValueError as error:
             parser.error(f"--json {arguments.json} holds no records to add to: {error}")
     if not torch.cuda.is_available():
@@ -222,36 +213,24 @@ def what_is_measured(stages):
     return lengths, densities
 
 
-def stored_records(path):
-    """The records of a file; none where it does not exist yet."""
-    return json.loads(path.read_text()) if path.is_file() else []
-
-
 def main():
     arguments = parse_arguments()
     torch.manual_seed(0)
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     common = {
         "num_heads": NUM_HEADS,
         "num_heads_k": NUM_HEADS_K,
         "head_dim": HEAD_DIM,
-        "dtype": "bfloat16",
-        "causal": True,
-        "gpu": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "commit": arguments.commit or revision.stdout.strip(),
-        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
+        **records.fields_of_run(__spec__.name, arguments.commit),
     }
     print(f"{common['gpu']}, CUDA {common['cuda']}, {NUM_HEADS} heads over {NUM_HEADS_K}, D {HEAD_DIM}, bf16, causal")
     stages = arguments.stage
-    records = []
+    reported = []
 
     def report(record, text):
         print(text, flush=True)
-        records.append({**common, **record})
+        reported.append({**common, **record})
         if arguments.json:  # each time, so that a run that is cut short leaves what it measured
-            merged = merge(stored_records(arguments.json), records)
-            arguments.json.write_text(json.dumps(merged, indent=1) + "\n")
+            records.store(arguments.json, reported, place)
 
     for shape in SHAPES:
         for stage in SAMPLING_STAGES:

@@ -20,10 +20,6 @@ A run with --json replaces the records of the kernels and stages that it measure
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -32,8 +28,10 @@ from rrattn import direct
 from rrattn.command_line import check_output_file
 from rrattn.config import RRAttentionConfig
 
-from .gpu_attend import HALF, rounds_for
-from .gpu_inputs import pack, random_blocks, selected_blocks, visible_blocks
+from . import records
+from .gpu_attend import HALF, Pipeline, empty, rounds_for
+from .gpu_backward import backward
+from .gpu_inputs import normal, pack, random_blocks, selected_blocks, visible_blocks
 from .gpu_rivals import DENSE, backward_of, interleaved_ms, make
 
 FLASH = "flash dense"
@@ -54,110 +52,70 @@ WHOLE_SHAPES = [(head_dim, tokens) for head_dim in (128, 64) for tokens in (3276
 STAGES = (*BLOCK_SPARSE_SHAPES, "estimate+select", "rr_attention")
 
 
-class Problem:
-    """Random inputs, outputs, and the stages on them as calls without arguments."""
+def random_pipeline(head_dim, tokens):
+    """The stages on random inputs."""
+    num_heads, num_heads_k = HEADS[head_dim]
+    return Pipeline(*(normal(tokens, heads, head_dim) for heads in (num_heads, num_heads_k, num_heads_k)))
 
-    def __init__(self, head_dim, tokens):
-        self.tokens = tokens
-        self.num_heads, num_heads_k = HEADS[head_dim]
-        self.query, self.key, self.value = (
-            torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-            for heads in (self.num_heads, num_heads_k, num_heads_k)
-        )
-        self.out = torch.empty_like(self.query)
-        self.lse = torch.empty(1, self.num_heads, tokens, device="cuda")
-        blocks = tokens // 128
-        self.scores = torch.empty(1, self.num_heads, blocks, blocks, device="cuda")
-        self.mask = torch.empty(1, self.num_heads, blocks, -(-blocks // 32), device="cuda", dtype=torch.int32)
 
-    @staticmethod
-    def call(*stages):
-        """The stages in a row, with a workspace that they share."""
-        num_bytes = max(stage(size_only=True) for stage in stages)
-        workspace = torch.empty(num_bytes, device="cuda", dtype=torch.uint8)
-
-        def run():
-            for stage in stages:
-                stage(workspace=workspace, stream=torch.cuda.current_stream().cuda_stream)
-
-        return run
-
-    def attend(self, words):
-        inputs = self.query, self.key, self.value, words
-        return lambda **options: direct.block_sparse_attention(
-            *inputs, out=self.out, lse=self.lse, causal=True, **options
-        )
-
-    def backward(self, words, grad_out):
-        self.call(self.attend(words))()
-        inputs = self.query, self.key, self.value, words, self.out.clone(), self.lse.clone(), grad_out
-        grads = {f"grad_{name}": torch.empty_like(getattr(self, name)) for name in ("query", "key", "value")}
-        return lambda **options: direct.block_sparse_attention_backward(
-            *inputs, **grads, causal=True, deterministic=False, **options
-        )
-
-    def estimate(self, config):
-        return lambda **options: direct.estimate_block_scores(
-            self.query, self.key, block_scores=self.scores, causal=True, **config.sampling(), **options
-        )
-
-    def select(self, config):
-        given = {"block_mask": self.mask, "causal": True, "seqlen_q": self.tokens, "seqlen_k": self.tokens}
-        return lambda **options: direct.select_blocks(
-            self.scores, config.threshold, **given, **config.keep_rules(), **options
-        )
-
-    def density(self, words):
-        return selected_blocks(words) / (self.num_heads * visible_blocks(self.tokens, self.tokens))
+def density_of(words, tokens):
+    """Selected blocks as a share of the visible ones of all heads."""
+    return selected_blocks(words) / (words.shape[1] * visible_blocks(tokens, tokens))
 
 
 def measure_block_sparse(stage, head_dim, tokens, densities):
-    problem = Problem(head_dim, tokens)
-    inputs = problem.query, problem.key, problem.value
-    words = {density: pack(random_blocks(tokens, tokens, density, problem.num_heads)) for density in densities}
+    pipeline = random_pipeline(head_dim, tokens)
+    inputs = pipeline.query, pipeline.key, pipeline.value
+    words = {density: pack(random_blocks(tokens, tokens, density, pipeline.query.shape[2])) for density in densities}
     if stage == "attend":
         calls = {FLASH: make(FLASH, DENSE[FLASH], *inputs)}
-        calls.update({density: problem.call(problem.attend(words[density])) for density in densities})
+        stages = {density: pipeline.attend(words[density]) for density in densities}
     else:
-        grad_out = torch.randn_like(problem.query)
+        grad_out, grads = torch.randn_like(pipeline.query), tuple(torch.empty_like(x) for x in inputs)
         calls = {FLASH: make(FLASH, backward_of(DENSE[FLASH]), *inputs, grad_out)}
-        calls.update({density: problem.call(problem.backward(words[density], grad_out)) for density in densities})
+        stages = {
+            density: backward(pipeline, words[density], grad_out, grads, deterministic=False) for density in densities
+        }
+    calls.update({density: pipeline.with_workspace([stages[density]])[0] for density in densities})
     ms = interleaved_ms(calls, rounds_for(tokens))
     for density in densities:
-        selected = problem.density(words[density])
+        selected = density_of(words[density], tokens)
         yield {"stage": stage, "density": selected, "ms": ms[density], "share": ms[FLASH] * selected / ms[density]}, ms
 
 
 def measure_whole(stages, head_dim, tokens):
-    problem = Problem(head_dim, tokens)
-    defaults, half = RRAttentionConfig(), RRAttentionConfig(**HALF)
+    pipeline = random_pipeline(head_dim, tokens)
+    heads, blocks = pipeline.query.shape[2], tokens // 128
+    scores = empty(torch.float32, 1, heads, blocks, blocks)
+    mask = empty(torch.int32, 1, heads, blocks, -(-blocks // 32))
+    estimate_and_select = pipeline.stages(scores, mask, RRAttentionConfig())[:2]
     calls = {
-        FLASH: make(FLASH, DENSE[FLASH], problem.query, problem.key, problem.value),
-        "estimate+select": problem.call(problem.estimate(defaults), problem.select(defaults)),
-        "rr_attention": problem.call(problem.estimate(half), problem.select(half), problem.attend(problem.mask)),
+        FLASH: make(FLASH, DENSE[FLASH], pipeline.query, pipeline.key, pipeline.value),
+        "estimate+select": pipeline.with_workspace(estimate_and_select)[0],
+        "rr_attention": pipeline.with_workspace(pipeline.stages(scores, mask, RRAttentionConfig(**HALF)))[0],
     }
     ms = interleaved_ms(calls, rounds_for(tokens))
     for stage in stages:
         calls[stage]()
         ratio = ms[stage] / ms[FLASH]
         share = ratio if stage == "estimate+select" else 1 / ratio
-        yield {"stage": stage, "density": problem.density(problem.mask), "ms": ms[stage], "share": share}, ms
+        yield {"stage": stage, "density": density_of(mask, tokens), "ms": ms[stage], "share": share}, ms
 
 
 def measure(stages):
     for stage, shapes in BLOCK_SPARSE_SHAPES.items():
         for shape, densities in shapes.items() if stage in stages else ():
             yield from (
-                ({**record, **place(*shape)}, ms) for record, ms in measure_block_sparse(stage, *shape, densities)
+                ({**record, **fields_of(*shape)}, ms) for record, ms in measure_block_sparse(stage, *shape, densities)
             )
             torch.cuda.empty_cache()
     whole = [stage for stage in ("estimate+select", "rr_attention") if stage in stages]
     for shape in WHOLE_SHAPES if whole else ():
-        yield from (({**record, **place(*shape)}, ms) for record, ms in measure_whole(whole, *shape))
+        yield from (({**record, **fields_of(*shape)}, ms) for record, ms in measure_whole(whole, *shape))
         torch.cuda.empty_cache()
 
 
-def place(head_dim, tokens):
+def fields_of(head_dim, tokens):
     num_heads, num_heads_k = HEADS[head_dim]
     return {"head_dim": head_dim, "seqlen_q": tokens, "num_heads": num_heads, "num_heads_k": num_heads_k}
 
@@ -177,30 +135,19 @@ def parse_arguments():
     return arguments
 
 
-def merge(before, after):
-    """Records before, but for the kernels and stages that are among those after, and those."""
-    replaced = {(record["kernels"], record["stage"]) for record in after}
-    return [record for record in before if (record["kernels"], record["stage"]) not in replaced] + after
+def place(record):
+    """What a later run replaces."""
+    return record["kernels"], record["stage"]
 
 
 def main():
     arguments = parse_arguments()
     direct.set_gpu_path(arguments.path)
     torch.manual_seed(0)
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    common = {
-        "kernels": direct.gpu_kernels(),
-        "dtype": "bfloat16",
-        "causal": True,
-        "gpu": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "commit": arguments.commit or revision.stdout.strip(),
-        "command": shlex.join(["python", "-m", __spec__.name, *sys.argv[1:]]),
-    }
-    before = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else []
-    records = []
+    common = {"kernels": direct.gpu_kernels(), **records.fields_of_run(__spec__.name, arguments.commit)}
+    measured = []
     for record, ms in measure(arguments.stage):
-        records.append({**record, "baselines": {FLASH: ms[FLASH]}, **common})
+        measured.append({**record, "baselines": {FLASH: ms[FLASH]}, **common})
         print(
             f"{record['stage']:16}{common['kernels']:16} D {record['head_dim']:3}{record['seqlen_q']:8} |"
             f" {100 * record['density']:5.1f}% |{record['ms']:9.3f} ms | FlashAttention-2 {ms[FLASH]:9.3f} ms |"
@@ -208,7 +155,7 @@ def main():
             flush=True,
         )
         if arguments.json:
-            arguments.json.write_text(json.dumps(merge(before, records), indent=1) + "\n")
+            records.store(arguments.json, measured, place)
 
 
 if __name__ == "__main__":
