@@ -53,7 +53,8 @@ class Pipeline:
         self.query, self.key, self.value, self.startend = query, key, value, startend
         self.lengths = {"seqlen_q": query.shape[1], "seqlen_k": key.shape[1]}
         batch, seqlen_q, heads, _ = query.shape
-        self.out, self.lse = torch.empty_like(query), empty(torch.float32, batch, heads, seqlen_q)
+        self.out = empty(query.dtype, batch, seqlen_q, heads, value.shape[3])
+        self.lse = empty(torch.float32, batch, heads, seqlen_q)
         self.workspace = empty(torch.uint8, 0)
 
     def with_workspace(self, stages):
