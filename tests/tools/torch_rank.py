@@ -24,7 +24,9 @@ def main(folder):
     dist.init_process_group("gloo")
     ranks, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(0)  # the same on all ranks
-    query, key, value, grad_out = (torch.randn(1, TOKENS, heads, HEAD_DIM) for heads in (HEADS, HEADS_K, HEADS_K, HEADS))
+    query, key, value, grad_out = (
+        torch.randn(1, TOKENS, heads, HEAD_DIM) for heads in (HEADS, HEADS_K, HEADS_K, HEADS)
+    )
     whole = gpu_ranks.whole_share(query, key, value, RRAttentionConfig(threshold=0.6, min_share=0))
     silence = gpu_ranks.NoWire()
     of_one = gpu_ranks.attend(whole, silence)
