@@ -2,51 +2,67 @@
 
     python torch_rank.py FOLDER
 
-leaves in FOLDER what a rank's attention and gradients are, and which block masks, beside those of the same tokens of a
-group of one, for each layout.
+leaves in FOLDER, for each layout, the rank's output, gradients and block masks, and those that a group of one has for
+the same tokens: `expected_NAME`. `NAME_nothing_sent` is of a rank that has all keys and values, `all_blocks` the output
+over every block.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from rrattn.config import RRAttentionConfig
+from rrattn.config import BLOCK_SIZE, RRAttentionConfig
 from tools.bench import gpu_ranks
 
-HEADS, HEADS_K, HEAD_DIM, TOKENS = 4, 2, 32, 3072
+HEADS, HEADS_K, HEAD_DIM, TOKENS = 4, 2, 32, 5120  # 40 blocks, more than a word of a mask has
 LAYOUTS = ("dual_chunk", "contiguous")
+
+
+def results(share, wire, grad_out):
+    """{name: tensor} of both passes."""
+    attended = gpu_ranks.attend(share, wire)
+    grads = gpu_ranks.gradients(share, wire, attended, grad_out)
+    masks = {f"mask_{number}": mask for number, mask in enumerate(attended.block_masks)}
+    return {"out": attended.out, **dict(zip(("grad_query", "grad_key", "grad_value"), grads)), **masks}
+
+
+def measure(layout, whole, grad_out, of_one):
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    share, wire = gpu_ranks.share_of_rank(whole, layout, ranks, rank), gpu_ranks.Wire(layout, ranks)
+    own_grad_out = gpu_ranks.held(grad_out, share.chunks)
+    found = results(share, wire, own_grad_out)
+    for name in ("out", "grad_query", "grad_key", "grad_value"):
+        found[f"expected_{name}"] = gpu_ranks.held(of_one[name], share.chunks)
+    for number, chunk in enumerate(share.chunks):
+        rows = slice(chunk.start // BLOCK_SIZE, (chunk.start + chunk.length) // BLOCK_SIZE)
+        found[f"expected_mask_{number}"] = of_one["mask_0"][:, :, rows]
+    with_all_keys = replace(share, key=whole.key, value=whole.value)
+    silent = results(with_all_keys, gpu_ranks.NoWire(), own_grad_out)
+    found.update({f"{name}_nothing_sent": silent[name] for name in ("out", "grad_query")})
+    found["all_blocks"] = gpu_ranks.attend(share, wire, gpu_ranks.every_block(share)).out
+    dense = gpu_ranks.attend(whole, gpu_ranks.NoWire(), gpu_ranks.every_block(whole)).out
+    found["expected_all_blocks"] = gpu_ranks.held(dense, share.chunks)
+    return {name: tensor.numpy() for name, tensor in found.items()}
 
 
 def main(folder):
     dist.init_process_group("gloo")
-    ranks, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(0)  # the same on all ranks
     query, key, value, grad_out = (
         torch.randn(1, TOKENS, heads, HEAD_DIM) for heads in (HEADS, HEADS_K, HEADS_K, HEADS)
     )
-    whole = gpu_ranks.whole_share(query, key, value, RRAttentionConfig(threshold=0.6, min_share=0))
-    silence = gpu_ranks.NoWire()
-    of_one = gpu_ranks.attend(whole, silence)
-    grads_of_one = gpu_ranks.gradients(whole, silence, of_one, grad_out)
+    config = RRAttentionConfig(threshold=0.6, min_share=0)
+    whole = gpu_ranks.whole_share(query, key, value, config)
+    of_one = results(whole, gpu_ranks.NoWire(), grad_out)
     for layout in LAYOUTS:
-        share, wire = gpu_ranks.share_of_rank(whole, layout, ranks, rank), gpu_ranks.Wire(layout, ranks)
-        attended = gpu_ranks.attend(share, wire)
-        grads = gpu_ranks.gradients(share, wire, attended, gpu_ranks.held(grad_out, share.chunks))
-        found = {"out": attended.out, **dict(zip(("grad_query", "grad_key", "grad_value"), grads))}
-        dense = gpu_ranks.attend(share, wire, gpu_ranks.every_block(share)).out
-        expected = dict(zip(found, (of_one.out, *grads_of_one)))
-        arrays = {name: tensor.numpy() for name, tensor in found.items()}
-        for name, tensor in expected.items():
-            arrays[f"expected_{name}"] = gpu_ranks.held(tensor, share.chunks).numpy()
-        for number, (chunk, block_mask) in enumerate(zip(share.chunks, attended.block_masks)):
-            rows = of_one.block_masks[0][:, :, chunk.start // 128 : (chunk.start + chunk.length) // 128]
-            arrays[f"mask_{number}"] = block_mask.numpy()
-            arrays[f"expected_mask_{number}"] = rows.numpy()
-        np.savez(folder / f"{layout}-{rank}.npz", **arrays, dense=dense.numpy())
-    np.savez(folder / f"whole-{rank}.npz", query=query.numpy(), key=key.numpy(), value=value.numpy())
+        np.savez(folder / f"{layout}-{dist.get_rank()}.npz", **measure(layout, whole, grad_out, of_one))
+    if dist.get_rank() == 0:
+        of_one = {name: tensor.numpy() for name, tensor in of_one.items()}
+        np.savez(folder / "one.npz", **of_one, query=query.numpy(), key=key.numpy(), value=value.numpy())
     dist.destroy_process_group()
 
 

@@ -127,6 +127,8 @@ def merge(before, after):
 
 def measured_tables(records):
     """What passes take, and what the wire takes and a rank holds."""
+    if not records:
+        return "Nothing was measured yet."
     one = records[0]
     sources = dict.fromkeys(f"`{record['command']}` at commit {record['commit']}" for record in records)
     lines = [

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md and docs/quantization.md, and the README's figure, of tools/bench/results/.
+"""Writes the tables of docs/performance.md, quantization.md and distributed.md, and the README's figure, of results/.
 
 python -m tools.bench.tables            rewrites them
 python -m tools.bench.tables --check    exits with 1 when one does not match the figures
@@ -8,7 +8,7 @@ import json
 import sys
 import textwrap
 
-from tools.bench import shapes
+from tools.bench import context_parallel, shapes
 from tools.pages import ROOT, with_sections, write_or_check
 
 
@@ -299,13 +299,13 @@ def headline(records):
 
 
 def main():
-    records, portable = (
-        json.loads((ROOT / f"tools/bench/results/{name}.json").read_text()) for name in ("gpu", "gpu_portable")
-    )
+    names = "gpu", "gpu_portable", "gpu_context_parallel"
+    records, portable, shared = (json.loads((ROOT / f"tools/bench/results/{name}.json").read_text()) for name in names)
     sections = {"cpu": cpu_table(), "gpu": gpu_tables(records), "portable": portable_table(portable)}
     quantized = json.loads((ROOT / "tools/bench/results/quantization.json").read_text())
     pages = {
         "docs/quantization.md": lambda text: with_sections(text, {"quality": quantization_tables(quantized)}),
+        "docs/distributed.md": lambda text: with_sections(text, {"measured": context_parallel.measured_tables(shared)}),
         "docs/performance.md": lambda text: with_sections(text, sections),
         "README.md": lambda text: with_sections(text, {"headline": headline(records)}),
     }
