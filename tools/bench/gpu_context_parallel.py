@@ -41,6 +41,7 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 
+from rrattn import direct
 from rrattn.command_line import check_output_file
 from rrattn.config import BLOCK_SIZE, MAX_SEQLEN_K_ON_GPU, RRAttentionConfig
 from rrattn.sequence_chunks import chunks_of_rank
@@ -352,6 +353,7 @@ def main():
         "head_dim": HEAD_DIM,
         "dtype": "bfloat16",
         "causal": True,
+        "kernels": direct.gpu_kernels(local_rank),
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
@@ -361,11 +363,8 @@ def main():
     before = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else []
     check(arguments.layout)
     if is_first:
-        print(
-            f"{dist.get_world_size()} {common['gpu']}, CUDA {common['cuda']}, NCCL {common['nccl']}: at {TOKENS_TRIED}"
-            " tokens blocks, outputs and gradients are one GPU's",
-            flush=True,
-        )
+        where = f"{dist.get_world_size()} {common['gpu']}, CUDA {common['cuda']}, NCCL {common['nccl']}"
+        print(f"{where}, kernels {common['kernels']}: {TOKENS_TRIED} tokens are attended as one GPU does", flush=True)
     records = []
     for tokens in arguments.tokens:
         wire = measure_wire(tokens)

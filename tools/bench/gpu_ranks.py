@@ -11,6 +11,9 @@ What is on its way while what is computed, on each rank:
                sum over the ranks of dK       putting dV in the order of the ranks
                sum over the ranks of dV       nothing; dQ stays where it is
 
+A rank holds a little less than there, where operators get copies of the keys that a chunk sees, and gradients of chunks
+are added up in memory of their own.
+
 Collectives run on a stream of torch.distributed's own, which waits for the one that computes when they start, and it
 for them at `wait`; the host waits for neither. Tensors are [1, tokens, heads, D], as `rrattn.direct` takes them, and a
 rank's tokens those of its chunks, one after the other (rrattn.sequence_chunks). Causal.
