@@ -176,8 +176,3 @@ def test_the_tables_of_the_page():
         "| 262,144 | dual_chunk | 4.25 | 4.00 | 8.50 | 6.00 |",
     ):
         assert row in text.splitlines()
-
-
-def test_a_run_replaces_the_passes_that_it_measures():
-    before = [record(), record("backward"), record(layout="contiguous")]
-    assert context_parallel.merge(before, [record(ms=1.0)]) == [*before[1:], record(ms=1.0)]

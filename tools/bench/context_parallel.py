@@ -112,16 +112,6 @@ def verdicts(records):
     return lines
 
 
-def merge(before, after):
-    """Records before, but for the passes that are among those after, and those."""
-
-    def place(record):
-        return tuple(record[name] for name in ("ranks", "seqlen_q", "layout", "pass", "data", "blocks"))
-
-    replaced = set(map(place, after))
-    return [record for record in before if place(record) not in replaced] + after
-
-
 # Markdown, for docs/distributed.md
 
 

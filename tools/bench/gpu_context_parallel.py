@@ -24,13 +24,11 @@ A run with --json replaces the records of the passes that it measures and keeps 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -46,7 +44,8 @@ from rrattn.command_line import check_output_file
 from rrattn.config import BLOCK_SIZE, MAX_SEQLEN_K_ON_GPU, RRAttentionConfig
 from rrattn.sequence_chunks import chunks_of_rank
 
-from .context_parallel import is_exact, line, merge, short_table
+from . import records
+from .context_parallel import is_exact, line, short_table
 from .gpu_attend import HALF
 from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, structured, visible_blocks
 from .gpu_ranks import NoWire, Wire, attend, every_block, gradients, held, share_of_rank, whole_share
@@ -338,47 +337,45 @@ def parse_arguments():
     return arguments
 
 
+def place(record):
+    """What a later run replaces."""
+    return tuple(record[name] for name in ("ranks", "seqlen_q", "layout", "pass", "data", "blocks"))
+
+
 def main():
     arguments = parse_arguments()
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank, here = int(os.environ["LOCAL_RANK"]), os.environ["LOCAL_WORLD_SIZE"]
     torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank), timeout=timedelta(minutes=3))
     is_first = dist.get_rank() == 0
     torch.manual_seed(0)
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", __spec__.name, *sys.argv[1:]]
     common = {
         "num_heads": NUM_HEADS,
         "num_heads_k": NUM_HEADS_K,
         "head_dim": HEAD_DIM,
-        "dtype": "bfloat16",
-        "causal": True,
         "kernels": direct.gpu_kernels(local_rank),
-        "gpu": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "commit": arguments.commit or revision.stdout.strip(),
-        "command": shlex.join(command),
+        **records.fields_of_run(__spec__.name, arguments.commit),
+        "command": shlex.join(["torchrun", "--nproc-per-node", here, "-m", __spec__.name, *sys.argv[1:]]),
     }
-    before = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else []
     check(arguments.layout)
     if is_first:
         where = f"{dist.get_world_size()} {common['gpu']}, CUDA {common['cuda']}, NCCL {common['nccl']}"
         print(f"{where}, kernels {common['kernels']}: {TOKENS_TRIED} tokens are attended as one GPU does", flush=True)
-    records = []
+    measured = []
     for tokens in arguments.tokens:
         wire = measure_wire(tokens)
         for case in CASES:
             for record in measure(tokens, case, arguments.layout, wire):
                 if not is_first:
                     continue
-                records.append({**record, **common})
-                print(line(records[-1]), flush=True)
+                measured.append({**record, **common})
+                print(line(measured[-1]), flush=True)
                 if arguments.json:  # each time, so that a run that is cut short leaves what it measured
-                    arguments.json.write_text(json.dumps(merge(before, records), indent=1) + "\n")
+                    records.store(arguments.json, measured, place)
             torch.cuda.empty_cache()
     if is_first:
-        print(*short_table(records), sep="\n", flush=True)
+        print(*short_table(measured), sep="\n", flush=True)
     dist.destroy_process_group()
 
 
