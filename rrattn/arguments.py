@@ -99,6 +99,11 @@ def length(value: object, name: str) -> int:
     return integer(value, name, 0, MAX_LENGTH)
 
 
+def most(value: object, name: str) -> int:
+    """The most that there is of something, or None, which the kernels take as 0: as many as there is room for."""
+    return 0 if value is None else integer(value, name, 1, MAX_INT64)
+
+
 def head_offset(value: object) -> int:
     """The number of a head, below 2^63 since the kernels take int64."""
     offset = count(value, "head_offset")

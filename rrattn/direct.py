@@ -398,12 +398,16 @@ def ragged_attention(
     keep_local: int = _DEFAULTS.keep_local,
     min_share: float = _DEFAULTS.min_share,
     compensate: bool = _DEFAULTS.compensate,
+    max_seqlen_k: int | None = None,
+    max_num_keys: int | None = None,
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> int:
     """All three stages for requests of several lengths in one call: :func:`rrattn.serving.ragged_attention` on arrays.
 
-    On a CPU alone. T stands for the queries of all requests, P for pages.
+    T stands for the queries of all requests, P for pages. On a GPU the lengths, tables and flags lie in its memory and
+    the host does not read them, so that one CUDA graph serves changing lengths up to the maxima. There T may be more
+    than the queries that there are; rows past the last one are not written.
 
     Parameters
     ----------
@@ -415,12 +419,13 @@ def ragged_attention(
     block_tables : [B, pages of a request] int32, optional
     out : [T, Hq, Dv], output, same dtype
     lse : [Hq, T] float32, output if given
-    block_mask : [words] int32, output if given: of each request [Hq, Mq, ceil(Mk / 32)], one after the other
-    pooled_keys : [P, Hkv, page size / key_stride, D + 1] float32, read and written, optional
+    block_mask : [words] int32, output if given: of each request [Hq, Mq, ceil(Mk / 32)], one after the other. On a GPU
+        Hq * ((T + 127 * min(B, T)) // 128) * ceil(max_seqlen_k / 4096) words, of which the first ones are written.
+    pooled_keys : [P, Hkv, page size / key_stride, D + 1] float32, read and written, optional; on a CPU alone
     sink : [Hq] float32, optional
     threshold : float in (0, 1], or [Hq] or [1] float32
     keep_last : bool, or [B] bool
-    heads_first, and all other settings
+    max_seqlen_k, max_num_keys, heads_first, and all other settings
         As in :func:`rrattn.serving.ragged_attention`.
     """
     scalar, per_head = _split_threshold(threshold)
@@ -443,6 +448,8 @@ def ragged_attention(
         sampling=_direct.Sampling(**sampling_of_call(stride, key_stride, head_offset, softmax_scale, spread)),
         rules=_direct.KeepRules(threshold=scalar, **checked_keep_rules(keep_sink, keeps_last, keep_local, min_share)),
         compensate=arguments.flag(compensate, "compensate"),
+        max_seqlen_k=arguments.most(max_seqlen_k, "max_seqlen_k"),
+        max_num_keys=arguments.most(max_num_keys, "max_num_keys"),
         dtype=_name(dtype),
         options=_options(ragged_attention, options),
     )

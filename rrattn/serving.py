@@ -5,7 +5,7 @@ keys and values in the pages of a cache, which a table names for each request. A
 of one behind what is in the cache already, or one token to decode. :func:`ragged_attention` attends for all of them at
 once, and gives each the bits that :func:`rrattn.rr_attention` with causal=True would give it alone.
 
-It runs on a CPU, eagerly, without gradients.
+It runs eagerly, without gradients.
 """
 
 from __future__ import annotations
@@ -58,14 +58,21 @@ def ragged_attention(
     min_share: float = _DEFAULTS.min_share,
     compensate: bool = _DEFAULTS.compensate,
     sink: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    max_num_keys: int | None = None,
     return_softmax_lse: bool = False,
     return_block_masks: bool = False,
 ) -> Any:
-    """Causal block-sparse attention of several requests in one call, all three stages, on a CPU.
+    """Causal block-sparse attention of several requests in one call, all three stages.
 
     The queries of a request are the last of its tokens: with n of them, they are tokens seqlens_k - n and on, and each
-    sees the keys up to its own. A request may have no queries; then nothing of it is read. Threads take the work of all
-    requests from one queue, the largest parts first.
+    sees the keys up to its own. A request may have no queries; then nothing of it is read. The work of all requests is
+    one queue, the largest parts first.
+
+    On a GPU all tensors lie in its memory. Lengths, tables and flags are not read by the host, so nothing waits for the
+    GPU and one CUDA graph serves changing lengths; nor are they checked. There query may have more rows than there are
+    queries, and rows of out past the last one are not written. A request whose queries are not rows of query has none,
+    and one with more keys than there is room for, or fewer than it has queries, sees none.
 
     Parameters
     ----------
@@ -92,7 +99,7 @@ def ragged_attention(
         request's queries and writes what the queries' tokens add, in place, so that the keys of the prefix are not read
         again for the estimate. Each call that adds tokens to a page must have it, from the page's first one on, with
         the same key_stride. No stride lies in two pages. Pages with tokens of queries belong to one request. Results
-        are the same bits with it and without.
+        are the same bits with it and without. On a CPU alone.
     keep_last : bool or Tensor
         Whether the last query block row of a request keeps every visible block; a [B] bool Tensor says it for each
         request. True where a request's chunk is the last of its prompt and where it decodes, False for the chunks
@@ -101,9 +108,13 @@ def ragged_attention(
     threshold : float or Tensor
         As in :func:`rrattn.rr_attention`.
     stride, key_stride, head_offset, softmax_scale, spread, keep_sink, keep_local, min_share, compensate, sink
-        As there.
+        As there. On a GPU there is no compensation.
+    max_seqlen_k, max_num_keys : int, optional
+        The most keys of a request and of all requests together. On a GPU memory is taken for as many, so that smaller
+        ones take less: without them it is for as many as a row of block_tables or, without that, key has room for, in
+        each request at once.
     return_softmax_lse, return_block_masks : bool
-        Return these too.
+        Return these too. To split the masks of a GPU, the host waits for the lengths.
 
     Returns
     -------
@@ -117,8 +128,8 @@ def ragged_attention(
     Raises
     ------
     ValueError, TypeError
-        With the value and what is allowed, before anything is written: tensors that are not on a CPU, gradients that
-        would be recorded, lengths that do not fit, a page that is not there.
+        With the value and what is allowed, before anything is written: gradients that would be recorded, what a GPU
+        does not take, and on a CPU lengths that do not fit and a page that is not there.
 
     Examples
     --------
@@ -155,6 +166,8 @@ def ragged_attention(
         scalar,
         *checked_keep_rules(keep_sink, keeps_last, keep_local, min_share).values(),
         arguments.flag(compensate, "compensate"),
+        arguments.most(max_seqlen_k, "max_seqlen_k"),
+        arguments.most(max_num_keys, "max_num_keys"),
     )
     out, lse, words = outputs[:3]
     extras = [lse] if with_lse else []

@@ -24,9 +24,10 @@ from .bench.gpu_attend import Pipeline, empty
 from .bench.gpu_backward import backward
 from .bench.gpu_inputs import pack
 
-STAGES = ("estimate+select", "attend", "backward")
+STAGES = ("estimate+select", "attend", "backward", "ragged")
 # queries, keys, query heads, key heads, bounds of FlashMask or 0
 SHAPES = [(129, 1000, 2, 1, 0), (450, 700, 4, 2, 2), (300, 300, 8, 2, 1)]
+REQUESTS = [(129, 300), (0, 70), (1, 200), (200, 200)]  # (queries, keys) of a ragged batch
 HEAD_DIMS_V = {64: 64, 128: 128, 256: 256, 192: 128}  # head size of queries and keys: that of values
 SETTINGS = [RRAttentionConfig(), RRAttentionConfig(stride=16, key_stride=1, compensate=True)]
 
@@ -64,6 +65,33 @@ def run(stages, shape, head_dim, dtype):
     return len(calls)
 
 
+def run_ragged(head_dim, dtype):
+    """The calls of a ragged batch, its keys in one piece and in pages; their number."""
+    tokens, keys = (sum(lengths) for lengths in zip(*REQUESTS))
+    heads, heads_k, head_dim_v = 4, 2, HEAD_DIMS_V[head_dim]
+    query = torch.randn(tokens, heads, head_dim, device="cuda", dtype=dtype)
+    out = empty(dtype, tokens, heads, head_dim_v)
+    begins = torch.tensor([0, *itertools.accumulate(q for q, _ in REQUESTS)], device="cuda", dtype=torch.int32)
+    seqlens_k = torch.tensor([k for _, k in REQUESTS], device="cuda", dtype=torch.int32)
+    page_sizes = (None, 64, 384)
+    for page_size in page_sizes:
+        tables, rows = None, (keys, heads_k)
+        if page_size is not None:
+            used = [-(-k // page_size) for _, k in REQUESTS]
+            pages = iter(torch.randperm(sum(used)).tolist())
+            tables = torch.full((len(REQUESTS), max(used)), -1, dtype=torch.int32)
+            for b, count in enumerate(used):
+                tables[b, :count] = torch.tensor([next(pages) for _ in range(count)])
+            tables, rows = tables.cuda(), (sum(used), heads_k, page_size)
+        cache = [torch.randn(*rows, size, device="cuda", dtype=dtype) for size in (head_dim, head_dim_v)]
+        arrays = query, *cache, begins, seqlens_k, tables
+        options = {"out": out, "threshold": 0.5, "keep_last": torch.zeros(len(REQUESTS), device="cuda") > 0}
+        workspace = empty(torch.uint8, direct.ragged_attention(*arrays, **options, size_only=True))
+        direct.ragged_attention(*arrays, **options, workspace=workspace)
+    torch.cuda.synchronize()
+    return len(page_sizes)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", choices=direct.available_gpu_paths(), default="auto", help="which kernels run")
@@ -72,8 +100,10 @@ def main():
     arguments = parser.parse_args()
     direct.set_gpu_path(arguments.path)
     torch.manual_seed(0)
-    kinds = itertools.product(SHAPES, arguments.head_dim or HEAD_DIMS_V, (torch.bfloat16, torch.float16))
-    count = sum(run(arguments.stage or STAGES, *kind) for kind in kinds)
+    stages = arguments.stage or STAGES
+    kinds = [*itertools.product(arguments.head_dim or HEAD_DIMS_V, (torch.bfloat16, torch.float16))]
+    count = sum(run(stages, shape, *kind) for shape in SHAPES for kind in kinds)
+    count += sum(run_ragged(*kind) for kind in kinds) if "ragged" in stages else 0
     print(f"{count} calls on {direct.gpu_kernels()}")
 
 

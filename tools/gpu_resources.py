@@ -287,7 +287,9 @@ class Kernel:
 
     @property
     def variant(self):
-        """As the docs call it: attention with compensation has a kernel of its own."""
+        """As the docs call it: attention with compensation, and ragged batches, have kernels of their own."""
+        if self.name.startswith("ragged_"):
+            return f"{self.stage}, ragged"
         compensated = self.name == "attend_kernel" and self.arguments[-1] == "true"
         return f"{self.stage}, compensated" if compensated else self.stage
 

@@ -6,6 +6,7 @@
 
 #include "../core/arguments.h"
 #include "../core/quantization.h"
+#include "../core/ragged.h"
 #include "../cpu/kernels.h"
 #include "../cpu/parallel.h"
 #include "../cuda/gpu_path.h"
@@ -92,6 +93,15 @@ inline constexpr Stage<DenseMaskParams> kDenseMask = {
     {cpu::dense_mask_workspace_bytes, cpu::run_dense_mask},
 #if defined(RRATTN_WITH_CUDA)
     {cuda::dense_mask_workspace_bytes, cuda::run_dense_mask},
+#endif
+};
+
+// All stages of a ragged batch. On a CPU they run from lengths that the host reads (cpu/ragged.h).
+inline constexpr Stage<RaggedParams> kRaggedOnGpu = {
+    "ragged batches",
+    {},
+#if defined(RRATTN_WITH_CUDA)
+    {cuda::ragged_workspace_bytes, cuda::run_ragged},
 #endif
 };
 

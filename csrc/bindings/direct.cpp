@@ -298,7 +298,8 @@ int64_t ragged_attention(const py::object& query, const py::object& key, const p
                          const py::object& pooled_keys, const py::object& out,
                          const py::object& lse, const py::object& block_mask, bool heads_first,
                          const GivenSampling& sampling, const KeepRules& rules, bool compensate,
-                         const Name& dtype, const Options& options) {
+                         int64_t max_seqlen_k, int64_t max_num_keys, const Name& dtype,
+                         const Options& options) {
   Arrays arrays(dtype);
   OptionalArray pooled;
   if (!pooled_keys.is_none()) pooled = arrays.write(pooled_keys, "pooled_keys");
@@ -315,18 +316,46 @@ int64_t ragged_attention(const py::object& query, const py::object& key, const p
   const Array& written = arrays.write_values(out, "out");
   const OptionalArray given_lse = arrays.write_optional(lse, "lse");
   const OptionalArray given_mask = arrays.write_optional(block_mask, "block_mask");
-  const RaggedSettings settings{heads_first, sampling.of(given.query), rules, compensate};
+  const RaggedSettings settings{
+      heads_first, sampling.of(given.query), rules, compensate, max_seqlen_k, max_num_keys};
+  const Shape& of_query = given.query.shape;
+  // The outputs that are not given come first in the workspace.
+  const auto lse_in = [&](Scratch& scratch) {
+    return given_lse
+               ? *given_lse
+               : scratch.take("lse", ElementType::kFloat32, "float32", {of_query[1], of_query[0]});
+  };
+  const auto mask_in = [&](Scratch& scratch, int64_t words) {
+    return given_mask ? *given_mask
+                      : scratch.take("block_mask", ElementType::kInt32, "int32", {words});
+  };
   Execution execution = options.execution();
-  const std::vector<RequestLengths> lengths = ragged_lengths(given, heads_first);
+  if (given.query.device != "cpu") {
+    const Kernel<RaggedParams>& kernel = kRaggedOnGpu.kernel_for(given.query);
+    const DeviceGuard guard(given.query.gpu);
+    const int64_t mask_words = max_mask_words(given, settings);
+    const auto plan_at = [&](intptr_t address) {
+      Scratch scratch(address, given.query);
+      const Array row_lse = lse_in(scratch), mask = mask_in(scratch, mask_words);
+      RaggedParams params = ragged_params(given, written, row_lse, mask, settings);
+      params.execution = execution;
+      params.execution.workspace = scratch.end();
+      return std::make_pair(params, scratch.bytes());
+    };
+    const auto [sizes, scratch_bytes] = plan_at(intptr_t{1} << 62);
+    const int64_t bytes = scratch_bytes + kernel.workspace_bytes(sizes);
+    if (options.size_only) return bytes;
+    const Workspace workspace(bytes, arrays, given.query, options);
+    const RaggedParams params = plan_at(reinterpret_cast<intptr_t>(workspace.data())).first;
+    py::gil_scoped_release unlocked;
+    kernel.run(params);
+    return bytes;
+  }
+  const std::vector<RequestLengths> lengths = ragged_lengths(given, settings);
   const auto plan_at = [&](intptr_t address) {
     Scratch scratch(address, given.query);
-    const Shape& of_query = given.query.shape;
-    const Array row_lse = given_lse ? *given_lse
-                                    : scratch.take("lse", ElementType::kFloat32, "float32",
-                                                   {of_query[1], of_query[0]});
-    const Array mask = given_mask ? *given_mask
-                                  : scratch.take("block_mask", ElementType::kInt32, "int32",
-                                                 {ragged_mask_words(lengths, of_query[1])});
+    const Array row_lse = lse_in(scratch);
+    const Array mask = mask_in(scratch, ragged_mask_words(lengths, of_query[1]));
     execution.workspace = scratch.end();
     return std::make_pair(ragged_calls(given, lengths, written, row_lse, mask, settings),
                           scratch.bytes());
@@ -428,7 +457,8 @@ PYBIND11_MODULE(_direct, module) {
              py::arg("head_thresholds") = none, py::arg("sink") = none,
              py::arg("pooled_keys") = none, py::arg("out"), py::arg("lse") = none,
              py::arg("block_mask") = none, py::arg("heads_first"), py::arg("sampling"),
-             py::arg("rules"), py::arg("compensate"), py::arg("dtype") = none, py::arg("options"));
+             py::arg("rules"), py::arg("compensate"), py::arg("max_seqlen_k"),
+             py::arg("max_num_keys"), py::arg("dtype") = none, py::arg("options"));
   module.def("startend_rows_from_dense", &startend_rows_from_dense, py::arg("mask"), py::kw_only(),
              py::arg("start_rows"), py::arg("verdict"), py::arg("dtype") = none,
              py::arg("options"));

@@ -4,7 +4,7 @@
 //   rrattn_select        block_scores                   -> block_mask
 //   rrattn_attend        query, key, value, block_mask  -> out, lse
 //   rrattn_rr_attention  query, key, value              -> out, lse, block_mask   (the three above)
-//   rrattn_ragged        the same for requests of several lengths, on a CPU
+//   rrattn_ragged        the same for requests of several lengths
 //
 // The last two have gradients, over the block mask of the forward pass; the selection carries none.
 // With a sink they are operators of their own, rrattn_attend_with_sink and so on: Paddle's static
@@ -450,13 +450,25 @@ std::vector<Tensor> ragged(const RaggedSettings& settings, const Tensor& query, 
       describe(seqlens_k, "seqlens_k"), describe(block_tables, "block_tables"),
       describe(keep_last, "keep_last"), describe(head_thresholds, "threshold"),
       describe(sink, "sink"),           describe(pooled_keys, "pooled_keys")};
-  const std::vector<RequestLengths> lengths = ragged_lengths(arrays, settings.heads_first);
+  const bool on_gpu = !query.is_cpu();
+  if (on_gpu) kRaggedOnGpu.kernel_for(arrays.query);  // throws where there is none
+  std::vector<RequestLengths> lengths;
+  if (!on_gpu) lengths = ragged_lengths(arrays, settings);
   const Shape of_query = query.shape();
+  require_rank("query", of_query, 3, "[tokens, num_heads, head_dim]");
+  const int64_t mask_words =
+      on_gpu ? max_mask_words(arrays, settings) : ragged_mask_words(lengths, of_query[1]);
   Tensor out =
       paddle::empty({of_query[0], of_query[1], value.shape().back()}, query.dtype(), query.place());
   Tensor lse = paddle::empty({of_query[1], of_query[0]}, DType::FLOAT32, query.place());
-  Tensor block_mask =
-      paddle::empty({ragged_mask_words(lengths, of_query[1])}, DType::INT32, query.place());
+  Tensor block_mask = paddle::empty({mask_words}, DType::INT32, query.place());
+  if (on_gpu) {
+    run(kRaggedOnGpu.kernel_for(arrays.query),
+        ragged_params(arrays, describe(out, "out"), describe(lse, "lse"),
+                      describe(block_mask, "block_mask"), settings),
+        query);
+    return {out, lse, block_mask};
+  }
   const RaggedCalls calls =
       ragged_calls(arrays, lengths, describe(out, "out"), describe(lse, "lse"),
                    describe(block_mask, "block_mask"), settings);

@@ -14,16 +14,10 @@ constexpr const char* kLengthsMeaning = "one for each request";
 
 constexpr intptr_t kNowhere = intptr_t{1} << 61;  // where no memory is
 
-void require_on_cpu(const Array& array) {
-  if (array.device != "cpu") {
-    fail(array.name, " is on ", array.device, ", but ragged batches run on a CPU only");
-  }
-}
-
-// A list of int32 in host memory.
-const int32_t* numbers_of(const Array& array, const std::vector<int64_t>& shape,
+// A list of int32 in the memory of the query's device.
+const int32_t* numbers_of(const Array& array, const Array& query, const std::vector<int64_t>& shape,
                           const char* meaning) {
-  require_on_cpu(array);
+  require_same_device(array, query);
   require_type(array, ElementType::kInt32, "int32");
   require_shape(array, shape, meaning);
   require_contiguous(array);
@@ -65,15 +59,25 @@ void check_page_size(int64_t page_size) {
   }
 }
 
+int64_t page_size_of(const RaggedArrays& arrays, bool heads_first) {
+  return arrays.block_tables ? arrays.key.shape[heads_first ? 2 : 1] : 0;
+}
+
+// The pages of each of `batch` requests, [requests, pages of a request].
+const int32_t* check_tables(const RaggedArrays& arrays, int64_t batch, bool heads_first) {
+  check_page_size(page_size_of(arrays, heads_first));
+  const Array& tables = *arrays.block_tables;
+  require_rank(tables.name, tables.shape, 2, "[requests, pages of a request]");
+  return numbers_of(tables, arrays.query, {batch, tables.shape[1]},
+                    "[requests, pages of a request]");
+}
+
 void check_pages(const RaggedArrays& arrays, const std::vector<RequestLengths>& lengths,
                  bool heads_first) {
-  const Array &key = arrays.key, &tables = *arrays.block_tables;
   const auto batch = static_cast<int64_t>(lengths.size());
-  const int64_t page_size = key.shape[heads_first ? 2 : 1], num_pages = key.shape[0];
-  check_page_size(page_size);
-  require_rank(tables.name, tables.shape, 2, "[requests, pages of a request]");
-  const int64_t width = tables.shape[1];
-  const int32_t* table = numbers_of(tables, {batch, width}, "[requests, pages of a request]");
+  const int32_t* table = check_tables(arrays, batch, heads_first);
+  const int64_t width = arrays.block_tables->shape[1];
+  const int64_t page_size = page_size_of(arrays, heads_first), num_pages = arrays.key.shape[0];
   for (int64_t b = 0; b < batch; ++b, table += width) {
     const int64_t used = ceil_div(lengths[b].seqlen_k, page_size);
     if (used > width) {
@@ -95,7 +99,7 @@ void check_pooled_keys(const Array& pooled, const RaggedArrays& arrays, const He
   if (!arrays.block_tables) {
     fail("pooled_keys is given, but must be None without block_tables: it lies beside the pages");
   }
-  require_on_cpu(pooled);
+  require_same_device(pooled, arrays.query);
   require_type(pooled, ElementType::kFloat32, "float32");
   require_shape(
       pooled, {arrays.key.shape[0], heads.num_heads_k, page_size / key_stride, heads.head_dim + 1},
@@ -103,31 +107,25 @@ void check_pooled_keys(const Array& pooled, const RaggedArrays& arrays, const He
   require_contiguous(pooled);
 }
 
-const uint8_t* check_keep_last(const OptionalArray& keep_last, int64_t batch) {
+const uint8_t* check_keep_last(const OptionalArray& keep_last, const Array& query, int64_t batch) {
   if (!keep_last) return nullptr;
-  require_on_cpu(*keep_last);
+  require_same_device(*keep_last, query);
   require_type(*keep_last, ElementType::kBool, "bool");
   require_shape(*keep_last, {batch}, kLengthsMeaning);
   require_contiguous(*keep_last);
   return static_cast<const uint8_t*>(keep_last->data);
 }
 
-// Whether the threshold keeps every visible block of every head, whatever the scores are.
-bool keeps_all(const KeepRules& rules, int64_t num_heads) {
-  for (int64_t head = 0; head < num_heads; ++head) {
-    if (rules.threshold_of(head) != 1) return false;
-  }
-  return true;
-}
-
 // A contiguous array that is checked in place of many that are not there yet.
-Array nowhere(const char* name, ElementType type, std::vector<int64_t> shape, intptr_t address) {
+Array nowhere(const char* name, ElementType type, std::vector<int64_t> shape, intptr_t address,
+              const Array& query) {
   Array array;
   array.name = name;
   array.data = reinterpret_cast<void*>(address);
   array.type = type;
   array.element_bytes = 4;
-  array.device = "cpu";
+  array.device = query.device;
+  array.gpu = query.gpu;
   array.shape = std::move(shape);
   array.strides.resize(array.shape.size());
   int64_t step = 1;
@@ -135,17 +133,10 @@ Array nowhere(const char* name, ElementType type, std::vector<int64_t> shape, in
   return array;
 }
 
-// What the requests have in common.
-struct Common {
-  EstimateParams estimate;
-  SelectParams select;
-  AttendParams attend;
-};
-
-// Checks types, heads, strides and settings, as those of a usual call of all queries over the keys of
-// one page, or of all requests.
-Common check_as_one_call(const RaggedArrays& arrays, const Array& out, const Array& lse,
-                         const RaggedSettings& settings) {
+// What the requests have in common: types, heads, strides and settings are checked as those of a usual
+// call of all queries over the keys of one page, or of all requests.
+RaggedParams params_as_of_one_call(const RaggedArrays& arrays, const Array& out, const Array& lse,
+                                   const RaggedSettings& settings) {
   const bool paged = arrays.block_tables.has_value();
   const Array query = as_batch(arrays.query);
   const Array key = sample_of(arrays.key, paged, settings.heads_first);
@@ -153,17 +144,24 @@ Common check_as_one_call(const RaggedArrays& arrays, const Array& out, const Arr
   const int64_t seqlen_q = query.shape[1], num_heads = query.shape[2], seqlen_k = key.shape[1];
   const int64_t m_blocks = ceil_div(seqlen_q, kBlockSize);
   const int64_t n_blocks = ceil_div(seqlen_k, kBlockSize);
-  const Array scores =
-      nowhere("block_scores", ElementType::kFloat32, {1, num_heads, m_blocks, n_blocks}, kNowhere);
+  const Array scores = nowhere("block_scores", ElementType::kFloat32,
+                               {1, num_heads, m_blocks, n_blocks}, kNowhere, query);
   const Array mask =
       nowhere("block_mask", ElementType::kInt32,
-              {1, num_heads, m_blocks, ceil_div(n_blocks, kMaskWordBits)}, kNowhere + kNowhere / 2);
-  return {
-      estimate_params(query, key, std::nullopt, arrays.sink, scores, false, settings.sampling),
-      select_params(scores, arrays.head_thresholds, std::nullopt, mask, false, seqlen_q, seqlen_k,
-                    settings.rules),
+              {1, num_heads, m_blocks, ceil_div(n_blocks, kMaskWordBits)}, kNowhere * 3 / 2, query);
+  RaggedParams params;
+  params.estimate =
+      estimate_params(query, key, std::nullopt, arrays.sink, scores, false, settings.sampling);
+  params.select = select_params(scores, arrays.head_thresholds, std::nullopt, mask, false, seqlen_q,
+                                seqlen_k, settings.rules);
+  params.select.rules.keep_local = settings.rules.keep_local;  // a request may have more blocks
+  params.attend =
       attend_params(query, key, value, mask, std::nullopt, arrays.sink, as_batch(out),
-                    as_batch(lse), false, settings.sampling.softmax_scale, settings.compensate)};
+                    as_batch(lse), false, settings.sampling.softmax_scale, settings.compensate);
+  params.num_tokens = seqlen_q;
+  params.num_pages = paged ? arrays.key.shape[0] : 0;
+  params.page_size = page_size_of(arrays, settings.heads_first);
+  return params;
 }
 
 void check_outputs(const RaggedArrays& arrays, int64_t mask_words, const Array& out,
@@ -189,30 +187,55 @@ void check_outputs(const RaggedArrays& arrays, int64_t mask_words, const Array& 
   require_own_memory(outputs, inputs, &arrays.query);
 }
 
-// The same rows from a later one on.
-Rows from(Rows rows, int64_t row, DataType dtype) {
-  rows.data = static_cast<char*>(rows.data) + row * rows.row_stride * size_of(dtype);
-  return rows;
-}
-
-}  // namespace
-
-std::vector<RequestLengths> ragged_lengths(const RaggedArrays& arrays, bool heads_first) {
+// Of query, key and value, as far as they tell how many requests there are; returns that.
+int64_t check_ranks(const RaggedArrays& arrays, bool heads_first) {
   const Array &query = arrays.query, &cu_seqlens = arrays.cu_seqlens_q;
-  require_on_cpu(query);
   require_rank(query.name, query.shape, 3, "[tokens, num_heads, head_dim]");
   const bool paged = arrays.block_tables.has_value();
   for (const Array* array : {&arrays.key, &arrays.value}) {
-    require_on_cpu(*array);
+    require_same_device(*array, query);
     require_rank(array->name, array->shape, paged ? 4 : 3,
                  paged ? meaning_of_pages(heads_first) : "[tokens, num_heads_k, head_dim]");
   }
   require_rank(cu_seqlens.name, cu_seqlens.shape, 1, "[requests + 1]");
   if (cu_seqlens.shape[0] == 0) fail(cu_seqlens.name, " is empty, but must begin with 0");
-  const int64_t batch = cu_seqlens.shape[0] - 1;
-  const int32_t* begins = numbers_of(cu_seqlens, {batch + 1}, "[requests + 1]");
   require_rank(arrays.seqlens_k.name, arrays.seqlens_k.shape, 1, "[requests]");
-  const int32_t* seqlens_k = numbers_of(arrays.seqlens_k, {batch}, kLengthsMeaning);
+  return cu_seqlens.shape[0] - 1;
+}
+
+void check_value_rows(const Array& key, const Array& value) {
+  if (!std::equal(key.shape.begin(), key.shape.end() - 1, value.shape.begin())) {
+    fail("value has shape ", to_string(value.shape), ", but must have that of key, ",
+         to_string(key.shape), ", but for the head size");
+  }
+}
+
+// How many keys there is room for: what a setting says, or else as many as fit.
+int64_t room_for(int64_t setting, const char* name, int64_t fitting) {
+  if (setting < 0) fail(name, " is ", setting, ", but must be at least 0, which stands for all");
+  return setting > 0 ? std::min(setting, fitting) : fitting;
+}
+
+// Sets the maxima of params from the settings and from what the arrays have room for.
+void set_room(const RaggedArrays& arrays, const RaggedSettings& settings, RaggedParams& params) {
+  const bool paged = arrays.block_tables.has_value();
+  const int64_t of_request =
+      paged ? arrays.block_tables->shape[1] * params.page_size : arrays.key.shape[0];
+  params.max_seqlen_k =
+      std::min(room_for(settings.max_seqlen_k, "max_seqlen_k", of_request), kMaxLength);
+  const int64_t of_all = paged ? params.num_requests * params.max_seqlen_k : arrays.key.shape[0];
+  params.max_num_keys = room_for(settings.max_num_keys, "max_num_keys", of_all);
+}
+
+}  // namespace
+
+std::vector<RequestLengths> ragged_lengths(const RaggedArrays& arrays,
+                                           const RaggedSettings& settings) {
+  const Array& query = arrays.query;
+  const int64_t batch = check_ranks(arrays, settings.heads_first);
+  const bool paged = arrays.block_tables.has_value();
+  const int32_t* begins = numbers_of(arrays.cu_seqlens_q, query, {batch + 1}, "[requests + 1]");
+  const int32_t* seqlens_k = numbers_of(arrays.seqlens_k, query, {batch}, kLengthsMeaning);
   if (begins[0] != 0) fail("cu_seqlens_q[0] is ", begins[0], ", but must be 0");
 
   std::vector<RequestLengths> lengths;
@@ -227,6 +250,10 @@ std::vector<RequestLengths> ragged_lengths(const RaggedArrays& arrays, bool head
       fail("seqlens_k[", b, "] is ", seqlens_k[b], ", but must be from ", seqlen_q, " to ",
            kMaxLength, ": the request has ", seqlen_q, " queries, which are its last tokens");
     }
+    if (settings.max_seqlen_k > 0 && seqlens_k[b] > settings.max_seqlen_k) {
+      fail("seqlens_k[", b, "] is ", seqlens_k[b], ", but must be at most max_seqlen_k, ",
+           settings.max_seqlen_k);
+    }
     num_keys += seqlens_k[b];
     lengths.push_back({begins[b], seqlen_q, seqlens_k[b]});
   }
@@ -234,8 +261,12 @@ std::vector<RequestLengths> ragged_lengths(const RaggedArrays& arrays, bool head
     fail("cu_seqlens_q[", batch, "] is ", begins[batch], ", but must be ", query.shape[0],
          ", the number of tokens of query");
   }
+  if (settings.max_num_keys > 0 && num_keys > settings.max_num_keys) {
+    fail("seqlens_k adds up to ", num_keys, ", but must to at most max_num_keys, ",
+         settings.max_num_keys);
+  }
   if (paged) {
-    check_pages(arrays, lengths, heads_first);
+    check_pages(arrays, lengths, settings.heads_first);
   } else if (num_keys != arrays.key.shape[0]) {
     fail("seqlens_k adds up to ", num_keys, ", but must to ", arrays.key.shape[0],
          ", the number of tokens of key");
@@ -255,71 +286,89 @@ int64_t ragged_mask_words(const std::vector<RequestLengths>& lengths, int64_t nu
 RaggedCalls ragged_calls(const RaggedArrays& arrays, const std::vector<RequestLengths>& lengths,
                          const Array& out, const Array& lse, const Array& block_mask,
                          const RaggedSettings& settings) {
-  const Array &query = arrays.query, &key = arrays.key, &value = arrays.value;
-  const int64_t num_tokens = query.shape[0], num_heads = query.shape[1];
-  if (!std::equal(key.shape.begin(), key.shape.end() - 1, value.shape.begin())) {
-    fail("value has shape ", to_string(value.shape), ", but must have that of key, ",
-         to_string(key.shape), ", but for the head size");
-  }
+  const Array& query = arrays.query;
+  const int64_t num_heads = query.shape[1];
+  check_value_rows(arrays.key, arrays.value);
   check_outputs(arrays, ragged_mask_words(lengths, num_heads), out, lse, block_mask);
-  const uint8_t* keep_last =
-      check_keep_last(arrays.keep_last, static_cast<int64_t>(lengths.size()));
-  const Common common = check_as_one_call(arrays, out, lse, settings);
-  const DataType dtype = common.attend.heads.dtype;
+  const auto batch = static_cast<int64_t>(lengths.size());
+  const uint8_t* keep_last = check_keep_last(arrays.keep_last, query, batch);
+  RaggedParams params = params_as_of_one_call(arrays, out, lse, settings);
+  params.num_requests = batch;
+  params.keep_last = keep_last;
+  params.select.block_mask = static_cast<uint32_t*>(block_mask.data);
   const bool paged = arrays.block_tables.has_value();
-  const int64_t page_size = paged ? key.shape[settings.heads_first ? 2 : 1] : 0;
+  if (paged) {
+    params.block_tables = static_cast<const int32_t*>(arrays.block_tables->data);
+    params.table_width = arrays.block_tables->shape[1];
+  }
   if (arrays.pooled_keys) {
-    check_pooled_keys(*arrays.pooled_keys, arrays, common.attend.heads, page_size,
-                      common.estimate.sampling.key_stride);
+    check_pooled_keys(*arrays.pooled_keys, arrays, params.attend.heads, params.page_size,
+                      params.estimate.sampling.key_stride);
   }
 
   RaggedCalls calls;
   int64_t first_key = 0, first_word = 0;
-  for (size_t b = 0; b < lengths.size(); ++b) {
+  for (int64_t b = 0; b < batch; ++b) {
     const RequestLengths& request = lengths[b];
-    const Visibility visibility{1, request.seqlen_q, request.seqlen_k, num_heads, true, {}};
     if (request.seqlen_q > 0) {
-      EstimateCall estimate{common.estimate, {}, {}};
-      SelectParams select = common.select;
-      AttendCall attend(common.attend);
-      if (paged) {
-        const auto* tables = static_cast<const int32_t*>(arrays.block_tables->data);
-        attend.pages = {tables + static_cast<int64_t>(b) * arrays.block_tables->shape[1],
-                        page_size};
-        estimate.pages = attend.pages;
-      }
+      RequestCalls own = calls_of_request(
+          params, b,
+          {request.first_query, request.seqlen_q, first_key, request.seqlen_k, first_word});
       if (arrays.pooled_keys) {
-        estimate.pooled = {static_cast<float*>(arrays.pooled_keys->data),
-                           request.seqlen_k - request.seqlen_q};
+        own.estimate.pooled = {static_cast<float*>(arrays.pooled_keys->data),
+                               request.seqlen_k - request.seqlen_q};
       }
-      estimate.params.visibility = select.visibility = attend.params.visibility = visibility;
-      attend.params.query = from(common.attend.query, request.first_query, dtype);
-      attend.params.key = from(common.attend.key, first_key, dtype);
-      attend.params.value = from(common.attend.value, first_key, dtype);
-      attend.params.out = from(common.attend.out, request.first_query, dtype);
-      attend.params.lse = static_cast<float*>(lse.data) + request.first_query;
-      attend.lse_head_stride = num_tokens;
-      estimate.params.query = attend.params.query;
-      estimate.params.key = attend.params.key;
-      select.block_mask = static_cast<uint32_t*>(block_mask.data) + first_word;
-      attend.params.block_mask = select.block_mask;
-      select.rules.keep_local = std::min(settings.rules.keep_local, visibility.num_n_blocks());
-      if (keep_last) select.rules.keep_last = keep_last[b] != 0;
-      if ((select.rules.keep_last && visibility.num_m_blocks() == 1) ||
-          keeps_all(select.rules, num_heads)) {
-        // Every visible block is kept, so there are no scores to read.
-        estimate.scores_wanted = false;
-        select.rules.threshold = 1;
-        select.rules.head_thresholds = nullptr;
-      }
-      calls.estimate.push_back(estimate);
-      calls.select.push_back(select);
-      calls.attend.push_back(attend);
+      calls.estimate.push_back(own.estimate);
+      calls.select.push_back(own.select);
+      calls.attend.push_back(own.attend);
     }
+    const Visibility visibility{1, request.seqlen_q, request.seqlen_k, num_heads, true, {}};
     first_word += num_heads * visibility.num_m_blocks() * visibility.num_mask_words();
     if (!paged) first_key += request.seqlen_k;
   }
   return calls;
+}
+
+int64_t max_mask_words(const RaggedArrays& arrays, const RaggedSettings& settings) {
+  RaggedParams params;
+  params.num_requests = check_ranks(arrays, settings.heads_first);
+  params.page_size = page_size_of(arrays, settings.heads_first);
+  if (arrays.block_tables) check_tables(arrays, params.num_requests, settings.heads_first);
+  params.num_tokens = arrays.query.shape[0];
+  set_room(arrays, settings, params);
+  return arrays.query.shape[1] * max_m_blocks(params) *
+         ceil_div(ceil_div(params.max_seqlen_k, kBlockSize), kMaskWordBits);
+}
+
+RaggedParams ragged_params(const RaggedArrays& arrays, const Array& out, const Array& lse,
+                           const Array& block_mask, const RaggedSettings& settings) {
+  const Array& query = arrays.query;
+  const int64_t batch = check_ranks(arrays, settings.heads_first);
+  const int64_t mask_words = max_mask_words(arrays, settings);
+  check_value_rows(arrays.key, arrays.value);
+  check_outputs(arrays, mask_words, out, lse, block_mask);
+  if (arrays.pooled_keys) {
+    fail(
+        "pooled_keys is given, but must be None on a GPU: the estimate there sums the keys of each "
+        "call again");
+  }
+  if (settings.compensate) {
+    fail(
+        "compensate is True, but ragged batches on a GPU are not compensated: give "
+        "compensate=False");
+  }
+  RaggedParams params = params_as_of_one_call(arrays, out, lse, settings);
+  params.num_requests = batch;
+  params.cu_seqlens_q = numbers_of(arrays.cu_seqlens_q, query, {batch + 1}, "[requests + 1]");
+  params.seqlens_k = numbers_of(arrays.seqlens_k, query, {batch}, kLengthsMeaning);
+  params.keep_last = check_keep_last(arrays.keep_last, query, batch);
+  params.select.block_mask = static_cast<uint32_t*>(block_mask.data);
+  if (arrays.block_tables) {
+    params.block_tables = check_tables(arrays, batch, settings.heads_first);
+    params.table_width = arrays.block_tables->shape[1];
+  }
+  set_room(arrays, settings, params);
+  return params;
 }
 
 }  // namespace rrattn

@@ -1,5 +1,6 @@
-// The arguments of a ragged batch: checked, and made into the calls of its requests. Unlike other
-// arguments, the lengths and pages are read here, and so must lie in host memory.
+// The arguments of a ragged batch, checked. On a CPU they are made into the calls of its requests:
+// unlike other arguments, the lengths and pages are read here. On a GPU, in whose memory they are, they
+// are not.
 #pragma once
 
 #include <vector>
@@ -14,12 +15,16 @@ struct RaggedSettings {
   Sampling sampling;
   KeepRules rules;
   bool compensate = false;
+  int64_t max_seqlen_k = 0;  // the most keys of a request; 0: as many as the arrays have room for
+  int64_t max_num_keys = 0;  // the most of all requests; 0: the same
 };
 
 inline auto settings_of(RaggedSettings& settings) {
   return std::tuple_cat(std::make_tuple(Setting{"heads_first", settings.heads_first}),
                         settings_of(settings.sampling), settings_of(settings.rules),
-                        std::make_tuple(Setting{"compensate", settings.compensate}));
+                        std::make_tuple(Setting{"compensate", settings.compensate},
+                                        Setting{"max_seqlen_k", settings.max_seqlen_k},
+                                        Setting{"max_num_keys", settings.max_num_keys}));
 }
 
 // Queries are the last of a request's tokens and see the keys up to their own.
@@ -42,7 +47,8 @@ struct RequestLengths {
 };
 
 // Checks the lengths and pages. Everything else is checked by ragged_calls.
-std::vector<RequestLengths> ragged_lengths(const RaggedArrays& arrays, bool heads_first);
+std::vector<RequestLengths> ragged_lengths(const RaggedArrays& arrays,
+                                           const RaggedSettings& settings);
 
 // Words of the block masks of all requests, [Hq, Mq, ceil(Mk / 32)] one after the other.
 int64_t ragged_mask_words(const std::vector<RequestLengths>& lengths, int64_t num_heads);
@@ -53,5 +59,12 @@ int64_t ragged_mask_words(const std::vector<RequestLengths>& lengths, int64_t nu
 RaggedCalls ragged_calls(const RaggedArrays& arrays, const std::vector<RequestLengths>& lengths,
                          const Array& out, const Array& lse, const Array& block_mask,
                          const RaggedSettings& settings);
+
+// The same of a batch on a GPU: block_mask is [max_mask_words()].
+RaggedParams ragged_params(const RaggedArrays& arrays, const Array& out, const Array& lse,
+                           const Array& block_mask, const RaggedSettings& settings);
+
+// No fewer words than the block masks of all requests have, whatever their lengths are.
+int64_t max_mask_words(const RaggedArrays& arrays, const RaggedSettings& settings);
 
 }  // namespace rrattn

@@ -8,6 +8,7 @@
 #include "common/dense_mask.h"
 #include "common/device.h"
 #include "gpu_path.h"
+#include "ragged_stage.h"
 #include "select/stage.h"
 #include "sm80/attend/stage.h"
 #include "sm80/backward/stage.h"
@@ -159,6 +160,9 @@ auto with_stage(const EstimateParams& params, const Use& use) {
   });
 }
 
+constexpr int64_t kMaxMaskWords = 256;
+constexpr int64_t kMaxKeys = kMaxMaskWords * kMaskWordBits * kBlockSize;
+
 // Rows of the mask by their words, up to 1M tokens. The kernels are those of all architectures.
 template <typename Use>
 auto with_stage(const SelectParams& params, const Use& use) {
@@ -168,10 +172,9 @@ auto with_stage(const SelectParams& params, const Use& use) {
     if (num_words <= 8) return use(select::Stage<1, 8>());
     if (num_words <= 32) return use(select::Stage<2, 16>());
     if (num_words <= 64) return use(select::Stage<4, 16>());
-    if (num_words <= 256) return use(select::Stage<8, 32>());
+    if (num_words <= kMaxMaskWords) return use(select::Stage<8, 32>());
     throw std::invalid_argument("seqlen_k is " + std::to_string(params.visibility.seqlen_k) +
-                                ", but must be at most " +
-                                std::to_string(256 * kMaskWordBits * kBlockSize) + " on a GPU");
+                                ", but must be at most " + std::to_string(kMaxKeys) + " on a GPU");
   });
 }
 
@@ -219,6 +222,30 @@ void launch(const Params& params) {
   with_stage(params, [&](auto stage) { stage.launch(params); });
 }
 
+// The stages of a ragged batch. Their kernels are those for the most keys that a request may have.
+template <typename Use>
+void with_ragged_stages(const RaggedParams& batch, const Use& use) {
+  if (batch.max_seqlen_k > kMaxKeys) {
+    throw std::invalid_argument(
+        "max_seqlen_k is " + std::to_string(batch.max_seqlen_k) + ", but must be at most " +
+        std::to_string(kMaxKeys) +
+        " on a GPU; where it is not given, it is what block_tables or key have room for");
+  }
+  SelectParams longest = batch.select;
+  longest.visibility.seqlen_k = batch.max_seqlen_k;
+  with_stage(batch.estimate, use);
+  with_stage(longest, use);
+  with_stage(batch.attend, use);
+}
+
+EstimateTiles ragged_tiles(const RaggedParams& batch) {
+  return with_stage(batch.estimate, [](auto stage) { return stage.ragged_tiles(); });
+}
+
+bool is_empty(const RaggedParams& batch) {
+  return batch.num_requests == 0 || batch.num_tokens == 0 || batch.attend.visibility.num_heads == 0;
+}
+
 }  // namespace
 
 int64_t estimate_workspace_bytes(const EstimateParams& params) { return workspace_bytes(params); }
@@ -229,10 +256,29 @@ int64_t dense_mask_workspace_bytes(const DenseMaskParams& params) {
   return workspace_bytes(params);
 }
 
+// The plan comes first, and behind it what each stage takes in turn.
+int64_t ragged_workspace_bytes(const RaggedParams& batch) {
+  if (is_empty(batch)) return 0;
+  const RaggedPlan plan = plan_in(nullptr, batch, ragged_tiles(batch));
+  int64_t most = 0;
+  with_ragged_stages(
+      batch, [&](auto stage) { most = std::max(most, stage.ragged_workspace_bytes(batch, plan)); });
+  return plan.bytes + most;
+}
+
 void run_estimate(const EstimateParams& params) { launch(params); }
 void run_select(const SelectParams& params) { launch(params); }
 void run_attend(const AttendParams& params) { launch(params); }
 void run_backward(const BackwardParams& params) { launch(params); }
 void run_dense_mask(const DenseMaskParams& params) { launch(params); }
+
+void run_ragged(const RaggedParams& batch) {
+  if (is_empty(batch)) return;
+  const EstimateTiles tiles = ragged_tiles(batch);
+  const RaggedPlan plan = plan_in(batch.execution.workspace, batch, tiles);
+  void* of_stage = static_cast<char*>(batch.execution.workspace) + plan.bytes;
+  make_plan(batch, plan, tiles);
+  with_ragged_stages(batch, [&](auto stage) { stage.launch_ragged(batch, plan, of_stage); });
+}
 
 }  // namespace rrattn::cuda

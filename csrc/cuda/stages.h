@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../core/params.h"
+#include "../core/ragged.h"
 
 namespace rrattn::cuda {
 
@@ -14,11 +14,13 @@ int64_t select_workspace_bytes(const SelectParams& params);
 int64_t attend_workspace_bytes(const AttendParams& params);
 int64_t backward_workspace_bytes(const BackwardParams& params);
 int64_t dense_mask_workspace_bytes(const DenseMaskParams& params);
+int64_t ragged_workspace_bytes(const RaggedParams& batch);
 
 void run_estimate(const EstimateParams& params);
 void run_select(const SelectParams& params);
 void run_attend(const AttendParams& params);
 void run_backward(const BackwardParams& params);
 void run_dense_mask(const DenseMaskParams& params);
+void run_ragged(const RaggedParams& batch);  // all stages
 
 }  // namespace rrattn::cuda

@@ -3,8 +3,7 @@
 `rrattn.integrations.fastdeploy_plugin` makes it known to the engine, which takes it by FD_ATTENTION_BACKEND=RR_ATTN.
 It is the engine's FlashAttentionBackend but for one step. That one applies position embeddings and writes keys and
 values into the pages of the cache, gathers those of the prefix, from a quantized cache too, attends over them, and has
-append attention decode. Only the attention of the prefill is rrattn's: `rrattn.serving.ragged_attention`, which runs on
-a CPU alone so far, so that tensors on a GPU are refused by name.
+append attention decode. Only the attention of the prefill is rrattn's: `rrattn.serving.ragged_attention`.
 
 Settings stand in the model's config.json as `rrattn_threshold`, `rrattn_stride` and so on, from where the engine puts
 them into its model_config. A backend does not know whether a chunk of a prompt is its last, so `keep_last` holds for

@@ -5,9 +5,10 @@ import paddle
 import pytest
 from cases import Case, make_inputs
 from harness import assert_identical, decode
+from ragged_batch import Requests
 
 import rrattn
-from rrattn import reference
+from rrattn import reference, serving
 
 CASE = Case(2048, 6000, num_heads=8, num_heads_k=2, head_dim=128, batch=2)
 SMALL = Case(200, 300, num_heads=4, num_heads_k=2, head_dim=64)
@@ -110,6 +111,17 @@ def test_calls_of_rr_attention_in_a_row_need_no_synchronisation(paddle_kernels, 
     outs = [rrattn.rr_attention(query, key, value, causal=True, threshold=0.7) for _ in range(50)]
     for out in outs[::10]:
         assert_identical(decode(paddle_kernels.values(out), "bfloat16"), expected)
+
+
+def test_ragged_batches(paddle_kernels, make_kernels):
+    requests = Requests([(300, 300), (1, 500), (129, 700)], head_dim=64, head_dim_v=64, dtype="bfloat16")
+    requests.kernels = make_kernels()
+    key, value, tables = requests.in_pages(64)
+    expected = requests.call(key, value, tables, threshold=0.5)
+    rows = (paddle_kernels.tensor(decode(x, "bfloat16"), "bfloat16") for x in (requests.query, key, value))
+    sizes = (paddle_kernels.tensor(x, "int32") for x in (requests.cu_seqlens_q, requests.seqlens_k, tables))
+    out, lse = serving.ragged_attention(*rows, *sizes, threshold=0.5, return_softmax_lse=True)
+    assert_identical((decode(paddle_kernels.values(out), "bfloat16"), paddle_kernels.values(lse)), expected[:2])
 
 
 def test_bad_arguments_are_python_errors(paddle_kernels, small):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from harness import poisoned
+from harness import Kernels, poisoned
 
 from rrattn import direct
 from rrattn.reference import decode, encode, num_blocks, unpack
@@ -13,7 +13,7 @@ from rrattn.reference import decode, encode, num_blocks, unpack
 
 @dataclass
 class Requests:
-    """(queries, keys) of each request, and their values as float32 arrays."""
+    """(queries, keys) of each request, their values as NumPy arrays, and the kernels that are called with them."""
 
     lengths: list
     num_heads: int = 4
@@ -22,6 +22,7 @@ class Requests:
     head_dim_v: int = 32
     dtype: str = "float32"
     seed: int = 0
+    kernels: Kernels = field(default_factory=Kernels)
 
     def __post_init__(self):
         rng = np.random.default_rng(self.seed)
@@ -34,10 +35,6 @@ class Requests:
         self.values = [values(k, self.num_heads_k, self.head_dim_v) for _, k in self.lengths]
         self.cu_seqlens_q = np.cumsum([0, *(q for q, _ in self.lengths)]).astype(np.int32)
         self.seqlens_k = np.array([k for _, k in self.lengths], np.int32)
-
-    @property
-    def typed(self):
-        return {"dtype": self.dtype} if self.dtype == "bfloat16" else {}
 
     @property
     def in_one_piece(self):
@@ -65,32 +62,65 @@ class Requests:
         seqlen_q, seqlen_k = self.lengths[b]
         return self.num_heads, num_blocks(seqlen_q), -(-num_blocks(seqlen_k) // 32)
 
+    def max_words(self, key, block_tables, max_seqlen_k=None):
+        """How many words block_mask has: on a GPU as many as there may be, whatever the lengths are."""
+        if type(self.kernels) is Kernels:
+            return sum(int(np.prod(self.mask_shape(b))) for b in range(len(self.lengths)))
+        tokens, batch = len(self.query), len(self.seqlens_k)
+        if max_seqlen_k is None:
+            page_size = None if block_tables is None else sum(key.shape[1:3]) - self.num_heads_k
+            max_seqlen_k = len(key) if block_tables is None else block_tables.shape[1] * page_size
+        return self.num_heads * ((tokens + 127 * min(batch, tokens)) // 128) * -(-max_seqlen_k // 4096)
+
+    def place(self, value):
+        """An array, or an option, as the kernels take it."""
+        return self.kernels.allocate(value) if isinstance(value, np.ndarray) else value
+
     def call(self, key, value, block_tables=None, **options):
-        """(out [T, Hq, Dv], lse [Hq, T], block masks of each request) of one call for all."""
-        out = poisoned((len(self.query), self.num_heads, self.head_dim_v), self.dtype)
-        lse = poisoned((self.num_heads, len(self.query)), "float32")
-        sizes = [int(np.prod(self.mask_shape(b))) for b in range(len(self.lengths))]
-        words = poisoned((sum(sizes),), "int32")
+        """(out [T, Hq, Dv], lse [Hq, T], block masks of each request) of one call for all.
+
+        Out lies between other rows, which must stay as they are.
+        """
+        kernels = self.kernels
+        rows = kernels.allocate(poisoned((len(self.query) + 2, self.num_heads, self.head_dim_v), self.dtype))
+        lse = kernels.allocate(poisoned((self.num_heads, len(self.query)), "float32"))
+        num_words = self.max_words(key, block_tables, options.get("max_seqlen_k"))
+        words = kernels.allocate(poisoned((num_words,), "int32"))
+        arrays = self.query, key, value, self.cu_seqlens_q, self.seqlens_k, block_tables
         direct.ragged_attention(
-            self.query, key, value, self.cu_seqlens_q, self.seqlens_k, block_tables,
-            out=out, lse=lse, block_mask=words, **self.typed, **options,
-        )  # fmt: skip
-        parts = np.split(words, np.cumsum(sizes)[:-1])
+            *map(self.place, arrays),
+            **{"out": rows[1:-1], "lse": lse, "block_mask": words, **kernels.typed(self.dtype)},
+            **{name: self.place(value) for name, value in options.items()},
+        )
+        return self.results(rows, lse, words)
+
+    def results(self, rows, lse, words):
+        """What a call wrote, once it is clear that it wrote nothing else."""
+        rows, lse, words = map(self.kernels.download, (rows, lse, words))
+        for row in (rows[0], rows[-1]):
+            assert row.tobytes() == poisoned(row.shape, self.dtype).tobytes(), "wrote outside the output"
+        ends = np.cumsum([int(np.prod(self.mask_shape(b))) for b in range(len(self.lengths))], dtype=int)
+        if len(ends):
+            left = words[ends[-1] :]
+            assert left.tobytes() == poisoned(left.shape, "int32").tobytes(), "wrote past the last mask"
         masks = [
             unpack(part.reshape(1, *self.mask_shape(b)), num_blocks(self.lengths[b][1]))[0]
-            for b, part in enumerate(parts)
+            for b, part in enumerate(np.split(words, ends)[: len(ends)])
         ]
-        return decode(out, self.dtype), lse, masks
+        return decode(rows[1:-1], self.dtype), lse, masks
 
     def alone(self, b, **options):
         """The same of one request by its own call."""
+        kernels = self.kernels
         seqlen_q, seqlen_k = self.lengths[b]
         query = self.query[self.cu_seqlens_q[b] : self.cu_seqlens_q[b + 1]]
-        out = poisoned((1, seqlen_q, self.num_heads, self.head_dim_v), self.dtype)
-        lse = poisoned((1, self.num_heads, seqlen_q), "float32")
-        words = poisoned((1, *self.mask_shape(b)), "int32")
+        out = kernels.allocate(poisoned((1, seqlen_q, self.num_heads, self.head_dim_v), self.dtype))
+        lse = kernels.allocate(poisoned((1, self.num_heads, seqlen_q), "float32"))
+        words = kernels.allocate(poisoned((1, *self.mask_shape(b)), "int32"))
         direct.rr_attention(
-            query[None], self.keys[b][None], self.values[b][None],
-            out=out, lse=lse, block_mask=words, causal=True, **self.typed, **options,
-        )  # fmt: skip
+            *(kernels.allocate(np.ascontiguousarray(x[None])) for x in (query, self.keys[b], self.values[b])),
+            **{"out": out, "lse": lse, "block_mask": words, "causal": True, **kernels.typed(self.dtype)},
+            **{name: self.place(value) for name, value in options.items()},
+        )
+        out, lse, words = map(kernels.download, (out, lse, words))
         return decode(out, self.dtype)[0], lse[0], unpack(words, num_blocks(seqlen_k))[0]

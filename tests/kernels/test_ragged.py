@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import assert_identical, poisoned
+from harness import Kernels, assert_identical, poisoned
 from ragged_batch import Requests
 
 from rrattn import _direct, direct
+from rrattn.reference import decode, encode
 
 LENGTHS = [(300, 300), (1, 1), (0, 77), (1, 500), (127, 127), (129, 700), (256, 384), (0, 0), (600, 600)]
 LAYOUTS = {
@@ -43,26 +44,71 @@ def arrays_in(requests, layout):
 
 def assert_each_as_alone(requests, results, flags=None, **options):
     out, lse, masks = results
-    for b in range(len(requests.lengths)):
+    for b, (seqlen_q, _) in enumerate(requests.lengths):
+        if seqlen_q == 0 and type(requests.kernels) is not Kernels:
+            continue
         own = options if flags is None else {**options, "keep_last": bool(flags[b])}
         rows = slice(*requests.cu_seqlens_q[b : b + 2])
         expected = requests.alone(b, **own)
         assert_identical((out[rows], np.ascontiguousarray(lse[:, rows]), masks[b]), expected)
 
 
+def runs_on(kernels, settings):
+    """Whether the kernels serve these settings in a ragged batch: on a GPU they are not compensated."""
+    return type(kernels) is Kernels or not settings.get("compensate")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_each_request_is_its_own_call(layout, settings):
-    requests = Requests(LENGTHS)
+def test_each_request_is_its_own_call(kernels, main_dtype, layout, settings):
+    requests = Requests(LENGTHS, dtype=main_dtype, kernels=kernels)
+    if not runs_on(kernels, SETTINGS[settings]):
+        with pytest.raises(ValueError, match="compensate is True, but ragged batches on a GPU are not compensated"):
+            requests.call(*requests.in_one_piece, **SETTINGS[settings])
+        return
     arrays, options = arrays_in(requests, layout)
     assert_each_as_alone(requests, requests.call(*arrays, **options, **SETTINGS[settings]), **SETTINGS[settings])
 
 
 @pytest.mark.parametrize("layout", ("one piece", "64"))
-def test_in_every_dtype_with_its_own_head_size_of_values(layout, dtype):
-    requests = Requests(LENGTHS[:6], num_heads=6, num_heads_k=1, head_dim=40, head_dim_v=72, dtype=dtype)
+def test_in_every_dtype_with_its_own_head_size_of_values(kernels, layout, dtype):
+    sizes = {"num_heads": 6, "num_heads_k": 1, "head_dim": 40, "head_dim_v": 72}
+    requests = Requests(LENGTHS[:6], **sizes, dtype=dtype, kernels=kernels)
     arrays, options = arrays_in(requests, layout)
     assert_each_as_alone(requests, requests.call(*arrays, **options, threshold=0.5), threshold=0.5)
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", ((64, 64), (128, 128), (192, 128), (256, 256)))
+@pytest.mark.parametrize("layout", ("one piece", "64", "384"))
+def test_in_every_head_size(kernels, main_dtype, layout, head_dim, head_dim_v):
+    sizes = {"num_heads": 3, "num_heads_k": 3, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    requests = Requests(LENGTHS, **sizes, dtype=main_dtype, kernels=kernels)
+    arrays, options = arrays_in(requests, layout)
+    settings = {"threshold": 0.5, "keep_last": False}
+    assert_each_as_alone(requests, requests.call(*arrays, **options, **settings), **settings)
+
+
+@pytest.mark.parametrize("key_stride", (1, 2, 4, 8, 16, 32, 64))
+def test_with_every_stride_of_keys(kernels, main_dtype, key_stride):
+    requests = Requests(LENGTHS, dtype=main_dtype, kernels=kernels)
+    settings = {"threshold": 0.5, "keep_last": False, "key_stride": key_stride}
+    assert_each_as_alone(requests, requests.call(*requests.in_pages(64), **settings), **settings)
+
+
+@pytest.mark.parametrize("layout", ("one piece", "64", "384"))
+def test_what_a_request_holds_shows_nowhere_else(kernels, main_dtype, layout):
+    """One of NaN and one of huge numbers, which lie beside the others' rows, and past the ends of their last blocks."""
+    requests = Requests([(300, 300), (100, 400), (129, 129), (65, 200), (1, 90)], dtype=main_dtype, kernels=kernels)
+    for b, number in ((1, np.nan), (3, 60000.0)):
+        requests.query[slice(*requests.cu_seqlens_q[b : b + 2])] = encode(np.float32(number), main_dtype)
+        requests.keys[b][...] = requests.values[b][...] = encode(np.float32(number), main_dtype)
+    arrays, options = arrays_in(requests, layout)
+    results = requests.call(*arrays, **options, threshold=0.5, keep_last=False)
+    for b in (0, 2, 4):
+        rows = slice(*requests.cu_seqlens_q[b : b + 2])
+        own = results[0][rows], np.ascontiguousarray(results[1][:, rows]), results[2][b]
+        assert np.isfinite(own[0]).all()
+        assert_identical(own, requests.alone(b, threshold=0.5, keep_last=False))
 
 
 def test_on_every_instruction_set(simd):
@@ -71,8 +117,8 @@ def test_on_every_instruction_set(simd):
     assert_each_as_alone(requests, results, threshold=0.5, compensate=True)
 
 
-def test_each_request_says_whether_its_chunk_is_the_last():
-    requests = Requests([(300, 900), (300, 900), (1, 300)])
+def test_each_request_says_whether_its_chunk_is_the_last(kernels, main_dtype):
+    requests = Requests([(300, 900), (300, 900), (1, 300)], dtype=main_dtype, kernels=kernels)
     keep_last = np.array([True, False, True])
     results = requests.call(*requests.in_pages(128), threshold=0.3, keep_last=keep_last)
     assert_each_as_alone(requests, results, keep_last, threshold=0.3)
@@ -96,39 +142,49 @@ def test_threads_take_the_longest_rows_of_all_requests_first():
     assert _direct._work_order([(384, 384)] * 2)[:2] == [(0, 2), (1, 2)]
 
 
-def test_no_requests_and_requests_without_queries():
+def test_no_requests_and_requests_without_queries(kernels, main_dtype):
     for lengths in ([], [(0, 0)], [(0, 200), (0, 5)]):
-        requests = Requests([*lengths, (5, 5)])
+        requests = Requests([*lengths, (5, 5)], dtype=main_dtype)
         requests.lengths, requests.query = lengths, requests.query[:0]
         requests.cu_seqlens_q, requests.seqlens_k = requests.cu_seqlens_q[:-1], requests.seqlens_k[:-1]
-        key, value, tables = requests.in_pages(64) if lengths else (*Requests([(1, 1)]).in_pages(64)[:2], None)
-        out = poisoned((0, 4, 32), "float32")
-        tables = np.zeros((0, 3), np.int32) if tables is None else tables
-        sizes = requests.cu_seqlens_q, requests.seqlens_k
-        assert direct.ragged_attention(requests.query, key, value, *sizes, tables, out=out) > 0
+        pages = requests if lengths else Requests([(1, 1)], dtype=main_dtype)
+        key, value, tables = pages.in_pages(64)
+        out = poisoned((0, 4, 32), main_dtype)
+        tables = tables if lengths else np.zeros((0, 3), np.int32)
+        arrays = requests.query, key, value, requests.cu_seqlens_q, requests.seqlens_k, tables, out
+        *placed, out = map(kernels.allocate, arrays)
+        assert direct.ragged_attention(*placed, out=out, **kernels.typed(main_dtype)) > 0
 
 
-def test_requests_without_heads():
-    query, key = poisoned((5, 0, 32), "float32"), poisoned((9, 0, 32), "float32")
-    sizes = np.array([0, 5], np.int32), np.array([9], np.int32)
-    assert direct.ragged_attention(query, key, key, *sizes, out=query.copy()) > 0
+def test_requests_without_heads(kernels, main_dtype):
+    query, key = poisoned((5, 0, 32), main_dtype), poisoned((9, 0, 32), main_dtype)
+    arrays = query, key, key, np.array([0, 5], np.int32), np.array([9], np.int32), query.copy()
+    *placed, out = map(kernels.allocate, arrays)
+    assert direct.ragged_attention(*placed, out=out, **kernels.typed(main_dtype)) > 0
 
 
-def test_strided_arrays_are_read_and_written_in_place():
+@pytest.mark.parametrize("spare", (8, 1), ids=("", "unaligned"))
+def test_strided_arrays_are_read_and_written_in_place(kernels, main_dtype, spare):
     """As engines have them: queries, keys and values side by side, and pages of keys and values in one array."""
-    requests = Requests(LENGTHS)
+    requests = Requests(LENGTHS, dtype=main_dtype, kernels=kernels)
     expected = requests.call(*requests.in_pages(64), threshold=0.6)
     key, value, tables = requests.in_pages(64)
-    both = np.stack([key, value], axis=1)
-    packed = np.concatenate([requests.query, poisoned((len(requests.query), 4, 32), "float32")], axis=1)
-    out = packed[:, 4:]
-    sizes = requests.cu_seqlens_q, requests.seqlens_k, tables
-    direct.ragged_attention(packed[:, :4], both[:, 0], both[:, 1], *sizes, out=out, threshold=0.6)
-    assert_identical(out.copy(), expected[0])
-    assert_identical(packed[:, :4].copy(), requests.query)
-    query = requests.query.copy()
-    direct.ragged_attention(query, key, value, *sizes, out=query, threshold=0.6)
-    assert_identical(query, expected[0])
+    both = kernels.allocate(poisoned((len(key), 2, *key.shape[1:3], 32 + spare), main_dtype))[..., spare:]
+    packed = kernels.allocate(poisoned((len(requests.query), 8, 32 + spare), main_dtype))[..., spare:]
+    both[:, 0], both[:, 1] = kernels.allocate(key), kernels.allocate(value)
+    packed[:, :4] = kernels.allocate(requests.query)
+    sizes = [kernels.allocate(x) for x in (requests.cu_seqlens_q, requests.seqlens_k, tables)]
+    options = {"threshold": 0.6, **kernels.typed(main_dtype)}
+
+    def values(array):
+        return decode(np.ascontiguousarray(kernels.download(array)), main_dtype)
+
+    direct.ragged_attention(packed[:, :4], both[:, 0], both[:, 1], *sizes, out=packed[:, 4:], **options)
+    assert_identical(values(packed[:, 4:]), expected[0])
+    assert_identical(values(packed[:, :4]), decode(requests.query, main_dtype))
+    query = kernels.allocate(requests.query.copy())
+    direct.ragged_attention(query, *map(kernels.allocate, (key, value)), *sizes, out=query, **options)
+    assert_identical(values(query), expected[0])
 
 
 def pooled_of(requests, page_size, key_stride):
@@ -257,6 +313,9 @@ BAD = {
         lambda c: {"pooled_keys": np.empty((9, 2, 8, 32), np.float32)},
         r"pooled_keys has shape \[9, 2, 8, 32\], but must have \[9, 2, 8, 33\]",
     ),
+    "most keys": (lambda c: {"max_seqlen_k": 199}, r"seqlens_k\[0\] is 200, but must be at most max_seqlen_k, 199"),
+    "most of all": (lambda c: {"max_num_keys": 269}, "seqlens_k adds up to 270, but must to at most max_num_keys, 269"),
+    "no keys": (lambda c: {"max_seqlen_k": 0}, "max_seqlen_k is 0, but must be an integer from 1"),
     "threshold": (lambda c: {"threshold": 1.5}, "threshold is 1.5"),
     "stride": (lambda c: {"stride": 5}, "stride is 5"),
     "sink": (lambda c: {"sink": np.zeros(3, np.float32)}, "sink has shape"),
@@ -319,12 +378,19 @@ class OnGpu:
         return capsule
 
 
-@pytest.mark.parametrize("name", ("query", "key", "cu_seqlens_q", "seqlens_k", "block_tables", "pooled_keys"))
-def test_arrays_on_a_gpu_are_refused(name):
+@pytest.mark.parametrize("name", ("key", "cu_seqlens_q", "seqlens_k", "block_tables", "pooled_keys", "keep_last"))
+def test_arrays_on_several_devices_are_refused(name):
     requests = Requests([(3, 200), (2, 70)])
-    call = {**paged_call(requests), "pooled_keys": pooled_of(requests, 64, 8)}
-    with pytest.raises(ValueError, match=f"{name} is on cuda:0, but ragged batches run on a CPU only"):
+    call = {**paged_call(requests), "pooled_keys": pooled_of(requests, 64, 8), "keep_last": np.ones(2, bool)}
+    with pytest.raises(ValueError, match=f"{name} is on cuda:0, but query is on cpu; all tensors must be on the same"):
         direct.ragged_attention(**{**call, name: OnGpu(call[name])})
+
+
+@pytest.mark.skipif(bool(direct.cuda_archs()), reason="this build has kernels for GPUs")
+def test_a_gpu_that_there_are_no_kernels_for_is_refused():
+    call = paged_call(Requests([(3, 200), (2, 70)]))
+    with pytest.raises(ValueError, match="query is on cuda:0, but this build of rrattn runs ragged batches on: CPU"):
+        direct.ragged_attention(**{**call, "query": OnGpu(call["query"])})
 
 
 def test_nothing_is_read_or_written_past_an_array():

@@ -11,7 +11,9 @@ import test_backward
 import test_compensate
 import test_estimate
 import test_quantized
+import test_ragged
 from cases import DTYPES, Case
+from ragged_batch import Requests
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 PLATFORMS = {"CPU": ("cpu",), "Hopper": ("gpu", "paddle-gpu"), "Ampere and newer": (*gpu_harness.PATHS,)}
@@ -88,3 +90,17 @@ def test_what_is_in_the_table_runs_and_nothing_else_does(kernels, platform, any_
         else:
             with pytest.raises(ValueError, match=culprit):
                 stage.run(kernels, case, any_dtype)
+
+
+@pytest.mark.parametrize("any_dtype", DTYPES)
+@pytest.mark.parametrize("head_size, of_values", HEAD_SIZES)
+def test_ragged_batches_take_what_is_in_the_table_and_nothing_else(kernels, platform, any_dtype, head_size, of_values):
+    rows = [row_of(platform, any_dtype, size) for size in (head_size, of_values)]
+    sizes = {"num_heads": 2, "num_heads_k": 1, "head_dim": head_size, "head_dim_v": of_values}
+    requests = Requests([(130, 260), (5, 5)], **sizes, dtype=any_dtype, kernels=kernels)
+    if all(row is not None and row.forward for row in rows):
+        results = requests.call(*requests.in_pages(64), threshold=0.5)
+        test_ragged.assert_each_as_alone(requests, results, threshold=0.5)
+    else:
+        with pytest.raises(ValueError, match="head_dim" if any_dtype in kernels.dtypes else "head_dim|dtype"):
+            requests.call(*requests.in_pages(64), threshold=0.5)

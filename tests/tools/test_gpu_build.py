@@ -294,7 +294,7 @@ KERNEL = re.compile(r"(?:template <([^>]*)>\s*)?(?:static\s+)?__global__")
 def test_no_kernel_is_in_objects_of_two_paths():
     """Before nvcc 13, the launch of an instance is one weak symbol: where objects for other GPUs have it too, the
     linker keeps that of any of them. So what paths share of a header has a type of the path among its parameters."""
-    archs, shared = ["80", "90", "90a", "120"], []
+    archs, shared = ["80", "90", "90a", "120"], set()
     users = {}  # header: the architectures that its users are for
     for source in (ROOT / "csrc/cuda").rglob("*.cu"):
         of_object = tuple(cuda_archs.of_source(source.relative_to(ROOT), archs))
@@ -308,6 +308,6 @@ def test_no_kernel_is_in_objects_of_two_paths():
     for path in users:
         for parameters in KERNEL.findall(gpu_resources.code_of(path)[0]):
             if len(users[path]) > 1:
-                shared.append(path.name)
+                shared.add(path.name)
                 assert set(re.findall(r"typename (\w+)", parameters)) - {"Element"}, f"{path}: <{parameters}>"
-    assert shared == ["pool_keys.cuh"]
+    assert shared == {"pool_keys.cuh"}

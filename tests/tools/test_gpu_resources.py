@@ -11,9 +11,10 @@ import pytest
 from tools import gpu_resources, pages
 
 ROOT = Path(__file__).resolve().parents[2]
-# Instances of the main kernel for each dtype, head size and architecture: attention with and without keys that no query
-# sees and with compensation, gradients with and without such keys and deterministic or not, the estimate by key stride.
-INSTANCES = {"attend": 3, "backward": 4, "estimate": 7}
+# Instances of the main kernels for each dtype, head size and architecture: attention with and without keys that none
+# sees, with compensation and of ragged batches; gradients with and without such keys and deterministic or not; the
+# estimate by key stride, of usual calls and of ragged batches.
+INSTANCES = {"attend": 4, "backward": 4, "estimate": 14}
 ATTEND = (
     "_ZN6rrattn4cuda4sm806attend13attend_kernelINS2_12KernelTraitsIN7cutlass10bfloat16_tELi64ELi64ELNS1_9TileTableE{}EEE"
     "Lb1ELb0EEEvNS2_12KernelParamsE"

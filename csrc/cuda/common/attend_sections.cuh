@@ -1,6 +1,7 @@
 // The sections in which attention takes its rows.
 #pragma once
 
+#include "../../core/ragged.h"
 #include "heads.cuh"
 #include "work_order.cuh"
 
@@ -15,6 +16,13 @@ inline int attend_section_heads(const AttendParams& attend, int64_t section_byte
   const int64_t key_heads = visibility.batch * attend.heads.num_heads_k;
   return heads_in_section(section_bytes, head_bytes, key_heads) *
          static_cast<int>(group_size(visibility, attend.heads));
+}
+
+// A request of a ragged batch that has as many keys as any may have, for its sections.
+inline AttendParams longest_call(const RaggedParams& batch) {
+  AttendParams longest = batch.attend;
+  longest.visibility.seqlen_k = batch.max_seqlen_k;
+  return longest;
 }
 
 }  // namespace rrattn::cuda

@@ -33,20 +33,24 @@ inline AddedToMeans added_to_means(const AttendParams& attend) {
 }
 
 // The blocks of a row that its bits select and that it sees, from the last to the first. All lanes
-// of a warp call it together.
-template <bool kCompensate>
+// of a warp call it together. kFlashMask: whether there may be one.
+template <bool kCompensate, bool kFlashMask = true>
 class RowBlocks {
  public:
   // `row`: its index in [B, Hq, Mq], m_block, head and batch. `block_bounds`: of all key blocks.
+  // `past_end`: whether what is copied of the last block past its keys is not zero.
   template <typename Row>
-  __device__ RowBlocks(const AttendParams& attend, const SpanBounds* block_bounds, const Row& row)
+  __device__ RowBlocks(const AttendParams& attend, const SpanBounds* block_bounds, const Row& row,
+                       bool past_end = false)
       : visibility_(attend.visibility),
-        bounds_(span_bounds_of(visibility_, kBlockSize, block_bounds, row.batch, row.head)),
+        bounds_(kFlashMask
+                    ? span_bounds_of(visibility_, kBlockSize, block_bounds, row.batch, row.head)
+                    : nullptr),
         m_block_(row.m_block),
         plain_end_(attend.softmax_scale > kLateScalesAbove<kCompensate>
                        ? first_hidden_key(visibility_, m_block_) / kBlockSize
                        : 0),
-        seen_end_(visibility_.causal && visibility_.shift() % kBlockSize != 0
+        seen_end_(visibility_.causal && (past_end || visibility_.shift() % kBlockSize != 0)
                       ? end_key(visibility_, m_block_) / kBlockSize
                       : INT_MAX),
         walk_(attend.block_mask + row.index * visibility_.num_mask_words(),
@@ -56,7 +60,7 @@ class RowBlocks {
   __device__ int next() {
     do {
       n_block_ = walk_.next();
-      if (n_block_ < 0 || bounds_ == nullptr) break;
+      if (!kFlashMask || n_block_ < 0 || bounds_ == nullptr) break;
       kind_ = classify_block(visibility_, bounds_, m_block_, n_block_);
     } while (kind_ == BlockKind::kHidden);
     return n_block_;

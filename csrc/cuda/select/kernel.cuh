@@ -8,6 +8,7 @@
 // same inequality. Masses are integers, so they may be added in any order.
 #pragma once
 
+#include "../common/ragged_plan.cuh"
 #include "../common/span_bounds.cuh"
 #include "cut.cuh"
 
@@ -27,7 +28,7 @@ struct Row {
   MaskRow of_mask;
   int end_block;  // of those that may be visible
 
-  __device__ explicit Row(const Visibility& visibility) : index(static_cast<int>(blockIdx.x)) {
+  __device__ Row(const Visibility& visibility, int index) : index(index) {
     const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
     const int num_n_blocks = static_cast<int>(visibility.num_n_blocks());
     m_block = index % num_m_blocks;
@@ -77,14 +78,12 @@ __device__ inline void classify_blocks(const KernelParams& params, const Row& ro
 constexpr int blocks_at_once(int num_warps) { return num_warps > 1 ? 32 / num_warps : 16; }
 
 template <int kWarps, int kWords, bool kFlashMask>
-__global__ void __launch_bounds__(kWarps * 32, blocks_at_once(kWarps))
-    select_kernel(KernelParams params) {
+__device__ __forceinline__ void select_row(const KernelParams& params, const Row& row) {
   using Search = CutSearch<kWarps, kWords>;
   alignas(16) __shared__ typename RowReduction<kWarps>::Shared of_warps;
   __shared__ typename Search::Shared of_search;
   const SelectParams& select = params.select;
   const Visibility& visibility = select.visibility;
-  const Row row(visibility);
   const float tau = select.rules.threshold_of(row.head);
   const WarpWords<kWarps, kWords> words(row.end_block);
   RowReduction<kWarps> reduction(of_warps);
@@ -144,6 +143,28 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_at_once(kWarps))
   kept_bits |= kept_by_rule(select.rules, row.of_mask, static_cast<int>(first_visible), word);
   select.block_mask[static_cast<int64_t>(row.index) * num_words + word] =
       (kept_bits | partial_bits) & visible_bits;
+}
+
+template <int kWarps, int kWords, bool kFlashMask>
+__global__ void __launch_bounds__(kWarps * 32, blocks_at_once(kWarps))
+    select_kernel(KernelParams params) {
+  select_row<kWarps, kWords, kFlashMask>(
+      params, Row(params.select.visibility, static_cast<int>(blockIdx.x)));
+}
+
+// The same for the requests of a ragged batch. There are thread blocks for the most rows that it may
+// have.
+template <int kWarps, int kWords>
+__global__ void __launch_bounds__(kWarps * 32, blocks_at_once(kWarps))
+    ragged_select_kernel(RaggedPlan plan, int num_heads) {
+  const int block = static_cast<int>(blockIdx.x) / num_heads;
+  if (block >= plan.num_row_blocks()) return;
+  const RequestPart part = plan.row_blocks[block];
+  const KernelParams params{plan.select[part.request], nullptr};
+  const Visibility& visibility = params.select.visibility;
+  const int head = static_cast<int>(blockIdx.x) % num_heads;
+  select_row<kWarps, kWords, false>(
+      params, Row(visibility, head * static_cast<int>(visibility.num_m_blocks()) + part.index));
 }
 
 }  // namespace rrattn::cuda::select

@@ -25,6 +25,21 @@ void Stage<kWarps, kWords>::launch(const SelectParams& params) {
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 
+template <int kWarps, int kWords>
+int64_t Stage<kWarps, kWords>::ragged_workspace_bytes(const RaggedParams&, const RaggedPlan&) {
+  return 0;
+}
+
+template <int kWarps, int kWords>
+void Stage<kWarps, kWords>::launch_ragged(const RaggedParams& batch, const RaggedPlan& plan,
+                                          void*) {
+  const int64_t num_heads = batch.select.visibility.num_heads;
+  ragged_select_kernel<kWarps, kWords>
+      <<<static_cast<unsigned>(plan.max_row_blocks * num_heads), kWarps * 32, 0,
+         stream_of(batch.execution)>>>(plan, static_cast<int>(num_heads));
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
 template struct Stage<1, 2>;
 template struct Stage<1, 8>;
 template struct Stage<2, 16>;

@@ -42,7 +42,8 @@ struct WorkLayout {
   float score_scale;      // brings products to scores in units of log2
   float variance_weight;  // times |q|^2: what a variance of 1 adds to a product
 
-  WorkLayout(const EstimateParams& params, int tile_strides, int row_tiles_of_item)
+  __host__ __device__ WorkLayout(const EstimateParams& params, int tile_strides,
+                                 int row_tiles_of_item)
       : num_strides(
             static_cast<int>(ceil_div(params.visibility.seqlen_k, params.sampling.key_stride))),
         num_tiles(static_cast<int>(ceil_div(num_strides, tile_strides))),

@@ -6,9 +6,11 @@
 // strides, elements and variances it has (kStrides, kElements, kVariances), and where in it eight
 // columns of an average and a variance lie (key_offset, variance_offset). Workspace has the tiles
 // (pooled_keys, variances), and counters that the next kernel wants at zero (clear_counters). Both are
-// types of a path, so no two paths have an instance of the kernel in common.
+// types of a path, so no two paths have an instance of the kernel in common. For a ragged batch it tells
+// itself with the tiles from one on (from_tile).
 #pragma once
 
+#include "../ragged_plan.cuh"
 #include "../rows.cuh"
 #include "items.cuh"
 
@@ -48,24 +50,23 @@ struct Moments {
   }
 };
 
-// A thread averages 8 columns of one stride, with up to 8 loads in flight.
-template <typename Tile, int kKeyStride, bool kFlashMask, typename Workspace>
-__global__ void __launch_bounds__(kPoolThreads)
-    pool_keys_kernel(EstimateParams params, WorkLayout layout, Workspace workspace, bool aligned) {
+// Averages kPoolStrides strides from first_stride on, all by one thread block. A thread averages 8
+// columns of one stride, with up to 8 loads in flight. rows_of(key) tells where rows are counted from,
+// key 0, for the stride of this key.
+template <typename Tile, int kKeyStride, bool kFlashMask, typename Workspace, typename RowsOf>
+__device__ __forceinline__ void pool_strides(const EstimateParams& params, const WorkLayout& layout,
+                                             const Workspace& workspace, bool aligned,
+                                             int64_t first_stride, int64_t head, int64_t batch,
+                                             const RowsOf& rows_of) {
   using Element = typename Tile::Element;
   constexpr int kChunks = Tile::kHeadDim / 8;
   constexpr int kLoads = kKeyStride < 8 ? kKeyStride : 8;
-  const int64_t head = blockIdx.y, batch = blockIdx.z;
-  if (blockIdx.x == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
-    workspace.clear_counters();
-  }
-  const auto* keys = static_cast<const Element*>(params.key.data) +
-                     batch * params.key.batch_stride + head * params.key.head_stride;
   const int head_dim = static_cast<int>(params.heads.head_dim);
   const int64_t group = group_size(params.visibility, params.heads);
   for (int i = threadIdx.x; i < kPoolStrides * kChunks; i += kPoolThreads) {
-    const int64_t stride = static_cast<int64_t>(blockIdx.x) * kPoolStrides + i / kChunks;
+    const int64_t stride = first_stride + i / kChunks;
     const int column = i % kChunks * 8;
+    const Element* keys = rows_of(stride * kKeyStride);
     Moments moments;
 #pragma unroll 1
     for (int64_t key = stride * kKeyStride; key < (stride + 1) * kKeyStride; key += kLoads) {
@@ -120,6 +121,49 @@ __global__ void __launch_bounds__(kPoolThreads)
   }
 }
 
+template <typename Tile, int kKeyStride, bool kFlashMask, typename Workspace>
+__global__ void __launch_bounds__(kPoolThreads)
+    pool_keys_kernel(EstimateParams params, WorkLayout layout, Workspace workspace, bool aligned) {
+  using Element = typename Tile::Element;
+  const int64_t head = blockIdx.y, batch = blockIdx.z;
+  if (blockIdx.x == 0 && head == 0 && batch == 0 && threadIdx.x == 0) {
+    workspace.clear_counters();
+  }
+  const auto* keys = static_cast<const Element*>(params.key.data) +
+                     batch * params.key.batch_stride + head * params.key.head_stride;
+  pool_strides<Tile, kKeyStride, kFlashMask>(params, layout, workspace, aligned,
+                                             static_cast<int64_t>(blockIdx.x) * kPoolStrides, head,
+                                             batch, [&](int64_t) { return keys; });
+}
+
+// The same for the requests of a ragged batch. Thread blocks go through the tiles of all, as many at a
+// time as there are.
+template <typename Tile, int kKeyStride, typename Workspace>
+__global__ void __launch_bounds__(kPoolThreads)
+    pool_ragged_keys_kernel(const __grid_constant__ RaggedPlan plan,
+                            const __grid_constant__ Workspace workspace, int num_heads_k,
+                            bool aligned) {
+  using Element = typename Tile::Element;
+  constexpr int kParts = Tile::kStrides / kPoolStrides;
+  if (blockIdx.x == 0 && threadIdx.x == 0) workspace.clear_counters();
+  const int num_parts = plan.num_tiles() * kParts;
+  for (int at = blockIdx.x; at < num_parts * num_heads_k; at += gridDim.x) {
+    const int part = at % num_parts, head = at / num_parts;
+    const int request = request_of(plan.first_tiles, plan.num_requests, part / kParts);
+    const RaggedEstimate& estimate = plan.estimate[request];
+    const EstimateParams& params = estimate.call.params;
+    const int first_tile = plan.first_tiles[request];
+    const auto* keys = static_cast<const Element*>(params.key.data) + head * params.key.head_stride;
+    pool_strides<Tile, kKeyStride, false>(
+        params, estimate.layout, workspace.from_tile(first_tile * num_heads_k), aligned,
+        int64_t{part - first_tile * kParts} * kPoolStrides, head, 0, [&](int64_t key) {
+          return key < params.visibility.seqlen_k
+                     ? keys + estimate.call.pages.offset(params.key, key)
+                     : keys;
+        });
+  }
+}
+
 template <typename Tile, int kKeyStride, typename Workspace>
 void launch_pool_keys(const EstimateParams& params, const WorkLayout& layout,
                       const Workspace& workspace) {
@@ -131,6 +175,17 @@ void launch_pool_keys(const EstimateParams& params, const WorkLayout& layout,
                           : pool_keys_kernel<Tile, kKeyStride, false, Workspace>;
   kernel<<<grid, kPoolThreads, 0, stream_of(params.execution)>>>(params, layout, workspace,
                                                                  aligned_rows(params.key));
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename Tile, int kKeyStride, typename Workspace>
+void launch_pool_ragged_keys(const RaggedParams& batch, const RaggedPlan& plan,
+                             const Workspace& workspace) {
+  constexpr int kThreadBlocks = 8;  // of a multiprocessor
+  const auto num_heads_k = static_cast<int>(batch.estimate.heads.num_heads_k);
+  pool_ragged_keys_kernel<Tile, kKeyStride, Workspace>
+      <<<num_multiprocessors() * kThreadBlocks, kPoolThreads, 0, stream_of(batch.execution)>>>(
+          plan, workspace, num_heads_k, aligned_rows(batch.estimate.key));
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 

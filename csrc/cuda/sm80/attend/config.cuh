@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/launch.cuh"
+#include "../../common/ragged_plan.cuh"
 #include "../../common/row_blocks.cuh"
 #include "../../common/span_bounds.cuh"
 #include "../common/tile_table.h"
@@ -104,6 +105,12 @@ struct KernelParams {
   int section_heads = 1;  // query heads of a section
   bool aligned_query = false, aligned_key = false, aligned_value = false, aligned_out = false;
   AddedToMeans added_to_means{};  // with compensation
+};
+
+// The same for a request of a ragged batch, of which num_items is that of all.
+struct RequestParams : KernelParams {
+  Pages pages;
+  int64_t lse_head_stride = 0;
 };
 
 }  // namespace rrattn::cuda::sm80::attend

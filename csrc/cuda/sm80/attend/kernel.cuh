@@ -25,7 +25,7 @@ namespace rrattn::cuda::sm80::attend {
 constexpr float kRoom = 10;
 
 // The tiles of a row, keys first, then with compensation means, both from the last to the first.
-template <typename Traits, bool kCompensate>
+template <typename Traits, bool kCompensate, bool kRagged>
 class RowTiles {
  public:
   __device__ RowTiles(const KernelParams& params, const Row& row)
@@ -57,13 +57,16 @@ class RowTiles {
     __device__ NoMeans(const Visibility&, const uint32_t*, const Row&) {}
   };
 
-  RowBlocks<kCompensate> blocks_;
+  RowBlocks<kCompensate, !kRagged> blocks_;
   std::conditional_t<kCompensate, RowMeans<Traits::kTileN>, NoMeans> means_;
   KeyTile tile_ = KeyTile::of_keys(0, false, false);  // the last one
 };
 
-template <typename Traits, bool kUnseenKeys, bool kCompensate>
+// kRagged: the row is one of a request of a ragged batch, where there is no FlashMask.
+template <typename Traits, bool kUnseenKeys, bool kCompensate, bool kRagged>
 class RowAttention {
+  using Params = std::conditional_t<kRagged, RequestParams, KernelParams>;
+  using Tiles = RowTiles<Traits, kCompensate, kRagged>;
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   static constexpr int kM = Traits::kWarpRows / 16;  // products side by side, of 16 rows
@@ -75,7 +78,7 @@ class RowAttention {
   static constexpr int kWords = kTileN / 32;
 
  public:
-  __device__ RowAttention(const KernelParams& params, const Row& row, SharedStorage& shared)
+  __device__ RowAttention(const Params& params, const Row& row, SharedStorage& shared)
       : params_(params),
         row_(row),
         shared_(shared),
@@ -102,7 +105,7 @@ class RowAttention {
       row_base_[m][0] = row_base_[m][1] = -INFINITY;
       row_sum_[m][0] = row_sum_[m][1] = 0;
     }
-    RowTiles<Traits, kCompensate> tiles(params_, row_);
+    Tiles tiles(params_, row_);
     const KeyTile first = tiles.next();
     if (!first.is_none()) {
       copy_queries();
@@ -159,9 +162,13 @@ class RowAttention {
                   means.row_stride, static_cast<int>(visibility.num_n_blocks()) - tile.first(),
                   static_cast<int>(head_dim), true);
     } else {
-      Copy::start(to, first + tile.first() * rows.row_stride, rows.row_stride,
-                  static_cast<int>(visibility.seqlen_k) - tile.first(), static_cast<int>(head_dim),
-                  aligned);
+      const Element* from = first + tile.first() * rows.row_stride;
+      // A tile lies in one page. One that begins past the last row may have none.
+      if constexpr (kRagged) {
+        if (tile.first() < visibility.seqlen_k) from += params_.pages.offset(rows, tile.first());
+      }
+      Copy::start(to, from, rows.row_stride, static_cast<int>(visibility.seqlen_k) - tile.first(),
+                  static_cast<int>(head_dim), aligned);
     }
   }
   __device__ uint32_t key_in(int slot) const {
@@ -173,7 +180,7 @@ class RowAttention {
 
   // With room for one tile: values are copied beside the products with their keys, and the next keys
   // beside the softmax and the products with the values.
-  __device__ void take_tiles(RowTiles<Traits, kCompensate>& tiles, KeyTile tile) {
+  __device__ void take_tiles(Tiles& tiles, KeyTile tile) {
     copy_keys(tile, 0);
     commit_copies();
     while (!tile.is_none()) {
@@ -194,7 +201,7 @@ class RowAttention {
   }
 
   // With room for more: keys and values are copied kSlots - 1 tiles ahead.
-  __device__ void take_tiles_ahead(RowTiles<Traits, kCompensate>& tiles, KeyTile tile) {
+  __device__ void take_tiles_ahead(Tiles& tiles, KeyTile tile) {
     constexpr int kAhead = Traits::kSlots - 1;
     KeyTile under_way[kAhead];
 #pragma unroll
@@ -374,12 +381,14 @@ class RowAttention {
     const int token = row_token(m, half);
     int end = visibility.causal ? min(token + static_cast<int>(visibility.shift()) + 1, end_key)
                                 : end_key;
-    // Rows past the end see nothing: what an unseen key holds must not show in their warp.
-    if (kUnseenKeys && token >= static_cast<int>(visibility.seqlen_q)) end = 0;
+    // Rows past the end see nothing: what an unseen key holds must not show in their warp. Where no key is
+    // unseen they do as they would in the request's own call, since they may raise the bases of their warp.
+    const bool unseen_keys = kUnseenKeys && (!kRagged || may_leave_unseen_keys(visibility));
+    if (unseen_keys && token >= static_cast<int>(visibility.seqlen_q)) end = 0;
     const int keys = max(end - first, 0);
     const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
     uint32_t hidden = visible < 32 ? ~0u << visible : 0;
-    if (layout.data != nullptr) {
+    if (!kRagged && layout.data != nullptr) {
       const int32_t* bounds = row_bounds_of(layout, row_.batch, visibility.bounds_head(row_.head));
 #pragma unroll 4
       for (int i = 0; i < kRowScores; ++i) {
@@ -415,7 +424,7 @@ class RowAttention {
   __device__ void clear_values(KeyTile tile, int slot) const {
     const Visibility& visibility = params_.attend.visibility;
     const int32_t* bounds =
-        visibility.row_bounds.data
+        !kRagged && visibility.row_bounds.data
             ? row_bounds_of(visibility.row_bounds, row_.batch, visibility.bounds_head(row_.head))
             : nullptr;
     const int64_t first_row = row_.m_block * kBlockSize;
@@ -445,7 +454,7 @@ class RowAttention {
       auto* out_row =
           const_cast<Element*>(head_of(attend.out, row_.head)) + token * attend.out.row_stride;
       if (token < visibility.seqlen_q && lane_ % 4 == 0) {
-        attend.lse[(row_.batch * visibility.num_heads + row_.head) * visibility.seqlen_q + token] =
+        attend.lse[head_lse() + token] =
             sum == 0 ? -INFINITY : (row_base_[m][half] + log2f(sum)) * kLn2;
       }
       store_row(out_[m], half, scale, out_row, token < visibility.seqlen_q,
@@ -453,11 +462,18 @@ class RowAttention {
     }
   }
 
+  // Where the log-sum-exps of the head begin.
+  __device__ int64_t head_lse() const {
+    if constexpr (kRagged) return row_.head * params_.lse_head_stride;
+    const Visibility& visibility = params_.attend.visibility;
+    return (row_.batch * visibility.num_heads + row_.head) * visibility.seqlen_q;
+  }
+
   __device__ int row_token(int m, int half) const {
     return row_.m_block * kBlockSize + first_row_ + m * 16 + lane_ / 4 + half * 8;
   }
 
-  const KernelParams& params_;
+  const Params& params_;
   const Row& row_;
   SharedStorage& shared_;
   const uint32_t query_, key_, value_;  // in shared memory
@@ -484,7 +500,46 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int m_block = num_m_blocks - 1 - place.block;  // under the diagonal the longest first
   const Row row{place.head * num_m_blocks + m_block, m_block, place.head % num_heads,
                 place.head / num_heads};
-  RowAttention<Traits, kUnseenKeys, kCompensate>(params, row, shared).run();
+  RowAttention<Traits, kUnseenKeys, kCompensate, false>(params, row, shared).run();
+}
+
+// Brings what is needed of a request's call to shared memory, and returns when it is there.
+__device__ inline void copy_call(const AttendCall& call, const KernelParams& all,
+                                 RequestParams& params) {
+  if (threadIdx.x == 0) {
+    params.aligned_query = all.aligned_query, params.aligned_key = all.aligned_key;
+    params.aligned_value = all.aligned_value, params.aligned_out = all.aligned_out;
+    params.pages = call.pages;
+    params.lse_head_stride = call.lse_head_stride;
+  }
+  const auto* from = reinterpret_cast<const uint64_t*>(&call.params);
+  auto* to = reinterpret_cast<uint64_t*>(&params.attend);
+  static_assert(sizeof(AttendParams) % sizeof(uint64_t) == 0);
+  for (unsigned i = threadIdx.x; i < sizeof(AttendParams) / sizeof(uint64_t); i += blockDim.x)
+    to[i] = from[i];
+  __syncthreads();
+}
+
+// The same for the requests of a ragged batch. There are thread blocks for the most query blocks that it
+// may have, of which those for the longest rows of a section come first.
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    ragged_attend_kernel(const __grid_constant__ KernelParams all,
+                         const __grid_constant__ RaggedPlan plan) {
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  __shared__ alignas(16) char params_memory[sizeof(RequestParams)];
+  auto& params = *reinterpret_cast<RequestParams*>(params_memory);
+  const int num_row_blocks = plan.num_row_blocks();
+  const int num_heads = static_cast<int>(all.attend.visibility.num_heads);
+  if (static_cast<int>(blockIdx.x) >= num_row_blocks * num_heads) return;
+  const WorkPlace place =
+      place_of_item(static_cast<int>(blockIdx.x), num_heads, num_row_blocks, all.section_heads);
+  const RequestPart part = plan.row_blocks[place.block];
+  copy_call(plan.attend[part.request], all, params);
+  const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
+  const Row row{place.head * num_m_blocks + part.index, part.index, place.head, 0};
+  RowAttention<Traits, true, false, true>(params, row, shared).run();
 }
 
 }  // namespace rrattn::cuda::sm80::attend

@@ -17,6 +17,20 @@ int64_t Stage<kDataType, kHeadDim, kHeadDimV, kTable>::workspace_bytes(const Att
   return arena.used();
 }
 
+// Sets what does not depend on the rows.
+inline void set_launch(KernelParams& params, int section_heads) {
+  params.section_heads = section_heads;
+  params.aligned_query = aligned_rows(params.attend.query);
+  params.aligned_key = aligned_rows(params.attend.key);
+  params.aligned_value = aligned_rows(params.attend.value);
+  params.aligned_out = aligned_rows(params.attend.out);
+}
+
+// Keys and values of a section stay well below the L2 cache.
+inline int section_heads_of(const AttendParams& attend) {
+  return attend_section_heads(attend, int64_t{device_attribute(cudaDevAttrL2CacheSize)} * 5 / 8);
+}
+
 template <DataType kDataType, int kHeadDim, int kHeadDimV, TileTable kTable>
 void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch(const AttendParams& attend) {
   using Traits = KernelTraits<ElementOf<kDataType>, kHeadDim, kHeadDimV, kTable>;
@@ -29,13 +43,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch(const AttendParams& a
   compute_span_bounds(visibility, kBlockSize, workspace.block_bounds, stream);
   params.num_items =
       static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
-  // Keys and values of a section stay well below the L2 cache.
-  const int64_t section_bytes = int64_t{device_attribute(cudaDevAttrL2CacheSize)} * 5 / 8;
-  params.section_heads = attend_section_heads(attend, section_bytes);
-  params.aligned_query = aligned_rows(attend.query);
-  params.aligned_key = aligned_rows(attend.key);
-  params.aligned_value = aligned_rows(attend.value);
-  params.aligned_out = aligned_rows(attend.out);
+  set_launch(params, section_heads_of(attend));
 
   const auto run = [&](auto kernel) {
     launch_kernel<Traits>(kernel, params.num_items, stream, params);
@@ -52,6 +60,24 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch(const AttendParams& a
   } else {
     run(attend_kernel<Traits, false, false>);
   }
+}
+
+template <DataType kDataType, int kHeadDim, int kHeadDimV, TileTable kTable>
+int64_t Stage<kDataType, kHeadDim, kHeadDimV, kTable>::ragged_workspace_bytes(const RaggedParams&,
+                                                                              const RaggedPlan&) {
+  return 0;
+}
+
+template <DataType kDataType, int kHeadDim, int kHeadDimV, TileTable kTable>
+void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch_ragged(const RaggedParams& batch,
+                                                                  const RaggedPlan& plan, void*) {
+  using Traits = KernelTraits<ElementOf<kDataType>, kHeadDim, kHeadDimV, kTable>;
+  Arena arena;
+  KernelParams params{batch.attend, Workspace(arena, batch.attend)};  // of which it takes nothing
+  set_launch(params, section_heads_of(longest_call(batch)));
+  const auto num_heads = static_cast<int>(batch.attend.visibility.num_heads);
+  launch_kernel<Traits>(ragged_attend_kernel<Traits>, plan.max_row_blocks * num_heads,
+                        stream_of(batch.execution), params, plan);
 }
 
 }  // namespace rrattn::cuda::sm80::attend

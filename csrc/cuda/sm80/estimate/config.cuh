@@ -96,12 +96,19 @@ struct Workspace {
   SpanBounds* tile_bounds;    // [B, bounds heads, num_tiles]
   int* num_taken;             // items that were taken besides the first of each thread block
 
-  Workspace(Arena& arena, const EstimateParams& params, int num_thread_blocks, int tile_sums) {
-    const WorkLayout layout(params, kTileStrides, kRowTiles);
-    const int64_t key_tiles = static_cast<int64_t>(layout.key_heads) * layout.num_tiles;
+  Workspace(Arena& arena, const EstimateParams& params, int num_thread_blocks, int tile_sums)
+      : Workspace(arena, params, num_thread_blocks, tile_sums,
+                  WorkLayout(params, kTileStrides, kRowTiles)) {}
+  Workspace(Arena& arena, const EstimateParams& params, int num_thread_blocks, int tile_sums,
+            const WorkLayout& layout)
+      : Workspace(arena, params, num_thread_blocks, tile_sums,
+                  static_cast<int64_t>(layout.key_heads) * layout.num_tiles, layout.num_tiles) {}
+  // key_tiles: of all key heads; num_tiles: the most of one.
+  Workspace(Arena& arena, const EstimateParams& params, int num_thread_blocks, int tile_sums,
+            int64_t key_tiles, int num_tiles) {
     pooled_keys = arena.take<typename Traits::Element>(key_tiles * Traits::Tile::kElements);
     variances = arena.take<float>(params.sampling.spread > 0 ? key_tiles * kTileStrides : 0);
-    row_sums = static_cast<int64_t>(layout.num_tiles) * tile_sums;
+    row_sums = static_cast<int64_t>(num_tiles) * tile_sums;
     block_sums = arena.take<float>(num_thread_blocks * kItemRows * row_sums);
     stride_bounds =
         arena.take<SpanBounds>(params.visibility.num_span_bounds(params.sampling.key_stride));
@@ -110,6 +117,13 @@ struct Workspace {
     num_taken = arena.take<int>(1);
   }
   __device__ void clear_counters() const { *num_taken = 0; }
+  // That of a request of a ragged batch, whose tiles begin with this one.
+  __device__ Workspace from_tile(int64_t tile) const {
+    Workspace own = *this;
+    own.pooled_keys += tile * Traits::Tile::kElements;
+    own.variances += tile * Traits::Tile::kVariances;
+    return own;
+  }
   // Those of a row of the thread block's item.
   __device__ float* sums_of(int row) const {
     return block_sums + (static_cast<int64_t>(blockIdx.x) * kItemRows + row) * row_sums;

@@ -59,6 +59,30 @@ __device__ inline void finish(const EstimateParams& params, const Workspace<Trai
   }
 }
 
+// Computes the item, from its queries to its block scores.
+template <typename Traits, int kKeyStride>
+__device__ __forceinline__ void compute_item(const EstimateParams& params,
+                                             const Workspace<Traits>& workspace,
+                                             KeyRing<Traits, kKeyStride>& keys,
+                                             WarpRows<Traits, kKeyStride>& rows,
+                                             typename Traits::SharedStorage& shared, bool aligned) {
+  // Sums alone, unless a row outgrows its reference: then a pass for its maximum, and sums again.
+  int num_passes = 1;
+  for (int pass = 0; pass < num_passes; ++pass) {
+    const bool maximum = pass == 1;
+    keys.start();
+    if (pass == 0) rows.begin_item(aligned);
+    if (!maximum) rows.begin_sums();
+    for (; keys.wait(); keys.advance()) rows.take_tile(keys.tile(), keys.slot(), maximum);
+    if (!maximum) rows.end_sums();
+    // Also waits until all threads have read the last slots.
+    if (__syncthreads_or(rows.outgrown()) && pass == 0) num_passes = 3;
+  }
+  rows.write_factors(shared.row_factor);
+  __syncthreads();  // until all factors, and all block sums, are written
+  finish<Traits, kKeyStride>(params, workspace, shared);
+}
+
 template <typename Traits, int kKeyStride>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kThreadBlocks)
     estimate_kernel(const __grid_constant__ EstimateParams params,
@@ -74,21 +98,37 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kThreadBlocks)
       shared.next_item = gridDim.x + atomicAdd(workspace.num_taken, 1);
     }
     __syncthreads();
-    // Sums alone, unless a row outgrows its reference: then a pass for its maximum, and sums again.
-    int num_passes = 1;
-    for (int pass = 0; pass < num_passes; ++pass) {
-      const bool maximum = pass == 1;
-      keys.start();
-      if (pass == 0) rows.begin_item(aligned);
-      if (!maximum) rows.begin_sums();
-      for (; keys.wait(); keys.advance()) rows.take_tile(keys.tile(), keys.slot(), maximum);
-      if (!maximum) rows.end_sums();
-      // Also waits until all threads have read the last slots.
-      if (__syncthreads_or(rows.outgrown()) && pass == 0) num_passes = 3;
+    compute_item(params, workspace, keys, rows, shared, aligned);
+    index = shared.next_item;
+    __syncthreads();  // until all threads have read the item, its factors and the next one's number
+  }
+}
+
+// The same for the requests of a ragged batch, the longest items of all first.
+template <typename Traits, int kKeyStride>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kThreadBlocks)
+    ragged_estimate_kernel(const __grid_constant__ RaggedPlan plan,
+                           const __grid_constant__ Workspace<Traits> workspace, int num_heads_k,
+                           bool aligned) {
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  const int num_items = plan.num_items() * num_heads_k;
+  for (int index = blockIdx.x; index < num_items;) {
+    const RequestPart part = plan.items[index / num_heads_k];
+    const RaggedEstimate& estimate = plan.estimate[part.request];
+    const EstimateParams& params = estimate.call.params;
+    const WorkLayout& layout = estimate.layout;
+    const Workspace<Traits> own =
+        workspace.from_tile(static_cast<int64_t>(plan.first_tiles[part.request]) * num_heads_k);
+    if (threadIdx.x == 0) {
+      fill_item<kKeyStride, kTileStrides>(shared.item, params, layout,
+                                          part.index * num_heads_k + index % num_heads_k);
+      shared.next_item = gridDim.x + atomicAdd(workspace.num_taken, 1);
     }
-    rows.write_factors(shared.row_factor);
-    __syncthreads();  // until all factors, and all block sums, are written
-    finish<Traits, kKeyStride>(params, workspace, shared);
+    __syncthreads();  // until the item is there
+    KeyRing<Traits, kKeyStride> keys(params, own, layout, shared);
+    WarpRows<Traits, kKeyStride> rows(params, layout, own, shared);
+    compute_item(params, own, keys, rows, shared, aligned);
     index = shared.next_item;
     __syncthreads();  // until all threads have read the item, its factors and the next one's number
   }

@@ -51,6 +51,50 @@ void Stage<kDataType, kHeadDim, kKeyStride, kTable>::launch(const EstimateParams
   launch_estimate<KernelTraits<ElementOf<kDataType>, kHeadDim>, kKeyStride>(params);
 }
 
+template <DataType kDataType, int kHeadDim, int kKeyStride, TileTable kTable>
+EstimateTiles Stage<kDataType, kHeadDim, kKeyStride, kTable>::ragged_tiles() {
+  return {kTileStrides, kRowTiles};
+}
+
+// That of a ragged batch, by the most that there may be of everything.
+template <typename Traits, int kKeyStride>
+Workspace<Traits> ragged_workspace(Arena& arena, const RaggedParams& batch,
+                                   const RaggedPlan& plan) {
+  const int64_t max_tiles = ceil_div(batch.max_seqlen_k, kKeyStride * kTileStrides);
+  return Workspace<Traits>(arena, batch.estimate, num_multiprocessors() * Traits::kThreadBlocks,
+                           BlockSums<kKeyStride>::kTileSums,
+                           plan.max_tiles * batch.estimate.heads.num_heads_k,
+                           static_cast<int>(max_tiles));
+}
+
+template <DataType kDataType, int kHeadDim, int kKeyStride, TileTable kTable>
+int64_t Stage<kDataType, kHeadDim, kKeyStride, kTable>::ragged_workspace_bytes(
+    const RaggedParams& batch, const RaggedPlan& plan) {
+  Arena arena;
+  ragged_workspace<KernelTraits<ElementOf<kDataType>, kHeadDim>, kKeyStride>(arena, batch, plan);
+  return arena.used();
+}
+
+template <typename Traits, int kKeyStride>
+void launch_ragged_estimate(const RaggedParams& batch, const RaggedPlan& plan,
+                            void* workspace_memory) {
+  Arena arena(workspace_memory);
+  const auto workspace = ragged_workspace<Traits, kKeyStride>(arena, batch, plan);
+  launch_pool_ragged_keys<typename Traits::Tile, kKeyStride>(batch, plan, workspace);
+  const auto num_heads_k = static_cast<int>(batch.estimate.heads.num_heads_k);
+  launch_kernel<Traits>(ragged_estimate_kernel<Traits, kKeyStride>,
+                        num_multiprocessors() * Traits::kThreadBlocks, stream_of(batch.execution),
+                        plan, workspace, num_heads_k, aligned_rows(batch.estimate.query));
+}
+
+template <DataType kDataType, int kHeadDim, int kKeyStride, TileTable kTable>
+void Stage<kDataType, kHeadDim, kKeyStride, kTable>::launch_ragged(const RaggedParams& batch,
+                                                                   const RaggedPlan& plan,
+                                                                   void* workspace) {
+  launch_ragged_estimate<KernelTraits<ElementOf<kDataType>, kHeadDim>, kKeyStride>(batch, plan,
+                                                                                   workspace);
+}
+
 }  // namespace rrattn::cuda::sm80::estimate
 
 #define RRATTN_INSTANTIATE_ESTIMATE_FOR_TABLES(kDataType, kHeadDim, kKeyStride)               \

@@ -21,7 +21,8 @@ constexpr int kConsumerRows = kBlockSize / kConsumers;
 // The item of work: one row of the block mask.
 struct RowItem {
   int index;  // in [B, Hq, Mq]; < 0: no row is left
-  int m_block, head, batch;
+  int m_block, head;
+  int batch;  // of a ragged batch the request
   bool without_tiles;
 };
 

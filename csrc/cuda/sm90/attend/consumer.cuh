@@ -25,9 +25,10 @@ namespace rrattn::cuda::sm90::attend {
 constexpr float kLargestFittingSum = 0x1p12f;
 
 // kUnseenKeys: whether some blocks may hold keys that no row sees. kCompensate: whether there are
-// tiles of means.
-template <typename Traits, bool kUnseenKeys, bool kCompensate>
+// tiles of means. Params: KernelParams, or RaggedKernelParams.
+template <typename Traits, bool kUnseenKeys, bool kCompensate, typename Params>
 class Consumer {
+  static constexpr bool kRagged = std::is_same_v<Params, RaggedKernelParams>;
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
@@ -45,7 +46,7 @@ class Consumer {
                   make_layout(Shape<Int<kConsumerRows>, Int<Traits::kTileN>>{}))));
 
  public:
-  __device__ Consumer(const KernelParams& params, SharedStorage& shared, int consumer)
+  __device__ Consumer(const Params& params, SharedStorage& shared, int consumer)
       : params_(params), shared_(shared), consumer_(consumer) {
     const float scale = params.attend.softmax_scale;
     product_scale_ = scale > kLateScalesAbove<kCompensate> ? 1 : scale;
@@ -76,6 +77,7 @@ class Consumer {
     Probabilities probabilities;
     shared_.query_full[consumer_].wait(queries_.parity);
     queries_.advance();
+    if constexpr (kRagged) clear_missing_queries(row);
     shared_.key_full[keys_.slot].wait(keys_.parity);
     KeyTile tile = shared_.tile[keys_.slot];
     multiply_keys(scores);
@@ -102,6 +104,23 @@ class Consumer {
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     release_value();
+  }
+
+  // Zeroes what the copy brought of another request's queries. No number in these may decide about the
+  // bases of this one's, which share their warps.
+  __device__ void clear_missing_queries(const RowItem& row) const {
+    const int seqlen_q = static_cast<int>(attend_of(params_, row).visibility.seqlen_q);
+    const int there = seqlen_q - (row.m_block * kBlockSize + consumer_ * kConsumerRows);
+    if (there >= kConsumerRows) return;
+    for (int i = static_cast<int>(threadIdx.x) % kWarpGroup; i < Traits::kPanels * kConsumerRows;
+         i += kWarpGroup) {
+      if (i % kConsumerRows < there) continue;
+      auto* chunks = reinterpret_cast<uint4*>(shared_.query[consumer_] + i * kPanel);
+      for (int chunk = 0; chunk < kPanel / 8; ++chunk) chunks[chunk] = make_uint4(0, 0, 0, 0);
+    }
+    fence_async_proxy_shared();  // wgmma reads what these stores wrote
+    // Until all of the warp group have.
+    cutlass::arch::NamedBarrier::sync(kWarpGroup, kConsumers + consumer_);
   }
 
   // The products with the next tile, while those of the last tile's probabilities with its values
@@ -323,7 +342,7 @@ class Consumer {
   // Of keys. Bit i of hidden[half]: score i is hidden.
   __device__ void find_hidden(const RowItem& row, const KeyTile& tile,
                               uint32_t (&hidden)[2]) const {
-    const Visibility& visibility = params_.attend.visibility;
+    const Visibility& visibility = attend_of(params_, row).visibility;
     const RowBounds& layout = visibility.row_bounds;
     const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
     const int end_key = static_cast<int>(visibility.seqlen_k);
@@ -338,7 +357,7 @@ class Consumer {
       const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
       hidden[half] = visible < 32 ? ~0u << visible : 0;
     }
-    if (layout.data != nullptr) {
+    if (!kRagged && layout.data != nullptr) {
       const int32_t* bounds = row_bounds_of(layout, row.batch, visibility.bounds_head(row.head));
 #pragma unroll 4
       for (int i = 0; i < kRowScores; ++i) {
@@ -374,7 +393,7 @@ class Consumer {
 
   // Divides by the row sums and writes out and lse.
   __device__ void write(const RowItem& row, Out& out) {
-    const AttendParams& attend = params_.attend;
+    const AttendParams& attend = attend_of(params_, row);
     const Visibility& visibility = attend.visibility;
     const int head_dim = static_cast<int>(attend.heads.head_dim_v);
 #pragma unroll
@@ -383,15 +402,21 @@ class Consumer {
       const float scale = sum == 0 ? 0 : 1 / sum;
       const int64_t token = row_token(row, half);
       Element* out_row = static_cast<Element*>(attend.out.data) +
-                         row.batch * attend.out.batch_stride + row.head * attend.out.head_stride +
-                         token * attend.out.row_stride;
+                         (kRagged ? 0 : row.batch * attend.out.batch_stride) +
+                         row.head * attend.out.head_stride + token * attend.out.row_stride;
       if (token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
-        attend.lse[(row.batch * visibility.num_heads + row.head) * visibility.seqlen_q + token] =
+        attend.lse[head_lse(row, visibility) + token] =
             sum == 0 ? -INFINITY : (row_base_[half] + log2f(sum)) * kLn2;
       }
       store_row(out, half, scale, out_row, token < visibility.seqlen_q, head_dim,
                 params_.aligned_out);
     }
+  }
+
+  // Where the log-sum-exps of the head begin.
+  __device__ int64_t head_lse(const RowItem& row, const Visibility& visibility) const {
+    if constexpr (kRagged) return row.head * params_.plan.attend[row.batch].lse_head_stride;
+    return (row.batch * visibility.num_heads + row.head) * visibility.seqlen_q;
   }
 
   __device__ int row_token(const RowItem& row, int half) const {
@@ -407,7 +432,7 @@ class Consumer {
     cutlass::arch::NamedBarrier::arrive(kConsumerThreads, consumer);
   }
 
-  const KernelParams& params_;
+  const Params& params_;
   SharedStorage& shared_;
   const int consumer_;
   float product_scale_, score_scale_;  // the latter in units of log2

@@ -36,10 +36,10 @@ __device__ inline void init_shared(typename Traits::SharedStorage& shared) {
 }
 
 // kUnseenKeys: whether some blocks may hold keys that no row sees. Their values are then zeroed.
-// kCompensate: whether means stand in for blocks.
-template <typename Traits, bool kUnseenKeys, bool kCompensate>
+// kCompensate: whether means stand in for blocks. Params: KernelParams, or RaggedKernelParams.
+template <typename Traits, bool kUnseenKeys, bool kCompensate, typename Params>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    attend_kernel(const __grid_constant__ KernelParams params) {
+    attend_kernel(const __grid_constant__ Params params) {
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int warp_group = warp_group_index();
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (kUnseenKeys && warp == 3) clear_values<Traits, kCompensate>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    Consumer<Traits, kUnseenKeys, kCompensate>(params, shared, warp_group - 1).consume_rows();
+    Consumer<Traits, kUnseenKeys, kCompensate, Params>(params, shared, warp_group - 1)
+        .consume_rows();
   }
 }
 

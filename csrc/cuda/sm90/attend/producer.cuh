@@ -4,7 +4,10 @@
 // copies itself.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "../../common/heads.cuh"
+#include "../../common/ragged_plan.cuh"
 #include "../../common/row_blocks.cuh"
 #include "../../common/work_order.cuh"
 #include "../common/tensor_copy.cuh"
@@ -27,6 +30,23 @@ struct KernelParams {
   AddedToMeans added_to_means;
 };
 
+// Of a ragged batch. `attend` has what its requests have in common.
+struct RaggedKernelParams : KernelParams {
+  RaggedPlan plan;
+  const int32_t* cu_seqlens_q;
+  const int32_t* block_tables;  // null: no pages
+  int table_width;
+  cutlass::FastDivmod page_size{1};
+  int box_rows;  // of a copy of keys or values: those of a tile, or of a page that has fewer
+};
+
+// What the kernels need to know of a row, in a usual call and in a ragged batch.
+
+__device__ inline int num_items_of(const KernelParams& params) { return params.num_items; }
+__device__ inline int num_items_of(const RaggedKernelParams& params) {
+  return params.plan.num_row_blocks() * static_cast<int>(params.attend.visibility.num_heads);
+}
+
 // The mask row of an item; whether it has any tiles is not known yet. Query blocks go from the
 // last, under the diagonal the longest, to the first.
 __device__ inline RowItem row_of_item(const KernelParams& params, int item) {
@@ -37,6 +57,128 @@ __device__ inline RowItem row_of_item(const KernelParams& params, int item) {
   const int m_block = num_m_blocks - 1 - place.block;
   return {place.head * num_m_blocks + m_block, m_block, place.head % num_heads,
           place.head / num_heads, false};
+}
+// The longest of all requests come first.
+__device__ inline RowItem row_of_item(const RaggedKernelParams& params, int item) {
+  const RaggedPlan& plan = params.plan;
+  const WorkPlace place = place_of_item(item, static_cast<int>(params.attend.visibility.num_heads),
+                                        plan.num_row_blocks(), params.section_heads);
+  const RequestPart part = plan.row_blocks[place.block];
+  const Visibility& visibility = plan.attend[part.request].params.visibility;
+  return {place.head * static_cast<int>(visibility.num_m_blocks()) + part.index, part.index,
+          place.head, part.request, false};
+}
+
+__device__ inline const AttendParams& attend_of(const KernelParams& params, const RowItem&) {
+  return params.attend;
+}
+__device__ inline const AttendParams& attend_of(const RaggedKernelParams& params,
+                                                const RowItem& row) {
+  return params.plan.attend[row.batch].params;
+}
+
+// Where the row of queries, or of keys, that is the request's first lies among those that the copies
+// know, and in which of their batch entries.
+struct Place {
+  int row, batch;
+};
+
+__device__ inline Place query_place(const KernelParams&, const RowItem& row, int query) {
+  return {query, row.batch};
+}
+__device__ inline Place query_place(const RaggedKernelParams& params, const RowItem& row,
+                                    int query) {
+  return {params.cu_seqlens_q[row.batch] + query, 0};
+}
+
+template <typename Traits>
+__device__ inline int first_key_of(int n_block, int tile) {
+  return n_block * kBlockSize + tile * Traits::kTileN;
+}
+
+// Where the keys of a tile of a block lie.
+template <typename Traits>
+class TilePlaces {
+ public:
+  __device__ TilePlaces(const KernelParams&, const RowItem& row, int n_block, int tile)
+      : batch_(row.batch), n_block_(n_block), tile_(tile) {}
+
+  // Copies them, or their values, of kPanels panels.
+  template <int kPanels>
+  __device__ void copy(typename Traits::Element* to, const CUtensorMap& map, int key_head,
+                       Barrier& full) const {
+    full.arrive_and_expect(kPanels * kPanel * Traits::kTileN * sizeof(typename Traits::Element));
+    copy_rows<kPanels>(to, map, Traits::kTileN, first_key_of<Traits>(n_block_, tile_), key_head,
+                       batch_, full);
+  }
+
+ private:
+  int batch_, n_block_, tile_;
+};
+
+// In a ragged batch, where those of each box lie, of which a page has one or more: read from the tables
+// before there is room for the tile. Past the last key they are whatever lies there, of another request
+// or in its last page.
+template <typename Traits>
+class RaggedTilePlaces {
+  static constexpr int kMaxBoxes = Traits::kTileN / kPageUnit;
+
+ public:
+  __device__ RaggedTilePlaces(const RaggedKernelParams& params, const RowItem& row, int n_block,
+                              int tile)
+      : box_rows_(params.box_rows) {
+    const bool paged = params.block_tables != nullptr;
+    const int32_t* table =
+        params.block_tables + static_cast<int64_t>(row.batch) * params.table_width;
+    const int first_row = paged ? 0 : params.plan.first_keys[row.batch];
+    const int last_key = static_cast<int>(attend_of(params, row).visibility.seqlen_k) - 1;
+#pragma unroll
+    for (int box = 0; box < kMaxBoxes; ++box) {
+      if (box * box_rows_ >= Traits::kTileN) break;
+      const int key = first_key_of<Traits>(n_block, tile) + box * box_rows_;
+      if (paged) {
+        int page, in_page;
+        params.page_size(page, in_page, min(key, last_key));
+        places_[box] = {in_page, table[page]};
+      } else {
+        places_[box] = {first_row + key, 0};
+      }
+    }
+  }
+
+  template <int kPanels>
+  __device__ void copy(typename Traits::Element* to, const CUtensorMap& map, int key_head,
+                       Barrier& full) const {
+    full.arrive_and_expect(kPanels * kPanel * Traits::kTileN * sizeof(typename Traits::Element));
+#pragma unroll
+    for (int box = 0; box < kMaxBoxes; ++box) {
+      if (box * box_rows_ >= Traits::kTileN) break;
+      for (int panel = 0; panel < kPanels; ++panel) {
+        copy_box(to + (panel * Traits::kTileN + box * box_rows_) * kPanel, map, panel * kPanel,
+                 places_[box].row, key_head, places_[box].batch, full);
+      }
+    }
+  }
+
+ private:
+  int box_rows_;
+  Place places_[kMaxBoxes];
+};
+
+template <typename Traits, typename Params>
+using TilePlacesOf = std::conditional_t<std::is_same_v<Params, RaggedKernelParams>,
+                                        RaggedTilePlaces<Traits>, TilePlaces<Traits>>;
+
+// The blocks of a row. In a ragged batch there is no FlashMask, and what is copied past the last key is
+// not zero.
+template <bool kCompensate>
+__device__ inline RowBlocks<kCompensate> blocks_of(const KernelParams& params, const RowItem& row) {
+  return RowBlocks<kCompensate>(params.attend, params.block_bounds, row);
+}
+template <bool kCompensate>
+__device__ inline RowBlocks<kCompensate, false> blocks_of(const RaggedKernelParams& params,
+                                                          const RowItem& row) {
+  return RowBlocks<kCompensate, false>(attend_of(params, row), nullptr, row, true);
 }
 
 // Copies a tile of keys, or of values.
@@ -73,8 +215,8 @@ __device__ void produce_mean_keys(const KernelParams& params, const RowItem& row
 }
 
 // Takes rows, and copies their keys.
-template <typename Traits, bool kCompensate>
-__device__ void produce_keys(const KernelParams& params, typename Traits::SharedStorage& shared) {
+template <typename Traits, bool kCompensate, typename Params>
+__device__ void produce_keys(const Params& params, typename Traits::SharedStorage& shared) {
   const int group = static_cast<int>(group_size(params.attend.visibility, params.attend.heads));
   const bool leader = threadIdx.x % 32 == 0;
   RingPosition<1> rows;
@@ -83,7 +225,7 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
     const int item = take_item(params.next_item);
     shared.row_empty.wait(rows.parity ^ 1);  // until all have read the last row
     rows.advance();
-    if (item >= params.num_items) {
+    if (item >= num_items_of(params)) {
       if (leader) {
         shared.row.index = -1;
         shared.row_full.arrive();
@@ -92,7 +234,7 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
     }
     RowItem row = row_of_item(params, item);
     const int key_head = row.head / group;
-    RowBlocks<kCompensate> blocks(params.attend, params.block_bounds, row);
+    auto blocks = blocks_of<kCompensate>(params, row);
     int n_block = blocks.next();
     row.without_tiles = n_block < 0;
     bool means_follow = false;
@@ -109,13 +251,14 @@ __device__ void produce_keys(const KernelParams& params, typename Traits::Shared
       const bool plain = blocks.is_plain();
       const int next = blocks.next();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
+        const TilePlacesOf<Traits, Params> places(params, row, n_block, t);
         shared.key_empty[keys.slot].wait(keys.parity ^ 1);
         if (leader) {
-          const int first_key = n_block * kBlockSize + t * Traits::kTileN;
+          const int first_key = first_key_of<Traits>(n_block, t);
           const bool last_of_keys = next < 0 && t == 0;
           shared.tile[keys.slot] = {first_key, plain, last_of_keys && !means_follow, last_of_keys};
-          copy_tile<Traits, Traits::kPanels>(shared.key[keys.slot], params.key, first_key, key_head,
-                                             row.batch, shared.key_full[keys.slot]);
+          places.template copy<Traits::kPanels>(shared.key[keys.slot], params.key, key_head,
+                                                shared.key_full[keys.slot]);
         }
         keys.advance();
       }
@@ -140,22 +283,22 @@ __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
 }
 
 // kUnseenKeys: values of blocks that may hold such keys go to `clear_values` first.
-template <typename Traits, bool kUnseenKeys, bool kCompensate>
-__device__ void produce_values(const KernelParams& params, typename Traits::SharedStorage& shared) {
+template <typename Traits, bool kUnseenKeys, bool kCompensate, typename Params>
+__device__ void produce_values(const Params& params, typename Traits::SharedStorage& shared) {
   const int group = static_cast<int>(group_size(params.attend.visibility, params.attend.heads));
   RingPosition<Traits::kSlots> values;
   follow_rows(shared, [&](const RowItem& row) {
     const int key_head = row.head / group;
-    RowBlocks<kCompensate> blocks(params.attend, params.block_bounds, row);
+    auto blocks = blocks_of<kCompensate>(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
       Barrier* full =
           kUnseenKeys && blocks.may_hold_unseen_keys() ? shared.value_uncleared : shared.value_full;
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
+        const TilePlacesOf<Traits, Params> places(params, row, n_block, t);
         shared.value_empty[values.slot].wait(values.parity ^ 1);
         if (threadIdx.x % 32 == 0) {
-          copy_tile<Traits, Traits::kValuePanels>(shared.value[values.slot], params.value,
-                                                  n_block * kBlockSize + t * Traits::kTileN,
-                                                  key_head, row.batch, full[values.slot]);
+          places.template copy<Traits::kValuePanels>(shared.value[values.slot], params.value,
+                                                     key_head, full[values.slot]);
         }
         values.advance();
       }
@@ -179,19 +322,20 @@ __device__ void produce_values(const KernelParams& params, typename Traits::Shar
 
 // Zeroes values whose keys no row of the query block sees: a NaN or infinity there, even times a
 // probability of 0, would make all rows NaN.
-template <typename Traits, bool kCompensate>
-__device__ void clear_values(const KernelParams& params, typename Traits::SharedStorage& shared) {
-  const Visibility& visibility = params.attend.visibility;
+template <typename Traits, bool kCompensate, typename Params>
+__device__ void clear_values(const Params& params, typename Traits::SharedStorage& shared) {
+  constexpr bool kRagged = std::is_same_v<Params, RaggedKernelParams>;
   RingPosition<Traits::kSlots> values;
   uint32_t parities = 0;  // of value_uncleared, a bit for each slot
   follow_rows(shared, [&](const RowItem& row) {
+    const Visibility& visibility = attend_of(params, row).visibility;
     const int32_t* bounds =
-        visibility.row_bounds.data
+        !kRagged && visibility.row_bounds.data
             ? row_bounds_of(visibility.row_bounds, row.batch, visibility.bounds_head(row.head))
             : nullptr;
     const int64_t first_row = row.m_block * kBlockSize;
     const int64_t last_row = min(first_row + kBlockSize, visibility.seqlen_q) - 1;
-    RowBlocks<kCompensate> blocks(params.attend, params.block_bounds, row);
+    auto blocks = blocks_of<kCompensate>(params, row);
     for (int n_block = blocks.next(); n_block >= 0; n_block = blocks.next()) {
       const bool clears = blocks.may_hold_unseen_keys();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t, values.advance()) {
@@ -200,7 +344,8 @@ __device__ void clear_values(const KernelParams& params, typename Traits::Shared
         parities ^= 1u << values.slot;
         const int64_t first_key = n_block * kBlockSize + t * Traits::kTileN;
         for (int i = static_cast<int>(threadIdx.x) % 32; i < Traits::kTileN; i += 32) {
-          if (first_key + i >= visibility.seqlen_k ||  // zero already, from the copy
+          // Past the end they are zero already, from the copy, but for a ragged batch.
+          if ((!kRagged && first_key + i >= visibility.seqlen_k) ||
               seen_by_rows(visibility, bounds, first_key + i, first_row, last_row)) {
             continue;
           }
@@ -223,19 +368,19 @@ __device__ void clear_values(const KernelParams& params, typename Traits::Shared
   });
 }
 
-template <typename Traits>
-__device__ void produce_queries(const KernelParams& params,
-                                typename Traits::SharedStorage& shared) {
+template <typename Traits, typename Params>
+__device__ void produce_queries(const Params& params, typename Traits::SharedStorage& shared) {
   constexpr uint32_t kBytes = kConsumerRows * Traits::kHeadDim * sizeof(typename Traits::Element);
   const bool leader = threadIdx.x % 32 == 0;
   RingPosition<1> queries;
   follow_rows(shared, [&](const RowItem& row) {
-    const auto first_query = [&](int consumer) {
-      return row.m_block * kBlockSize + consumer * kConsumerRows;
+    const auto place = [&](int consumer) {
+      return query_place(params, row, row.m_block * kBlockSize + consumer * kConsumerRows);
     };
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       if (!leader) continue;
-      prefetch_rows<Traits::kPanels>(params.query, first_query(consumer), row.head, row.batch);
+      prefetch_rows<Traits::kPanels>(params.query, place(consumer).row, row.head,
+                                     place(consumer).batch);
     }
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       // Until it is done with the last ones.
@@ -243,7 +388,7 @@ __device__ void produce_queries(const KernelParams& params,
       if (!leader) continue;
       shared.query_full[consumer].arrive_and_expect(kBytes);
       copy_rows<Traits::kPanels>(shared.query[consumer], params.query, kConsumerRows,
-                                 first_query(consumer), row.head, row.batch,
+                                 place(consumer).row, row.head, place(consumer).batch,
                                  shared.query_full[consumer]);
     }
     queries.advance();

@@ -60,12 +60,72 @@ void Stage<kDataType, kHeadDim, kHeadDimV>::launch(const AttendParams& attend) {
     params.mean_key = map_means(workspace.mean_key, key_shape);
     params.mean_value = map_means(workspace.mean_value, value_shape);
     params.added_to_means = added_to_means(attend);
-    launch_persistent<Traits>(attend_kernel<Traits, true, true>, params.num_items, stream, params);
+    launch_persistent<Traits>(attend_kernel<Traits, true, true, KernelParams>, params.num_items,
+                              stream, params);
     return;
   }
-  const auto kernel = may_leave_unseen_keys(visibility) ? attend_kernel<Traits, true, false>
-                                                        : attend_kernel<Traits, false, false>;
+  const auto kernel = may_leave_unseen_keys(visibility)
+                          ? attend_kernel<Traits, true, false, KernelParams>
+                          : attend_kernel<Traits, false, false, KernelParams>;
   launch_persistent<Traits>(kernel, params.num_items, stream, params);
+}
+
+// A ragged batch's rows as the copies know them: queries, and keys and values, of one request after the
+// other, or in pages, each as a batch entry.
+struct RaggedRows {
+  TensorShape query_shape, key_shape, value_shape;
+  void *query, *key, *value;  // copies of what no tensor map can describe; else empty
+  int* next_item;
+
+  RaggedRows(Arena& arena, const RaggedParams& batch)
+      : query_shape(query_shape_of(batch.attend.visibility, batch.attend.heads)),
+        key_shape(key_shape_of(batch.attend.visibility, batch.attend.heads)),
+        value_shape(value_shape_of(batch.attend.visibility, batch.attend.heads)) {
+    if (batch.block_tables != nullptr) key_shape.batch = value_shape.batch = batch.num_pages;
+    query = arena.take<uint16_t>(elements_to_pack(batch.attend.query, query_shape));
+    key = arena.take<uint16_t>(elements_to_pack(batch.attend.key, key_shape));
+    value = arena.take<uint16_t>(elements_to_pack(batch.attend.value, value_shape));
+    next_item = arena.take<int>(1);
+  }
+};
+
+template <DataType kDataType, int kHeadDim, int kHeadDimV>
+int64_t Stage<kDataType, kHeadDim, kHeadDimV>::ragged_workspace_bytes(const RaggedParams& batch,
+                                                                      const RaggedPlan&) {
+  Arena arena;
+  RaggedRows(arena, batch);
+  return arena.used();
+}
+
+template <DataType kDataType, int kHeadDim, int kHeadDimV>
+void Stage<kDataType, kHeadDim, kHeadDimV>::launch_ragged(const RaggedParams& batch,
+                                                          const RaggedPlan& plan, void* workspace) {
+  using Traits = KernelTraits<ElementOf<kDataType>, kHeadDim, kHeadDimV>;
+  const cudaStream_t stream = stream_of(batch.execution);
+  const AttendParams& attend = batch.attend;
+  Arena arena(workspace);
+  const RaggedRows rows(arena, batch);
+  RRATTN_CUDA_CHECK(cudaMemsetAsync(rows.next_item, 0, sizeof(int), stream));
+  RaggedKernelParams params{};
+  params.attend = attend;
+  params.box_rows = Traits::kTileN;
+  if (batch.block_tables != nullptr) {
+    params.block_tables = batch.block_tables;
+    params.table_width = static_cast<int>(batch.table_width);
+    params.page_size = cutlass::FastDivmod(static_cast<int>(batch.page_size));
+    params.box_rows = std::min(params.box_rows, static_cast<int>(batch.page_size));
+  }
+  params.query = map_rows(attend.query, rows.query_shape, rows.query, kConsumerRows, stream);
+  params.key = map_rows(attend.key, rows.key_shape, rows.key, params.box_rows, stream);
+  params.value = map_rows(attend.value, rows.value_shape, rows.value, params.box_rows, stream);
+  params.next_item = rows.next_item;
+  params.section_heads = attend_section_heads(longest_call(batch), kSectionBytes);
+  params.aligned_out = aligned_rows(attend.out);
+  params.plan = plan;
+  params.cu_seqlens_q = batch.cu_seqlens_q;
+  const int max_items = plan.max_row_blocks * static_cast<int>(attend.visibility.num_heads);
+  launch_persistent<Traits>(attend_kernel<Traits, true, false, RaggedKernelParams>, max_items,
+                            stream, params);
 }
 
 }  // namespace rrattn::cuda::sm90::attend

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../../core/params.h"
+#include "../../ragged_stage.h"
 
 namespace rrattn::cuda::sm90::attend {
 
@@ -10,6 +11,9 @@ template <DataType kDataType, int kHeadDim, int kHeadDimV>
 struct Stage {
   static int64_t workspace_bytes(const AttendParams& params);
   static void launch(const AttendParams& params);
+
+  static int64_t ragged_workspace_bytes(const RaggedParams& batch, const RaggedPlan& plan);
+  static void launch_ragged(const RaggedParams& batch, const RaggedPlan& plan, void* workspace);
 };
 
 }  // namespace rrattn::cuda::sm90::attend

@@ -6,6 +6,7 @@
 #include <cute/tensor.hpp>
 
 #include "../../common/estimate/items.cuh"
+#include "../../common/ragged_plan.cuh"
 #include "../common/wgmma.cuh"
 
 namespace rrattn::cuda::sm90::estimate {
@@ -88,26 +89,110 @@ struct Workspace {
   int* num_outgrown;
   int* outgrown_items;  // [num_items]
 
-  Workspace(Arena& arena, const EstimateParams& params, int num_multiprocessors) {
-    const WorkLayout layout(params, kTileStrides, Traits::kConsumers);
-    const int64_t key_tiles = static_cast<int64_t>(layout.key_heads) * layout.num_tiles;
+  Workspace(Arena& arena, const EstimateParams& params, int num_multiprocessors)
+      : Workspace(arena, params, num_multiprocessors,
+                  WorkLayout(params, kTileStrides, Traits::kConsumers)) {}
+  Workspace(Arena& arena, const EstimateParams& params, int num_multiprocessors,
+            const WorkLayout& layout)
+      : Workspace(arena, params, num_multiprocessors,
+                  static_cast<int64_t>(layout.key_heads) * layout.num_tiles, layout.num_tiles,
+                  layout.num_items) {}
+  // key_tiles: of all key heads; num_tiles: the most of one.
+  Workspace(Arena& arena, const EstimateParams& params, int num_multiprocessors, int64_t key_tiles,
+            int num_tiles, int num_items) {
     pooled_keys = arena.take<typename Traits::Element>(key_tiles * Traits::kKeyTileElements);
     variances = arena.take<float>(params.sampling.spread > 0 ? key_tiles * kTileVariances : 0);
-    consumer_sums = static_cast<int64_t>(layout.num_tiles) * kTileQueries *
+    consumer_sums = static_cast<int64_t>(num_tiles) * kTileQueries *
                     (kTileStrides * params.sampling.key_stride / kBlockSize);
     block_sums = arena.take<float>(num_multiprocessors * Traits::kConsumers * consumer_sums);
     stride_bounds =
         arena.take<SpanBounds>(params.visibility.num_span_bounds(params.sampling.key_stride));
     tile_bounds = arena.take<SpanBounds>(
         params.visibility.num_span_bounds(params.sampling.key_stride * kTileStrides));
-    next_item = arena.take<int>(3 + layout.num_items);
+    next_item = arena.take<int>(3 + num_items);
     num_outgrown = next_item + 2;
     outgrown_items = next_item + 3;
   }
   __device__ void clear_counters() const { next_item[0] = next_item[1] = *num_outgrown = 0; }
+  // That of a request of a ragged batch, whose tiles begin with this one.
+  __device__ Workspace from_tile(int64_t tile) const {
+    Workspace own = *this;
+    own.pooled_keys += tile * Traits::kKeyTileElements;
+    own.variances += tile * kTileVariances;
+    return own;
+  }
   __device__ float* sums_of(int consumer) const {
     return block_sums +
            (static_cast<int64_t>(blockIdx.x) * Traits::kConsumers + consumer) * consumer_sums;
+  }
+};
+
+// What the kernel needs to know of an item, in a usual call and in a ragged batch. `params` and
+// `layout` are the call's, or what all requests of the batch have in common.
+
+struct UsualCall {
+  __device__ static int num_items(const EstimateParams&, const WorkLayout& layout) {
+    return layout.num_items;
+  }
+  template <int kKeyStride, typename Item>
+  __device__ static void fill(Item& item, const EstimateParams& params, const WorkLayout& layout,
+                              int index) {
+    fill_item<kKeyStride, kTileStrides>(item, params, layout, index);
+  }
+  template <typename Item>
+  __device__ static const EstimateParams& params_of(const Item&, const EstimateParams& params) {
+    return params;
+  }
+  template <typename Item>
+  __device__ static const WorkLayout& layout_of(const Item&, const WorkLayout& layout) {
+    return layout;
+  }
+  template <typename Item>
+  __device__ static int batch_of(const Item& item) {
+    return item.batch;
+  }
+  // The first tile of pooled keys of the item's key head.
+  template <typename Item>
+  __device__ static int64_t first_tile_of(const Item& item, const WorkLayout& layout) {
+    return static_cast<int64_t>(item.key_head) * layout.num_tiles;
+  }
+};
+
+// Items have their request as their batch.
+struct RaggedRequests {
+  RaggedPlan plan;
+
+  __device__ int num_items(const EstimateParams& params, const WorkLayout&) const {
+    return plan.num_items() * static_cast<int>(params.heads.num_heads_k);
+  }
+  template <int kKeyStride, typename Item>
+  __device__ void fill(Item& item, const EstimateParams& params, const WorkLayout&,
+                       int index) const {
+    const int num_heads_k = static_cast<int>(params.heads.num_heads_k);
+    const RequestPart part = plan.items[index / num_heads_k];
+    const RaggedEstimate& estimate = plan.estimate[part.request];
+    fill_item<kKeyStride, kTileStrides>(item, estimate.call.params, estimate.layout,
+                                        part.index * num_heads_k + index % num_heads_k);
+    item.index = index;
+    item.batch = part.request;
+  }
+  template <typename Item>
+  __device__ const EstimateParams& params_of(const Item& item, const EstimateParams&) const {
+    return plan.estimate[item.batch].call.params;
+  }
+  template <typename Item>
+  __device__ const WorkLayout& layout_of(const Item& item, const WorkLayout&) const {
+    return plan.estimate[item.batch].layout;
+  }
+  template <typename Item>
+  __device__ static int batch_of(const Item&) {
+    return 0;
+  }
+  template <typename Item>
+  __device__ int64_t first_tile_of(const Item& item, const WorkLayout& layout) const {
+    const WorkLayout& own = layout_of(item, layout);
+    return static_cast<int64_t>(plan.first_tiles[item.batch]) * own.key_heads +
+           static_cast<int64_t>(item.key_head) * own.num_tiles;
   }
 };
 

@@ -14,7 +14,8 @@ constexpr float kOutgrown = 0x1p100f;  // a row sum from here on asks for the ex
 // bit 32 on, and tiles below it.
 constexpr int64_t kItemPosition = int64_t{1} << 32;
 
-template <typename Traits, int kKeyStride>
+// Calls: UsualCall, or RaggedRequests.
+template <typename Traits, int kKeyStride, typename Calls>
 class Consumer {
   using Sums = BlockSums<kKeyStride>;
   using SharedStorage = typename Traits::SharedStorage;
@@ -22,10 +23,11 @@ class Consumer {
                                                Shape<Int<kTileQueries>, Int<kTileStrides>>{}));
 
  public:
-  __device__ Consumer(const EstimateParams& params, const WorkLayout& layout,
+  __device__ Consumer(const EstimateParams& params, const WorkLayout& layout, const Calls& calls,
                       const Workspace<Traits>& workspace, SharedStorage& shared, int consumer)
       : params_(params),
         layout_(layout),
+        calls_(calls),
         workspace_(workspace),
         shared_(shared),
         consumer_(consumer) {
@@ -42,14 +44,15 @@ class Consumer {
     constexpr int kChunks = Traits::kHeadDim / 8;
     const RowTile& rows = this->rows();
     const int stride = static_cast<int>(params_.sampling.stride);
-    const auto* queries = static_cast<const Element*>(params_.query.data) +
-                          shared_.item[slot].batch * params_.query.batch_stride +
+    const EstimateParams& params = calls_.params_of(shared_.item[slot], params_);
+    const auto* queries = static_cast<const Element*>(params.query.data) +
+                          calls_.batch_of(shared_.item[slot]) * params_.query.batch_stride +
                           rows.head * params_.query.head_stride;
     for (int i = threadIdx.x % kWarpGroup; i < kTileQueries * kChunks; i += kWarpGroup) {
       const int64_t token = rows.first_token + i / kChunks * stride;
       const int column = i % kChunks * 8;
       uint4 eight = make_uint4(0, 0, 0, 0);
-      if (rows.active && token < params_.visibility.seqlen_q) {
+      if (rows.active && token < params.visibility.seqlen_q) {
         eight = load_eight(queries + token * params_.query.row_stride, column,
                            static_cast<int>(params_.heads.head_dim), aligned);
       }
@@ -228,8 +231,10 @@ class Consumer {
   // How many strides a row may see under the diagonal and before the end of the sequence.
   __device__ int row_limit(int half) const {
     const int token = row_token(half);
-    return rows().active && token < params_.visibility.seqlen_q
-               ? visible_strides<kKeyStride>(params_.visibility, layout_, token)
+    const Visibility& visibility = calls_.params_of(shared_.item[slot_], params_).visibility;
+    return rows().active && token < visibility.seqlen_q
+               ? visible_strides<kKeyStride>(visibility,
+                                             calls_.layout_of(shared_.item[slot_], layout_), token)
                : 0;
   }
 
@@ -258,6 +263,7 @@ class Consumer {
 
   const EstimateParams& params_;
   const WorkLayout& layout_;
+  const Calls& calls_;
   const Workspace<Traits>& workspace_;
   SharedStorage& shared_;
   const int consumer_;

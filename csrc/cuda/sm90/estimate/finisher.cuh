@@ -10,7 +10,7 @@ namespace rrattn::cuda::sm90::estimate {
 constexpr int kFinisherThreads = kWarpGroup - 32;  // the producer has the first warp of the group
 
 // A team of kThreads threads, with its own ring of chunks in shared memory.
-template <typename Traits, int kKeyStride, int kThreads>
+template <typename Traits, int kKeyStride, int kThreads, typename Calls>
 class Finisher {
   using Sums = BlockSums<kKeyStride>;
   using Item = WorkItem<Traits::kConsumers>;
@@ -24,9 +24,11 @@ class Finisher {
   static_assert(kChunkTiles > 0);
 
  public:
-  __device__ Finisher(const EstimateParams& params, const Workspace<Traits>& workspace,
-                      SharedStorage& shared, int thread, int team)
+  __device__ Finisher(const EstimateParams& params, const Calls& calls,
+                      const Workspace<Traits>& workspace, SharedStorage& shared, int thread,
+                      int team)
       : params_(params),
+        calls_(calls),
         workspace_(workspace),
         shared_(shared),
         thread_(thread),
@@ -104,9 +106,11 @@ class Finisher {
 
   // Row m_block of block_scores.
   __device__ float* scores_of(const Item& item, int head, int m_block) const {
-    const Visibility& visibility = params_.visibility;
-    return params_.block_scores +
-           ((item.batch * visibility.num_heads + head) * visibility.num_m_blocks() + m_block) *
+    const EstimateParams& params = calls_.params_of(item, params_);
+    const Visibility& visibility = params.visibility;
+    return params.block_scores +
+           ((calls_.batch_of(item) * visibility.num_heads + head) * visibility.num_m_blocks() +
+            m_block) *
                visibility.num_n_blocks();
   }
 
@@ -119,8 +123,9 @@ class Finisher {
     constexpr int kVectors = kChunkTiles * Sums::kBlocks / kVector;
     using Vector =
         std::conditional_t<kVector == 4, float4, std::conditional_t<kVector == 2, float2, float>>;
-    const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
-    const int num_m_blocks = static_cast<int>(params_.visibility.num_m_blocks());
+    const Visibility& visibility = calls_.params_of(item, params_).visibility;
+    const int num_n_blocks = static_cast<int>(visibility.num_n_blocks());
+    const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
     const int first_m_block = rows.first_sample / num_rows;
     for (int i = thread_; i < kTileQueries / num_rows * kVectors; i += kThreads) {
       const int m = i / kVectors, m_block = first_m_block + m;
@@ -152,10 +157,11 @@ class Finisher {
 
   // Writes zeros past the last tile.
   __device__ void clear_rest(const Item& item, const RowTile& rows) const {
-    const int num_n_blocks = static_cast<int>(params_.visibility.num_n_blocks());
+    const Visibility& visibility = calls_.params_of(item, params_).visibility;
+    const int num_n_blocks = static_cast<int>(visibility.num_n_blocks());
     for (int m = 0; m < kTileQueries / rows_per_block_; ++m) {
       const int m_block = rows.first_sample / rows_per_block_ + m;
-      if (m_block >= params_.visibility.num_m_blocks()) break;
+      if (m_block >= visibility.num_m_blocks()) break;
       float* out = scores_of(item, rows.head, m_block);
       for (int n_block = item.num_tiles * Sums::kBlocks + thread_; n_block < num_n_blocks;
            n_block += kThreads) {
@@ -165,6 +171,7 @@ class Finisher {
   }
 
   const EstimateParams& params_;
+  const Calls& calls_;
   const Workspace<Traits>& workspace_;
   SharedStorage& shared_;
   const int thread_;

@@ -46,15 +46,16 @@ __device__ inline void init_shared(typename Traits::SharedStorage& shared) {
   cutlass::arch::fence_barrier_init();
 }
 
-template <typename Traits, int kKeyStride>
+// Calls: UsualCall, or RaggedRequests for the items of a ragged batch, the longest of all first.
+template <typename Traits, int kKeyStride, typename Calls>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     estimate_kernel(const __grid_constant__ EstimateParams params,
                     const __grid_constant__ WorkLayout layout,
                     const __grid_constant__ Workspace<Traits> workspace, bool outgrown,
-                    bool aligned) {
+                    bool aligned, const __grid_constant__ Calls calls) {
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
-  const int num_items = outgrown ? *workspace.num_outgrown : layout.num_items;
+  const int num_items = outgrown ? *workspace.num_outgrown : calls.num_items(params, layout);
   const int passes = outgrown ? 2 : 1;  // of two the first is for the maximum
   if (static_cast<int>(blockIdx.x) >= num_items) return;
   const int warp_group = warp_group_index();
@@ -81,12 +82,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         item.index = -1;
         if (next < num_items) {
           const int index = outgrown ? workspace.outgrown_items[next] : next;
-          fill_item<kKeyStride, kTileStrides>(item, params, layout, index);
+          calls.template fill<kKeyStride>(item, params, layout, index);
         }
         shared.outgrown[items.slot] = false;
         shared.item_full[items.slot].arrive();
         if (item.index < 0) break;
-        const int64_t first_tile = static_cast<int64_t>(item.key_head) * layout.num_tiles;
+        const int64_t first_tile = calls.first_tile_of(item, layout);
         const auto* tiles = workspace.pooled_keys + first_tile * Traits::kKeyTileElements;
         const float* variances = workspace.variances + first_tile * kTileVariances;
         for (int pass = 0; pass < passes; ++pass) {
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         items.advance();
       }
     } else if (threadIdx.x >= 32) {
-      Finisher<Traits, kKeyStride, kFinisherThreads> finisher(params, workspace, shared,
-                                                              threadIdx.x - 32, Traits::kConsumers);
+      Finisher<Traits, kKeyStride, kFinisherThreads, Calls> finisher(
+          params, calls, workspace, shared, threadIdx.x - 32, Traits::kConsumers);
       for (;;) {
         const int slot = items.slot;
         shared.item_full[slot].wait(items.parity);
@@ -139,7 +140,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     const int consumer_index = warp_group - 1;
-    Consumer<Traits, kKeyStride> consumer(params, layout, workspace, shared, consumer_index);
+    Consumer<Traits, kKeyStride, Calls> consumer(params, layout, calls, workspace, shared,
+                                                 consumer_index);
     RingPosition<kItemSlots> last;
     for (;; items.advance()) {
       shared.item_full[items.slot].wait(items.parity);
@@ -151,8 +153,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     shared.sums_full[last.slot].wait(last.parity);  // until all consumers are done
     if (!shared.outgrown[last.slot]) {
-      Finisher<Traits, kKeyStride, kWarpGroup>(params, workspace, shared, threadIdx.x % kWarpGroup,
-                                               consumer_index)
+      Finisher<Traits, kKeyStride, kWarpGroup, Calls>(params, calls, workspace, shared,
+                                                      threadIdx.x % kWarpGroup, consumer_index)
           .finish(last.slot, consumer_index, consumer_index + 1);
     }
   }
