@@ -88,7 +88,8 @@ inline bool clear_unseen_keys(const HeadMask& mask, BlockKind kind, int64_t m_bl
 }
 
 // Makes scores -inf where the query does not see the key. Rows of `scores` are queries, columns
-// keys.
+// keys. Rows past the last query see nothing: intervals that hide a key may end there, and what it
+// holds, NaN perhaps, would be in its gradients.
 inline void mask_queries_by_keys(const HeadMask& mask, bool flash_mask, int64_t first_query,
                                  int64_t num_queries, int64_t first_key, float* scores) {
   const Visibility& visibility = mask.visibility;
@@ -104,8 +105,10 @@ inline void mask_queries_by_keys(const HeadMask& mask, bool flash_mask, int64_t 
   }
   for (int64_t i = 0; i < num_queries; ++i) {
     const int32_t row = static_cast<int32_t>(first_query + i);
-    const int32_t last_key_seen =
-        visibility.causal ? row + static_cast<int32_t>(visibility.shift()) : kRowInfinity;
+    const int32_t last_key_seen = row >= visibility.seqlen_q ? -1
+                                  : visibility.causal
+                                      ? row + static_cast<int32_t>(visibility.shift())
+                                      : kRowInfinity;
     for (int v = 0; v < kTileVecs; ++v) {
       VecInt hidden = lane_indices(static_cast<int32_t>(first_key) + v * kLanes) > last_key_seen;
       if (flash_mask) {
