@@ -2,9 +2,9 @@
 
     python torch_rank.py FOLDER
 
-leaves in FOLDER, for each layout, the rank's output, gradients and block masks, and those that a group of one has for
-the same tokens: `expected_NAME`. `NAME_nothing_sent` is of a rank that has all keys and values, `all_blocks` the output
-over every block.
+leaves in FOLDER, for each layout and number of groups of heads, the rank's output, gradients and block masks, and those
+that a group of one rank has for the same tokens: `expected_NAME`. `NAME_nothing_sent` is of a rank that has all keys and
+values, `all_blocks` the output over every block.
 """
 
 import sys
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from rrattn import sequence_chunks
 from rrattn.config import BLOCK_SIZE, RRAttentionConfig
 from tools.bench import gpu_ranks
 
 HEADS, HEADS_K, HEAD_DIM, TOKENS = 4, 2, 32, 5120  # 40 blocks, more than a word of a mask has
 LAYOUTS = ("dual_chunk", "contiguous")
+MESSAGE_BYTES = {1: 1 << 30, HEADS_K: 1}  # by the groups of heads that they make
 
 
 def results(share, wire, grad_out):
@@ -30,9 +32,11 @@ def results(share, wire, grad_out):
     return {"out": attended.out, **dict(zip(("grad_query", "grad_key", "grad_value"), grads)), **masks}
 
 
-def measure(layout, whole, grad_out, of_one):
+def measure(layout, groups, whole, grad_out, of_one):
     ranks, rank = dist.get_world_size(), dist.get_rank()
+    sequence_chunks.MESSAGE_BYTES = MESSAGE_BYTES[groups]
     share, wire = gpu_ranks.share_of_rank(whole, layout, ranks, rank), gpu_ranks.Wire(layout, ranks)
+    assert len(share.forward_groups) == len(share.backward_groups) == groups
     own_grad_out = gpu_ranks.held(grad_out, share.chunks)
     found = results(share, wire, own_grad_out)
     for name in ("out", "grad_query", "grad_key", "grad_value"):
@@ -59,7 +63,9 @@ def main(folder):
     whole = gpu_ranks.whole_share(query, key, value, config)
     of_one = results(whole, gpu_ranks.NoWire(), grad_out)
     for layout in LAYOUTS:
-        np.savez(folder / f"{layout}-{dist.get_rank()}.npz", **measure(layout, whole, grad_out, of_one))
+        for groups in MESSAGE_BYTES:
+            found = measure(layout, groups, whole, grad_out, of_one)
+            np.savez(folder / f"{layout}-{groups}-{dist.get_rank()}.npz", **found)
     if dist.get_rank() == 0:
         of_one = {name: tensor.numpy() for name, tensor in of_one.items()}
         np.savez(folder / "one.npz", **of_one, query=query.numpy(), key=key.numpy(), value=value.numpy())

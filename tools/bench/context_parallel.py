@@ -107,6 +107,8 @@ def verdicts(records):
             judge(speedup(record) >= goal, f"{name} {speedup(record):.3f}x one GPU, to be {goal}x")
         limit = APART[record["data"]]
         judge(apart(record) <= limit, f"{name} ranks {100 * apart(record):.1f}% apart, to be within {100 * limit:.0f}%")
+        peak, share = (record["memory"][part] for part in ("peak", "share"))
+        judge(peak <= share, f"{name} a rank holds {peak / 1e9:.3f} GB, to be up to {share / 1e9:.3f}")
     inexact = [record for record in records if not is_exact(record)]
     judge(not inexact, f"equality with one GPU: {len(records) - len(inexact)} of {len(records)} passes")
     return lines
@@ -151,7 +153,7 @@ def measured_tables(records):
     lines += [
         "",
         "GB that a rank holds at most, with its own tensors, and what its own tensors and the gathered keys and values"
-        " make of it; the rest is workspace, scores, and in the backward pass the gradients of the gathered:",
+        " of all heads would make; it gathers those of a group of heads at a time, one group ahead:",
         "",
         "| tokens | layout | forward | of these own and gathered | backward | of these own and gathered |",
         "|---" * 6 + "|",

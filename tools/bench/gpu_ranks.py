@@ -1,18 +1,22 @@
 """What rrattn.distributed does over Paddle, over torch tensors: attention over a sequence that ranks share.
 
-What is on its way while what is computed, on each rank:
+Heads are attended in groups (rrattn.sequence_chunks.head_groups), one after the other. What is on its way while what is
+computed, on each rank:
 
-    forward    gather of K                    nothing: the estimate needs all keys that a chunk sees
-               gather of V                    putting K in order, estimate and select of this rank's chunks
-               -                              attend, chunk by chunk
-    backward   gather of K                    nothing: the kernel needs both
-               gather of V                    putting K in order
-               -                              gradients, chunk by chunk, those of K and V added up over the sequence
-               sum over the ranks of dK       putting dV in the order of the ranks
-               sum over the ranks of dV       nothing; dQ stays where it is
+    forward    gather of K, of the first group      nothing: the estimate needs all keys that a chunk sees
+               gather of V                          putting K in order, estimate and select of this rank's chunks
+               gather of the next group's K and V   all of this group: estimate, select, attend, chunk by chunk
+    backward   gather of K and V, first group       nothing: the kernel needs both
+               gather of the next group's K and V   all of this group: gradients, chunk by chunk, those of K and V added
+                                                    up over the sequence
+               sum over the ranks of dK and dV      the gradients of the next group; of the last one nothing
+                                                    dQ stays where it is
 
-A rank holds a little less than there, where operators get copies of the keys that a chunk sees, and gradients of chunks
-are added up in memory of their own.
+So of gathered keys and values a rank holds those of two groups at most, of their gradients as well, and the workspace
+is that of a group. Where there is one group, that is all.
+
+A rank holds a little less than there, where operators get copies of the keys that a chunk sees and of the queries of a
+group, and gradients of chunks are added up in memory of their own.
 
 Collectives run on a stream of torch.distributed's own, which waits for the one that computes when they start, and it
 for them at `wait`; the host waits for neither. Tensors are [1, tokens, heads, D], as `rrattn.direct` takes them, and a
@@ -21,7 +25,7 @@ rank's tokens those of its chunks, one after the other (rrattn.sequence_chunks).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,7 +33,15 @@ import torch.distributed as dist
 
 from rrattn import direct
 from rrattn.config import BLOCK_SIZE, RRAttentionConfig
-from rrattn.sequence_chunks import Chunk, chunks_here, chunks_of_rank
+from rrattn.sequence_chunks import (
+    BACKWARD_GROUPS,
+    FORWARD_GROUPS,
+    Chunk,
+    HeadGroup,
+    chunks_here,
+    chunks_of_rank,
+    head_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -40,18 +52,25 @@ class Share:
     key: torch.Tensor
     value: torch.Tensor
     chunks: list[Chunk]
+    forward_groups: list[HeadGroup]
+    backward_groups: list[HeadGroup]
     config: RRAttentionConfig
 
 
 def whole_share(query, key, value, config):
-    """The share of a group of one."""
-    return Share(query, key, value, chunks_here("contiguous", 1, 0, query.shape[1], causal=True), config)
+    """The share of a group of one, which attends all heads at once."""
+    chunks = chunks_here("contiguous", 1, 0, query.shape[1], causal=True)
+    all_heads = [HeadGroup(slice(0, key.shape[2]), slice(0, query.shape[2]))]
+    return Share(query, key, value, chunks, all_heads, all_heads, config)
 
 
 def share_of_rank(whole, layout, ranks, rank):
     """The share of a rank in a layout, of a `whole_share`."""
     chunks = chunks_here(layout, ranks, rank, whole.query.shape[1] // ranks, causal=True)
-    return Share(*(held(tensor, chunks) for tensor in (whole.query, whole.key, whole.value)), chunks, whole.config)
+    query, key, value = (held(tensor, chunks) for tensor in (whole.query, whole.key, whole.value))
+    heads = query.shape[2], key.shape[2], key[:, :, 0].numel() * key.element_size()
+    groups = head_groups(*heads, FORWARD_GROUPS), head_groups(*heads, BACKWARD_GROUPS)
+    return Share(query, key, value, chunks, *groups, whole.config)
 
 
 def held(tensor, chunks):
@@ -70,7 +89,7 @@ class Wire:
     def gather(self, own):
         """Starts to gather what the ranks hold of a tensor: `wait` gives that of the whole sequence."""
         received = own.new_empty(1, self.ranks * own.shape[1], *own.shape[2:])
-        return Arriving(dist.all_gather_into_tensor, received, own, self.order_of_sequence)
+        return Arriving(dist.all_gather_into_tensor, received, own.contiguous(), self.order_of_sequence)
 
     def sum(self, whole):
         """Starts to add up the ranks' tensors of the whole sequence: `wait` gives the sum of this rank's tokens."""
@@ -130,35 +149,58 @@ class Attended(NamedTuple):
     block_masks: list[torch.Tensor]
 
 
+def arriving_groups(groups, share, wire):
+    """Yields each of these groups of heads and its keys and values, while those of the next one are on their way."""
+
+    def gather(heads):
+        return wire.gather(share.key[:, :, heads.keys]), wire.gather(share.value[:, :, heads.keys])
+
+    coming = gather(groups[0])
+    for heads, following in zip(groups, [*groups[1:], None]):
+        arriving, coming = coming, following and gather(following)
+        yield heads, *arriving
+
+
 def attend(share, wire, block_masks=None):
     """Forward pass: over the blocks of these masks, by default over those that it selects."""
-    arriving_key, arriving_value = wire.gather(share.key), wire.gather(share.value)
+    query = share.query
+    selects = block_masks is None
+    if selects:
+        block_masks = [query.new_empty(mask_shape(query, chunk), dtype=torch.int32) for chunk in share.chunks]
+    lses = [query.new_empty(1, query.shape[2], chunk.length, dtype=torch.float32) for chunk in share.chunks]
+    attended = Attended(torch.empty_like(query), lses, block_masks)
+    for group in arriving_groups(share.forward_groups, share, wire):
+        attend_group(share, *group, attended, selects)
+    return attended
+
+
+def attend_group(share, heads, arriving_key, arriving_value, attended, selects):
+    """Writes what a group of heads attends, and where it selects its blocks too."""
+    of_group = heads.queries
     key = arriving_key.wait()
-    if block_masks is None:
-        block_masks = [select(share, key, chunk) for chunk in share.chunks]
+    if selects:
+        for chunk, block_mask in zip(share.chunks, attended.block_masks):
+            select(share, heads, key, chunk, block_mask[:, of_group])
     value = arriving_value.wait()
-    out, lses = torch.empty_like(share.query), []
-    for chunk, block_mask in zip(share.chunks, block_masks):
-        query = share.query[:, chunk.here]
-        lses.append(query.new_empty(1, query.shape[2], chunk.length, dtype=torch.float32))
+    for chunk, block_mask, lse in zip(share.chunks, attended.block_masks, attended.lses):
         run(
             direct.block_sparse_attention,
-            query,
+            share.query[:, chunk.here, of_group],
             key[:, : chunk.seqlen_k],
             value[:, : chunk.seqlen_k],
-            block_mask,
-            out=out[:, chunk.here],
-            lse=lses[-1],
+            block_mask[:, of_group],
+            out=attended.out[:, chunk.here, of_group],
+            lse=lse[:, of_group],
             causal=True,
         )
-    return Attended(out, lses, block_masks)
 
 
-def select(share, key, chunk):
-    """The block mask of a chunk, over the keys that it sees of all; of other chunks than the last no row is special."""
-    query, config = share.query[:, chunk.here], share.config
+def select(share, heads, key, chunk, block_mask):
+    """Writes the block mask of a chunk, over the keys that it sees of all; of other chunks than the last no row is
+    special."""
+    query, config = share.query[:, chunk.here, heads.queries], share.config
+    config = replace(config, head_offset=config.head_offset + heads.queries.start)
     scores = query.new_empty(score_shape(query, chunk), dtype=torch.float32)
-    block_mask = query.new_empty(mask_shape(query, chunk), dtype=torch.int32)
     run(
         direct.estimate_block_scores,
         query,
@@ -178,7 +220,6 @@ def select(share, key, chunk):
         seqlen_k=chunk.seqlen_k,
         **rules,
     )
-    return block_mask
 
 
 def every_block(share):
@@ -199,10 +240,27 @@ def mask_shape(query, chunk):
 
 def gradients(share, wire, attended, grad_out):
     """Backward pass: the gradients of this rank's query, key and value."""
-    arriving_key, arriving_value = wire.gather(share.key), wire.gather(share.value)
+    grad_query, *grads = (torch.empty_like(tensor) for tensor in (share.query, share.key, share.value))
+
+    def finish(heads, arriving):
+        for grad, total in zip(grads, arriving):
+            grad[:, :, heads.keys] = total.wait()
+
+    on_their_way = None
+    for heads, arriving_key, arriving_value in arriving_groups(share.backward_groups, share, wire):
+        totals = gradients_of_group(share, heads, arriving_key, arriving_value, attended, grad_out, grad_query)
+        if on_their_way:
+            finish(*on_their_way)
+        on_their_way = heads, [wire.sum(totals.pop(0)) for _ in grads]
+    finish(*on_their_way)
+    return grad_query, *grads
+
+
+def gradients_of_group(share, heads, arriving_key, arriving_value, attended, grad_out, grad_query):
+    """Writes a group's part of `grad_query`; returns what this rank adds to the gradients of all its keys and values."""
+    of_group = heads.queries
     key, value = arriving_key.wait(), arriving_value.wait()
-    grad_query = torch.empty_like(share.query)
-    totals = torch.empty_like(key), torch.empty_like(value)
+    totals = [torch.empty_like(key), torch.empty_like(value)]
     # The chunk that sees most keys comes first and writes the sums in place.
     *others, longest = zip(share.chunks, attended.block_masks, attended.lses)
     for chunk, block_mask, lse in (longest, *others):
@@ -211,14 +269,14 @@ def gradients(share, wire, attended, grad_out):
         grads = seen if in_place else [torch.empty_like(part) for part in seen]
         run(
             direct.block_sparse_attention_backward,
-            share.query[:, chunk.here],
+            share.query[:, chunk.here, of_group],
             key[:, : chunk.seqlen_k],
             value[:, : chunk.seqlen_k],
-            block_mask,
-            attended.out[:, chunk.here],
-            lse,
-            grad_out[:, chunk.here],
-            grad_query=grad_query[:, chunk.here],
+            block_mask[:, of_group],
+            attended.out[:, chunk.here, of_group],
+            lse[:, of_group],
+            grad_out[:, chunk.here, of_group],
+            grad_query=grad_query[:, chunk.here, of_group],
             grad_key=grads[0],
             grad_value=grads[1],
             causal=True,
@@ -229,9 +287,7 @@ def gradients(share, wire, attended, grad_out):
         else:
             for part, grad in zip(seen, grads):
                 part += grad  # by float32
-    del key, value  # before the sums are put in order, which takes as much
-    arriving = [wire.sum(total) for total in totals]
-    return grad_query, *(grad.wait() for grad in arriving)
+    return totals
 
 
 def run(stage, first, *others, **given):
