@@ -9,7 +9,9 @@ Three layouts, as model libraries have them. The sequence has S tokens, the grou
 
 In the first two a rank gathers the keys and values of all ranks and attends those that its chunks may see; it keeps
 its own alone and gathers them again for the backward pass, whose gradients of keys and values are summed over the
-ranks. Blocks are selected as one process selects them, bit for bit.
+ranks. It does so for a group of heads at a time (`rrattn.sequence_chunks.head_groups`): while one is computed, the keys
+and values of the next are on their way, and the sums of the gradients of the one before. Blocks are selected as one
+process selects them, bit for bit.
 
 The ranks talk over `paddle.distributed` groups, those of fleet among them, with NCCL or gloo.
 """
@@ -39,10 +41,18 @@ from .functional import (
 from .integrations.common import Place, make_core
 from .layer import BlockSelection, RRAttention, every_block
 from .operators import call
-from .sequence_chunks import Chunk, chunk_places, chunks_here, chunks_of_rank
+from .sequence_chunks import (
+    BACKWARD_GROUPS,
+    FORWARD_GROUPS,
+    Chunk,
+    HeadGroup,
+    chunk_places,
+    chunks_here,
+    head_groups,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from paddle import Tensor
 
@@ -176,6 +186,7 @@ def attend_in_context(
         return _attend_heads(core, query, key, value, rows, group, causal=causal, softmax_scale=scale, sink=sink)
     query, key, value = attention_inputs(query, key, value)
     sink = checked_sink(sink, query)
+    _check_head_counts(query, key, value, rows, sink)
     dense = core.attends_densely(seqlen)
     compensate = core.config.compensate and not dense
     refuse_inference_gradients(compensate, core.config.quantization, query, key, value, sink)
@@ -193,6 +204,8 @@ def attend_in_context(
         softmax_scale=scale_of(scale, query),
         dense=dense,
         compensate=compensate,
+        num_heads=query.shape[2],
+        num_heads_k=key.shape[2],
     )
     out: Tensor = _AttendChunks.apply(query, key, value, sink, gathered)
     return out
@@ -207,6 +220,25 @@ def _check_length(seqlen: int, *, on_gpu: bool) -> None:
     """Refuses, on each rank, what only the ranks of late chunks would find too long, while the others wait for them."""
     if on_gpu and seqlen > MAX_SEQLEN_K_ON_GPU:
         raise ValueError(f"seqlen_k is {seqlen}, but must be at most {MAX_SEQLEN_K_ON_GPU} on a GPU")
+
+
+def _check_head_counts(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, sink: Tensor | None) -> None:
+    """Refuses what the operators, which see a group of heads, would take for fewer heads or not know."""
+    heads, heads_k = query.shape[2], key.shape[2]
+    if value.shape[2] != heads_k:
+        raise ValueError(f"value has {value.shape[2]} heads, but must have those of key, {heads_k}")
+    if heads % heads_k if heads_k else heads:
+        raise ValueError(
+            f"query has {heads} heads and key has {heads_k}, but the number of query heads must be a multiple of the "
+            "number of key heads"
+        )
+    if rows is not None and rows.shape[1] not in (1, heads_k, heads):
+        raise ValueError(
+            f"startend_row_indices has {rows.shape[1]} heads, but must have 1, num_heads_k ({heads_k}) or num_heads "
+            f"({heads})"
+        )
+    if sink is not None and list(sink.shape) != [heads]:
+        raise ValueError(f"sink has shape {list(sink.shape)}, but must have [{heads}], one for each query head")
 
 
 # Chunks of the queries, over gathered keys
@@ -226,49 +258,105 @@ class _GatheredKeys:
     softmax_scale: float
     dense: bool
     compensate: bool
+    num_heads: int
+    num_heads_k: int
     block_masks: tuple[Tensor, ...] = ()
     """Of each chunk, once it is attended."""
 
-    def gather(self, tensor: Tensor) -> _Gathering:
-        return _Gathering(tensor, self.group, chunk_places(self.layout, self.group.nranks))
+    def arriving(self, key: Tensor, value: Tensor, most: int) -> Iterator[tuple[HeadGroup, _Gathering, _Gathering]]:
+        """Yields each of up to `most` groups of heads and its keys and values, while those of the next are on their
+        way."""
 
-    def sum_of_ranks(self, of_chunks: list[Tensor]) -> Tensor:
+        def gather(heads: HeadGroup) -> list[_Gathering]:
+            order = chunk_places(self.layout, self.group.nranks)
+            return [_Gathering(tensor[:, :, heads.keys], self.group, order) for tensor in (key, value)]
+
+        groups = head_groups(self.num_heads, self.num_heads_k, key[:, :, 0].size * key.element_size(), most)
+        coming = gather(groups[0])
+        for heads, following in zip(groups, [*groups[1:], None]):
+            (keys, values), coming = coming, gather(following) if following else []
+            yield heads, keys, values
+
+    def sum_of_ranks(self, of_chunks: list[Tensor]) -> _Summing:
         """This rank's tokens [B, S / n, H, D] of the sum, over chunks and ranks, of gradients of their first keys."""
-        longest = max(of_chunks, key=lambda part: part.shape[1])
-        total = paddle.zeros([longest.shape[0], self.seqlen, *longest.shape[2:]], dtype=longest.dtype)
-        total[:, : longest.shape[1]] = longest
-        for part in of_chunks:
-            if part is not longest:  # in float32: for the CPU Paddle adds nothing else
-                first = total[:, : part.shape[1]].astype("float32")
-                total[:, : part.shape[1]] = (first + part.astype("float32")).astype(part.dtype)
-        ranks = self.group.nranks
-        held = [chunks_of_rank(self.layout, ranks, rank) for rank in range(ranks)]
-        chunks = paddle.split(total, sum(map(len, held)), axis=1)
-        parts = [paddle.concat([chunks[i] for i in of_rank], axis=1) for of_rank in held]
-        return _reduce_scatter(paddle.stack(parts), self.group)
+        like, ranks, length = of_chunks[0], self.group.nranks, self.chunks[0].length
+        parts = paddle.zeros([ranks, like.shape[0], self.seqlen // ranks, *like.shape[2:]], dtype=like.dtype)
+        for number, (rank, i) in enumerate(chunk_places(self.layout, ranks)):
+            seen = [part[:, number * length :][:, :length] for part in of_chunks if part.shape[1] > number * length]
+            if len(seen) > 1:  # in float32: for the CPU Paddle adds nothing else
+                first, *others = (part.astype("float32") for part in seen)
+                seen = [sum(others, first).astype(like.dtype)]
+            for total in seen:
+                parts[rank, :, i * length : (i + 1) * length] = total
+        return _Summing(parts, self.group)
 
-    def rows_of(self, chunk: Chunk) -> Tensor | None:
-        """The row bounds of the keys that a chunk may see, which count its queries from 0."""
+    def rows_of(self, chunk: Chunk, heads: HeadGroup | None = None) -> Tensor | None:
+        """The row bounds of the keys that a chunk may see, which count its queries from 0; of all heads or a group."""
         rows = self.startend_row_indices
-        return None if rows is None else (rows[:, :, : chunk.seqlen_k] - chunk.start).clip(0, chunk.length)
+        if rows is None:
+            return None
+        if heads is not None and rows.shape[1] > 1:
+            rows = rows[:, heads.keys if rows.shape[1] == self.num_heads_k else heads.queries]
+        return (rows[:, :, : chunk.seqlen_k] - chunk.start).clip(0, chunk.length)
 
-    def select(self, query: Tensor, key: Tensor, rows: Tensor | None, chunk: Chunk, sink: Tensor | None) -> Tensor:
-        """The block mask of a chunk's queries over the keys that they may see, under `rows_of` the chunk."""
+    def select(
+        self, query: Tensor, key: Tensor, rows: Tensor | None, chunk: Chunk, heads: HeadGroup, sink: Tensor | None
+    ) -> Tensor:
+        """The block mask of a group's queries of a chunk over the keys that they may see, under `rows_of` these."""
         config = self.core.config
         if self.dense:
             return every_block(query.shape[0], query.shape[2], chunk.length, chunk.seqlen_k)
-        sampling: Sampling = {**config.sampling(), "softmax_scale": self.softmax_scale}
+        threshold = self.core.threshold_for(query)
+        if not isinstance(threshold, float):
+            threshold = threshold[heads.queries]
+        head_offset = (config.head_offset + heads.queries.start) % config.stride  # of which only the phase counts
+        sampling: Sampling = {
+            **config.sampling(),
+            "softmax_scale": self.softmax_scale,
+            "head_offset": head_offset,
+        }
         rules: KeepRules = {**config.keep_rules(), "keep_last": config.keep_last and chunk.is_last}
-        scores = estimate_block_scores(query[:, chunk.here], key, rows, causal=self.causal, sink=sink, **sampling)
+        scores = estimate_block_scores(query, key, rows, causal=self.causal, sink=sink, **sampling)
         return select_blocks(
             scores,
-            self.core.threshold_for(query),
+            threshold,
             rows,
             causal=self.causal,
             seqlen_q=chunk.length,
             seqlen_k=chunk.seqlen_k,
             **rules,
         )
+
+    def attend(
+        self, heads: HeadGroup, query: Tensor, keys: _Gathering, values: _Gathering, sink: Tensor | None, out: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Writes a group's part of `out`; its log-sum-exp and block mask of each chunk."""
+        rows_of_chunks = [self.rows_of(chunk, heads) for chunk in self.chunks]
+        sink = None if sink is None else sink[heads.queries]
+        key = keys.wait()
+        masks = [
+            self.select(query[:, chunk.here, heads.queries], key[:, : chunk.seqlen_k], rows, chunk, heads, sink)
+            for chunk, rows in zip(self.chunks, rows_of_chunks)
+        ]  # while the values are on their way
+        value = values.wait()
+        lses = []
+        for chunk, rows, block_mask in zip(self.chunks, rows_of_chunks, masks):
+            of_chunk, lse = block_sparse_attention(
+                query[:, chunk.here, heads.queries],
+                key[:, : chunk.seqlen_k],
+                value[:, : chunk.seqlen_k],
+                block_mask,
+                rows,
+                causal=self.causal,
+                softmax_scale=self.softmax_scale,
+                compensate=self.compensate,
+                quantization=self.core.config.quantization,
+                sink=sink,
+                return_softmax_lse=True,
+            )
+            out[:, chunk.here, heads.queries] = of_chunk
+            lses.append(lse)
+        return lses, masks
 
 
 class _AttendChunks(PyLayer):
@@ -282,81 +370,76 @@ class _AttendChunks(PyLayer):
         inputs = query, key, value, sink
         query, key, value = query.detach(), key.detach(), value.detach()
         sink = None if sink is None else sink.detach()
-        keys, values = gathered.gather(key), gathered.gather(value)
-        rows_of_chunks = [gathered.rows_of(chunk) for chunk in gathered.chunks]
-        whole_key = keys.wait()
-        masks = [
-            gathered.select(query, whole_key[:, : chunk.seqlen_k], rows, chunk, sink)
-            for chunk, rows in zip(gathered.chunks, rows_of_chunks)
-        ]  # while the values are on their way
-        whole_value = values.wait()
-        outs, lses = [], []
-        for chunk, rows, block_mask in zip(gathered.chunks, rows_of_chunks, masks):
-            out, lse = block_sparse_attention(
-                query[:, chunk.here],
-                whole_key[:, : chunk.seqlen_k],
-                whole_value[:, : chunk.seqlen_k],
-                block_mask,
-                rows,
-                causal=gathered.causal,
-                softmax_scale=gathered.softmax_scale,
-                compensate=gathered.compensate,
-                quantization=gathered.core.config.quantization,
-                sink=sink,
-                return_softmax_lse=True,
-            )
-            outs.append(out)
-            lses.append(lse)
+        out = paddle.empty([*query.shape[:3], value.shape[3]], dtype=query.dtype)
+        of_groups = [
+            gathered.attend(heads, query, keys, values, sink, out)
+            for heads, keys, values in gathered.arriving(key, value, FORWARD_GROUPS)
+        ]
+        lses, masks = ([paddle.concat(of_chunk, axis=1) for of_chunk in zip(*parts)] for parts in zip(*of_groups))
         last = gathered.chunks[-1]
         gathered.core.last_selection = BlockSelection(
             masks[-1],
-            rows_of_chunks[-1],
+            gathered.rows_of(last),
             causal=gathered.causal,
             seqlen_q=last.length,
             seqlen_k=last.seqlen_k,
         )
         gathered.block_masks = tuple(masks)
-        whole_out = paddle.concat(outs, axis=1) if len(outs) > 1 else outs[0]
         ctx.gathered, ctx.has_sink = gathered, sink is not None
         ctx.wants_gradient = [x is not None and not x.stop_gradient for x in inputs]
         # The output would hold itself, were it saved as it is.
-        ctx.save_for_backward(query, key, value, whole_out.detach(), *lses, *([] if sink is None else [sink]))
-        return whole_out
+        ctx.save_for_backward(query, key, value, out.detach(), *lses, *([] if sink is None else [sink]))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         gathered: _GatheredKeys = ctx.gathered
         query, key, value, out, *lses = ctx.saved_tensor()
         sink = lses.pop() if ctx.has_sink else None
-        keys, values = gathered.gather(key), gathered.gather(value)
-        whole_key, whole_value = keys.wait(), values.wait()
-        grad_queries, grad_keys, grad_values, grad_sinks = [], [], [], []
-        for chunk, block_mask, lse in zip(gathered.chunks, gathered.block_masks, lses):
-            of_query, of_key, of_value, of_sink = call(
-                "attend_gradients",
-                query[:, chunk.here],
-                whole_key[:, : chunk.seqlen_k],
-                whole_value[:, : chunk.seqlen_k],
-                block_mask,
-                gathered.rows_of(chunk),
-                sink,
-                out[:, chunk.here],
-                lse,
-                grad_out[:, chunk.here],
-                gathered.causal,
-                gathered.softmax_scale,
-                is_deterministic(gathered.core.config.deterministic),
-                False,  # compensation has no gradients
-                "",  # nor has quantization
-            )
-            grad_queries.append(of_query)
-            grad_keys.append(of_key)
-            grad_values.append(of_value)
-            grad_sinks.append(of_sink)
-        del whole_key, whole_value  # before their gradients are put together, which takes as much
-        grads = [paddle.concat(grad_queries, axis=1), *map(gathered.sum_of_ranks, (grad_keys, grad_values))]
-        if sink is not None:
-            grads.append(sum(grad_sinks[1:], grad_sinks[0]))
+        grad_query, grad_key, grad_value = (paddle.empty_like(x) for x in (query, key, value))
+        grad_sinks = []
+        sums: tuple[HeadGroup, _Summing, _Summing] | None = None  # of the group before
+
+        def finish(heads: HeadGroup, of_keys: _Summing, of_values: _Summing) -> None:
+            grad_key[:, :, heads.keys] = of_keys.wait()
+            grad_value[:, :, heads.keys] = of_values.wait()
+
+        for heads, keys, values in gathered.arriving(key, value, BACKWARD_GROUPS):
+            whole_key, whole_value = keys.wait(), values.wait()
+            grad_keys, grad_values, of_sinks = [], [], []
+            for chunk, block_mask, lse in zip(gathered.chunks, gathered.block_masks, lses):
+                place = slice(None), chunk.here, heads.queries
+                grad_query[place], of_key, of_value, of_sink = call(
+                    "attend_gradients",
+                    query[place],
+                    whole_key[:, : chunk.seqlen_k],
+                    whole_value[:, : chunk.seqlen_k],
+                    block_mask[:, heads.queries],
+                    gathered.rows_of(chunk, heads),
+                    None if sink is None else sink[heads.queries],
+                    out[place],
+                    lse[:, heads.queries],
+                    grad_out[place],
+                    gathered.causal,
+                    gathered.softmax_scale,
+                    is_deterministic(gathered.core.config.deterministic),
+                    False,  # compensation has no gradients
+                    "",  # nor has quantization
+                )
+                grad_keys.append(of_key)
+                grad_values.append(of_value)
+                of_sinks.append(of_sink)
+                if sums:  # which had a chunk's time to arrive: before the next chunk, which takes the memory
+                    finish(*sums)
+                    sums = None
+            del whole_key, whole_value, of_key, of_value  # before what else is held is put together
+            sums = heads, gathered.sum_of_ranks(grad_keys), gathered.sum_of_ranks(grad_values)
+            del grad_keys, grad_values
+            if sink is not None:
+                grad_sinks.append(sum(of_sinks[1:], of_sinks[0]))
+        assert sums
+        finish(*sums)
+        grads = [grad_query, grad_key, grad_value, *([] if sink is None else [paddle.concat(grad_sinks)])]
         return tuple(grad if wanted else None for grad, wanted in zip(grads, ctx.wants_gradient))
 
 
@@ -435,35 +518,48 @@ class _Gathering:
 
     def __init__(self, tensor: Tensor, group: Any, order: Sequence[tuple[int, int]]) -> None:
         self.order = order
-        self.num_chunks = len(order) // group.nranks
+        self.ranks = group.nranks
         self.sent = tensor.contiguous()
-        self.received: Tensor = paddle.empty([group.nranks * tensor.shape[0], *tensor.shape[1:]], dtype=tensor.dtype)
+        self.received: Tensor = paddle.empty([self.ranks * tensor.shape[0], *tensor.shape[1:]], dtype=tensor.dtype)
         self.task: Any = dist.stream.all_gather(self.received, self.sent, group=group, sync_op=False)
 
     def wait(self) -> Tensor:
-        """[B, S, H, D], in the order of the sequence; what was received is given up."""
+        """[B, S, H, D], in the order of the sequence; what was sent and received is given up."""
         self.task.wait()
-        batch_size = self.sent.shape[0]
-        chunks = [
-            paddle.split(x, self.num_chunks, axis=1) for x in self.received.split(len(self.received) // batch_size)
-        ]
-        del self.received, self.task  # which holds it too
-        return paddle.concat([chunks[rank][i] for rank, i in self.order], axis=1)
+        batch_size, tokens, *others = self.sent.shape
+        length = tokens * self.ranks // len(self.order)
+        whole: Tensor = paddle.empty([batch_size, tokens * self.ranks, *others], dtype=self.sent.dtype)
+        for number, (rank, i) in enumerate(self.order):
+            of_rank = self.received[rank * batch_size : (rank + 1) * batch_size]
+            whole[:, number * length : (number + 1) * length] = of_rank[:, i * length : (i + 1) * length]
+        del self.sent, self.received, self.task  # which holds them too
+        return whole
+
+
+class _Summing:
+    """The sum over the ranks of their parts [n, ...] for this one, on its way."""
+
+    def __init__(self, parts: Tensor, group: Any) -> None:
+        self.dtype, self.rank = parts.dtype, group.rank
+        self.over_gloo = _is_gloo(group)
+        if self.over_gloo:
+            self.sent = self.received = parts.astype("float32")
+            self.task: Any = dist.stream.all_reduce(self.received, group=group, sync_op=False)
+        else:
+            self.sent = parts.reshape([-1, *parts.shape[2:]])
+            self.received = paddle.empty(parts.shape[1:], dtype=parts.dtype)
+            self.task = dist.stream.reduce_scatter(self.received, self.sent, group=group, sync_op=False)
+
+    def wait(self) -> Tensor:
+        """It, in the dtype of the parts; what was sent and received is given up."""
+        self.task.wait()
+        total = self.received[self.rank].astype(self.dtype) if self.over_gloo else self.received
+        del self.sent, self.received, self.task
+        return total
 
 
 def _is_gloo(group: Any) -> bool:
     return bool(group.process_group.name() == "GLOO")
-
-
-def _reduce_scatter(parts: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks of their parts [n, ...] for this one."""
-    if _is_gloo(group):
-        total = parts.astype("float32")
-        dist.all_reduce(total, group=group)
-        return total[group.rank].astype(parts.dtype)
-    total = paddle.empty(parts.shape[1:], dtype=parts.dtype)
-    dist.stream.reduce_scatter(total, parts.reshape([-1, *parts.shape[2:]]), group=group)
-    return total
 
 
 def _exchange(tensor: Tensor, group: Any, split: int, join: int) -> Tensor:

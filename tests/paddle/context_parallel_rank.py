@@ -16,7 +16,7 @@ import paddle.distributed as dist
 from processes import give_groups_their_own_store
 
 import rrattn
-from rrattn import distributed
+from rrattn import distributed, sequence_chunks
 from rrattn.sequence_chunks import chunks_of_rank
 
 
@@ -28,7 +28,7 @@ def part_of(array, layout, group):
 
 
 def block_masks_of(attend):
-    """(what `attend` returns, the block masks of its calls of attention, as int32 arrays)."""
+    """(what `attend` returns, the block masks of its calls of attention, one for each group of heads and chunk)."""
     masks = []
     attend_blocks, attend_layer = distributed.block_sparse_attention, rrattn.RRAttention.forward
 
@@ -68,6 +68,7 @@ def gathers_counted(count):
 def compute(problem, layout, group):
     """out, gradients and block masks of a problem of test_context_parallel.py."""
     inputs, rows, sink = problem.inputs, problem.rows, problem.sink
+    sequence_chunks.MESSAGE_BYTES = problem.message_bytes
     parts = [part_of(x, layout, group) for x in (*inputs.forward, inputs.grad_out)]
     query, key, value, grad_out = (paddle.to_tensor(x).astype(problem.dtype) for x in parts)
     leaves = problem.leaves(query, key, value, sink)
@@ -93,7 +94,9 @@ def compute(problem, layout, group):
     results = {f"grad_{name}": grad.astype("float32").numpy() for name, grad in zip(leaves, grads)}
     results.update(gathered_forward=forward, gathered_backward=backward)
     results["out"] = out.astype("float32").numpy()
-    results.update({f"mask_{i}": mask for i, mask in enumerate(masks)})
+    num_chunks = 1 if layout == "all_to_all" else len(chunks_of_rank(layout, group.nranks, group.rank))
+    of_chunks = [np.concatenate(masks[i::num_chunks], axis=1) for i in range(num_chunks)]
+    results.update({f"mask_{i}": mask for i, mask in enumerate(of_chunks)})
     return results
 
 

@@ -12,7 +12,7 @@ from paddle_harness import to_tensors
 from processes import run_ranks
 
 import rrattn
-from rrattn import distributed
+from rrattn import distributed, sequence_chunks
 from rrattn.sequence_chunks import chunks_of_rank
 
 HEAD_THRESHOLDS = (0.5, 0.3, 0.6, 0.4, 0.7, 0.5, 0.3, 1.0)
@@ -32,6 +32,8 @@ class Problem:
     """Names of the inputs that want a gradient."""
     document: int = 0
     """Length of packed documents, where there are any besides the case's FlashMask."""
+    message_bytes: int = 1
+    """sequence_chunks.MESSAGE_BYTES: so few that key heads are gathered one by one."""
 
     @property
     def inputs(self):
@@ -70,8 +72,15 @@ class Problem:
         return {**results, "out": out.astype("float32").numpy(), "mask": mask}
 
 
+IN_ONE_GROUP = sequence_chunks.MESSAGE_BYTES
+
 PROBLEMS = {
     "plain": Problem(case_of(batch=2)),
+    "all heads at once": Problem(case_of(batch=2, sink=True), message_bytes=IN_ONE_GROUP),
+    "groups of several key heads": Problem(
+        case_of(num_heads=20, num_heads_k=20, flashmask="document", flashmask_heads="Hkv", sink=True),
+        config=rrattn.RRAttentionConfig(threshold=[HEAD_THRESHOLDS[:5] * 4]),
+    ),
     "documents": Problem(case_of(batch=2, flashmask="document", flashmask_heads="Hkv")),
     "long documents": Problem(case_of(5120, num_heads=4, batch=2), document=1664),
     "rows without keys": Problem(case_of(flashmask="no_row_between", flashmask_heads="Hq")),
@@ -151,15 +160,29 @@ def test_the_ranks_select_what_one_process_does(parts, layout, name):
         assert not of_one[..., selected.shape[-1] :].any()
 
 
+GROUPS = {  # of heads; in the others there is one for each of 4 key heads
+    "all heads at once": {"forward": 1, "backward": 1},
+    "groups of several key heads": {"forward": 4, "backward": 5},
+    "two key heads, sink, values of 48": {"forward": 2, "backward": 2},
+}
+
+
 def test_keys_and_values_are_gathered_again_for_gradients(parts, layout, name):
-    """So that none but a rank's own are kept for them."""
+    """So that none but a rank's own are kept for them; both times by groups of heads."""
     key, value = (x.size // len(parts) for x in PROBLEMS[name].inputs.forward[1:])
     for part in parts:
-        for gathered in (part["gathered_forward"], part["gathered_backward"]):
-            np.testing.assert_array_equal(gathered, [] if layout == "all_to_all" else [key, value])
+        for each, groups in GROUPS.get(name, {"forward": 4, "backward": 4}).items():
+            gathered = [] if layout == "all_to_all" else groups * [key // groups, value // groups]
+            np.testing.assert_array_equal(part[f"gathered_{each}"], gathered)
 
 
-NOTHING_LEFT_OUT = "dense, too short", "documents", "windows", "not causal, bounds"  # few blocks, or masked in part
+NOTHING_LEFT_OUT = (  # few blocks, or masked in part
+    "dense, too short",
+    "documents",
+    "groups of several key heads",
+    "windows",
+    "not causal, bounds",
+)
 
 
 def test_selections_are_not_dense():
@@ -194,6 +217,8 @@ def attend(seqlen=256, heads=8, heads_k=2, group=Group(), **options):
         ({"seqlen": 0}, "has 0 tokens"),
         ({"heads": 3, "heads_k": 3, "layout": "all_to_all"}, "3 query heads cannot be split over 2 ranks"),
         ({"heads": 6, "group": Group(3), "layout": "all_to_all"}, "2 key heads cannot be split over 3 ranks"),
+        ({"heads": 8, "heads_k": 3}, "query has 8 heads and key has 3, but .* must be a multiple"),
+        ({"sink": paddle.zeros([16])}, r"sink has shape \[16\], but must have \[8\], one for each query head"),
         ({"causal": 2}, "causal"),
         ({"softmax_scale": float("nan")}, "softmax_scale"),
         ({"config": rrattn.RRAttentionConfig(threshold=[[0.5, 0.6]])}, "2 thresholds"),
@@ -214,6 +239,7 @@ def test_what_is_not_allowed_is_named(options, told):
         (([1, 256, 8, 32], [1, 256, 2, 32], [1, 1, 256, 1]), ValueError, "the third of the size 512"),
         (([1, 256, 8, 32], [1, 256, 2, 32], [1, 512]), ValueError, "must have 4 dimensions"),
         (([1, 256, 8, 32], None, None), TypeError, "key is a NoneType"),
+        (([1, 256, 8, 32], [1, 256, 2, 32], [1, 4, 512, 1]), ValueError, r"has 4 heads, but must have 1, num_heads_k"),
     ),
 )
 def test_shapes_that_do_not_fit_are_named(arguments, error, told):
@@ -221,6 +247,34 @@ def test_shapes_that_do_not_fit_are_named(arguments, error, told):
     rows = None if rows is None else rows.astype("int32")
     with pytest.raises(error, match=told):
         distributed.context_parallel_attention(query, key, key, rows, group=Group())
+
+
+def test_values_have_the_heads_of_the_keys():
+    query, key, value = (paddle.randn([1, 256, heads, 32]) for heads in (8, 2, 4))
+    with pytest.raises(ValueError, match="value has 4 heads, but must have those of key, 2"):
+        distributed.context_parallel_attention(query, key, value, group=Group())
+
+
+@pytest.mark.parametrize(
+    ("heads_k", "head_bytes", "most", "groups"),
+    (
+        (8, sequence_chunks.MESSAGE_BYTES, 8, 8),
+        (8, sequence_chunks.MESSAGE_BYTES, 4, 4),
+        (8, sequence_chunks.MESSAGE_BYTES - 1, 8, 4),
+        (8, sequence_chunks.MESSAGE_BYTES // 8, 8, 1),
+        (8, 1, 8, 1),
+        (6, 1 << 30, 4, 3),
+        (1, 1 << 30, 8, 1),
+        (0, 1 << 30, 8, 1),
+    ),
+)
+def test_heads_in_groups(heads_k, head_bytes, most, groups):
+    found = sequence_chunks.head_groups(4 * heads_k, heads_k, head_bytes, most)
+    assert len(found) == groups
+    numbers = [(list(range(4 * heads_k))[heads.queries], list(range(heads_k))[heads.keys]) for heads in found]
+    assert sum((queries for queries, _ in numbers), []) == list(range(4 * heads_k))
+    assert sum((keys for _, keys in numbers), []) == list(range(heads_k))
+    assert all([query // 4 for query in queries[::4]] == keys for queries, keys in numbers)
 
 
 def test_what_is_too_long_for_some_ranks_is_refused_on_each():

@@ -2,8 +2,9 @@
 
     python memory_rank.py FOLDER PORT...
 
-leaves in FOLDER, for each layout: `kept` between the passes, `left` when the output is dropped without a backward pass,
-and the `peaks` of both passes, all without the rank's own query, key, value and gradient of the output.
+leaves in FOLDER, for each layout and number of groups of heads: `kept` between the passes, `left` when the output is
+dropped without a backward pass, and the `peaks` of both passes, all without the rank's own query, key, value and
+gradient of the output.
 """
 
 import os
@@ -16,9 +17,11 @@ import paddle.distributed as dist
 from processes import give_groups_their_own_store
 
 import rrattn
+from rrattn import sequence_chunks
 from rrattn.distributed import LAYOUTS, context_parallel_attention
 
 HEADS, HEADS_K, HEAD_DIM, TOKENS = 8, 4, 64, 8192
+MESSAGE_BYTES = {1: 1 << 30, HEADS_K: 1}  # by the groups of heads that they make
 
 
 def held():
@@ -58,8 +61,9 @@ def main(folder, ports):
     give_groups_their_own_store(ports)
     dist.init_parallel_env()
     group = dist.new_group(list(range(dist.get_world_size())), backend="gloo")
-    for layout in LAYOUTS:
-        np.savez(folder / f"{layout}-{group.rank}.npz", **measure(layout, group))
+    for groups, sequence_chunks.MESSAGE_BYTES in MESSAGE_BYTES.items():
+        for layout in LAYOUTS:
+            np.savez(folder / f"{layout}-{groups}-{group.rank}.npz", **measure(layout, group))
 
 
 if __name__ == "__main__":
