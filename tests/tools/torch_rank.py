@@ -2,9 +2,9 @@
 
     python torch_rank.py FOLDER
 
-leaves in FOLDER, for each layout and number of groups of heads, the rank's output, gradients and block masks, and those
-that a group of one rank has for the same tokens: `expected_NAME`. `NAME_nothing_sent` is of a rank that has all keys and
-values, `all_blocks` the output over every block.
+leaves in FOLDER, for each layout and number of groups of heads, the rank's output, gradients and block masks, and
+those that one rank alone has for the same tokens: `expected_NAME`. `NAME_nothing_sent` is of a rank that has all keys
+and values, `all_blocks` the output over every block.
 """
 
 import sys

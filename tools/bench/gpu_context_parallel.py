@@ -13,8 +13,8 @@ Blocks are those that are selected, about half of random data (gpu_attend.HALF),
 - the whole sequence on each GPU by itself, while the others wait, and cuDNN's dense attention on the first;
 - the ranks together, and the same with nothing sent, for which each has all keys and values;
 - whether each rank selects the blocks that one GPU does, bit for bit, and how far its results are from that one's;
-- the most memory that a rank holds, and how much of it are its own tensors and the gathered keys and values, by torch's
-  allocator, which does not see NCCL's buffers.
+- the most memory that a rank holds, by torch's allocator, which does not see NCCL's buffers, and the most that it is
+  to hold: its own tensors and the gathered keys and values of all heads.
 
 All take turns, in a new order each round, each after runs by itself; medians over the rounds, and of ranks together the
 slowest's. First of all a short sequence is tried, and a difference from one GPU ends the run. A short table comes last.
@@ -165,7 +165,7 @@ class Sharer:
         }
 
     def memory(self, each, whole):
-        """Bytes of a pass: the peak, and what of it are this rank's own tensors and all keys and values."""
+        """Bytes of a pass: the peak, and what this rank's own tensors and all keys and values take."""
         share, attended = self.share, self.attended
         own = [share.query, share.key, share.value]  # there before
         made = [share.query]  # of this size the output, and so on
@@ -271,6 +271,7 @@ def measure(tokens, case, layouts, wire):
                 "seqlen_q": tokens,
                 "seqlen_k": tokens,
                 "density": problem.density(),
+                "head_groups": len(getattr(sharer.share, f"{each}_groups")),
                 "ms": max(ms["ranks", layout]),
                 "compute_ms": ms["alone", layout],
                 "one_gpu_ms": [ms["one GPU", rank][0] for rank in range(problem.ranks)],
@@ -282,7 +283,7 @@ def measure(tokens, case, layouts, wire):
 
 
 def measure_wire(tokens):
-    """What it takes by itself to gather keys or values, and to sum up their gradients."""
+    """What it takes by itself to gather keys or values of all heads at once, and to sum up their gradients."""
     ranks = dist.get_world_size()
     whole = normal(tokens, NUM_HEADS_K)
     own = normal(tokens // ranks, NUM_HEADS_K)

@@ -257,7 +257,7 @@ def gradients(share, wire, attended, grad_out):
 
 
 def gradients_of_group(share, heads, arriving_key, arriving_value, attended, grad_out, grad_query):
-    """Writes a group's part of `grad_query`; returns what this rank adds to the gradients of all its keys and values."""
+    """Writes a group's part of `grad_query`; returns what this rank adds to the gradients of its keys and values."""
     of_group = heads.queries
     key, value = arriving_key.wait(), arriving_value.wait()
     totals = [torch.empty_like(key), torch.empty_like(value)]

@@ -8,8 +8,9 @@ Nothing here was measured on several GPUs. The records in tools/bench/results/gp
 backward, the time of estimate + select, and the shapes. `Link` gives the speed of the links, and the layouts of
 rrattn.distributed say who computes and sends what. Half of the blocks are attended, and the batch is 1.
 
-Kernels and collectives are assumed to take turns, but for one: values are gathered while blocks are selected, and
-what takes longer of the two counts. The slowest rank counts.
+Kernels and collectives are assumed to take turns, but for those that rrattn.distributed has overlap: values are
+gathered while blocks are selected, and while a group of heads is computed the next one's keys and values, and the sums
+of the gradients of the one before. What takes longer of the two counts. The slowest rank counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import astuple, dataclass, fields
 import numpy as np
 
 from rrattn.distributed import LAYOUTS
-from rrattn.sequence_chunks import chunks_of_rank
+from rrattn.sequence_chunks import BACKWARD_GROUPS, FORWARD_GROUPS, chunks_of_rank, head_groups
 from tools.pages import ROOT, rewrite, with_sections
 
 BLOCK = 128
@@ -191,29 +192,72 @@ def gathered_cost(measured, link, length, chunks, ranks):
     query, keys_values = measured.query_bytes(here), 2 * measured.key_bytes(here)
     gathered = 2 * measured.key_bytes(whole)
     gather = link.gather_ms(gathered / 2, ranks)  # of keys, of values, or the sum of either's gradients
+    sampling = sum(measured.sampling_ms(*call) for call in calls)
+    attend = sum(measured.attend_ms(*call) for call in calls)
+    backward = sum(measured.backward_ms(*call) for call in calls)
     kept = 2 * query + keys_values + sum(measured.row_bytes(*call) for call in calls)
-    grads = sum(2 * measured.key_bytes(keys) for _, keys in calls)  # of the keys and values of each chunk
-    # The operators get a copy of the keys and of the values that a chunk sees, where these are not all.
-    copies = [2 * measured.key_bytes(keys) * (keys < whole) for _, keys in calls]
-    selecting = max(measured.selecting_bytes(*call) + copy / 2 for call, copy in zip(calls, copies))
-    differentiating = max(measured.differentiating_bytes(*call) + copy for call, copy in zip(calls, copies))
-    held = (
-        gathered + selecting,
-        gathered + max(copies) + query,  # the output in chunks, and put together
-        gathered + grads + 2 * query + differentiating,  # the gradients of the output and of the query
-        # Gathered keys and values are gone. Of keys, then of values: the sum over chunks, and it cut into chunks, put
-        # together for each rank, and for all. Of the query: in chunks, and put together.
-        4 * gathered / 2 + grads + 3 * query + keys_values,
+    forward_groups, backward_groups = (
+        len(head_groups(measured.heads, measured.heads_k, measured.key_bytes(here) // measured.heads_k, most))
+        for most in (FORWARD_GROUPS, BACKWARD_GROUPS)
     )
+    forward_held = held_forward(measured, calls, gathered, keys_values, forward_groups)
+    backward_held = held_backward(measured, calls, gathered, keys_values, backward_groups)
     return Cost(
-        forward_ms=gather
-        + max(gather, sum(measured.sampling_ms(*call) for call in calls))
-        + sum(measured.attend_ms(*call) for call in calls),
-        backward_ms=4 * gather + sum(measured.backward_ms(*call) for call in calls),
+        forward_ms=(
+            gather
+            + max(gather, sampling)
+            + attend
+            + (forward_groups - 1) * max(2 * gather, sampling + attend)  # of the groups after the first
+        )
+        / forward_groups,
+        # The first group's gathers and the last one's sums are waited for.
+        backward_ms=4 * gather / backward_groups + max(backward, 4 * gather * (1 - 1 / backward_groups)),
         sent=3 * gathered * (ranks - 1) / ranks,
         kept=kept,
-        peak=kept + max(held),
+        # Backward with the gradients of the output, the query, the keys and the values.
+        peak=kept + max(forward_held, 2 * query + keys_values + backward_held),
     )
+
+
+def held_forward(measured, calls, gathered, keys_values, groups):
+    """Bytes that a rank that gathers holds besides its tensors, the output among them, in `groups` groups of heads."""
+    coming = gathered + keys_values if groups > 1 else 0  # the next group's, received and sent
+    held = [arriving(measured, calls, gathered, keys_values, groups)]
+    for queries, keys in calls:
+        seen = copied_bytes(measured, keys, gathered)
+        selecting = measured.selecting_bytes(queries, keys) + seen / 2 + measured.query_bytes(queries)
+        attending = seen + 2 * measured.query_bytes(queries)  # with the output
+        held.append(gathered + coming + max(selecting, attending))
+    return max(held) / groups
+
+
+def held_backward(measured, calls, gathered, keys_values, groups):
+    """The same in the backward pass, where the gradients are of the rank's tensors too."""
+    coming = gathered + keys_values if groups > 1 else 0
+    sums = gathered + keys_values  # of the gradients of keys and values, of all ranks' and of this one's tokens
+    before = sums if groups > 1 else 0  # of the group before, until the first chunk is through
+    held, grads = [before + arriving(measured, calls, gathered, keys_values, groups)], 0
+    for queries, keys in calls:
+        grads += 2 * measured.key_bytes(keys)
+        # The operator gets copies of the query, the output and its gradient, where these are not all of a rank's.
+        copies = 3 * measured.query_bytes(queries) if groups > 1 or len(calls) > 1 else 0
+        chunk = copies + measured.query_bytes(queries) + measured.differentiating_bytes(queries, keys)
+        held.append(gathered + coming + before + grads + copied_bytes(measured, keys, gathered) + chunk)
+        before = 0
+    held.append(coming + grads + sums)
+    return max(held) / groups
+
+
+def arriving(measured, calls, gathered, keys_values, groups):
+    """Bytes, times `groups`, while a group's keys are put in order: the next group's are on their way."""
+    in_order = gathered / 2 + measured.key_bytes(calls[0][0])  # chunk by chunk
+    return in_order + (2 * (gathered + keys_values) if groups > 1 else gathered)
+
+
+def copied_bytes(measured, keys, gathered):
+    """The operators get a copy of the keys and of the values that a chunk sees, where these are not all."""
+    seen = 2 * measured.key_bytes(keys)
+    return seen if seen < gathered else 0
 
 
 def all_to_all_cost(measured, link, tokens, ranks):
