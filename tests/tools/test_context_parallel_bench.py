@@ -108,6 +108,7 @@ def record(each="forward", layout="dual_chunk", tokens=262144, **others):
         "data": "random",
         "blocks": "selected",
         "ranks": 2,
+        "head_groups": 4,
         "seqlen_q": tokens,
         "seqlen_k": tokens,
         "density": 0.5,
@@ -183,9 +184,9 @@ def test_the_tables_of_the_page():
     assert text.startswith("2 H100 of one host, NCCL 2.28, CUDA 13.0, bfloat16")
     assert "(`torchrun x` at commit abc)" in text
     for row in (
-        "| 262,144 | dual_chunk | forward | random | 50.0% | 475.0 ms | 250.0 ms | 1.90 x | 1.6% | 2.00 ms |"
+        "| 262,144 | dual_chunk | forward | random | 50.0% | 4 | 475.0 ms | 250.0 ms | 1.90 x | 1.6% | 2.00 ms |"
         " 1000.0 ms |",
-        "| 262,144 | dual_chunk | backward | random | 50.0% | 475.0 ms | 250.0 ms | 1.90 x | 1.6% | 2.00 ms |"
+        "| 262,144 | dual_chunk | backward | random | 50.0% | 4 | 475.0 ms | 250.0 ms | 1.90 x | 1.6% | 2.00 ms |"
         " not measured |",
         "| 262,144 | 1.25 ms, 214 GB/s | 1.50 ms, 180 GB/s |",
         "| 262,144 | dual_chunk | 3.25 | 4.00 | 5.75 | 6.00 |",

@@ -119,25 +119,24 @@ def verdicts(records):
 
 def measured_tables(records):
     """What passes take, and what the wire takes and a rank holds."""
-    if not records:
-        return "Nothing was measured yet."
     one = records[0]
     sources = dict.fromkeys(f"`{record['command']}` at commit {record['commit']}" for record in records)
     lines = [
         f"{one['ranks']} {one['gpu']} of one host, NCCL {one['nccl']}, CUDA {one['cuda']}, {one['dtype']}, batch 1,"
         f" {one['num_heads']} query heads over {one['num_heads_k']} key heads, head size {one['head_dim']}, causal"
-        f" ({', '.join(sources)}). *One GPU* has the whole sequence, and so has cuDNN's dense attention. *Not hidden*"
-        " is what the time of the ranks has over that of the slowest when nothing is sent, *apart* how much longer that"
-        " one computes than all on average.",
+        f" ({', '.join(sources)}). *Groups* are those of key heads that ranks work in. *One GPU* has the whole"
+        " sequence, and so has cuDNN's dense attention. *Not hidden* is what the time of the ranks has over that of the"
+        " slowest when nothing is sent, *apart* how much longer that one computes than all on average.",
         "",
-        "| tokens | layout | pass | data | blocks | one GPU | ranks | ratio | apart | not hidden | cuDNN, dense |",
-        "|---" * 11 + "|",
+        "| tokens | layout | pass | data | blocks | groups | one GPU | ranks | ratio | apart | not hidden | cuDNN |",
+        "|---" * 12 + "|",
     ]
     for record in records:
         dense = record["baselines"].get("cudnn dense")
         lines.append(
             f"| {record['seqlen_q']:,} | {record['layout']} | {record['pass']} | {record['data']} |"
-            f" {100 * record['density']:.1f}% | {min(record['one_gpu_ms']):.1f} ms | {record['ms']:.1f} ms |"
+            f" {100 * record['density']:.1f}% | {record['head_groups']} |"
+            f" {min(record['one_gpu_ms']):.1f} ms | {record['ms']:.1f} ms |"
             f" {speedup(record):.2f} x | {100 * apart(record):.1f}% | {not_hidden_ms(record):.2f} ms |"
             f" {f'{dense:.1f} ms' if dense else 'not measured'} |"
         )
