@@ -6,8 +6,8 @@
     python -m tools.bench.gpu --stage shapes --shape "MQA 32/1" "8 documents"
 
 Needs torch, a Hopper GPU, and rrattn.direct built with the GPU kernels (RRATTN_CUDA_ARCHS=90a, see setup.py). bfloat16,
-batch 1, 32 query heads over 8 key heads, D 128, causal, except where shapes says otherwise; random data except where
-rr_attention does.
+batch 1, 32 query heads over 8 key heads, D 128, causal, except where shapes and serving say otherwise; random data
+except where rr_attention does.
 
 estimate, select, estimate+select
     Medians of replays of a CUDA graph between events, warm, and cuDNN's dense attention. The floor is the larger of two
@@ -32,6 +32,12 @@ shapes
     FlashMask, a low density. Rivals in turns: both dense attentions of torch and their backward passes, which take
     documents as sequences of their own, and FlashAttention-4 on the same blocks, until compiling it has taken
     gpu_shapes.SECONDS_OF_FA4. TFLOP/s as of attend and backward. A short table comes last.
+serving
+    rrattn.direct.ragged_attention of what serving.CASES lists, all three stages at about half of the blocks: batches of
+    requests of several lengths, one request whose keys lie in pages, and one that is prefilled by chunks. In turns with
+    it usual calls: one for each request, captured in one CUDA graph, and each by itself, of which the sum is the ideal;
+    and one for each length, with its requests as the batch. Everything is replayed from CUDA graphs, and all results
+    must be the same bits. Half a minute; a short table and what was to be reached come last.
 
 Densities are shares of the visible blocks. A run with --json replaces the records of the stages, lengths and shapes
 that it measures and keeps the file's others.
@@ -48,12 +54,12 @@ import torch
 from rrattn import direct
 from rrattn.command_line import check_output_file
 
-from . import gpu_attend, gpu_backward, gpu_shapes, records, shapes
+from . import gpu_attend, gpu_backward, gpu_serving, gpu_shapes, records, serving, shapes
 from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
 from .gpu_rivals import DENSE, elapsed_ms
 
 SAMPLING_STAGES = ("estimate", "select", "estimate+select")
-STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention", "shapes")
+STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention", "shapes", "serving")
 THRESHOLD = 0.9
 # seqlen_q, seqlen_k, stride, key stride
 SHAPES = [
@@ -252,6 +258,12 @@ def main():
             report(record, shapes.line(record))
             measured.append(record)
         print(*shapes.short_table(measured), sep="\n")
+    if "serving" in stages:
+        measured = []
+        for record in gpu_serving.measure():
+            report(record, serving.line(record))
+            measured.append(record)
+        print(*serving.short_table(measured), sep="\n")
 
 
 if __name__ == "__main__":

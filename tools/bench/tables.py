@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md, quantization.md and distributed.md, and the README's figure, of results/.
+"""Writes of results/ the README's figure and the tables of docs/: performance, quantization, distributed, serving.
 
 python -m tools.bench.tables            rewrites them
 python -m tools.bench.tables --check    exits with 1 when one does not match the figures
@@ -8,7 +8,7 @@ import json
 import sys
 import textwrap
 
-from tools.bench import context_parallel, shapes
+from tools.bench import context_parallel, serving, shapes
 from tools.pages import ROOT, with_sections, write_or_check
 
 
@@ -303,9 +303,11 @@ def main():
     records, portable, shared = (json.loads((ROOT / f"tools/bench/results/{name}.json").read_text()) for name in names)
     sections = {"cpu": cpu_table(), "gpu": gpu_tables(records), "portable": portable_table(portable)}
     quantized = json.loads((ROOT / "tools/bench/results/quantization.json").read_text())
+    served = [record for record in records if record["stage"] == "serving"]
     pages = {
         "docs/quantization.md": lambda text: with_sections(text, {"quality": quantization_tables(quantized)}),
         "docs/distributed.md": lambda text: with_sections(text, {"measured": context_parallel.measured_tables(shared)}),
+        "docs/serving.md": lambda text: with_sections(text, {"measured": serving.measured_table(served)}),
         "docs/performance.md": lambda text: with_sections(text, sections),
         "README.md": lambda text: with_sections(text, {"headline": headline(records)}),
     }
