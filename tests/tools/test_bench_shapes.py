@@ -1,64 +1,30 @@
 """The benchmark of shapes as far as it goes without torch and a GPU: stand-ins for both compute nothing."""
 
-import importlib
 import json
 import sys
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from torch_stand_in import modules_over, stand_in, tensor
 
-import tools.bench
 from rrattn import direct
 from tools.bench import shapes, tables
 
-MODULES = ("gpu", "gpu_attend", "gpu_backward", "gpu_inputs", "gpu_rivals", "gpu_shapes")
 TIMES = {"ours": 2.0, "cudnn dense": 5.0, "flash dense": 7.0, "fa4": 3.0}  # ms
-
-
-class Tensor(np.ndarray):
-    """What the modules do with tensors that NumPy has under another name."""
-
-    def int(self):
-        return self.astype(np.int32)
-
-    def contiguous(self):
-        return np.ascontiguousarray(self).view(Tensor)
-
-    def clone(self):
-        return self.copy()
-
-    def numel(self):
-        return self.size
-
-
-def tensor(array):
-    return np.asarray(array).view(Tensor)
-
-
-def forget_modules():
-    """So that they are imported over the torch of the moment."""
-    for name in MODULES:
-        sys.modules.pop(f"tools.bench.{name}", None)
-        vars(tools.bench).pop(name, None)
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """The modules of the benchmark, over a stand-in of torch; what rrattn.direct is called with is in `calls`."""
-    torch = MagicMock(name="torch")
-    torch.arange = lambda end, **_: tensor(np.arange(end))
-    torch.int32, torch.uint8, torch.float32 = np.int32, np.uint8, np.float32
-    torch.empty = lambda shape, dtype, **_: tensor(np.empty(shape, dtype))
-    torch.empty_like = np.empty_like
-    torch.version.cuda = "13.0"
-    torch.cuda.get_device_name = lambda: "a GPU"
-    for name in ("torch", "torch.nn", "torch.nn.functional", "torch.nn.attention"):
-        monkeypatch.setitem(sys.modules, name, torch)
-    forget_modules()
-    modules = {name: importlib.import_module(f"tools.bench.{name}") for name in MODULES}
-    found = SimpleNamespace(**modules, torch=torch, calls=[], made=[], refused=set())
+    with modules_over(stand_in(), monkeypatch) as found:
+        found.calls, found.made, found.refused = [], [], set()
+        replace_what_computes(found, monkeypatch)
+        yield found
+
+
+def replace_what_computes(found, monkeypatch):
+    """Stages, rivals and times."""
 
     def stage(name):
         def call(*arrays, size_only=False, **options):
@@ -102,8 +68,6 @@ def bench(monkeypatch):
     monkeypatch.setattr(
         found.gpu_shapes, "interleaved_ms", lambda calls, rounds, seconds: {name: TIMES[name] for name in calls}
     )
-    yield found
-    forget_modules()
 
 
 def test_every_shape_has_a_record_of_each_pass(bench):

@@ -101,8 +101,8 @@ def measured_table(records):
     settings = ", ".join(f"`{name}={value}`" for name, value in one["settings"].items())
     lines = [
         f"{one['gpu']}, CUDA {one['cuda']}, {one['dtype']}, {one['num_heads']} query heads over"
-        f" {one['num_heads_k']} key heads, head size {one['head_dim']}, random data with {settings}, about half of the blocks"
-        f" ({', '.join(sources)}). *n x* is a time over that of the ragged calls.",
+        f" {one['num_heads_k']} key heads, head size {one['head_dim']}, random data with {settings}, about half of"
+        f" the blocks ({', '.join(sources)}). *n x* is a time over that of the ragged calls.",
         "",
         f"| | {' | '.join(['ragged', *BASELINES.values()])} | bits |",
         "|---" * (len(BASELINES) + 3) + "|",
