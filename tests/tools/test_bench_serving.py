@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from torch_stand_in import modules_over, stand_in, tensor
+from torch_stand_in import make_torch, modules_over, tensor
 
 from rrattn import direct
 from tools.bench import serving
@@ -18,7 +18,7 @@ MS = {"ragged": 10.0, "own calls": 9.0, "padded calls": 12.0, 1024: 5.0, 256: 2.
 @pytest.fixture
 def bench(monkeypatch):
     """The modules, on small cases: graphs hold nothing, since whatever is captured runs."""
-    torch, random = stand_in(), np.random.default_rng(0)
+    torch, random = make_torch(), np.random.default_rng(0)
     torch.empty_like = lambda array: tensor(np.full_like(array, np.nan))
     torch.tensor = lambda values, dtype, **_: tensor(np.array(values, dtype))
     torch.randperm = lambda count, **_: tensor(random.permutation(count))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from torch_stand_in import modules_over, stand_in, tensor
+from torch_stand_in import make_torch, modules_over, tensor
 
 from rrattn import direct
 from tools.bench import shapes, tables
@@ -17,7 +17,7 @@ TIMES = {"ours": 2.0, "cudnn dense": 5.0, "flash dense": 7.0, "fa4": 3.0}  # ms
 @pytest.fixture
 def bench(monkeypatch):
     """The modules of the benchmark, over a stand-in of torch; what rrattn.direct is called with is in `calls`."""
-    with modules_over(stand_in(), monkeypatch) as found:
+    with modules_over(make_torch(), monkeypatch) as found:
         found.calls, found.made, found.refused = [], [], set()
         replace_what_computes(found, monkeypatch)
         yield found

@@ -33,8 +33,8 @@ def tensor(array):
     return np.asarray(array).view(Tensor)
 
 
-def stand_in():
-    """Of torch: tensors are NumPy's, and what it knows of the GPU is made up."""
+def make_torch():
+    """A stand-in: tensors are NumPy's, and what it knows of the GPU is made up."""
     torch = MagicMock(name="torch")
     torch.int32, torch.uint8, torch.float32 = np.int32, np.uint8, np.float32
     torch.arange = lambda end, **_: tensor(np.arange(end))
