@@ -25,6 +25,9 @@ class Tensor(np.ndarray):
     def clone(self):
         return self.copy()
 
+    def fill_(self, value):
+        self.fill(value)
+
     def numel(self):
         return self.size
 

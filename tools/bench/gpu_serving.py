@@ -38,6 +38,7 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.run()
+        out.fill_(float("nan"))  # so that the results that are compared are those of what is timed
 
     def run(self):
         for stage in self.stages:
