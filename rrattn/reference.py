@@ -367,9 +367,9 @@ def quantized_attend(
     - From each key its head's *mean key* is subtracted: the mean of the finite keys of the first block of 128 that has
       a key that counts, of those that do. Scores lack its score, which is constant in a row; lse gets it added, and a
       sink loses it.
-    - Queries and keys become INT8 with a scale for each of them: x becomes the nearest whole number to x * (127 /
-      largest), ties to even, where `largest` is the largest magnitude of its row. Zeros where that is below 2^-100.
-      Of a query that is not finite the scale is NaN, and so are its scores.
+    - Queries become INT8 with a scale for each row, keys with one for each block of 128: x becomes the nearest whole
+      number to x * (127 / largest), ties to even, where `largest` is the largest magnitude of the row or block. Zeros
+      where that is below 2^-100. Of a query that is not finite the scale is NaN, and so are its scores.
     - Scores are exponents of 2: the product of whole numbers, times largest / 127 of either, times softmax_scale *
       log2(e).
     - Values become e4m3, divided by a power of two for each column of a key head: the smallest, from 2^-100 on, with
@@ -436,7 +436,9 @@ def _quantized_keys(key: Array, counts: NDArray[np.bool_]) -> tuple[Array, Array
         block = slice(first, first + BLOCK)
         mean = key[block][finite[block]].mean(0, dtype=np.float64).astype(np.float32)
     centred = np.where(finite[:, None], key - mean, np.float32(0))
-    largest = np.abs(centred).max(-1, initial=0)
+    largest = np.zeros(len(key), np.float32)
+    for first in range(0, len(key), BLOCK):
+        largest[first : first + BLOCK] = np.abs(centred[first : first + BLOCK]).max()
     return _to_int8(centred, largest[:, None]).astype(np.float64), mean, largest / np.float32(127)
 
 

@@ -22,7 +22,7 @@ constexpr float kLargestInt8 = 127;  // -128 is not used
 constexpr float kLargestE4m3 = 448;
 constexpr float kSmallestNormalE4m3 = 0x1p-6f;
 
-// Rows of queries and keys whose largest element is below this count as zeros: 127 over a smaller number
+// Rows and blocks whose largest element is below this count as zeros: 127 over a smaller number
 // might be infinite.
 constexpr float kSmallestScaled = 0x1p-100f;
 
@@ -31,7 +31,7 @@ constexpr float kSmallestScaled = 0x1p-100f;
 // by a power of two.
 constexpr float kProbabilityScale = 256;
 
-// What elements are multiplied by to become INT8, of a query or key with this largest element.
+// What elements are multiplied by to become INT8, of a row or block with this largest element.
 RRATTN_HOST_DEVICE inline float int8_inverse(float largest) {
   return largest < kSmallestScaled ? 0.f : kLargestInt8 / largest;
 }

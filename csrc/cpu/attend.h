@@ -125,17 +125,14 @@ struct AttendItem {
 
 // Attends the selected blocks of an item. `read_tiles(first_key, num_keys)` fills the tiles of keys
 // and values of a block, where any head selected it; the other two are those of attend_strip, but
-// for `scale_scores(slot, column, num_keys, scores)`. It goes from the first block to the last, or with
-// `last_first` the other way.
+// for `scale_scores(slot, column, num_keys, scores)`.
 template <typename ReadTiles, typename ScaleScores, typename Softmax>
 inline void attend_selected_blocks(const AttendParams& params, const SpanBounds* block_bounds,
                                    const AttendItem& item, AttendScratch& scratch,
                                    const ReadTiles& read_tiles, const ScaleScores& scale_scores,
-                                   const Softmax& softmax, bool last_first = false) {
+                                   const Softmax& softmax) {
   const Visibility& visibility = params.visibility;
-  const int64_t num_blocks = visibility.num_n_blocks();
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    const int64_t n_block = last_first ? num_blocks - 1 - i : i;
+  for (int64_t n_block = 0; n_block < visibility.num_n_blocks(); ++n_block) {
     const int64_t first_key = n_block * kBlockSize;
     bool tile_read = false;
     for (int64_t slot = 0; slot < item.num_heads; ++slot) {

@@ -84,15 +84,14 @@ struct QuantizedScratch : AttendScratch {
   float* mean_score;   // [kHeadsPerItem][kBlockSize], of the mean key, to be added to lse
   double* mean_sum;    // [D]
   float* largest_values;  // [Dv]
-  float* key_scale;       // [kBlockSize], of the keys in key_tile
+  float key_scale = 0;    // of the block in key_tile
 
   QuantizedScratch(Arena& arena, const AttendParams& params)
       : AttendScratch(arena, params),
         query_scale(arena.take<float>(kHeadsPerItem * kBlockSize)),
         mean_score(arena.take<float>(kHeadsPerItem * kBlockSize)),
         mean_sum(arena.take<double>(params.heads.head_dim)),
-        largest_values(arena.take<float>(params.heads.head_dim_v)),
-        key_scale(arena.take<float>(kBlockSize)) {}
+        largest_values(arena.take<float>(params.heads.head_dim_v)) {}
 };
 
 // The mean of the keys that a query sees, of the first block that has any, without those that are
@@ -148,8 +147,8 @@ inline void read_quantized_tiles(const AttendParams& params, const KeyHeadScales
   const float *mean = scales.mean_key_of(head), *value_scale = scales.value_scale_of(head);
   memset(scratch.key_tile, 0, kBlockSize * head_dim * sizeof(float));
   memset(scratch.value_tile, 0, kBlockSize * head_dim_v * sizeof(float));
+  float largest = 0;
   for (int64_t r = 0; r < num_keys; ++r) {
-    scratch.key_scale[r] = 0;
     if (!seen_by_group(params.visibility, group_size(params), item.batch, item.key_head,
                        first_key + r))
       continue;
@@ -157,19 +156,20 @@ inline void read_quantized_tiles(const AttendParams& params, const KeyHeadScales
           *value_row = scratch.value_tile + r * head_dim_v;
     key.read(first_key + r, key_row);
     for (int64_t d = 0; d < head_dim; ++d) key_row[d] -= mean[d];
-    const float largest = largest_of(key_row, head_dim);
-    if (!is_finite(largest)) {
+    const float largest_of_key = largest_of(key_row, head_dim);
+    if (!is_finite(largest_of_key)) {
       memset(key_row, 0, head_dim * sizeof(float));
       for (int64_t d = 0; d < head_dim_v; ++d) value_row[d] = __builtin_nanf("");
       continue;
     }
-    round_to_int8(key_row, head_dim, int8_inverse(largest));
-    scratch.key_scale[r] = largest / kLargestInt8;
+    largest = largest_of_key > largest ? largest_of_key : largest;
     value.read(first_key + r, value_row);
     for (int64_t d = 0; d < head_dim_v; ++d) {
       value_row[d] = round_to_e4m3(value_row[d] / value_scale[d]);
     }
   }
+  round_to_int8(scratch.key_tile, num_keys * head_dim, int8_inverse(largest));
+  scratch.key_scale = largest / kLargestInt8;
 }
 
 // The queries of a head as whole numbers, their scales, and their scores of the mean key. A row that
@@ -255,9 +255,6 @@ inline void attend_quantized_item(const AttendParams& params, const SpanBounds* 
   }
   memset(scratch.out_strips, 0, item.num_heads * kBlockSize * head_dim_v * sizeof(float));
 
-  // As on a GPU from the last block to the first: where the first keys draw most (an attention sink),
-  // the others were summed up before, on bases of their own, and have kept more bits.
-  constexpr bool kLastFirst = true;
   attend_selected_blocks(
       params, block_bounds, item, scratch,
       [&](int64_t first_key, int64_t num_keys) {
@@ -265,14 +262,15 @@ inline void attend_quantized_item(const AttendParams& params, const SpanBounds* 
       },
       [&](int64_t slot, int64_t column, int64_t num_keys, float* scores) {
         for (int v = 0; v < kTileVecs; ++v) {
-          const Vec scale = load(scratch.query_scale + slot * kBlockSize + column + v * kLanes);
+          const Vec scale = load(scratch.query_scale + slot * kBlockSize + column + v * kLanes) *
+                            scratch.key_scale;
           for (int64_t i = 0; i < num_keys; ++i) {
             float* at = scores + i * kStrip + v * kLanes;
-            store(at, load(at) * (scale * scratch.key_scale[i]));
+            store(at, load(at) * scale);
           }
         }
       },
-      quantized_softmax_step, kLastFirst);
+      quantized_softmax_step);
 
   const float* value_scale =
       scales.value_scale_of(item.batch * params.heads.num_heads_k + item.key_head);
