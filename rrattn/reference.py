@@ -367,11 +367,14 @@ def quantized_attend(
     - From each key its head's *mean key* is subtracted: the mean of the finite keys of the first block of 128 that has
       a key that counts, of those that do. Scores lack its score, which is constant in a row; lse gets it added, and a
       sink loses it.
+    - Queries and keys are *rotated*: multiplied, n neighbouring elements together, by the Hadamard matrix of n over n,
+      where n is the largest power of two that D is a multiple of, in float32, from neighbours to those n / 2 apart.
+      Their products are then 1 / n of what they were.
     - Queries become INT8 with a scale for each row, keys with one for each block of 128: x becomes the nearest whole
       number to x * (127 / largest), ties to even, where `largest` is the largest magnitude of the row or block. Zeros
       where that is below 2^-100. Of a query that is not finite the scale is NaN, and so are its scores.
     - Scores are exponents of 2: the product of whole numbers, times largest / 127 of either, times softmax_scale *
-      log2(e).
+      log2(e) * n.
     - Values become e4m3, divided by a power of two for each column of a key head: the smallest, from 2^-100 on, with
       which the largest magnitude of the column is at most 448.
     - The *base* of a row is its largest visible score, or the sink's if larger, rounded up to a whole number.
@@ -401,8 +404,9 @@ def quantized_attend(
         bad_query = ~np.isfinite(q).all(-1)
         q[bad_query] = 0
         of_mean = (q.astype(np.float64) @ mean) * scale  # [Lq]
+        q = _rotated(q)
         largest = np.abs(q).max(-1, initial=0)
-        q_scale = largest / np.float32(127) * (scale * np.float32(np.log2(np.e)))
+        q_scale = largest / np.float32(127) * (scale * np.float32(np.log2(np.e))) * np.float32(head_dim & -head_dim)
         q_scale[bad_query] = np.nan
         score = (_to_int8(q, largest[:, None]) @ k.T) * np.outer(q_scale, k_scale)  # [Lq, Lk]
         score = np.where(visible[b, h], score, -np.inf)
@@ -417,6 +421,18 @@ def quantized_attend(
         with np.errstate(divide="ignore"):
             lse[b, h] = (base - 8) * np.log(2) + np.log(row_sum) + of_mean
     return out, lse
+
+
+def _rotated(x: Array) -> Array:
+    """float32 [L, D], times the Hadamard matrix over the number of elements that it takes together."""
+    head_dim = x.shape[-1]
+    together, step = head_dim & -head_dim, 1
+    x = x / np.float32(together)
+    while step < together:
+        a, b = np.moveaxis(x.reshape(len(x), -1, 2, step), 2, 0)
+        x = np.stack([a + b, a - b], axis=2).reshape(len(x), head_dim)
+        step *= 2
+    return x
 
 
 def _to_int8(x: Array, largest: Array) -> Array:
@@ -435,7 +451,7 @@ def _quantized_keys(key: Array, counts: NDArray[np.bool_]) -> tuple[Array, Array
         first = finite.argmax() // BLOCK * BLOCK
         block = slice(first, first + BLOCK)
         mean = key[block][finite[block]].mean(0, dtype=np.float64).astype(np.float32)
-    centred = np.where(finite[:, None], key - mean, np.float32(0))
+    centred = _rotated(np.where(finite[:, None], key - mean, np.float32(0)))
     largest = np.zeros(len(key), np.float32)
     for first in range(0, len(key), BLOCK):
         largest[first : first + BLOCK] = np.abs(centred[first : first + BLOCK]).max()

@@ -31,6 +31,12 @@ constexpr float kSmallestScaled = 0x1p-100f;
 // by a power of two.
 constexpr float kProbabilityScale = 256;
 
+// How many neighbouring elements of a row are turned together, by a Hadamard matrix, before they become
+// INT8: the largest power of two that the head size is a multiple of.
+RRATTN_HOST_DEVICE inline int64_t rotated_together(int64_t head_dim) {
+  return head_dim & -head_dim;
+}
+
 // What elements are multiplied by to become INT8, of a row or block with this largest element.
 RRATTN_HOST_DEVICE inline float int8_inverse(float largest) {
   return largest < kSmallestScaled ? 0.f : kLargestInt8 / largest;

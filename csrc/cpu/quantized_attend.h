@@ -52,6 +52,24 @@ RRATTN_INLINE float largest_of(const float* row, int64_t count) {
   return finite ? largest : __builtin_huge_valf();
 }
 
+// Multiplies a query or key by a Hadamard matrix over the number of elements that it takes together, which
+// leaves products of both what they were, over that number. What one element has more than the others
+// all of them share then, so that INT8 has more bits of them. No element becomes larger than the largest.
+RRATTN_INLINE void rotate(float* row, int64_t head_dim) {
+  const int64_t together = rotated_together(head_dim);
+  const float inverse = 1.f / static_cast<float>(together);
+  for (int64_t d = 0; d < head_dim; ++d) row[d] *= inverse;
+  for (int64_t step = 1; step < together; step *= 2) {
+    for (int64_t first = 0; first < head_dim; first += 2 * step) {
+      for (int64_t d = first; d < first + step; ++d) {
+        const float a = row[d], b = row[d + step];
+        row[d] = a + b;
+        row[d + step] = a - b;
+      }
+    }
+  }
+}
+
 // The product is rounded before it becomes a whole number, as the oracle's is: halves are frequent,
 // as of an element that is half of the largest. A sum in place of rintf might become one
 // multiply-add, which does not round the product.
@@ -156,12 +174,13 @@ inline void read_quantized_tiles(const AttendParams& params, const KeyHeadScales
           *value_row = scratch.value_tile + r * head_dim_v;
     key.read(first_key + r, key_row);
     for (int64_t d = 0; d < head_dim; ++d) key_row[d] -= mean[d];
-    const float largest_of_key = largest_of(key_row, head_dim);
-    if (!is_finite(largest_of_key)) {
+    if (!is_finite(largest_of(key_row, head_dim))) {
       memset(key_row, 0, head_dim * sizeof(float));
       for (int64_t d = 0; d < head_dim_v; ++d) value_row[d] = __builtin_nanf("");
       continue;
     }
+    rotate(key_row, head_dim);
+    const float largest_of_key = largest_of(key_row, head_dim);
     largest = largest_of_key > largest ? largest_of_key : largest;
     value.read(first_key + r, value_row);
     for (int64_t d = 0; d < head_dim_v; ++d) {
@@ -191,16 +210,18 @@ inline void read_quantized_queries(const AttendParams& params, const KeyHeadScal
     scale = mean_score = 0;
     if (c >= num_queries) continue;
     query.read(first_query + c, row);
-    const float largest = largest_of(row, head_dim);
     double product = 0;
     for (int64_t d = 0; d < head_dim; ++d) product += static_cast<double>(row[d]) * mean[d];
     const float score = static_cast<float>(product * params.softmax_scale);
-    if (!is_finite(largest) || !is_finite(score)) {
+    if (!is_finite(largest_of(row, head_dim)) || !is_finite(score)) {
       scale = __builtin_nanf("");
       continue;
     }
     mean_score = score;
-    scale = largest / kLargestInt8 * (params.softmax_scale * kLog2E);
+    rotate(row, head_dim);
+    const float largest = largest_of(row, head_dim);
+    scale = largest / kLargestInt8 * (params.softmax_scale * kLog2E) *
+            static_cast<float>(rotated_together(head_dim));
     round_to_int8(row, head_dim, int8_inverse(largest));
     float* column = strips + c / kStrip * kStrip * head_dim + c % kStrip;
     for (int64_t d = 0; d < head_dim; ++d) column[d * kStrip] = row[d];

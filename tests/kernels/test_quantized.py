@@ -32,17 +32,20 @@ def oracle_of(case, inputs, **options):
 def check(kernels, case, dtype="bfloat16", inputs=None, **options):
     """(out, lse) of the kernel, found within twice what it costs to round the oracle's to bfloat16.
 
-    Where float32 rounds a score or a probability to the other neighbour, lse shows it: in few rows.
+    Where float32 rounds a score or a probability to the other neighbour, lse shows it. Rows in which that counts are
+    few, and left out.
     """
     inputs = inputs or make_inputs(case, dtype)
     results = run(kernels, case, dtype, inputs, **options)
     out, lse = oracle_of(case, inputs, **options)
-    assert_as_good_as_naive(results[0], out, reference.cast(out, "bfloat16"))
     seen = np.isfinite(lse)
     assert np.array_equal(np.isneginf(results[1]), ~seen)
-    error = np.abs(results[1][seen] - lse[seen])
+    error = np.abs(np.where(seen, results[1], 0) - np.where(seen, lse, 0))  # [B, Hq, Lq]
     assert error.max(initial=0) < 0.07  # two neighbours of e4m3 are this far from each other
-    assert reference.rms(error) <= 1e-3 * max(1, np.abs(lse[seen]).max(initial=0) / 100)
+    assert reference.rms(error[seen]) <= 1e-3 * max(1, np.abs(lse[seen]).max(initial=0) / 100)
+    same = np.swapaxes(error < 1e-3, 1, 2)
+    assert (~same).sum() <= max(2, 0.01 * same.size)
+    assert_as_good_as_naive(results[0][same], out[same], reference.cast(out, "bfloat16")[same])
     return results
 
 
@@ -83,6 +86,19 @@ def test_the_mean_key_changes_no_score(kernels):
     exact = reference.attend(*shifted.forward, inputs.block_mask, causal=True, sink=inputs.sink)
     assert reference.rms(out - exact[0]) < 0.05 * reference.rms(exact[0])
     assert np.abs(lse - exact[1]).max() < 0.08
+
+
+@pytest.mark.parametrize("head_dim", (64, 72, 128))
+def test_one_element_far_above_the_others_costs_little(kernels, head_dim):
+    """Of keys, as models have them: INT8 numbers of the others would have few bits. Ten times the error unturned."""
+    case = Case(300, 700, num_heads=4, num_heads_k=2, head_dim=head_dim)
+    inputs = make_inputs(case, query_scale=0.5)
+    query, key = inputs.query.copy(), inputs.key.copy()
+    key[..., 5] *= 30
+    query[..., 5] /= 30
+    out, _ = check(kernels, case, "float32", replace(inputs, query=query, key=key))
+    exact, _ = reference.attend(query, key, inputs.value, inputs.block_mask, causal=True)
+    assert reference.rms(out - exact) < 0.07 * reference.rms(exact)
 
 
 # Kernels
