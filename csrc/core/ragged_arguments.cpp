@@ -134,9 +134,11 @@ Array nowhere(const char* name, ElementType type, std::vector<int64_t> shape, in
 }
 
 // What the requests have in common: types, heads, strides and settings are checked as those of a usual
-// call of all queries over the keys of one page, or of all requests.
-RaggedParams params_as_of_one_call(const RaggedArrays& arrays, const Array& out, const Array& lse,
+// call of all queries over the keys of one page, or of all requests. The tables are checked before.
+RaggedParams params_as_of_one_call(const RaggedArrays& arrays, int64_t batch, const Array& out,
+                                   const Array& lse, const Array& block_mask,
                                    const RaggedSettings& settings) {
+  const uint8_t* keep_last = check_keep_last(arrays.keep_last, arrays.query, batch);
   const bool paged = arrays.block_tables.has_value();
   const Array query = as_batch(arrays.query);
   const Array key = sample_of(arrays.key, paged, settings.heads_first);
@@ -158,9 +160,16 @@ RaggedParams params_as_of_one_call(const RaggedArrays& arrays, const Array& out,
   params.attend =
       attend_params(query, key, value, mask, std::nullopt, arrays.sink, as_batch(out),
                     as_batch(lse), false, settings.sampling.softmax_scale, settings.compensate);
+  params.select.block_mask = static_cast<uint32_t*>(block_mask.data);
   params.num_tokens = seqlen_q;
-  params.num_pages = paged ? arrays.key.shape[0] : 0;
-  params.page_size = page_size_of(arrays, settings.heads_first);
+  params.num_requests = batch;
+  params.keep_last = keep_last;
+  if (paged) {
+    params.block_tables = static_cast<const int32_t*>(arrays.block_tables->data);
+    params.table_width = arrays.block_tables->shape[1];
+    params.num_pages = arrays.key.shape[0];
+    params.page_size = page_size_of(arrays, settings.heads_first);
+  }
   return params;
 }
 
@@ -201,6 +210,11 @@ int64_t check_ranks(const RaggedArrays& arrays, bool heads_first) {
   if (cu_seqlens.shape[0] == 0) fail(cu_seqlens.name, " is empty, but must begin with 0");
   require_rank(arrays.seqlens_k.name, arrays.seqlens_k.shape, 1, "[requests]");
   return cu_seqlens.shape[0] - 1;
+}
+
+int64_t mask_words_of(const RequestLengths& request, int64_t num_heads) {
+  return num_heads * ceil_div(request.seqlen_q, kBlockSize) *
+         ceil_div(ceil_div(request.seqlen_k, kBlockSize), kMaskWordBits);
 }
 
 void check_value_rows(const Array& key, const Array& value) {
@@ -276,31 +290,18 @@ std::vector<RequestLengths> ragged_lengths(const RaggedArrays& arrays,
 
 int64_t ragged_mask_words(const std::vector<RequestLengths>& lengths, int64_t num_heads) {
   int64_t words = 0;
-  for (const RequestLengths& request : lengths) {
-    words += num_heads * ceil_div(request.seqlen_q, kBlockSize) *
-             ceil_div(ceil_div(request.seqlen_k, kBlockSize), kMaskWordBits);
-  }
+  for (const RequestLengths& request : lengths) words += mask_words_of(request, num_heads);
   return words;
 }
 
 RaggedCalls ragged_calls(const RaggedArrays& arrays, const std::vector<RequestLengths>& lengths,
                          const Array& out, const Array& lse, const Array& block_mask,
                          const RaggedSettings& settings) {
-  const Array& query = arrays.query;
-  const int64_t num_heads = query.shape[1];
+  const int64_t num_heads = arrays.query.shape[1];
   check_value_rows(arrays.key, arrays.value);
   check_outputs(arrays, ragged_mask_words(lengths, num_heads), out, lse, block_mask);
   const auto batch = static_cast<int64_t>(lengths.size());
-  const uint8_t* keep_last = check_keep_last(arrays.keep_last, query, batch);
-  RaggedParams params = params_as_of_one_call(arrays, out, lse, settings);
-  params.num_requests = batch;
-  params.keep_last = keep_last;
-  params.select.block_mask = static_cast<uint32_t*>(block_mask.data);
-  const bool paged = arrays.block_tables.has_value();
-  if (paged) {
-    params.block_tables = static_cast<const int32_t*>(arrays.block_tables->data);
-    params.table_width = arrays.block_tables->shape[1];
-  }
+  const RaggedParams params = params_as_of_one_call(arrays, batch, out, lse, block_mask, settings);
   if (arrays.pooled_keys) {
     check_pooled_keys(*arrays.pooled_keys, arrays, params.attend.heads, params.page_size,
                       params.estimate.sampling.key_stride);
@@ -322,9 +323,8 @@ RaggedCalls ragged_calls(const RaggedArrays& arrays, const std::vector<RequestLe
       calls.select.push_back(own.select);
       calls.attend.push_back(own.attend);
     }
-    const Visibility visibility{1, request.seqlen_q, request.seqlen_k, num_heads, true, {}};
-    first_word += num_heads * visibility.num_m_blocks() * visibility.num_mask_words();
-    if (!paged) first_key += request.seqlen_k;
+    first_word += mask_words_of(request, num_heads);
+    if (params.block_tables == nullptr) first_key += request.seqlen_k;
   }
   return calls;
 }
@@ -357,16 +357,9 @@ RaggedParams ragged_params(const RaggedArrays& arrays, const Array& out, const A
         "compensate is True, but ragged batches on a GPU are not compensated: give "
         "compensate=False");
   }
-  RaggedParams params = params_as_of_one_call(arrays, out, lse, settings);
-  params.num_requests = batch;
+  RaggedParams params = params_as_of_one_call(arrays, batch, out, lse, block_mask, settings);
   params.cu_seqlens_q = numbers_of(arrays.cu_seqlens_q, query, {batch + 1}, "[requests + 1]");
   params.seqlens_k = numbers_of(arrays.seqlens_k, query, {batch}, kLengthsMeaning);
-  params.keep_last = check_keep_last(arrays.keep_last, query, batch);
-  params.select.block_mask = static_cast<uint32_t*>(block_mask.data);
-  if (arrays.block_tables) {
-    params.block_tables = check_tables(arrays, batch, settings.heads_first);
-    params.table_width = arrays.block_tables->shape[1];
-  }
   set_room(arrays, settings, params);
   return params;
 }
