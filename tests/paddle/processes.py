@@ -2,14 +2,13 @@
 
 import os
 import socket
-import subprocess
 import sys
-import time
 
 import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 from paddle.distributed import collective
+from parallel_processes import run_in_parallel
 
 GROUPS = 128  # more than fleet numbers for four ranks, also those that a rank is not in
 
@@ -21,32 +20,19 @@ def run_ranks(program, ranks, folder):
     for listener in listeners:
         listener.close()
     endpoints = [f"127.0.0.1:{port}" for port in ports[:ranks]]
-    processes = []
-    for rank in range(ranks):
-        settings = {
-            "PADDLE_TRAINER_ID": str(rank),
-            "PADDLE_TRAINERS_NUM": str(ranks),
+    settings = [
+        {
+            "PADDLE_TRAINER_ID": rank,
+            "PADDLE_TRAINERS_NUM": ranks,
             "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
             "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
             "PADDLE_DISTRI_BACKEND": "gloo",
             "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": 1,
         }
-        command = [sys.executable, *map(str, [program, folder, *ports[ranks:]])]
-        with open(folder / f"log_{rank}", "w") as log:
-            processes.append(
-                subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT)
-            )
-    started = time.monotonic()
-    try:
-        # Until all are through, or one is not: the others would wait for it.
-        while (codes := [process.poll() for process in processes]).count(None) and not any(codes):
-            assert time.monotonic() - started < 300, f"after 300 s the ranks' exit codes are {codes}"
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), "\n".join((folder / f"log_{rank}").read_text()[-3000:] for rank in range(ranks))
+        for rank in range(ranks)
+    ]
+    run_in_parallel([sys.executable, program, folder, *ports[ranks:]], settings, folder)
 
 
 def give_groups_their_own_store(ports):

@@ -3,13 +3,12 @@
 import itertools
 import os
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from parallel_processes import run_in_parallel
 
 from rrattn import reference
 from tools.bench import context_parallel
@@ -24,28 +23,16 @@ def run_torch_ranks(ranks, folder):
     """tests/tools/torch_rank.py as the ranks of a group."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        settings = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        settings.update(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]), OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="")
-        with open(folder / f"log_{rank}", "w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, Path(__file__).with_name("torch_rank.py"), folder],
-                    env={**os.environ, **{name: str(value) for name, value in settings.items()}},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    started = time.monotonic()
-    try:
-        while (codes := [process.poll() for process in processes]).count(None) and not any(codes):
-            assert time.monotonic() - started < 300, f"after 300 s the ranks' exit codes are {codes}"
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), "\n".join((folder / f"log_{rank}").read_text()[-3000:] for rank in range(ranks))
+    common = {
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "OMP_NUM_THREADS": 1,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, Path(__file__).with_name("torch_rank.py"), folder]
+    run_in_parallel(command, [{**common, "RANK": rank} for rank in range(ranks)], folder)
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -55,7 +55,7 @@ from rrattn import direct
 from rrattn.command_line import check_output_file
 
 from . import gpu_attend, gpu_backward, gpu_serving, gpu_shapes, records, serving, shapes
-from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, visible_blocks
+from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, density_of, normal
 from .gpu_rivals import DENSE, elapsed_ms
 
 SAMPLING_STAGES = ("estimate", "select", "estimate+select")
@@ -148,7 +148,7 @@ def measure(stage, shape):
         "seqlen_k": shape[1],
         **problem.sampling,
         "settings": {},
-        "density": selected_blocks(problem.mask) / NUM_HEADS / visible_blocks(*shape[:2]),
+        "density": density_of(problem.mask, *shape[:2]),
         "ms": ms,
         "tflops": flops / ms / 1e9,
         "gbs": num_bytes / ms / 1e6,

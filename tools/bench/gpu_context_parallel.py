@@ -27,9 +27,7 @@ import argparse
 import math
 import os
 import random
-import shlex
 import statistics
-import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -47,7 +45,7 @@ from rrattn.sequence_chunks import chunks_of_rank
 from . import records
 from .context_parallel import is_exact, line, short_table
 from .gpu_attend import HALF
-from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, normal, selected_blocks, structured, visible_blocks
+from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, density_of, normal, selected_blocks, structured
 from .gpu_ranks import NoWire, Wire, attend, every_block, gradients, held, share_of_rank, whole_share
 from .gpu_rivals import BACKWARD_DENSE, DENSE, elapsed_ms, make, relative_error
 
@@ -251,7 +249,7 @@ class Problem:
         if self.case.settings is None:
             return 1.0
         (block_mask,) = self.one.attended.block_masks
-        return selected_blocks(block_mask) / NUM_HEADS / visible_blocks(self.tokens, self.tokens)
+        return density_of(block_mask, self.tokens, self.tokens)
 
 
 def measure(tokens, case, layouts, wire):
@@ -356,8 +354,7 @@ def main():
         "head_dim": HEAD_DIM,
         "kernels": direct.gpu_kernels(local_rank),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        **records.fields_of_run(__spec__.name, arguments.commit),
-        "command": shlex.join(["torchrun", "--nproc-per-node", here, "-m", __spec__.name, *sys.argv[1:]]),
+        **records.fields_of_run(__spec__.name, arguments.commit, ("torchrun", "--nproc-per-node", here)),
     }
     check(arguments.layout)
     if is_first:

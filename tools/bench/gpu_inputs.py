@@ -42,6 +42,11 @@ def visible_blocks(seqlen_q, seqlen_k):
     return sum(blocks_k - blocks_q + m + 1 for m in range(blocks_q))
 
 
+def density_of(words, seqlen_q, seqlen_k):
+    """The selected blocks of words [1, Hq, Mq, ceil(Mk / 32)] as a share of those that all heads see when causal."""
+    return selected_blocks(words) / words.shape[1] / visible_blocks(seqlen_q, seqlen_k)
+
+
 def attend_flops(num_selected, seqlen_q, heads=NUM_HEADS, head_dim=HEAD_DIM):
     """Two products a block, 4 * 128 * 128 * D; the row's own block, which is selected, counts half (causal).
 

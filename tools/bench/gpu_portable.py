@@ -31,7 +31,7 @@ from rrattn.config import RRAttentionConfig
 from . import records
 from .gpu_attend import HALF, Pipeline, empty, rounds_for
 from .gpu_backward import backward
-from .gpu_inputs import normal, pack, random_blocks, selected_blocks, visible_blocks
+from .gpu_inputs import density_of, normal, pack, random_blocks
 from .gpu_rivals import DENSE, backward_of, interleaved_ms, make
 
 FLASH = "flash dense"
@@ -58,11 +58,6 @@ def random_pipeline(head_dim, tokens):
     return Pipeline(*(normal(tokens, heads, head_dim) for heads in (num_heads, num_heads_k, num_heads_k)))
 
 
-def density_of(words, tokens):
-    """Selected blocks as a share of the visible ones of all heads."""
-    return selected_blocks(words) / (words.shape[1] * visible_blocks(tokens, tokens))
-
-
 def measure_block_sparse(stage, head_dim, tokens, densities):
     pipeline = random_pipeline(head_dim, tokens)
     inputs = pipeline.query, pipeline.key, pipeline.value
@@ -79,7 +74,7 @@ def measure_block_sparse(stage, head_dim, tokens, densities):
     calls.update({density: pipeline.with_workspace([stages[density]])[0] for density in densities})
     ms = interleaved_ms(calls, rounds_for(tokens))
     for density in densities:
-        selected = density_of(words[density], tokens)
+        selected = density_of(words[density], tokens, tokens)
         yield {"stage": stage, "density": selected, "ms": ms[density], "share": ms[FLASH] * selected / ms[density]}, ms
 
 
@@ -99,7 +94,7 @@ def measure_whole(stages, head_dim, tokens):
         calls[stage]()
         ratio = ms[stage] / ms[FLASH]
         share = ratio if stage == "estimate+select" else 1 / ratio
-        yield {"stage": stage, "density": density_of(mask, tokens), "ms": ms[stage], "share": share}, ms
+        yield {"stage": stage, "density": density_of(mask, tokens, tokens), "ms": ms[stage], "share": share}, ms
 
 
 def measure(stages):

@@ -10,8 +10,8 @@ import sys
 import torch
 
 
-def fields_of_run(module, commit=None):
-    """What all records of a run of `python -m module` have; `commit` where this is no git checkout."""
+def fields_of_run(module, commit=None, launcher=("python",)):
+    """What all records of a run of `launcher -m module` have; `commit` where this is no git checkout."""
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "dtype": "bfloat16",
@@ -19,7 +19,7 @@ def fields_of_run(module, commit=None):
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "commit": commit or revision.stdout.strip(),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join([*launcher, "-m", module, *sys.argv[1:]]),
     }
 
 
