@@ -22,18 +22,17 @@ namespace rrattn::cuda {
 
 namespace {
 
-// The stages of an architecture. Hopper's gradients have no kernels of head size 64 of their own:
-// those of 128 are for it too.
+// The stages of an architecture.
 struct Sm90 {
   template <DataType kDataType, int kHeadDim, int kKeyStride>
   using EstimateStage = sm90::estimate::Stage<kDataType, kHeadDim, kKeyStride>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV>
   using AttendStage = sm90::attend::Stage<kDataType, kHeadDim, kHeadDimV>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
-  using BackwardStage = sm90::backward::Stage<kDataType, std::max(kHeadDim, 128),
-                                              std::max(kHeadDimV, 128), kDeterministic>;
+  using BackwardStage = sm90::backward::Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
 };
 
+// The portable gradients have no kernels of head size 96 of their own: those of 128 are for it too.
 template <sm80::TileTable kTable>
 struct Sm80 {
   template <DataType kDataType, int kHeadDim, int kKeyStride>
@@ -42,7 +41,8 @@ struct Sm80 {
   using AttendStage = sm80::attend::Stage<kDataType, kHeadDim, kHeadDimV, kTable>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
   using BackwardStage =
-      sm80::backward::Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic, kTable>;
+      sm80::backward::Stage<kDataType, kHeadDim == 96 ? 128 : kHeadDim,
+                            kHeadDimV == 96 ? 128 : kHeadDimV, kDeterministic, kTable>;
 };
 
 // Each function calls `use` with a value as std::integral_constant, or the type that stands for it.
@@ -107,10 +107,12 @@ auto with_attend_head_dims(const Heads& heads, const Use& use) {
 template <typename Use>
 auto with_backward_head_dims(const Heads& heads, const Use& use) {
   constexpr std::integral_constant<int, 64> k64;
+  constexpr std::integral_constant<int, 96> k96;
   constexpr std::integral_constant<int, 128> k128;
   constexpr std::integral_constant<int, 256> k256;
   const int64_t larger = std::max(heads.head_dim, heads.head_dim_v);
   if (larger <= 64) return use(k64, k64);
+  if (larger <= 96) return use(k96, k96);
   if (larger <= 128) return use(k128, k128);
   return heads.head_dim_v <= 128 ? use(k256, k128) : use(k256, k256);
 }

@@ -59,10 +59,12 @@ def check(inputs, mask, grad_out, deterministic):
     (
         (2048, 2048, 8, 2, 64),
         (2000, 4333, 8, 1, 64),
+        (2000, 4333, 8, 1, 96),
         (4096, 4096, 4, 4, 128),
         (4096, 4096, 4, 1, 128),
         (2048, 2304, 4, 2, 256),
         (8192, 8192, 12, 3, 128),  # two key heads in the first section of the work, one in the last
+        (4096, 4096, 32, 1, 128),  # many parts of a walk, by heads
     ),
     ids=str,
 )
@@ -122,6 +124,49 @@ def test_a_million_keys(deterministic):
     assert not grad_key[0, unseen].any() and not grad_value[0, unseen].any()
 
 
+def gathered_backward(query, key, value, mask, grad_out):
+    """The same of one batch entry in float32, of queries from the start of the keys on, by the few blocks selected."""
+    grads = [torch.zeros(x.shape, device="cuda") for x in (query, key, value)]
+    group = query.shape[2] // key.shape[2]
+    for h, m in np.ndindex(*mask.shape[1:3]):
+        rows = slice(m * 128, (m + 1) * 128)
+        row = torch.arange(query.shape[1], device="cuda")[rows]
+        blocks = torch.from_numpy(np.flatnonzero(mask[0, h, m])).cuda()
+        token = (blocks[:, None] * 128 + torch.arange(128, device="cuda")).flatten()
+        token = token[token < key.shape[1]]
+        leaves = query[0, rows, h], key[0, token, h // group], value[0, token, h // group]
+        leaves = [x.float().requires_grad_() for x in leaves]
+        scores = (leaves[0] @ leaves[1].T / query.shape[3] ** 0.5).masked_fill(token > row[:, None], float("-inf"))
+        found = torch.autograd.grad(scores.softmax(-1) @ leaves[2], leaves, grad_out[0, rows, h].float())
+        grads[0][0, rows, h] = found[0]
+        for grad, of_blocks in zip(grads[1:], found[1:]):
+            grad[0, :, h // group].index_add_(0, token, of_blocks)
+    return grads
+
+
+@pytest.mark.one_table
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("sizes", ((80_000, 4, 2, 128), (40_000, 2, 2, 256), (140_000, 2, 1, 64)), ids=str)
+def test_more_keys_than_sums_in_the_workspace(sizes, deterministic):
+    """Walks in several parts, by heads and by query blocks, of columns that differ in density: sinks, empty ones."""
+    seqlen, num_heads, num_heads_k, head_dim = sizes
+    inputs = random_inputs(seqlen, seqlen, num_heads, num_heads_k, head_dim)
+    blocks = -(-seqlen // 128)
+    random = np.random.default_rng(0)
+    density = 0.04 * random.random((1, num_heads, 1, blocks)) ** 2
+    density[..., ::5], density[..., [0, blocks // 2]] = 0, 1
+    mask = random.random((1, num_heads, blocks, blocks)) < density
+    mask |= np.eye(blocks, dtype=bool) & (np.arange(blocks) % 7 < 5)
+    mask[0, :, 0, 0] = True
+    mask &= np.tri(blocks, dtype=bool)
+    grad_out = torch.randn_like(inputs[0])
+    grads = backward(inputs, words(mask), grad_out, deterministic=deterministic)
+    for actual, expected in zip(grads, gathered_backward(*inputs, mask, grad_out)):
+        assert (actual.float() - expected).norm() <= 0.01 * expected.norm()
+    again = backward(inputs, words(mask), grad_out, deterministic=deterministic)
+    assert all(map(torch.equal, again[0 if deterministic else 1 :], grads[0 if deterministic else 1 :]))
+
+
 @pytest.mark.parametrize("deterministic", (False, True))
 def test_a_captured_graph_replays_with_other_inputs(deterministic):
     inputs = random_inputs(1024, 1024, 4, 2, 128)
@@ -163,6 +208,21 @@ def test_a_workspace_that_is_too_small_is_refused(head_dim):
     with pytest.raises(ValueError, match=f"workspace has {size - 1} bytes, but must have at least {size}"):
         direct.block_sparse_attention_backward(*arrays, **outputs, workspace=workspace)
     assert all(grad.isnan().all() for grad in grads)
+
+
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("sizes", ((131072, 32, 8, 128), (131072, 32, 1, 128), (16384, 32, 1, 32), (16384, 28, 4, 32)))
+def test_the_workspace_stays_small(sizes, deterministic):
+    """At most so many MB besides dQ in float32."""
+    seqlen, num_heads, num_heads_k, megabytes = sizes
+    heads = num_heads, num_heads_k, num_heads_k
+    inputs = [torch.empty(1, seqlen, h, 128, device="cuda", dtype=torch.bfloat16) for h in heads]
+    block_mask = torch.empty(1, num_heads, seqlen // 128, -(-seqlen // 4096), device="cuda", dtype=torch.int32)
+    lse = torch.empty(1, num_heads, seqlen, device="cuda")
+    outputs = dict(zip(GRADS, map(torch.empty_like, inputs)))
+    options = {"causal": True, "deterministic": deterministic, "size_only": True, **outputs}
+    size = direct.block_sparse_attention_backward(*inputs, block_mask, inputs[0], lse, inputs[0], **options)
+    assert size <= 4 * inputs[0].numel() + (megabytes << 20)
 
 
 @pytest.mark.parametrize("head_dim", (64, 128, 256))

@@ -7,15 +7,14 @@
 #include <cute/tensor.hpp>
 
 #include "../../common/backward/workspace.cuh"
-#include "../../common/heads.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
+#include "work.cuh"
 
 namespace rrattn::cuda::sm90::backward {
 
 using namespace cute;
-using cuda::backward::num_padded_rows, cuda::backward::Place, cuda::backward::usable_scale,
-    cuda::backward::Workspace;
+using cuda::backward::num_padded_rows, cuda::backward::usable_scale, cuda::backward::Workspace;
 
 constexpr int kConsumers = 2;  // warp groups
 constexpr int kConsumerThreads = kConsumers * kWarpGroup;
@@ -23,9 +22,12 @@ constexpr int kQueryTile = 64;                        // queries of a step
 constexpr int kQueryTiles = kBlockSize / kQueryTile;  // tiles of a query block
 constexpr uint32_t kStatisticsBytes = kQueryTile * sizeof(float);
 
-// Keys of a key head, against the queries that selected them: the item of work.
+// Keys of a key head, against the queries of a part of their walk that selected them: the item
+// of work.
+template <int kKeys>
 struct Item {
-  int index;  // < 0: no item is left
+  Place<kKeys> place;
+  bool none_left;  // then there is no item
   bool nothing_selected;
 };
 
@@ -37,24 +39,30 @@ struct QueryStep {
   bool last;    // of the item
 };
 
-// What the kernel is built for: up to 128 columns of queries, keys and values.
+// What the kernel is built for: 65 to 128 columns of queries and keys, or of values.
 //
 // Each consumer has 64 keys. S^T = K Q^T and dP^T = V dO^T lie in registers with the keys as
 // rows, so that dV += P^T dO and dK += dS^T Q take P^T and dS^T from there. lse / scale and delta,
 // which are to be subtracted, are what the accumulators of S^T and dP^T start from, negated: so the
 // subtraction takes neither registers nor time. dQ = dS K takes dS of both consumers from
 // shared memory, and each computes half of its columns.
-template <typename Element_, bool kDeterministic_>
+//
+// Columns from kUsedColumns on, a multiple of 16, are zeros, with which S and dP take no time. The
+// others' products have these columns too: wgmma takes no part of a panel of 64 there.
+template <typename Element_, int kUsedColumns_, bool kDeterministic_>
 struct KernelTraits {
   using Element = Element_;
   static constexpr bool kDeterministic = kDeterministic_;
+  static constexpr int kUsedColumns = kUsedColumns_;
   static constexpr int kHeadDim = 128;      // of queries and keys
   static constexpr int kHeadDimV = 128;     // of values and out
   static constexpr int kKeys = kBlockSize;  // of an item
   static constexpr int kQuerySlots = 3;     // one is the last step's, whose dQ is not sent yet
   static constexpr int kGradOutSlots = 2;
   static constexpr int kGradScoreSlots = 3;
-  static constexpr int kSumsSlots = kQuerySlots + 1;  // the writer may be one step behind
+  static constexpr int kSumsTiles = 1;                         // that are sent at once
+  static constexpr int kSumsSlots = kQuerySlots + kSumsTiles;  // the writer may be one step behind
+  static constexpr int kGradQueryThreads = kConsumerThreads;   // that have dQ of a tile
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
   static constexpr int kProducerRegisters = 24;
@@ -111,7 +119,7 @@ struct KernelTraits {
     Barrier grad_out_full[kGradOutSlots], grad_out_empty[kGradOutSlots];  // grad_score_start
     Barrier grad_scores_full[kGradScoreSlots];
     Barrier sums_full, sums_empty;  // between the consumers and the writer
-    Item item;
+    Item<kKeys> item;
     QueryStep step[kQuerySlots];
     // For each step the tile of [B, Hq, Mq * kQueryTiles] to which its dQ is to be added; < 0: no
     // step is left.
@@ -140,13 +148,29 @@ struct PackedRows {
   }
 };
 
+// In the workspace, if walks are cut into parts: sums of dK and dV in slots, each in the order of
+// the consumers' accumulators, and for each slot and consumer whose turn at the sums it is, times
+// 2, plus 1 if there are any.
+struct KeySums {
+  float *key = nullptr, *value = nullptr;  // [slots, keys of an item * columns]
+  int* tickets = nullptr;                  // [slots, consumers]; zeros at the start
+
+  template <typename Traits>
+  static KeySums take(Arena& arena, const WorkOrder& order) {
+    if (order.num_parts <= 1) return {};
+    const int64_t keys = int64_t{order.num_slots()} * Traits::kKeys;
+    return {arena.take<float>(keys * Traits::kHeadDim), arena.take<float>(keys * Traits::kHeadDimV),
+            arena.take<int>(order.num_slots() * kConsumers)};
+  }
+};
+
 // What the kernel is launched with.
 struct KernelParams {
   BackwardParams backward;
   CUtensorMap query, key, value, grad_out;
   Workspace workspace;
-  int num_items;
-  int section_heads;  // key heads of a section
+  KeySums key_sums;
+  WorkOrder order;
   bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
 };
 

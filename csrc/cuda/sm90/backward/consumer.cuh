@@ -18,7 +18,7 @@ template <typename Traits>
 class Consumer : ConsumerParts<Traits> {
   using Parts = ConsumerParts<Traits>;
   using typename Parts::Element, typename Parts::GradQuery, typename Parts::Operand,
-      typename Parts::Place, typename Parts::Scores, typename Parts::SharedStorage;
+      typename Parts::Scores, typename Parts::SharedStorage;
   using GradKey = decltype(partition_fragment_C(typename Traits::GradKeyMma{},
                                                 Shape<Int<kBlockSize>, Int<Traits::kHeadDim>>{}));
 
@@ -28,42 +28,40 @@ class Consumer : ConsumerParts<Traits> {
   __device__ void consume_items() {
     for (RingPosition<1> items;; items.advance()) {
       shared_.item_full.wait(items.parity);
-      const auto item = shared_.item;
-      if (item.index < 0) break;
-      const Place place(params_.backward, params_.num_items, params_.section_heads, item.index);
+      item_ = shared_.item;
+      if (item_.none_left) break;
       GradKey grad_key, grad_value;
       clear(grad_key);
       clear(grad_value);
-      if (!item.nothing_selected) {
-        if (may_leave_unseen_keys(params_.backward.visibility)) clear_bad_rows(place);
-        take_steps(place, grad_key, grad_value);
+      if (!item_.nothing_selected) {
+        if (may_leave_unseen_keys(params_.backward.visibility)) clear_bad_rows();
+        take_steps(grad_key, grad_value);
       }
       shared_.item_empty.arrive();
-      const BackwardParams& backward = params_.backward;
-      store(place, grad_key, backward.softmax_scale, backward.grad_key, backward.heads.head_dim,
-            params_.aligned_grad_key);
-      store(place, grad_value, 1, backward.grad_value, backward.heads.head_dim_v,
-            params_.aligned_grad_value);
+      const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
+      turn.add(GradKeyTarget::key(params_), grad_key);
+      turn.add(GradKeyTarget::value(params_), grad_value);
+      turn.end();
     }
     shared_.sums_empty.wait(sums_.parity ^ 1);
     shared_.sums_full.arrive();  // the writer finds that no step is left
   }
 
  private:
-  __device__ void take_steps(const Place& place, GradKey& grad_key, GradKey& grad_value) {
+  __device__ void take_steps(GradKey& grad_key, GradKey& grad_value) {
     Scores scores, grad_scores;
     Operand probabilities;
     start_scores(scores);
     start_grad_scores(grad_scores);
     warpgroup_wait<1>();
-    softmax(place, shared_.step[queries_.slot], masked_, scores, probabilities);
+    softmax(shared_.step[queries_.slot], masked_, scores, probabilities);
     warpgroup_wait<0>();
     bool first = true;
     while (!last_) {
-      take_step<false>(place, first, scores, probabilities, grad_scores, grad_key, grad_value);
+      take_step<false>(first, scores, probabilities, grad_scores, grad_key, grad_value);
       first = false;
     }
-    take_step<true>(place, first, scores, probabilities, grad_scores, grad_key, grad_value);
+    take_step<true>(first, scores, probabilities, grad_scores, grad_key, grad_value);
     GradQuery grad_query;
     start_grad_query(false, grad_query);
     warpgroup_wait<0>();
@@ -75,8 +73,8 @@ class Consumer : ConsumerParts<Traits> {
   // the last. The dQ computed here is that of the step before, so that neither consumer waits for
   // what the other has just begun.
   template <bool kLast>
-  __device__ void take_step(const Place& place, bool first, Scores& scores, Operand& probabilities,
-                            Scores& grad_scores, GradKey& grad_key, GradKey& grad_value) {
+  __device__ void take_step(bool first, Scores& scores, Operand& probabilities, Scores& grad_scores,
+                            GradKey& grad_key, GradKey& grad_value) {
     const int query_slot = queries_.slot, grad_slot = grads_.slot;
     warpgroup_fence_operand(grad_scores);
     accumulate_key(probabilities, shared_.grad_out[grad_slot], grad_value);
@@ -107,7 +105,7 @@ class Consumer : ConsumerParts<Traits> {
     if constexpr (!kLast) {
       start_grad_scores(grad_scores);
       warpgroup_wait<1>();
-      softmax(place, shared_.step[queries_.slot], masked_, scores, probabilities);
+      softmax(shared_.step[queries_.slot], masked_, scores, probabilities);
       warpgroup_wait<0>();
     }
   }
@@ -134,7 +132,7 @@ class Consumer : ConsumerParts<Traits> {
     masked_ = shared_.step[queries_.slot].masked | shared_.any_not_finite;
     last_ = shared_.step[queries_.slot].last;
     start_from(shared_.score_start[queries_.slot], scores);
-    this->template multiply<GMMA::ScaleOut::One>(
+    this->template multiply<GMMA::ScaleOut::One, Traits::kUsedColumns / 16>(
         typename Traits::ScoreMma{}, consumer_, shared_.key, typename Traits::KeyLayout{},
         shared_.query[queries_.slot], typename Traits::QueryLayout{}, scores);
   }
@@ -143,7 +141,7 @@ class Consumer : ConsumerParts<Traits> {
   __device__ void start_grad_scores(Scores& grad_scores) {
     shared_.grad_out_full[grads_.slot].wait(grads_.parity);
     start_from(shared_.grad_score_start[grads_.slot], grad_scores);
-    this->template multiply<GMMA::ScaleOut::One>(
+    this->template multiply<GMMA::ScaleOut::One, Traits::kUsedColumns / 16>(
         typename Traits::ScoreMma{}, consumer_, shared_.value, typename Traits::KeyLayout{},
         shared_.grad_out[grads_.slot], typename Traits::QueryLayout{}, grad_scores);
   }
@@ -179,8 +177,8 @@ class Consumer : ConsumerParts<Traits> {
   }
 
   using Parts::accumulate, Parts::clear_bad_rows, Parts::multiply, Parts::softmax,
-      Parts::start_from, Parts::store, Parts::store_transposed, Parts::tile_row;
-  using Parts::consumer_, Parts::params_, Parts::shared_, Parts::thread_;
+      Parts::start_from, Parts::store_transposed, Parts::tile_row;
+  using Parts::consumer_, Parts::item_, Parts::params_, Parts::shared_, Parts::thread_;
 
   RingPosition<Traits::kQuerySlots> queries_, unsent_;
   RingPosition<Traits::kGradOutSlots> grads_;

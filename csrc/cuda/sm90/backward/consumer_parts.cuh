@@ -4,8 +4,7 @@
 
 #include "../../common/block_masking.cuh"
 #include "../../common/softmax.cuh"
-#include "../../common/store_row.cuh"
-#include "config.cuh"
+#include "grad_keys.cuh"
 
 namespace rrattn::cuda::sm90::backward {
 
@@ -14,7 +13,6 @@ class ConsumerParts {
  protected:
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
-  using Place = cuda::backward::Place<Traits::kKeys>;
   using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
                                                Shape<Int<Traits::kKeys>, Int<kQueryTile>>{}));
   // dQ, of which each consumer has half the columns.
@@ -39,7 +37,7 @@ class ConsumerParts {
   // Zeroes keys and values that hold a NaN or infinity: even times a probability of 0 it would make
   // queries NaN that do not see it. Queries that do see it are given NaN by `hide`. Also zeroes
   // keys and values that no query sees and that are so large that dP may overflow.
-  __device__ void clear_bad_rows(const Place& place) const {
+  __device__ void clear_bad_rows() const {
     constexpr bool kIsBFloat16 = std::is_same_v<Element, cutlass::bfloat16_t>;
     constexpr uint32_t kInfinity = kIsBFloat16 ? 0x7f80 : 0x7c00;
     constexpr uint32_t kLarge = kIsBFloat16 ? 0x5d80 : kInfinity;      // 2^60
@@ -65,6 +63,7 @@ class ConsumerParts {
     bool not_finite = largest >= kInfinity;
     if (largest >= kLarge) {
       const BackwardParams& backward = params_.backward;
+      const auto& place = item_.place;
       const bool seen =
           seen_by_group(backward.visibility, group_size(backward.visibility, backward.heads),
                         place.batch, place.key_head, place.first_key() + row);
@@ -92,15 +91,15 @@ class ConsumerParts {
   }
 
   // Starts result = A B of tiles in shared memory, or result += A B: the part of this consumer,
-  // among those that share the product.
-  template <GMMA::ScaleOut kScaleOut = GMMA::ScaleOut::Zero, typename Mma, typename ALayout,
-            typename BLayout, typename Result>
+  // among those that share the product. kSteps: as start_product says.
+  template <GMMA::ScaleOut kScaleOut = GMMA::ScaleOut::Zero, int kSteps = -1, typename Mma,
+            typename ALayout, typename BLayout, typename Result>
   __device__ void multiply(Mma mma, int consumer, Element* a, ALayout, Element* b, BLayout,
                            Result& result) const {
     // Else descriptors are computed ahead of the loop, and spilled.
     asm volatile("" : "+r"(consumer));
     auto thread_mma = mma.get_thread_slice(consumer * kWarpGroup);
-    start_product<kScaleOut>(
+    start_product<kScaleOut, kSteps>(
         mma, thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(a), ALayout{})),
         thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(b), BLayout{})), result);
   }
@@ -134,10 +133,10 @@ class ConsumerParts {
   }
 
   // Turns scores of a step into probabilities. `masked`: some may be hidden.
-  __device__ void softmax(const Place& place, const QueryStep& step, bool masked, Scores& scores,
+  __device__ void softmax(const QueryStep& step, bool masked, Scores& scores,
                           Operand& probabilities) const {
     warpgroup_fence_operand(scores);
-    if (masked) hide(place, step, scores);
+    if (masked) hide(step, scores);
     uint32_t all = 0;
 #pragma unroll
     for (int i = 0; i < size(scores); ++i) {
@@ -150,7 +149,8 @@ class ConsumerParts {
 
   // Gives hidden scores a probability of 0, and makes visible ones NaN where the key or its value
   // is not finite.
-  __device__ void hide(const Place& place, const QueryStep& step, Scores& scores) const {
+  __device__ void hide(const QueryStep& step, Scores& scores) const {
+    const auto& place = item_.place;
     const Visibility& visibility = params_.backward.visibility;
     const RowBounds& layout = visibility.row_bounds;
     const int first_query = step.first_query + column(0);
@@ -202,36 +202,22 @@ class ConsumerParts {
     }
   }
 
-  // Stores `scale` times the thread's rows of dK or dV.
-  template <typename Grad>
-  __device__ void store(const Place& place, const Grad& grad, float scale, const Rows& rows,
-                        int64_t head_dim, bool aligned) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t key = place.first_key() + key_row() + half * 8;
-      Element* row = static_cast<Element*>(rows.data) + place.batch * rows.batch_stride +
-                     place.key_head * rows.head_stride + key * rows.row_stride;
-      store_row(grad, half, scale, row, key < params_.backward.visibility.seqlen_k,
-                static_cast<int>(head_dim), aligned);
-    }
-  }
-
   // The query, within the tile, of score i of either of the thread's keys.
   __device__ static int column(int i) {
     return static_cast<int>(threadIdx.x) % 4 * 2 + accumulator_column(i);
   }
 
   // The warp's first key of the item's: each consumer has other keys, or all have the same.
-  __device__ int key_of_warp() const {
-    return (Traits::kKeys == kBlockSize ? thread_ : thread_ % kWarpGroup) / 32 * 16;
-  }
+  __device__ int key_of_warp() const { return thread_ % kThreadsOfKeys<Traits> / 32 * 16; }
   // The thread's first key of the item's, and its first row in the query tile; its second is 8
   // further on.
-  __device__ int key_row() const { return key_of_warp() + thread_ % 32 / 4; }
+  __device__ int key_row() const { return key_row_of<Traits>(thread_); }
   __device__ int tile_row() const { return thread_ % kWarpGroup / 32 * 16 + thread_ % 32 / 4; }
 
   const KernelParams& params_;
   SharedStorage& shared_;
+  Item<Traits::kKeys> item_;  // in registers: in shared memory it costs the loop a twentieth more
+                              // instructions, which move descriptors
   const int consumer_;
   const int thread_;  // of both consumers
   const float score_scale_;

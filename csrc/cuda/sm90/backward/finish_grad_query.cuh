@@ -6,12 +6,14 @@
 
 namespace rrattn::cuda::sm90::backward {
 
-// A thread block takes one tile of the sums, in the order of the accumulators of both consumers.
+// A thread block takes one tile of the sums, in the order of the accumulators of the consumers, or the
+// consumer, that computed it.
 template <typename Traits>
-__global__ void __launch_bounds__(kConsumerThreads)
+__global__ void __launch_bounds__(Traits::kGradQueryThreads)
     finish_grad_query_kernel(const __grid_constant__ KernelParams params) {
   using Element = typename Traits::Element;
-  constexpr int kValues = kQueryTile * Traits::kHeadDim / kConsumerThreads;
+  constexpr int kThreads = Traits::kGradQueryThreads;
+  constexpr int kValues = kQueryTile * Traits::kHeadDim / kThreads;
   const BackwardParams& backward = params.backward;
   const Visibility& visibility = backward.visibility;
   const int64_t tiles = visibility.num_m_blocks() * kQueryTiles;
@@ -23,12 +25,12 @@ __global__ void __launch_bounds__(kConsumerThreads)
   auto sums = make_tensor<float>(Shape<Int<kValues>>{});
 #pragma unroll
   for (int i = 0; i < kValues; i += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(from + i * kConsumerThreads);
+    const float4 four = *reinterpret_cast<const float4*>(from + i * kThreads);
     sums(i) = four.x, sums(i + 1) = four.y, sums(i + 2) = four.z, sums(i + 3) = four.w;
   }
-  // Consumer c has the columns from c * 64 on.
+  // Of two consumers each has half of the columns.
   const int first_column =
-      static_cast<int>(threadIdx.x) / kWarpGroup * (Traits::kHeadDim / kConsumers);
+      static_cast<int>(threadIdx.x) / kWarpGroup * (Traits::kHeadDim * kWarpGroup / kThreads);
   const int row_in_tile =
       static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
   if constexpr (Traits::kDeterministic) {

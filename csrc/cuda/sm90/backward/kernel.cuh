@@ -11,11 +11,13 @@
 // (finish_grad_query.cuh), and grad_sink (common/backward/finish_grad_sink.cuh).
 //
 // The kernel is persistent. A thread block takes a key block of a key head, walks the query blocks
-// of the group's heads that selected it, keeps dK and dV in registers, and adds its share of dQ to
-// the sums in the workspace.
+// of the group's heads that selected it, or a part of them (work.cuh), keeps dK and dV in registers,
+// and adds its share of dQ to the sums in the workspace, and that of dK and dV if it had a part
+// (grad_keys.cuh).
 #pragma once
 
 #include "consumer.cuh"
+#include "narrow/consumer.cuh"
 #include "producer.cuh"
 #include "writer.cuh"
 
@@ -30,7 +32,8 @@ __device__ inline void init_shared(typename Traits::SharedStorage& shared) {
   cutlass::arch::fence_barrier_init();
 }
 
-template <typename Traits>
+// Consumer: that of the Traits' head size, Consumer or narrow::Consumer.
+template <typename Traits, template <typename> class Consumer>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ char shared_memory[];

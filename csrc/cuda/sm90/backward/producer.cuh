@@ -1,14 +1,12 @@
-// The producer warp of the gradients: it takes key blocks, walks the query blocks that selected
-// them, of all heads of the group, and copies both.
+// The producer warp of the gradients: it takes items, walks the query blocks that selected their
+// keys, and copies both.
 #pragma once
 
-#include "../../common/backward/query_blocks.cuh"
 #include "../common/tensor_copy.cuh"
 #include "config.cuh"
+#include "part_blocks.cuh"
 
 namespace rrattn::cuda::sm90::backward {
-
-using cuda::backward::QueryBlocks;
 
 // The barriers between the producer and the consumers.
 template <typename Traits>
@@ -39,22 +37,16 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
 
   for (;;) {
     const int item = take_item(workspace.next_item);
+    if (item >= params.order.num_items) break;
+    const Place<Traits::kKeys> place(params.backward, params.order, item);
+    if (place.window(params.order) < place.first_window(visibility, params.order)) continue;
     shared.item_empty.wait(items.parity ^ 1);  // until the consumers are done with the last item
     items.advance();
-    if (item >= params.num_items) {
-      if (leader) {
-        shared.item.index = -1;
-        shared.sums_tile[sums.slot] = -1;
-        shared.item_full.arrive();
-      }
-      return;
-    }
-    const Place<Traits::kKeys> place(params.backward, params.num_items, params.section_heads, item);
 
-    QueryBlocks blocks(params.backward, workspace, place.batch, place.key_head, place.n_block());
+    PartBlocks<Traits::kKeys> blocks(params, place);
     bool more = blocks.next();
     if (leader) {
-      shared.item = {item, !more};
+      shared.item = {place, false, !more};
       if (more) {
         constexpr uint32_t kScaleBytes = Traits::kHeadDim * sizeof(float);
         shared.item_full.arrive_and_expect(sizeof(shared.key) + sizeof(shared.value) +
@@ -115,6 +107,12 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
         grads.advance();
       }
     }
+  }
+  shared.item_empty.wait(items.parity ^ 1);
+  if (leader) {
+    shared.item.none_left = true;
+    shared.sums_tile[sums.slot] = -1;
+    shared.item_full.arrive();
   }
 }
 

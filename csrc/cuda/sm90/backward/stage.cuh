@@ -12,33 +12,24 @@
 
 namespace rrattn::cuda::sm90::backward {
 
-// Bytes of the queries, dO and sums of dQ of a section. At short lengths that is several key heads,
-// so that the thread blocks are done at about the same time: see docs/tuning.md.
-constexpr int64_t kSectionBytes = 64 << 20;
-
 template <typename Traits>
 KernelParams kernel_params(const BackwardParams& backward, const Workspace& workspace,
-                           const PackedRows& packed) {
+                           const PackedRows& packed, const WorkOrder& order,
+                           const KeySums& key_sums) {
   const Visibility& visibility = backward.visibility;
   const cudaStream_t stream = stream_of(backward.execution);
-  const int64_t key_heads = visibility.batch * backward.heads.num_heads_k;
   const auto map = [&](const Rows& rows, const TensorShape& shape, void* copy, int box_rows) {
     return map_rows(rows, shape, copy, box_rows, stream);
   };
   const Heads& heads = backward.heads;
-  const int64_t row_bytes =
-      (Traits::kHeadDim + Traits::kHeadDimV) * sizeof(typename Traits::Element) +
-      Traits::kHeadDim * sizeof(float);
-  const int64_t head_bytes =
-      num_padded_rows(visibility) / std::max<int64_t>(1, key_heads) * row_bytes;
   return {backward,
           map(backward.query, query_shape_of(visibility, heads), packed.query, kQueryTile),
           map(backward.key, key_shape_of(visibility, heads), packed.key, Traits::kKeys),
           map(backward.value, value_shape_of(visibility, heads), packed.value, Traits::kKeys),
           map(backward.grad_out, out_shape_of(visibility, heads), packed.grad_out, kQueryTile),
           workspace,
-          static_cast<int>(key_heads * visibility.num_n_blocks() * (kBlockSize / Traits::kKeys)),
-          heads_in_section(kSectionBytes, head_bytes, key_heads),
+          key_sums,
+          order,
           aligned_rows(backward.grad_key),
           aligned_rows(backward.grad_value),
           aligned_rows(backward.grad_query)};
@@ -50,35 +41,51 @@ void launch_finish_grad_query(const KernelParams& params) {
   const auto grid = static_cast<unsigned>(num_padded_rows(backward.visibility) / kQueryTile);
   if (grid == 0) return;
   finish_grad_query_kernel<Traits>
-      <<<grid, kConsumerThreads, 0, stream_of(backward.execution)>>>(params);
+      <<<grid, Traits::kGradQueryThreads, 0, stream_of(backward.execution)>>>(params);
   RRATTN_CUDA_CHECK(cudaGetLastError());
 }
 
 template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
+using TraitsOf = std::conditional_t<
+    (kHeadDim > 128), wide::KernelTraits<ElementOf<kDataType>, kHeadDim, kHeadDimV, kDeterministic>,
+    std::conditional_t<(kHeadDim > 64),
+                       KernelTraits<ElementOf<kDataType>, kHeadDim, kDeterministic>,
+                       narrow::KernelTraits<ElementOf<kDataType>, kDeterministic>>>;
+
+template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
 int64_t Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::workspace_bytes(
     const BackwardParams& params) {
+  using Traits = TraitsOf<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
   Arena arena;
-  Workspace(arena, params, kHeadDim);
+  Workspace(arena, params, Traits::kHeadDim);
   PackedRows(arena, params);
+  KeySums::take<Traits>(arena, choose_work_order<Traits>(params));
   return arena.used();
 }
 
 template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
 void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::launch(const BackwardParams& backward) {
-  constexpr bool kWide = kHeadDim > 128;
-  using Traits = std::conditional_t<
-      kWide, wide::KernelTraits<ElementOf<kDataType>, kHeadDim, kHeadDimV, kDeterministic>,
-      KernelTraits<ElementOf<kDataType>, kDeterministic>>;
+  using Traits = TraitsOf<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
   const cudaStream_t stream = stream_of(backward.execution);
   Arena arena(backward.execution.workspace);
-  const Workspace workspace(arena, backward, kHeadDim);
-  const auto params = kernel_params<Traits>(backward, workspace, PackedRows(arena, backward));
-  cuda::backward::prepare<typename Traits::Element, kHeadDim>(backward, workspace);
-  if (params.num_items > 0) {
-    if constexpr (kWide) {
-      launch_persistent<Traits>(wide::backward_kernel<Traits>, params.num_items, stream, params);
+  const Workspace workspace(arena, backward, Traits::kHeadDim);
+  const PackedRows packed(arena, backward);
+  const auto order = choose_work_order<Traits>(backward);
+  const auto key_sums = KeySums::take<Traits>(arena, order);
+  const auto params = kernel_params<Traits>(backward, workspace, packed, order, key_sums);
+  cuda::backward::prepare<typename Traits::Element, Traits::kHeadDim>(backward, workspace);
+  if (key_sums.tickets != nullptr) {
+    RRATTN_CUDA_CHECK(
+        cudaMemsetAsync(key_sums.tickets, 0, order.num_slots() * kConsumers * sizeof(int), stream));
+  }
+  if (order.num_items > 0) {
+    if constexpr (kHeadDim > 128) {
+      launch_persistent<Traits>(wide::backward_kernel<Traits>, order.num_items, stream, params);
+    } else if constexpr (kHeadDim > 64) {
+      launch_persistent<Traits>(backward_kernel<Traits, Consumer>, order.num_items, stream, params);
     } else {
-      launch_persistent<Traits>(backward_kernel<Traits>, params.num_items, stream, params);
+      launch_persistent<Traits>(backward_kernel<Traits, narrow::Consumer>, order.num_items, stream,
+                                params);
     }
   }
   launch_finish_grad_query<Traits>(params);

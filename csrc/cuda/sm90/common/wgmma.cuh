@@ -9,13 +9,16 @@ namespace rrattn::cuda::sm90 {
 
 // Starts result = A B, or with ScaleOut::One result += A B, of a thread's fragments. Whoever uses
 // the result waits for it (warpgroup_wait) first. The caller fences an A that lies in registers.
-template <cute::GMMA::ScaleOut kScaleOut, typename Mma, typename A, typename B, typename Result>
+// kSteps: of the sums' steps of 16 terms, those to take, where the others are known to be 0; default:
+// all.
+template <cute::GMMA::ScaleOut kScaleOut, int kSteps = -1, typename Mma, typename A, typename B,
+          typename Result>
 __device__ inline void start_product(Mma& mma, const A& a, const B& b, Result& result) {
   mma.accumulate_ = kScaleOut;
   cute::warpgroup_fence_operand(result);
   cute::warpgroup_arrive();
 #pragma unroll
-  for (int k = 0; k < cute::size<2>(b); ++k) {
+  for (int k = 0; k < (kSteps < 0 ? cute::size<2>(b) : kSteps); ++k) {
     cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), result);
     mma.accumulate_ = cute::GMMA::ScaleOut::One;
   }

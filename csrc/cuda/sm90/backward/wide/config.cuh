@@ -20,6 +20,7 @@ struct KernelTraits {
   static constexpr int kGradOutSlots = 2;
   static constexpr int kGradScoreSlots = 2;
   static constexpr int kSumsSlots = kQuerySlots;
+  static constexpr int kGradQueryThreads = kConsumerThreads;  // that have dQ of a tile
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
   static constexpr int kProducerRegisters = 24;
@@ -80,7 +81,7 @@ struct KernelTraits {
     Barrier grad_out_full[kGradOutSlots], grad_out_empty[kGradOutSlots];  // grad_score_start
     Barrier probabilities_full, probabilities_empty;  // from the first consumer to the second
     Barrier grad_scores_full[kGradScoreSlots], grad_scores_empty[kGradScoreSlots];  // and back
-    Item item;
+    Item<kKeys> item;
     QueryStep step[kQuerySlots];
     // For the step in each slot the tile of [B, Hq, Mq * kQueryTiles] to which its dQ is to be added.
     int sums_tile[kSumsSlots];

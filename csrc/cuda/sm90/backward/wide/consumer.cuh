@@ -23,7 +23,7 @@ class Consumer : protected ConsumerParts<Traits> {
   using Parts::Parts;
 
  protected:
-  using typename Parts::GradQuery, typename Parts::Place;
+  using typename Parts::GradQuery;
 
   // Where dQ of a step goes, and in deterministic mode the scales of the thread's two rows.
   struct Sums {
@@ -33,21 +33,21 @@ class Consumer : protected ConsumerParts<Traits> {
 
   // `take_steps(place, grad)` adds up the gradient, of keys or of values, over an item's steps.
   template <typename Grad, typename TakeSteps>
-  __device__ void consume(float scale, const Rows& rows, int64_t head_dim, bool aligned,
-                          const TakeSteps& take_steps) {
+  __device__ void consume(const GradKeyTarget& target, const TakeSteps& take_steps) {
     for (RingPosition<1> items;; items.advance()) {
       shared_.item_full.wait(items.parity);
-      const Item item = shared_.item;
-      if (item.index < 0) return;
-      const Place place(params_.backward, params_.num_items, params_.section_heads, item.index);
+      item_ = shared_.item;
+      if (item_.none_left) return;
       Grad grad;
       clear(grad);
-      if (!item.nothing_selected) {
-        if (may_leave_unseen_keys(params_.backward.visibility)) this->clear_bad_rows(place);
-        take_steps(place, grad);
+      if (!item_.nothing_selected) {
+        if (may_leave_unseen_keys(params_.backward.visibility)) this->clear_bad_rows();
+        take_steps(grad);
       }
       shared_.item_empty.arrive();
-      this->store(place, grad, scale, rows, head_dim, aligned);
+      const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
+      turn.add(target, grad);
+      turn.end();
     }
   }
 
@@ -98,7 +98,7 @@ class Consumer : protected ConsumerParts<Traits> {
     return reinterpret_cast<float4*>(shared_.probabilities) + thread_ % kWarpGroup;
   }
 
-  using Parts::consumer_, Parts::params_, Parts::shared_, Parts::thread_;
+  using Parts::consumer_, Parts::item_, Parts::params_, Parts::shared_, Parts::thread_;
   RingPosition<Traits::kQuerySlots> queries_;
   RingPosition<Traits::kGradOutSlots> grads_;
   RingPosition<Traits::kGradScoreSlots> grad_scores_;
@@ -110,8 +110,8 @@ template <typename Traits>
 class ValueConsumer : Consumer<Traits> {
   using Base = Consumer<Traits>;
   using Parts = ConsumerParts<Traits>;
-  using typename Parts::GradQuery, typename Parts::Operand, typename Parts::Place,
-      typename Parts::Scores, typename Base::Sums;
+  using typename Parts::GradQuery, typename Parts::Operand, typename Parts::Scores,
+      typename Base::Sums;
   using GradValue = decltype(partition_fragment_C(
       typename Traits::GradValueMma{}, Shape<Int<Traits::kKeys>, Int<Traits::kHeadDimV>>{}));
 
@@ -119,14 +119,12 @@ class ValueConsumer : Consumer<Traits> {
   using Base::Base;
 
   __device__ void consume_items() {
-    const BackwardParams& backward = params_.backward;
-    this->template consume<GradValue>(
-        1, backward.grad_value, backward.heads.head_dim_v, params_.aligned_grad_value,
-        [&](const Place& place, GradValue& grad_value) { take_steps(place, grad_value); });
+    this->template consume<GradValue>(GradKeyTarget::value(params_),
+                                      [&](GradValue& grad_value) { take_steps(grad_value); });
   }
 
  private:
-  __device__ void take_steps(const Place& place, GradValue& grad_value) {
+  __device__ void take_steps(GradValue& grad_value) {
     GradQuery grad_query;
     Sums unsent{};  // of the step before
     bool first = true, last = false;
@@ -142,7 +140,7 @@ class ValueConsumer : Consumer<Traits> {
           typename Traits::ScoreMma{}, 0, shared_.key, typename Traits::KeyLayout{},
           shared_.query[queries_.slot], typename Traits::QueryLayout{}, scores);
       warpgroup_wait<0>();
-      this->softmax(place, step, step.masked | shared_.any_not_finite, scores, probabilities);
+      this->softmax(step, step.masked | shared_.any_not_finite, scores, probabilities);
       shared_.query_empty[queries_.slot].arrive();
       queries_.advance();
       hand_over(scores);
@@ -198,7 +196,7 @@ class KeyConsumer : Consumer<Traits> {
   using Base = Consumer<Traits>;
   using Parts = ConsumerParts<Traits>;
   using typename Parts::Element, typename Parts::GradQuery, typename Parts::Operand,
-      typename Parts::Place, typename Parts::Scores, typename Base::Sums;
+      typename Parts::Scores, typename Base::Sums;
   using GradKey = decltype(partition_fragment_C(
       typename Traits::GradKeyMma{}, Shape<Int<Traits::kKeys>, Int<Traits::kHeadDim>>{}));
 
@@ -206,10 +204,8 @@ class KeyConsumer : Consumer<Traits> {
   using Base::Base;
 
   __device__ void consume_items() {
-    const BackwardParams& backward = params_.backward;
-    this->template consume<GradKey>(backward.softmax_scale, backward.grad_key,
-                                    backward.heads.head_dim, params_.aligned_grad_key,
-                                    [&](const Place&, GradKey& grad_key) { take_steps(grad_key); });
+    this->template consume<GradKey>(GradKeyTarget::key(params_),
+                                    [&](GradKey& grad_key) { take_steps(grad_key); });
   }
 
  private:

@@ -1,0 +1,4 @@
+#include "../stage.cuh"
+
+template struct rrattn::cuda::sm90::backward::Stage<rrattn::DataType::kFloat16, 96, 96, true>;
+template struct rrattn::cuda::sm90::backward::Stage<rrattn::DataType::kFloat16, 96, 96, false>;

@@ -1,0 +1,73 @@
+// What a column of the block mask selects of a part of its walk.
+#pragma once
+
+#include "../../common/bit_walk.cuh"
+#include "../../common/block_masking.cuh"
+#include "config.cuh"
+
+namespace rrattn::cuda::sm90::backward {
+
+// The query blocks of an item's part that selected its key block and see it, head by head, those of
+// a head from the last to the first. All lanes of a warp call it together.
+template <int kKeys>
+class PartBlocks {
+ public:
+  __device__ PartBlocks(const KernelParams& params, const Place<kKeys>& place)
+      : params_(params), batch_(place.batch), n_block_(place.n_block()) {
+    const WorkOrder& order = params.order;
+    const Visibility& visibility = params.backward.visibility;
+    // A division of 64 bits would take more registers than the producer has.
+    const int group = static_cast<int>(visibility.num_heads) /
+                      static_cast<int>(params.backward.heads.num_heads_k);
+    const int first_head = place.part / order.windows * order.part_heads;
+    head_ = place.key_head * group + first_head - 1;
+    last_head_ = head_ + min(order.part_heads, group - first_head);
+    first_m_block_ = place.window(order) * order.part_blocks;
+    num_m_blocks_ =
+        min(order.part_blocks, static_cast<int>(visibility.num_m_blocks()) - first_m_block_);
+  }
+
+  // Goes to the next one; false: none is left.
+  __device__ bool next() {
+    const Visibility& visibility = params_.backward.visibility;
+    const Workspace& workspace = params_.workspace;
+    for (;;) {
+      m_block_ = walk_.next();
+      if (m_block_ < 0) {
+        if (head_ == last_head_) return false;
+        ++head_;
+        bounds_ = span_bounds_of(visibility, kBlockSize, workspace.block_bounds, batch_, head_);
+        const int64_t row =
+            (batch_ * visibility.num_heads + head_) * visibility.num_n_blocks() + n_block_;
+        const int64_t row_words =
+            ceil_div(static_cast<int>(visibility.num_m_blocks()), kMaskWordBits);
+        walk_ =
+            BitWalk(workspace.transposed_mask + row * row_words + first_m_block_ / kMaskWordBits,
+                    num_m_blocks_);
+        continue;
+      }
+      m_block_ += first_m_block_;
+      kind_ = classify_block(visibility, bounds_, m_block_, n_block_);
+      if (kind_ != BlockKind::kHidden) return true;
+    }
+  }
+
+  // Of the one that it went to last:
+  __device__ int m_block() const { return m_block_; }
+  __device__ int head() const { return head_; }  // query head
+  // Whether some of its scores may be hidden.
+  __device__ bool masked() const {
+    return has_hidden_scores(params_.backward.visibility, kind_, m_block_, n_block_);
+  }
+
+ private:
+  const KernelParams& params_;
+  const int batch_, n_block_;
+  int head_, last_head_, first_m_block_, num_m_blocks_;
+  int m_block_ = -1;
+  BlockKind kind_ = BlockKind::kHidden;
+  const SpanBounds* bounds_ = nullptr;
+  BitWalk walk_{nullptr, 0};
+};
+
+}  // namespace rrattn::cuda::sm90::backward

@@ -1,0 +1,146 @@
+// The items of work of the gradients, and the order in which they are taken.
+//
+// The walk of a key tile goes over the query blocks of all heads of a group. It is cut into parts,
+// of some heads or of a window of one head's query blocks, whose queries, dO and sums of dQ fit in
+// the L2 cache. An item is a part of the walk of a key tile. All key tiles have their turn at a
+// part before the next part begins, so that what the items in flight read stays in the cache, also
+// where some keys are selected by far more queries than others and their walks would lose step. What
+// the items of a key tile have for its dK and dV is added up in the workspace (grad_keys.cuh).
+#pragma once
+
+#include "../../common/heads.cuh"
+#include "../../common/launch.cuh"
+#include "../../common/work_order.cuh"
+
+namespace rrattn::cuda::sm90::backward {
+
+// How items are numbered: section by section, each of some key heads; in a section round by round,
+// each of as many key tiles as have room for their sums in the workspace; in a round part by part;
+// in a part key tile by key tile, from the first, under the diagonal those of the longest items, to
+// the last; and of each the heads of the section.
+struct WorkOrder {
+  int num_items;
+  int num_heads;      // key heads of all batch entries
+  int num_key_tiles;  // of a key head
+  int section_heads;  // key heads of a section
+  int round_tiles;    // key tiles of a round, of each head
+  int part_heads;     // query heads of a part
+  int part_blocks;    // query blocks of a part, of each head
+  int windows;        // of part_blocks query blocks, the last perhaps of fewer
+  int num_parts;      // windows times the parts by heads
+
+  int num_slots() const { return section_heads * round_tiles; }  // for sums in the workspace
+};
+
+// Bytes of the queries, dO and sums of dQ of a part of a walk, and of a section. At short lengths a
+// section is several key heads, so that the thread blocks are done at about the same time. Bytes of
+// the sums of dK and dV in the workspace. See docs/tuning.md.
+constexpr int64_t kPartBytes = 32 << 20, kSectionBytes = 64 << 20, kKeySumsBytes = 64 << 20;
+// The time of an item besides that of its query blocks, in visible ones of which half are selected:
+// some microseconds to fetch its keys, to fill and drain the pipeline and to leave its sums.
+constexpr double kItemCost = 3;
+constexpr int64_t kLeastPositions = kMaskWordBits;  // a window starts at a word of the mask
+
+// Cuts the walks into parts of at most `positions` query blocks, all of about the same size.
+inline void cut_walks(WorkOrder& order, int64_t positions, int64_t group, int64_t num_m_blocks) {
+  const int64_t most_heads =
+      std::clamp<int64_t>(positions / std::max<int64_t>(1, num_m_blocks), 1, group);
+  const int64_t part_heads = ceil_div(group, ceil_div(group, most_heads));
+  const int64_t windows = std::max<int64_t>(1, ceil_div(num_m_blocks, positions));
+  const int64_t words =
+      std::max<int64_t>(1, ceil_div(ceil_div(num_m_blocks, windows), kMaskWordBits));
+  const int64_t part_blocks = words * kMaskWordBits;
+  order.part_heads = static_cast<int>(part_heads);
+  order.part_blocks = static_cast<int>(part_blocks);
+  order.windows = static_cast<int>(std::max<int64_t>(1, ceil_div(num_m_blocks, part_blocks)));
+  order.num_parts = static_cast<int>(ceil_div(group, part_heads)) * order.windows;
+  order.num_items = order.num_heads * order.num_key_tiles * order.num_parts;
+}
+
+// The time that all items take, in visible query blocks of a key tile. In the end thread blocks
+// wait for the last of them, in simulations for about a quarter of the longest item.
+inline double time_of(const WorkOrder& order, const Visibility& visibility, int64_t group,
+                      int multiprocessors) {
+  const int64_t num_m_blocks = visibility.num_m_blocks();
+  int64_t blocks = num_m_blocks * visibility.num_n_blocks();  // of a head, visible
+  if (visibility.causal) blocks -= num_m_blocks * (num_m_blocks - 1) / 2;
+  const int64_t tiles_of_block = order.num_key_tiles / visibility.num_n_blocks();
+  const auto all = static_cast<double>(order.num_heads * group * blocks * tiles_of_block);
+  const auto longest =
+      static_cast<double>(order.part_heads * std::min<int64_t>(order.part_blocks, num_m_blocks));
+  return std::max(longest, all / multiprocessors + longest / 4) +
+         kItemCost * order.num_items / multiprocessors;
+}
+
+template <typename Traits>
+WorkOrder choose_work_order(const BackwardParams& params) {
+  constexpr int64_t kColumns = Traits::kHeadDim + Traits::kHeadDimV;
+  constexpr int64_t kPositionBytes =
+      kBlockSize * (kColumns * static_cast<int64_t>(sizeof(typename Traits::Element)) +
+                    Traits::kHeadDim * static_cast<int64_t>(sizeof(float)));
+  constexpr int64_t kMostPositions =
+      kPartBytes / kPositionBytes / kLeastPositions * kLeastPositions;
+  constexpr int64_t kSlotBytes = Traits::kKeys * kColumns * static_cast<int64_t>(sizeof(float));
+  const Visibility& visibility = params.visibility;
+  const int64_t num_m_blocks = visibility.num_m_blocks();
+  const int64_t num_heads = visibility.batch * params.heads.num_heads_k;
+  const int64_t num_key_tiles = visibility.num_n_blocks() * (kBlockSize / Traits::kKeys);
+  WorkOrder order{};
+  if (num_heads * num_key_tiles == 0) return order;
+  const int64_t group = group_size(visibility, params.heads);
+  order.num_heads = static_cast<int>(num_heads);
+  order.num_key_tiles = static_cast<int>(num_key_tiles);
+  order.section_heads =
+      heads_in_section(kSectionBytes, group * num_m_blocks * kPositionBytes, num_heads);
+  order.round_tiles = static_cast<int>(
+      std::clamp<int64_t>(kKeySumsBytes / kSlotBytes / order.section_heads, 1, num_key_tiles));
+  const int multiprocessors = num_multiprocessors();
+  cut_walks(order, kMostPositions, group, num_m_blocks);
+  for (int64_t positions = kMostPositions / 2; positions >= kLeastPositions; positions /= 2) {
+    WorkOrder finer = order;
+    cut_walks(finer, positions / kLeastPositions * kLeastPositions, group, num_m_blocks);
+    if (time_of(finer, visibility, group, multiprocessors) <
+        time_of(order, visibility, group, multiprocessors)) {
+      order = finer;
+    }
+  }
+  return order;
+}
+
+// The place of an item of kKeys keys, a key block or a part of one.
+template <int kKeys>
+struct Place {
+  int key_tile, key_head, batch;
+  int part;  // of the walk: window by window, and so for some heads after others
+
+  Place() = default;
+  __device__ Place(const BackwardParams& params, const WorkOrder& order, int item) {
+    const int first_head =
+        item / (order.section_heads * order.num_key_tiles * order.num_parts) * order.section_heads;
+    const int heads = min(order.section_heads, order.num_heads - first_head);
+    item -= first_head * order.num_key_tiles * order.num_parts;
+    const int first_tile = item / (heads * order.round_tiles * order.num_parts) * order.round_tiles;
+    const int tiles = min(order.round_tiles, order.num_key_tiles - first_tile);
+    item -= first_tile * heads * order.num_parts;
+    part = item / (heads * tiles);
+    item -= part * heads * tiles;
+    const int tile = item / heads;
+    const int head = first_head + item - tile * heads,
+              num_heads_k = static_cast<int>(params.heads.num_heads_k);
+    key_tile = first_tile + tile;
+    batch = head / num_heads_k;
+    key_head = head - batch * num_heads_k;
+  }
+  __device__ int n_block() const { return key_tile / (kBlockSize / kKeys); }
+  __device__ int first_key() const { return key_tile * kKeys; }
+  __device__ int window(const WorkOrder& order) const { return part % order.windows; }
+  // The first window of which some query sees a key, if the diagonal alone hides some. It may be the
+  // last: the last query sees the last key, and half a key block may lie behind that.
+  __device__ int first_window(const Visibility& visibility, const WorkOrder& order) const {
+    if (!visibility.causal) return 0;
+    const int first_query = max(first_key() - static_cast<int>(visibility.shift()), 0);
+    return min(first_query / (order.part_blocks * kBlockSize), order.windows - 1);
+  }
+};
+
+}  // namespace rrattn::cuda::sm90::backward
