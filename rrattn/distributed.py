@@ -42,6 +42,8 @@ from .integrations.common import Place, make_core
 from .layer import BlockSelection, RRAttention, every_block
 from .operators import call
 from .sequence_chunks import (
+    BACKWARD_GROUPS,
+    FORWARD_GROUPS,
     Chunk,
     HeadGroup,
     chunk_places,
@@ -261,15 +263,15 @@ class _GatheredKeys:
     block_masks: tuple[Tensor, ...] = ()
     """Of each chunk, once it is attended."""
 
-    def arriving(self, key: Tensor, value: Tensor) -> Iterator[tuple[HeadGroup, _Gathering, _Gathering]]:
-        """Yields each group of heads and its keys and values, while those of the next are on their
+    def arriving(self, key: Tensor, value: Tensor, most: int) -> Iterator[tuple[HeadGroup, _Gathering, _Gathering]]:
+        """Yields each of up to `most` groups of heads and its keys and values, while those of the next are on their
         way."""
 
         def gather(heads: HeadGroup) -> list[_Gathering]:
             order = chunk_places(self.layout, self.group.nranks)
             return [_Gathering(tensor[:, :, heads.keys], self.group, order) for tensor in (key, value)]
 
-        groups = head_groups(self.num_heads, self.num_heads_k, key[:, :, 0].size * key.element_size())
+        groups = head_groups(self.num_heads, self.num_heads_k, key[:, :, 0].size * key.element_size(), most)
         coming = gather(groups[0])
         for heads, following in zip(groups, [*groups[1:], None]):
             (keys, values), coming = coming, gather(following) if following else []
@@ -371,7 +373,7 @@ class _AttendChunks(PyLayer):
         out = paddle.empty([*query.shape[:3], value.shape[3]], dtype=query.dtype)
         of_groups = [
             gathered.attend(heads, query, keys, values, sink, out)
-            for heads, keys, values in gathered.arriving(key, value)
+            for heads, keys, values in gathered.arriving(key, value, FORWARD_GROUPS)
         ]
         lses, masks = ([paddle.concat(of_chunk, axis=1) for of_chunk in zip(*parts)] for parts in zip(*of_groups))
         last = gathered.chunks[-1]
@@ -402,7 +404,7 @@ class _AttendChunks(PyLayer):
             grad_key[:, :, heads.keys] = of_keys.wait()
             grad_value[:, :, heads.keys] = of_values.wait()
 
-        for heads, keys, values in gathered.arriving(key, value):
+        for heads, keys, values in gathered.arriving(key, value, BACKWARD_GROUPS):
             whole_key, whole_value = keys.wait(), values.wait()
             grad_keys, grad_values, of_sinks = [], [], []
             for chunk, block_mask, lse in zip(gathered.chunks, gathered.block_masks, lses):

@@ -10,9 +10,9 @@ MESSAGE_BYTES = 2 << 20
 """The least that a rank sends of the keys of a group of heads, where there is more than one group. With 4 query heads a
 key head, D 128 and 16 bits it then has 256 blocks of queries or more in a group, for as many multiprocessors to work
 on, and the ranks keep all groups up to 16 of them at 131072 tokens. What less would cost was not measured."""
-MOST_GROUPS = 8
-"""The most groups. With so many, what a rank holds of keys and values for two groups, and in the backward pass of their
-gradients and of workspace too, is about as much as the keys and values of all heads. Each kernel waits
+FORWARD_GROUPS, BACKWARD_GROUPS = 4, 8
+"""The most groups of a pass. With so many, what a rank holds of keys and values for two groups, and in the backward
+pass of their gradients and of workspace too, is about as much as the keys and values of all heads. Each kernel waits
 for its last blocks, so more groups cost time. Two H100, 262144 tokens, milliseconds with these and in one group: half
 of the blocks of random data, forward 212 and 209, backward 1071 and 1062; structured data, where a few keys are seen
 by most queries and take long, forward 36 and 32, backward 196 and 120."""
@@ -88,17 +88,19 @@ class HeadGroup:
     queries: slice
 
 
-def head_groups(num_heads: int, num_heads_k: int, head_bytes: int) -> list[HeadGroup]:
+def head_groups(num_heads: int, num_heads_k: int, head_bytes: int, most: int) -> list[HeadGroup]:
     """All heads, in the groups in which ranks gather and attend them, one after the other.
 
-    Their number is the largest divisor of `num_heads_k` up to MOST_GROUPS with which a message has MESSAGE_BYTES, or 1.
+    Their number is the largest divisor of `num_heads_k` up to `most` with which a message has MESSAGE_BYTES, or 1.
 
     Parameters
     ----------
     head_bytes : int
         What a rank holds of the keys of one head.
+    most : int
+        FORWARD_GROUPS or BACKWARD_GROUPS.
     """
-    most = min(MOST_GROUPS, num_heads_k * head_bytes // MESSAGE_BYTES)
+    most = min(most, num_heads_k * head_bytes // MESSAGE_BYTES)
     number = max((groups for groups in range(1, most + 1) if num_heads_k % groups == 0), default=1)
     heads, heads_k = num_heads // number, num_heads_k // number
     return [HeadGroup(slice(i * heads_k, (i + 1) * heads_k), slice(i * heads, (i + 1) * heads)) for i in range(number)]

@@ -161,19 +161,18 @@ def test_the_ranks_select_what_one_process_does(parts, layout, name):
 
 
 GROUPS = {  # of heads; in the others there is one for each of 4 key heads
-    "all heads at once": 1,
-    "groups of several key heads": 5,
-    "two key heads, sink, values of 48": 2,
+    "all heads at once": {"forward": 1, "backward": 1},
+    "groups of several key heads": {"forward": 4, "backward": 5},
+    "two key heads, sink, values of 48": {"forward": 2, "backward": 2},
 }
 
 
 def test_keys_and_values_are_gathered_again_for_gradients(parts, layout, name):
     """So that none but a rank's own are kept for them; both times by groups of heads."""
     key, value = (x.size // len(parts) for x in PROBLEMS[name].inputs.forward[1:])
-    groups = GROUPS.get(name, 4)
-    gathered = [] if layout == "all_to_all" else groups * [key // groups, value // groups]
     for part in parts:
-        for each in ("forward", "backward"):
+        for each, groups in GROUPS.get(name, {"forward": 4, "backward": 4}).items():
+            gathered = [] if layout == "all_to_all" else groups * [key // groups, value // groups]
             np.testing.assert_array_equal(part[f"gathered_{each}"], gathered)
 
 
@@ -257,19 +256,20 @@ def test_values_have_the_heads_of_the_keys():
 
 
 @pytest.mark.parametrize(
-    ("heads_k", "head_bytes", "groups"),
+    ("heads_k", "head_bytes", "most", "groups"),
     (
-        (8, sequence_chunks.MESSAGE_BYTES, 8),
-        (8, sequence_chunks.MESSAGE_BYTES - 1, 4),
-        (8, sequence_chunks.MESSAGE_BYTES // 8, 1),
-        (8, 1, 1),
-        (12, 1 << 30, 6),
-        (1, 1 << 30, 1),
-        (0, 1 << 30, 1),
+        (8, sequence_chunks.MESSAGE_BYTES, 8, 8),
+        (8, sequence_chunks.MESSAGE_BYTES, 4, 4),
+        (8, sequence_chunks.MESSAGE_BYTES - 1, 8, 4),
+        (8, sequence_chunks.MESSAGE_BYTES // 8, 8, 1),
+        (8, 1, 8, 1),
+        (6, 1 << 30, 4, 3),
+        (1, 1 << 30, 8, 1),
+        (0, 1 << 30, 8, 1),
     ),
 )
-def test_heads_in_groups(heads_k, head_bytes, groups):
-    found = sequence_chunks.head_groups(4 * heads_k, heads_k, head_bytes)
+def test_heads_in_groups(heads_k, head_bytes, most, groups):
+    found = sequence_chunks.head_groups(4 * heads_k, heads_k, head_bytes, most)
     assert len(found) == groups
     numbers = [(list(range(4 * heads_k))[heads.queries], list(range(heads_k))[heads.keys]) for heads in found]
     assert sum((queries for queries, _ in numbers), []) == list(range(4 * heads_k))

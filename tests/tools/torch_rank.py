@@ -36,7 +36,7 @@ def measure(layout, groups, whole, grad_out, of_one):
     ranks, rank = dist.get_world_size(), dist.get_rank()
     sequence_chunks.MESSAGE_BYTES = MESSAGE_BYTES[groups]
     share, wire = gpu_ranks.share_of_rank(whole, layout, ranks, rank), gpu_ranks.Wire(layout, ranks)
-    assert len(share.groups) == groups
+    assert len(share.forward_groups) == len(share.backward_groups) == groups
     own_grad_out = gpu_ranks.held(grad_out, share.chunks)
     found = results(share, wire, own_grad_out)
     for name in ("out", "grad_query", "grad_key", "grad_value"):

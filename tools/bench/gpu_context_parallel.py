@@ -269,7 +269,7 @@ def measure(tokens, case, layouts, wire):
                 "seqlen_q": tokens,
                 "seqlen_k": tokens,
                 "density": problem.density(),
-                "head_groups": len(sharer.share.groups),
+                "head_groups": len(getattr(sharer.share, f"{each}_groups")),
                 "ms": max(ms["ranks", layout]),
                 "compute_ms": ms["alone", layout],
                 "one_gpu_ms": [ms["one GPU", rank][0] for rank in range(problem.ranks)],

@@ -34,6 +34,8 @@ import torch.distributed as dist
 from rrattn import direct
 from rrattn.config import BLOCK_SIZE, RRAttentionConfig
 from rrattn.sequence_chunks import (
+    BACKWARD_GROUPS,
+    FORWARD_GROUPS,
     Chunk,
     HeadGroup,
     chunks_here,
@@ -50,7 +52,8 @@ class Share:
     key: torch.Tensor
     value: torch.Tensor
     chunks: list[Chunk]
-    groups: list[HeadGroup]
+    forward_groups: list[HeadGroup]
+    backward_groups: list[HeadGroup]
     config: RRAttentionConfig
 
 
@@ -58,7 +61,7 @@ def whole_share(query, key, value, config):
     """The share of a group of one, which attends all heads at once."""
     chunks = chunks_here("contiguous", 1, 0, query.shape[1], causal=True)
     all_heads = [HeadGroup(slice(0, key.shape[2]), slice(0, query.shape[2]))]
-    return Share(query, key, value, chunks, all_heads, config)
+    return Share(query, key, value, chunks, all_heads, all_heads, config)
 
 
 def share_of_rank(whole, layout, ranks, rank):
@@ -66,7 +69,8 @@ def share_of_rank(whole, layout, ranks, rank):
     chunks = chunks_here(layout, ranks, rank, whole.query.shape[1] // ranks, causal=True)
     query, key, value = (held(tensor, chunks) for tensor in (whole.query, whole.key, whole.value))
     heads = query.shape[2], key.shape[2], key[:, :, 0].numel() * key.element_size()
-    return Share(query, key, value, chunks, head_groups(*heads), whole.config)
+    groups = head_groups(*heads, FORWARD_GROUPS), head_groups(*heads, BACKWARD_GROUPS)
+    return Share(query, key, value, chunks, *groups, whole.config)
 
 
 def held(tensor, chunks):
@@ -145,14 +149,14 @@ class Attended(NamedTuple):
     block_masks: list[torch.Tensor]
 
 
-def arriving_groups(share, wire):
-    """Yields each group of heads and its keys and values, while those of the next one are on their way."""
+def arriving_groups(groups, share, wire):
+    """Yields each of these groups of heads and its keys and values, while those of the next one are on their way."""
 
     def gather(heads):
         return wire.gather(share.key[:, :, heads.keys]), wire.gather(share.value[:, :, heads.keys])
 
-    coming = gather(share.groups[0])
-    for heads, following in zip(share.groups, [*share.groups[1:], None]):
+    coming = gather(groups[0])
+    for heads, following in zip(groups, [*groups[1:], None]):
         arriving, coming = coming, following and gather(following)
         yield heads, *arriving
 
@@ -165,7 +169,7 @@ def attend(share, wire, block_masks=None):
         block_masks = [query.new_empty(mask_shape(query, chunk), dtype=torch.int32) for chunk in share.chunks]
     lses = [query.new_empty(1, query.shape[2], chunk.length, dtype=torch.float32) for chunk in share.chunks]
     attended = Attended(torch.empty_like(query), lses, block_masks)
-    for group in arriving_groups(share, wire):
+    for group in arriving_groups(share.forward_groups, share, wire):
         attend_group(share, *group, attended, selects)
     return attended
 
@@ -243,7 +247,7 @@ def gradients(share, wire, attended, grad_out):
             grad[:, :, heads.keys] = total.wait()
 
     on_their_way = None
-    for heads, arriving_key, arriving_value in arriving_groups(share, wire):
+    for heads, arriving_key, arriving_value in arriving_groups(share.backward_groups, share, wire):
         totals = gradients_of_group(share, heads, arriving_key, arriving_value, attended, grad_out, grad_query)
         if on_their_way:
             finish(*on_their_way)

@@ -24,7 +24,7 @@ from dataclasses import astuple, dataclass, fields
 import numpy as np
 
 from rrattn.distributed import LAYOUTS
-from rrattn.sequence_chunks import chunks_of_rank, head_groups
+from rrattn.sequence_chunks import BACKWARD_GROUPS, FORWARD_GROUPS, chunks_of_rank, head_groups
 from tools.pages import ROOT, rewrite, with_sections
 
 BLOCK = 128
@@ -196,19 +196,22 @@ def gathered_cost(measured, link, length, chunks, ranks):
     attend = sum(measured.attend_ms(*call) for call in calls)
     backward = sum(measured.backward_ms(*call) for call in calls)
     kept = 2 * query + keys_values + sum(measured.row_bytes(*call) for call in calls)
-    groups = len(head_groups(measured.heads, measured.heads_k, measured.key_bytes(here) // measured.heads_k))
-    forward_held = held_forward(measured, calls, gathered, keys_values, groups)
-    backward_held = held_backward(measured, calls, gathered, keys_values, groups)
+    forward_groups, backward_groups = (
+        len(head_groups(measured.heads, measured.heads_k, measured.key_bytes(here) // measured.heads_k, most))
+        for most in (FORWARD_GROUPS, BACKWARD_GROUPS)
+    )
+    forward_held = held_forward(measured, calls, gathered, keys_values, forward_groups)
+    backward_held = held_backward(measured, calls, gathered, keys_values, backward_groups)
     return Cost(
         forward_ms=(
             gather
             + max(gather, sampling)
             + attend
-            + (groups - 1) * max(2 * gather, sampling + attend)  # of the groups after the first
+            + (forward_groups - 1) * max(2 * gather, sampling + attend)  # of the groups after the first
         )
-        / groups,
+        / forward_groups,
         # The first group's gathers and the last one's sums are waited for.
-        backward_ms=4 * gather / groups + max(backward, 4 * gather * (1 - 1 / groups)),
+        backward_ms=4 * gather / backward_groups + max(backward, 4 * gather * (1 - 1 / backward_groups)),
         sent=3 * gathered * (ranks - 1) / ranks,
         kept=kept,
         # Backward with the gradients of the output, the query, the keys and the values.
