@@ -9,7 +9,7 @@ Three layouts, as model libraries have them. The sequence has S tokens, the grou
 
 In the first two a rank gathers the keys and values of all ranks and attends those that its chunks may see; it keeps
 its own alone and gathers them again for the backward pass, whose gradients of keys and values are summed over the
-ranks. It does so for a group of heads at a time (`rrattn.sequence_chunks.head_groups`): while one is computed, the keys
+ranks. It does so for a group of heads at a time (`rrattn.sequence_chunks.head_groups`): while one is attended, the keys
 and values of the next are on their way, and the sums of the gradients of the one before. Blocks are selected as one
 process selects them, bit for bit.
 
@@ -19,6 +19,7 @@ The ranks talk over `paddle.distributed` groups, those of fleet among them, with
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import paddle
@@ -52,7 +53,7 @@ from .sequence_chunks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from paddle import Tensor
 
@@ -263,19 +264,23 @@ class _GatheredKeys:
     block_masks: tuple[Tensor, ...] = ()
     """Of each chunk, once it is attended."""
 
-    def arriving(self, key: Tensor, value: Tensor, most: int) -> Iterator[tuple[HeadGroup, _Gathering, _Gathering]]:
-        """Yields each of up to `most` groups of heads and its keys and values, while those of the next are on their
-        way."""
-
-        def gather(heads: HeadGroup) -> list[_Gathering]:
-            order = chunk_places(self.layout, self.group.nranks)
-            return [_Gathering(tensor[:, :, heads.keys], self.group, order) for tensor in (key, value)]
-
+    def arriving(
+        self, key: Tensor, value: Tensor, most: int
+    ) -> Iterator[tuple[HeadGroup, _Gathering, _Gathering, Callable[[], None]]]:
+        """Yields each of up to `most` groups of heads, its keys and values on their way, and what is to be called once
+        these have arrived: it sends for those of the next."""
         groups = head_groups(self.num_heads, self.num_heads_k, key[:, :, 0].size * key.element_size(), most)
-        coming = gather(groups[0])
-        for heads, following in zip(groups, [*groups[1:], None]):
-            (keys, values), coming = coming, gather(following) if following else []
-            yield heads, keys, values
+        order = chunk_places(self.layout, self.group.nranks)
+        not_sent_for = iter(groups)
+        coming: list[_Gathering] = []
+
+        def send_for_next() -> None:
+            for heads in islice(not_sent_for, 1):
+                coming.extend(_Gathering(tensor[:, :, heads.keys], self.group, order) for tensor in (key, value))
+
+        send_for_next()
+        for heads in groups:
+            yield heads, coming.pop(0), coming.pop(0), send_for_next
 
     def sum_of_ranks(self, of_chunks: list[Tensor]) -> _Summing:
         """This rank's tokens [B, S / n, H, D] of the sum, over chunks and ranks, of gradients of their first keys."""
@@ -328,9 +333,16 @@ class _GatheredKeys:
         )
 
     def attend(
-        self, heads: HeadGroup, query: Tensor, keys: _Gathering, values: _Gathering, sink: Tensor | None, out: Tensor
+        self,
+        heads: HeadGroup,
+        keys: _Gathering,
+        values: _Gathering,
+        send_for_next: Callable[[], None],
+        query: Tensor,
+        sink: Tensor | None,
+        out: Tensor,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Writes a group's part of `out`; its log-sum-exp and block mask of each chunk."""
+        """Writes a group's part of `out`, as `arriving` has it; its log-sum-exp and block mask of each chunk."""
         rows_of_chunks = [self.rows_of(chunk, heads) for chunk in self.chunks]
         sink = None if sink is None else sink[heads.queries]
         key = keys.wait()
@@ -339,6 +351,7 @@ class _GatheredKeys:
             for chunk, rows in zip(self.chunks, rows_of_chunks)
         ]  # while the values are on their way
         value = values.wait()
+        send_for_next()
         lses = []
         for chunk, rows, block_mask in zip(self.chunks, rows_of_chunks, masks):
             of_chunk, lse = block_sparse_attention(
@@ -372,8 +385,7 @@ class _AttendChunks(PyLayer):
         sink = None if sink is None else sink.detach()
         out = paddle.empty([*query.shape[:3], value.shape[3]], dtype=query.dtype)
         of_groups = [
-            gathered.attend(heads, query, keys, values, sink, out)
-            for heads, keys, values in gathered.arriving(key, value, FORWARD_GROUPS)
+            gathered.attend(*of_group, query, sink, out) for of_group in gathered.arriving(key, value, FORWARD_GROUPS)
         ]
         lses, masks = ([paddle.concat(of_chunk, axis=1) for of_chunk in zip(*parts)] for parts in zip(*of_groups))
         last = gathered.chunks[-1]
@@ -404,8 +416,9 @@ class _AttendChunks(PyLayer):
             grad_key[:, :, heads.keys] = of_keys.wait()
             grad_value[:, :, heads.keys] = of_values.wait()
 
-        for heads, keys, values in gathered.arriving(key, value, BACKWARD_GROUPS):
+        for heads, keys, values, send_for_next in gathered.arriving(key, value, BACKWARD_GROUPS):
             whole_key, whole_value = keys.wait(), values.wait()
+            send_for_next()
             grad_keys, grad_values, of_sinks = [], [], []
             for chunk, block_mask, lse in zip(gathered.chunks, gathered.block_masks, lses):
                 place = slice(None), chunk.here, heads.queries

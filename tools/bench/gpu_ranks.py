@@ -26,6 +26,7 @@ rank's tokens those of its chunks, one after the other (rrattn.sequence_chunks).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -150,15 +151,17 @@ class Attended(NamedTuple):
 
 
 def arriving_groups(groups, share, wire):
-    """Yields each of these groups of heads and its keys and values, while those of the next one are on their way."""
+    """Yields each of these groups of heads, its keys and values on their way, and what is to be called once these have
+    arrived: it sends for those of the next."""
+    not_sent_for, coming = iter(groups), []
 
-    def gather(heads):
-        return wire.gather(share.key[:, :, heads.keys]), wire.gather(share.value[:, :, heads.keys])
+    def send_for_next():
+        for heads in islice(not_sent_for, 1):
+            coming.extend(wire.gather(tensor[:, :, heads.keys]) for tensor in (share.key, share.value))
 
-    coming = gather(groups[0])
-    for heads, following in zip(groups, [*groups[1:], None]):
-        arriving, coming = coming, following and gather(following)
-        yield heads, *arriving
+    send_for_next()
+    for heads in groups:
+        yield heads, coming.pop(0), coming.pop(0), send_for_next
 
 
 def attend(share, wire, block_masks=None):
@@ -174,7 +177,7 @@ def attend(share, wire, block_masks=None):
     return attended
 
 
-def attend_group(share, heads, arriving_key, arriving_value, attended, selects):
+def attend_group(share, heads, arriving_key, arriving_value, send_for_next, attended, selects):
     """Writes what a group of heads attends, and where it selects its blocks too."""
     of_group = heads.queries
     key = arriving_key.wait()
@@ -182,6 +185,7 @@ def attend_group(share, heads, arriving_key, arriving_value, attended, selects):
         for chunk, block_mask in zip(share.chunks, attended.block_masks):
             select(share, heads, key, chunk, block_mask[:, of_group])
     value = arriving_value.wait()
+    send_for_next()
     for chunk, block_mask, lse in zip(share.chunks, attended.block_masks, attended.lses):
         run(
             direct.block_sparse_attention,
@@ -247,8 +251,8 @@ def gradients(share, wire, attended, grad_out):
             grad[:, :, heads.keys] = total.wait()
 
     on_their_way = None
-    for heads, arriving_key, arriving_value in arriving_groups(share.backward_groups, share, wire):
-        totals = gradients_of_group(share, heads, arriving_key, arriving_value, attended, grad_out, grad_query)
+    for heads, *arriving in arriving_groups(share.backward_groups, share, wire):
+        totals = gradients_of_group(share, heads, *arriving, attended, grad_out, grad_query)
         if on_their_way:
             finish(*on_their_way)
         on_their_way = heads, [wire.sum(totals.pop(0)) for _ in grads]
@@ -256,10 +260,11 @@ def gradients(share, wire, attended, grad_out):
     return grad_query, *grads
 
 
-def gradients_of_group(share, heads, arriving_key, arriving_value, attended, grad_out, grad_query):
+def gradients_of_group(share, heads, arriving_key, arriving_value, send_for_next, attended, grad_out, grad_query):
     """Writes a group's part of `grad_query`; returns what this rank adds to the gradients of its keys and values."""
     of_group = heads.queries
     key, value = arriving_key.wait(), arriving_value.wait()
+    send_for_next()
     totals = [torch.empty_like(key), torch.empty_like(value)]
     # The chunk that sees most keys comes first and writes the sums in place.
     *others, longest = zip(share.chunks, attended.block_masks, attended.lses)

@@ -207,7 +207,8 @@ def gathered_cost(measured, link, length, chunks, ranks):
             gather
             + max(gather, sampling)
             + attend
-            + (forward_groups - 1) * max(2 * gather, sampling + attend)  # of the groups after the first
+            # of the groups after the first, whose keys and values are on their way once those before have arrived
+            + (forward_groups - 1) * max(2 * gather, sampling + max(gather, attend))
         )
         / forward_groups,
         # The first group's gathers and the last one's sums are waited for.
@@ -221,22 +222,24 @@ def gathered_cost(measured, link, length, chunks, ranks):
 
 def held_forward(measured, calls, gathered, keys_values, groups):
     """Bytes that a rank that gathers holds besides its tensors, the output among them, in `groups` groups of heads."""
-    coming = gathered + keys_values if groups > 1 else 0  # the next group's, received and sent
-    held = [arriving(measured, calls, gathered, keys_values, groups)]
+    sent = keys_values if groups > 1 else 0  # a copy of the group's, where it is not all
+    coming = gathered + sent if groups > 1 else 0  # the next group's
+    held = [arriving(measured, calls, gathered, sent)]
     for queries, keys in calls:
         seen = copied_bytes(measured, keys, gathered)
         selecting = measured.selecting_bytes(queries, keys) + seen / 2 + measured.query_bytes(queries)
         attending = seen + 2 * measured.query_bytes(queries)  # with the output
-        held.append(gathered + coming + max(selecting, attending))
+        held.append(gathered + max(sent / 2 + selecting, coming + attending))
     return max(held) / groups
 
 
 def held_backward(measured, calls, gathered, keys_values, groups):
     """The same in the backward pass, where the gradients are of the rank's tensors too."""
-    coming = gathered + keys_values if groups > 1 else 0
+    sent = keys_values if groups > 1 else 0
+    coming = gathered + sent if groups > 1 else 0
     sums = gathered + keys_values  # of the gradients of keys and values, of all ranks' and of this one's tokens
     before = sums if groups > 1 else 0  # of the group before, until the first chunk is through
-    held, grads = [before + arriving(measured, calls, gathered, keys_values, groups)], 0
+    held, grads = [before + arriving(measured, calls, gathered, sent)], 0
     for queries, keys in calls:
         grads += 2 * measured.key_bytes(keys)
         # The operator gets copies of the query, the output and its gradient, where these are not all of a rank's.
@@ -248,10 +251,10 @@ def held_backward(measured, calls, gathered, keys_values, groups):
     return max(held) / groups
 
 
-def arriving(measured, calls, gathered, keys_values, groups):
-    """Bytes, times `groups`, while a group's keys are put in order: the next group's are on their way."""
+def arriving(measured, calls, gathered, sent):
+    """Bytes, times the number of groups, while a group's keys are put in order and its values are on their way."""
     in_order = gathered / 2 + measured.key_bytes(calls[0][0])  # chunk by chunk
-    return in_order + (2 * (gathered + keys_values) if groups > 1 else gathered)
+    return in_order + gathered + sent
 
 
 def copied_bytes(measured, keys, gathered):
