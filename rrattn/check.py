@@ -21,7 +21,7 @@ from . import _HAS_PADDLE, direct, info, reference
 if _HAS_PADDLE:
     import paddle
 
-    from . import functional
+    from . import functional, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -94,6 +94,9 @@ CASES = (
 
 # Those in which means stand in for some blocks: with more than a word of them, with a short last one, with FlashMask.
 COMPENSATED_CASES = (CASES[2], CASES[3], CASES[5], CASES[9])
+
+REQUESTS = ((129, 300), (0, 70), (1, 200), (200, 200))  # (queries, keys) of each in a ragged batch
+PAGE_SIZE = 64
 
 # What the cases above do not have, by the name of its group.
 FEATURES: dict[str, tuple[Case, ...]] = {
@@ -286,6 +289,13 @@ class DirectKernels:
         )
         return reference.decode(out, dtype), lse, block_mask
 
+    def ragged(self, query: Array, key: Array, value: Array, *lengths: Array, dtype: str, **options: Any) -> Array:
+        """out [T, Hq, Dv] of a ragged batch in pages; `lengths` are cu_seqlens_q, seqlens_k and block_tables."""
+        query, key, value = (reference.encode(x, dtype) for x in (query, key, value))
+        out = np.zeros((*query.shape[:2], value.shape[3]), query.dtype)
+        direct.ragged_attention(query, key, value, *lengths, out=out, dtype=dtype, **options)
+        return reference.decode(out, dtype)
+
     def _attend(
         self, query: Array, key: Array, value: Array, block_mask: Array, startend: Array | None, **options: Any
     ) -> tuple[Array, Array]:
@@ -408,6 +418,12 @@ class OperatorKernels:
         )
         return reference.decode(out.numpy(), dtype), lse.numpy(), block_mask.numpy()
 
+    def ragged(self, query: Any, key: Any, value: Any, *lengths: Any, dtype: str, **options: Any) -> Array:
+        """out [T, Hq, Dv] of a ragged batch in pages; `lengths` are cu_seqlens_q, seqlens_k and block_tables."""
+        query, key, value = (to_tensor(x, dtype) for x in (query, key, value))
+        out = serving.ragged_attention(query, key, value, *(to_tensor(x, "int32") for x in lengths), **options)
+        return reference.decode(out.numpy(), dtype)
+
 
 def to_tensor(values: Array | None, dtype: str) -> Any:
     """Values as a Paddle tensor on the current device, which takes uint16 for bfloat16; None as None."""
@@ -487,6 +503,29 @@ def compare_compensated(kernels: Kernels, case: Case, dtype: str) -> Iterator[Me
         yield f"{what} of rr_attention, in words that differ from its stage", words_that_differ(one, other), 0
 
 
+def compare_ragged(kernels: Kernels, dtype: str) -> Iterator[Measured]:
+    """The same of a batch of REQUESTS in pages, which are to have the bits of their own calls."""
+    rng = np.random.default_rng(0)
+    num_queries, num_keys = zip(*REQUESTS)
+    query = rng.standard_normal((sum(num_queries), 4, 64), np.float32)
+    num_pages = [-(-keys // PAGE_SIZE) for keys in num_keys]
+    tables = np.zeros((len(REQUESTS), max(num_pages)), np.int32)
+    tables[np.arange(max(num_pages)) < np.array(num_pages)[:, None]] = rng.permutation(sum(num_pages))
+    key, value = (rng.standard_normal((sum(num_pages), 2, PAGE_SIZE, 64), np.float32) for _ in range(2))
+    query, key, value = (reference.cast(x, dtype).astype(np.float32) for x in (query, key, value))
+    ends = np.cumsum((0, *num_queries), dtype=np.int32)
+    settings: dict[str, Any] = {"stride": 8, "threshold": THRESHOLD, "compensate": False}
+    out = kernels.ragged(query, key, value, ends, np.array(num_keys, np.int32), tables, dtype=dtype, **settings)
+    for first, last, keys, pages in zip(ends, ends[1:], num_keys, tables):
+        if first == last:
+            continue
+        own_key, own_value = (x[pages].swapaxes(1, 2).reshape(1, -1, 2, 64)[:, :keys] for x in (key, value))
+        own = query[None, first:last], own_key, own_value, None
+        alone, *_ = kernels.rr_attention(*own, causal=True, dtype=dtype, **settings)
+        what = f"output of {last - first} queries in a batch, in words that differ"
+        yield what, words_that_differ(out[None, first:last], alone), 0
+
+
 def named(what: str, errors: Iterable[Measured]) -> list[Measured]:
     return [(f"{what}, {measure} error", error, allowed) for measure, error, allowed in errors]
 
@@ -510,6 +549,12 @@ def check_compensation(kernels: Kernels) -> Outcome:
         for dtype in kernels.dtypes
         for case in COMPENSATED_CASES
     )
+
+
+def check_ragged(kernels: Kernels) -> Outcome:
+    """(failures, note) of a ragged batch, in all dtypes."""
+    failures, _ = judge((dtype, partial(compare_ragged, kernels, dtype)) for dtype in kernels.dtypes)
+    return failures, "" if failures else "each request has the bits of its own call"
 
 
 def check_feature(kernels: Kernels, feature: str) -> Outcome:
@@ -575,6 +620,7 @@ def run() -> int:
         groups += [(f"{kernels.name}, {x}", kernels, partial(check_dtype, kernels, x)) for x in kernels.dtypes]
         groups += [(f"{kernels.name}, {x}", kernels, partial(check_feature, kernels, x)) for x in FEATURES]
         groups.append((f"{kernels.name}, compensation", kernels, partial(check_compensation, kernels)))
+        groups.append((f"{kernels.name}, ragged batches", kernels, partial(check_ragged, kernels)))
         groups.append((f"{kernels.name}, bad arguments", kernels, partial(check_refusal, kernels)))
     num_failed = 0
     if gpus := info.gpus():

@@ -11,7 +11,7 @@ import paddle
 import pytest
 
 import rrattn
-from rrattn import _build_info, check, direct, functional, info
+from rrattn import _build_info, check, direct, functional, info, serving
 from rrattn.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ for command in ("calibrate model config --text file --held-out file", "visualize
     assert "Paddle: not installed, so that only rrattn.direct is there" in told.splitlines()
     assert "GPU: none without Paddle" in told.splitlines()
     assert "not checked: Paddle's operators: Paddle is not installed" in checked.splitlines()
-    assert checked.splitlines()[-1].startswith(f"all {8 * len(direct.available_simd())} groups passed")
+    assert checked.splitlines()[-1].startswith(f"all {9 * len(direct.available_simd())} groups passed")
     for name in ("calibrate", "visualize"):
         assert f"rrattn {name}: error: needs Paddle, which is not installed" in process.stderr
 
@@ -138,7 +138,15 @@ def test_check_passes_here():
     groups = [line for line in process.stdout.splitlines() if " ok " in line]
     names = [f"rrattn.direct, {simd}" for simd in direct.available_simd()] + ["Paddle's operators, cpu"]
     for name in names:
-        for label in ("float32", "float16", "bfloat16", *check.FEATURES, "compensation", "bad arguments"):
+        for label in (
+            "float32",
+            "float16",
+            "bfloat16",
+            *check.FEATURES,
+            "compensation",
+            "ragged batches",
+            "bad arguments",
+        ):
             assert sum(line.startswith(f"{name}, {label} ") for line in groups) == 1, process.stdout
     assert process.stdout.splitlines()[-1].startswith(f"all {len(groups)} groups passed")
     assert seconds < 30
@@ -287,9 +295,17 @@ CASES_OF_FAULTS = check.CASES[2:4]
             direct,
             "rr_attention",
             spoils("out", zeroes_last_value),
-            ATTENTION,
+            (*ATTENTION, "ragged batches"),
             "output of rr_attention, in words that differ",
         ),
+        (
+            direct,
+            "ragged_attention",
+            spoils("out", zeroes_last_value),
+            ("ragged batches",),
+            "output of 200 queries in a batch, in words that differ: 1, allowed 0",
+        ),
+        (serving, "ragged_attention", doubles, ("ragged batches",), "output of 1 queries in a batch, in words that"),
         (
             direct,
             "block_sparse_attention_backward",
@@ -320,7 +336,13 @@ CASES_OF_FAULTS = check.CASES[2:4]
         (functional, "block_sparse_attention", doubles, ATTENTION, "output, largest error: "),
         (functional, "select_blocks", doubles, PLAIN, "selection, in words that differ: "),
         (functional, "rr_attention", selects_otherwise, ATTENTION, "selection of rr_attention, in words that differ"),
-        (functional, "rr_attention", doubles, ATTENTION, "output of rr_attention, in words that differ"),
+        (
+            functional,
+            "rr_attention",
+            doubles,
+            (*ATTENTION, "ragged batches"),
+            "output of rr_attention, in words that differ",
+        ),
         (functional, "estimate_block_scores", ends_early, (*PLAIN, "bad arguments"), "RuntimeError: no such kernel"),
     ],
 )
@@ -377,10 +399,10 @@ def test_a_device_that_cannot_be_used_fails_its_groups_alone(monkeypatch, one_ca
     )
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(", ")[1] for line in lines if " FAILED" in line and "operators" in line] == ["gpu:99"] * 7
-    assert sum(" ok " in line for line in lines) == 8
-    assert sum(line.startswith("    ") and "Error: " in line for line in lines) == 7
-    assert lines[-1].startswith("7 of 15 groups FAILED")
+    assert [line.split(", ")[1] for line in lines if " FAILED" in line and "operators" in line] == ["gpu:99"] * 8
+    assert sum(" ok " in line for line in lines) == 9
+    assert sum(line.startswith("    ") and "Error: " in line for line in lines) == 8
+    assert lines[-1].startswith("8 of 17 groups FAILED")
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
