@@ -1,10 +1,8 @@
-// The workspace of the gradients of block-sparse attention, and the order in which its items of work
-// are taken.
+// The workspace of the gradients of block-sparse attention.
 #pragma once
 
 #include "../launch.cuh"
 #include "../span_bounds.cuh"
-#include "../work_order.cuh"
 
 namespace rrattn::cuda::backward {
 
@@ -61,29 +59,5 @@ struct Workspace {
 __device__ inline float usable_scale(float scale) {
   return fabsf(scale) >= 0x1p-100f ? scale : 0x1p-100f;
 }
-
-// The place of an item of kKeys keys, a key block or a part of one. Key blocks go from the first,
-// under the diagonal the longest, to the last.
-template <int kKeys>
-struct Place {
-  static constexpr int kParts = kBlockSize / kKeys;  // of a key block
-
-  int part, key_head, batch;  // part: of those of all key blocks
-
-  Place() = default;
-  __device__ Place(int part, int key_head, int batch)
-      : part(part), key_head(key_head), batch(batch) {}
-  // num_items: of all key heads. section_heads: key heads of a section, as place_of_item says.
-  __device__ Place(const BackwardParams& params, int num_items, int section_heads, int item) {
-    const int num_parts = static_cast<int>(params.visibility.num_n_blocks()) * kParts;
-    const int num_heads_k = static_cast<int>(params.heads.num_heads_k);
-    const WorkPlace place = place_of_item(item, num_items / num_parts, num_parts, section_heads);
-    part = place.block;
-    key_head = place.head % num_heads_k;
-    batch = place.head / num_heads_k;
-  }
-  __device__ int n_block() const { return part / kParts; }
-  __device__ int first_key() const { return part * kKeys; }
-};
 
 }  // namespace rrattn::cuda::backward

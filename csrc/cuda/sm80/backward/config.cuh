@@ -1,6 +1,7 @@
 // Tile sizes and shared memory of the gradients of block-sparse attention on GPUs from Ampere on.
 #pragma once
 
+#include "../../common/backward/work.cuh"
 #include "../../common/backward/workspace.cuh"
 #include "../common/tile_table.h"
 #include "../common/warp_product.cuh"

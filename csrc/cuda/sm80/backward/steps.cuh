@@ -14,16 +14,20 @@ template <typename Traits>
 __device__ inline typename Traits::Place item_place(const KernelParams& params) {
   using Place = typename Traits::Place;
   const int num_heads_k = static_cast<int>(params.backward.heads.num_heads_k);
-  const int num_parts = static_cast<int>(params.backward.visibility.num_n_blocks()) * Place::kParts;
-  const int num_heads = params.num_items / num_parts;
-  const int long_parts = num_parts * 5 / 8, num_long = num_heads * long_parts;
+  const int num_tiles =
+      static_cast<int>(params.backward.visibility.num_n_blocks()) * (kBlockSize / Traits::kKeys);
+  const int num_heads = params.num_items / num_tiles;
+  const int long_tiles = num_tiles * 5 / 8, num_long = num_heads * long_tiles;
   const int item = static_cast<int>(blockIdx.x);
   const bool is_long = item < num_long;
   WorkPlace work = place_of_item(is_long ? item : item - num_long, num_heads,
-                                 is_long ? long_parts : num_parts - long_parts,
+                                 is_long ? long_tiles : num_tiles - long_tiles,
                                  is_long ? params.section_heads : num_heads);
-  if (!is_long) work.block += long_parts;
-  return Place(work.block, work.head % num_heads_k, work.head / num_heads_k);
+  if (!is_long) work.block += long_tiles;
+  Place place;
+  place.key_tile = work.block, place.part = 0;
+  place.key_head = work.head % num_heads_k, place.batch = work.head / num_heads_k;
+  return place;
 }
 
 __device__ inline void prefetch(const uint32_t* word) {

@@ -6,15 +6,16 @@
 
 #include <cute/tensor.hpp>
 
+#include "../../common/backward/key_sums.cuh"
 #include "../../common/backward/workspace.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
-#include "work.cuh"
 
 namespace rrattn::cuda::sm90::backward {
 
 using namespace cute;
-using cuda::backward::num_padded_rows, cuda::backward::usable_scale, cuda::backward::Workspace;
+using cuda::backward::KeySums, cuda::backward::num_padded_rows, cuda::backward::Place,
+    cuda::backward::usable_scale, cuda::backward::WorkOrder, cuda::backward::Workspace;
 
 constexpr int kConsumers = 2;  // warp groups
 constexpr int kConsumerThreads = kConsumers * kWarpGroup;
@@ -145,22 +146,6 @@ struct PackedRows {
     key = take(params.key, key_shape_of(visibility, params.heads));
     value = take(params.value, value_shape_of(visibility, params.heads));
     grad_out = take(params.grad_out, out_shape_of(visibility, params.heads));
-  }
-};
-
-// In the workspace, if walks are cut into parts: sums of dK and dV in slots, each in the order of
-// the consumers' accumulators, and for each slot and consumer whose turn at the sums it is, times
-// 2, plus 1 if there are any.
-struct KeySums {
-  float *key = nullptr, *value = nullptr;  // [slots, keys of an item * columns]
-  int* tickets = nullptr;                  // [slots, consumers]; zeros at the start
-
-  template <typename Traits>
-  static KeySums take(Arena& arena, const WorkOrder& order) {
-    if (order.num_parts <= 1) return {};
-    const int64_t keys = int64_t{order.num_slots()} * Traits::kKeys;
-    return {arena.take<float>(keys * Traits::kHeadDim), arena.take<float>(keys * Traits::kHeadDimV),
-            arena.take<int>(order.num_slots() * kConsumers)};
   }
 };
 

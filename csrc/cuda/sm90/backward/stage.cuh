@@ -59,7 +59,7 @@ int64_t Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::workspace_bytes(
   Arena arena;
   Workspace(arena, params, Traits::kHeadDim);
   PackedRows(arena, params);
-  KeySums::take<Traits>(arena, choose_work_order<Traits>(params));
+  KeySums::take<Traits>(arena, cuda::backward::choose_work_order<Traits>(params), kConsumers);
   return arena.used();
 }
 
@@ -70,14 +70,11 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::launch(const Backwar
   Arena arena(backward.execution.workspace);
   const Workspace workspace(arena, backward, Traits::kHeadDim);
   const PackedRows packed(arena, backward);
-  const auto order = choose_work_order<Traits>(backward);
-  const auto key_sums = KeySums::take<Traits>(arena, order);
+  const auto order = cuda::backward::choose_work_order<Traits>(backward);
+  const auto key_sums = KeySums::take<Traits>(arena, order, kConsumers);
   const auto params = kernel_params<Traits>(backward, workspace, packed, order, key_sums);
   cuda::backward::prepare<typename Traits::Element, Traits::kHeadDim>(backward, workspace);
-  if (key_sums.tickets != nullptr) {
-    RRATTN_CUDA_CHECK(
-        cudaMemsetAsync(key_sums.tickets, 0, order.num_slots() * kConsumers * sizeof(int), stream));
-  }
+  key_sums.clear_tickets(order, kConsumers, stream);
   if (order.num_items > 0) {
     if constexpr (kHeadDim > 128) {
       launch_persistent<Traits>(wide::backward_kernel<Traits>, order.num_items, stream, params);

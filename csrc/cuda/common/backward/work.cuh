@@ -8,11 +8,11 @@
 // the items of a key tile have for its dK and dV is added up in the workspace (grad_keys.cuh).
 #pragma once
 
-#include "../../common/heads.cuh"
-#include "../../common/launch.cuh"
-#include "../../common/work_order.cuh"
+#include "../heads.cuh"
+#include "../launch.cuh"
+#include "../work_order.cuh"
 
-namespace rrattn::cuda::sm90::backward {
+namespace rrattn::cuda::backward {
 
 // How items are numbered: section by section, each of some key heads; in a section round by round,
 // each of as many key tiles as have room for their sums in the workspace; in a round part by part;
@@ -143,4 +143,4 @@ struct Place {
   }
 };
 
-}  // namespace rrattn::cuda::sm90::backward
+}  // namespace rrattn::cuda::backward
