@@ -146,7 +146,16 @@ def gathered_backward(query, key, value, mask, grad_out):
 
 @pytest.mark.one_table
 @pytest.mark.parametrize("deterministic", (False, True))
-@pytest.mark.parametrize("sizes", ((80_000, 4, 2, 128), (40_000, 2, 2, 256), (140_000, 2, 1, 64)), ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        (80_000, 4, 2, 128),
+        (40_000, 2, 2, 256),
+        (140_000, 2, 1, 64),
+        (16_384, 40, 8, 128),  # where the last key blocks of all heads may come last
+    ),
+    ids=str,
+)
 def test_more_keys_than_sums_in_the_workspace(sizes, deterministic):
     """Walks in several parts, by heads and by query blocks, of columns that differ in density: sinks, empty ones."""
     seqlen, num_heads, num_heads_k, head_dim = sizes

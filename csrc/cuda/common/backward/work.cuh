@@ -32,10 +32,10 @@ struct WorkOrder {
   int num_slots() const { return section_heads * round_tiles; }  // for sums in the workspace
 };
 
-// Bytes of the queries, dO and sums of dQ of a part of a walk, and of a section. At short lengths a
-// section is several key heads, so that the thread blocks are done at about the same time. Bytes of
-// the sums of dK and dV in the workspace. See docs/tuning.md.
-constexpr int64_t kPartBytes = 32 << 20, kSectionBytes = 64 << 20, kKeySumsBytes = 64 << 20;
+// Bytes of the queries, dO and sums of dQ of a section. At short lengths a section is several key
+// heads, so that the thread blocks are done at about the same time. Bytes of the sums of dK and dV in
+// the workspace. See docs/tuning.md.
+constexpr int64_t kSectionBytes = 64 << 20, kKeySumsBytes = 64 << 20;
 // The time of an item besides that of its query blocks, in visible ones of which half are selected:
 // some microseconds to fetch its keys, to fill and drain the pipeline and to leave its sums.
 constexpr double kItemCost = 3;
@@ -57,54 +57,73 @@ inline void cut_walks(WorkOrder& order, int64_t positions, int64_t group, int64_
   order.num_items = order.num_heads * order.num_key_tiles * order.num_parts;
 }
 
-// The time that all items take, in visible query blocks of a key tile. In the end thread blocks
-// wait for the last of them, in simulations for about a quarter of the longest item.
-inline double time_of(const WorkOrder& order, const Visibility& visibility, int64_t group,
-                      int multiprocessors) {
+// The time that all items take, in visible query blocks of a key tile, tiles_of_block of which are a
+// key block. In the end thread blocks wait for the last of them, in simulations for about a quarter of
+// the longest item, or of the longest late one.
+inline double time_of(const WorkOrder& order, int late_tiles, int64_t tiles_of_block,
+                      const Visibility& visibility, int64_t group, int multiprocessors) {
   const int64_t num_m_blocks = visibility.num_m_blocks();
   int64_t blocks = num_m_blocks * visibility.num_n_blocks();  // of a head, visible
   if (visibility.causal) blocks -= num_m_blocks * (num_m_blocks - 1) / 2;
-  const int64_t tiles_of_block = order.num_key_tiles / visibility.num_n_blocks();
   const auto all = static_cast<double>(order.num_heads * group * blocks * tiles_of_block);
   const auto longest =
       static_cast<double>(order.part_heads * std::min<int64_t>(order.part_blocks, num_m_blocks));
-  return std::max(longest, all / multiprocessors + longest / 4) +
-         kItemCost * order.num_items / multiprocessors;
+  const auto last =
+      late_tiles == 0
+          ? longest
+          : static_cast<double>(
+                group * (visibility.causal ? ceil_div(late_tiles, tiles_of_block) : num_m_blocks));
+  return std::max({longest, last, all / multiprocessors + last / 4}) +
+         kItemCost * (order.num_items + order.num_heads * late_tiles) / multiprocessors;
 }
 
+// Bytes of the queries, dO and sums of dQ of a query block.
 template <typename Traits>
-WorkOrder choose_work_order(const BackwardParams& params) {
-  constexpr int64_t kColumns = Traits::kHeadDim + Traits::kHeadDimV;
-  constexpr int64_t kPositionBytes =
-      kBlockSize * (kColumns * static_cast<int64_t>(sizeof(typename Traits::Element)) +
-                    Traits::kHeadDim * static_cast<int64_t>(sizeof(float)));
-  constexpr int64_t kMostPositions =
-      kPartBytes / kPositionBytes / kLeastPositions * kLeastPositions;
-  constexpr int64_t kSlotBytes = Traits::kKeys * kColumns * static_cast<int64_t>(sizeof(float));
+constexpr int64_t kPositionBytes =
+    kBlockSize * ((Traits::kHeadDim + Traits::kHeadDimV) *
+                      static_cast<int64_t>(sizeof(typename Traits::Element)) +
+                  Traits::kHeadDim * static_cast<int64_t>(sizeof(float)));
+
+struct ChosenOrder {
+  WorkOrder order;
+  double time;  // as time_of says
+};
+
+// The order of the items of all key tiles but the last late_tiles of each head. part_bytes: of the
+// queries, dO and sums of dQ of a part of a walk, at most.
+template <typename Traits>
+ChosenOrder choose_work_order(const BackwardParams& params, int64_t part_bytes,
+                              int late_tiles = 0) {
+  constexpr int64_t kSlotBytes =
+      Traits::kKeys * (Traits::kHeadDim + Traits::kHeadDimV) * static_cast<int64_t>(sizeof(float));
+  constexpr int64_t kTilesOfBlock = kBlockSize / Traits::kKeys;
+  const int64_t most_positions = part_bytes / kPositionBytes<Traits>;
   const Visibility& visibility = params.visibility;
   const int64_t num_m_blocks = visibility.num_m_blocks();
   const int64_t num_heads = visibility.batch * params.heads.num_heads_k;
-  const int64_t num_key_tiles = visibility.num_n_blocks() * (kBlockSize / Traits::kKeys);
-  WorkOrder order{};
-  if (num_heads * num_key_tiles == 0) return order;
+  const int64_t num_key_tiles = visibility.num_n_blocks() * kTilesOfBlock - late_tiles;
+  if (num_heads * num_key_tiles == 0) return {};
   const int64_t group = group_size(visibility, params.heads);
-  order.num_heads = static_cast<int>(num_heads);
-  order.num_key_tiles = static_cast<int>(num_key_tiles);
-  order.section_heads =
-      heads_in_section(kSectionBytes, group * num_m_blocks * kPositionBytes, num_heads);
-  order.round_tiles = static_cast<int>(
-      std::clamp<int64_t>(kKeySumsBytes / kSlotBytes / order.section_heads, 1, num_key_tiles));
   const int multiprocessors = num_multiprocessors();
-  cut_walks(order, kMostPositions, group, num_m_blocks);
-  for (int64_t positions = kMostPositions / 2; positions >= kLeastPositions; positions /= 2) {
-    WorkOrder finer = order;
-    cut_walks(finer, positions / kLeastPositions * kLeastPositions, group, num_m_blocks);
-    if (time_of(finer, visibility, group, multiprocessors) <
-        time_of(order, visibility, group, multiprocessors)) {
-      order = finer;
-    }
+  WorkOrder uncut{};
+  uncut.num_heads = static_cast<int>(num_heads);
+  uncut.num_key_tiles = static_cast<int>(num_key_tiles);
+  uncut.section_heads =
+      heads_in_section(kSectionBytes, group * num_m_blocks * kPositionBytes<Traits>, num_heads);
+  uncut.round_tiles = static_cast<int>(
+      std::clamp<int64_t>(kKeySumsBytes / kSlotBytes / uncut.section_heads, 1, num_key_tiles));
+  const auto cut = [&](int64_t positions) {
+    WorkOrder order = uncut;
+    cut_walks(order, positions / kLeastPositions * kLeastPositions, group, num_m_blocks);
+    return ChosenOrder{
+        order, time_of(order, late_tiles, kTilesOfBlock, visibility, group, multiprocessors)};
+  };
+  ChosenOrder chosen = cut(most_positions);
+  for (int64_t positions = most_positions / 2; positions >= kLeastPositions; positions /= 2) {
+    const ChosenOrder finer = cut(positions);
+    if (finer.time < chosen.time) chosen = finer;
   }
-  return order;
+  return chosen;
 }
 
 // The place of an item of kKeys keys, a key block or a part of one.

@@ -1,14 +1,15 @@
 // Tile sizes and shared memory of the gradients of block-sparse attention on GPUs from Ampere on.
 #pragma once
 
-#include "../../common/backward/work.cuh"
+#include "../../common/backward/key_sums.cuh"
 #include "../../common/backward/workspace.cuh"
 #include "../common/tile_table.h"
 #include "../common/warp_product.cuh"
 
 namespace rrattn::cuda::sm80::backward {
 
-using rrattn::cuda::backward::Workspace;
+using rrattn::cuda::backward::KeySums, rrattn::cuda::backward::WorkOrder,
+    rrattn::cuda::backward::Workspace;
 
 // A query block that selected the keys of an item and sees them.
 struct PlannedBlock {
@@ -28,9 +29,10 @@ struct Plan {
 
   PlannedBlock blocks[kSlots];
   int planned;  // blocks so far
-  // The blocks from `begin` to before `end` of this head come next, and then those of the heads before end_head.
+  // The blocks from `begin` to before `end` of this head come next, and then those to before
+  // end_of_head of the heads before end_head.
   int head, end_head;
-  int begin, end;
+  int begin, end, end_of_head;
   const uint32_t* mask_row;  // of the transposed mask, for this head
   uint32_t mask_word;        // of that row, the word that holds the bit of the block before `end`
 };
@@ -107,6 +109,7 @@ struct KernelTraits {
     alignas(128) Element grad_scores[kQueries * kScoreColumns];    // dS
     alignas(16) float score_start[2][kQueries];
     alignas(16) float grad_score_start[2][kQueries];
+    bool any_item;
     Place place;
     Plan<kTiles.planned_at_once> plan;
     // A bit for each key of the item, then for each value: whether it is not finite and some query
@@ -120,10 +123,17 @@ struct KernelTraits {
 struct KernelParams {
   BackwardParams backward;
   Workspace workspace;
-  int num_items = 0;
-  int section_heads = 1;  // key heads of a section
-  bool aligned_query = false, aligned_key = false, aligned_value = false, aligned_grad_out = false;
-  bool aligned_grad_query = false, aligned_grad_key = false, aligned_grad_value = false;
+  KeySums key_sums;
+  // Of the items of all key tiles but the last late_tiles of each head: these come after all others,
+  // their walks whole.
+  WorkOrder order;
+  int late_tiles;
+  bool aligned_query, aligned_key, aligned_value, aligned_grad_out;
+  bool aligned_grad_query, aligned_grad_key, aligned_grad_value;
+
+  __host__ __device__ int num_items() const {
+    return order.num_items + order.num_heads * late_tiles;
+  }
 };
 
 }  // namespace rrattn::cuda::sm80::backward

@@ -3,14 +3,14 @@
 //   query [B, Lq, Hq, D], key [B, Lk, Hkv, D], value [B, Lk, Hkv, Dv], block_mask, out, lse,
 //   grad_out [B, Lq, Hq, Dv]  ->  grad_query, grad_key, grad_value, as query, key and value
 //
-// A thread block takes some keys of a key head, and goes through the queries that selected them, a tile
-// at each step:
+// A thread block takes some keys of a key head, and goes through the queries that selected them, or a
+// part of these (common/backward/work.cuh), a tile at each step:
 //
 //   S = Q K^T - lse / scale,  P = exp(scale S),  dP = dO V^T - delta,  dS = P dP
 //   dV += P^T dO,  dK += dS^T Q,  dQ = dS K
 //
 // lse / scale and delta are what the accumulators of S and dP start from, negated. dV and dK stay in
-// registers, dQ is added to sums in memory.
+// registers, dQ is added to sums in memory, and so are dV and dK where walks are cut into parts.
 #pragma once
 
 #include "../../common/softmax.cuh"
@@ -26,6 +26,7 @@ class ItemGradients {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using Place = typename Traits::Place;
+  using KeyTurn = rrattn::cuda::backward::KeyTurn<Traits::kKeys>;
   static constexpr auto kTiles = Traits::kTiles;
   static constexpr int kQueries = Traits::kQueries, kKeys = Traits::kKeys;
   static constexpr int kBlockTiles = kBlockSize / kQueries;
@@ -43,23 +44,30 @@ class ItemGradients {
         place_(shared.place),
         lane_(static_cast<int>(threadIdx.x) % 32),
         score_scale_(usable_scale(params.backward.softmax_scale) * kLog2E),
-        hidden_(score_scale_ > 0 ? -INFINITY : INFINITY) {
-    if (threadIdx.x == 0) {
-      shared.place = item_place<Traits>(params);
-      begin_plan(shared.plan, params, shared.place);
+        hidden_(score_scale_ > 0 ? -INFINITY : INFINITY) {}
+
+  // Takes an item; false: none is left.
+  __device__ bool take() {
+    if (threadIdx.x < 32) {
+      Place place;
+      const bool any = take_place<Traits>(params_, place);
+      if (lane_ == 0) {
+        shared_.any_item = any;
+        if (any) {
+          shared_.place = place;
+          begin_plan(shared_.plan, params_, place);
+        }
+      }
     }
     __syncthreads();
+    return shared_.any_item;
   }
 
   __device__ void run() {
     clear_sums(grad_key_);
     clear_sums(grad_value_);
     take_steps();
-    const BackwardParams& backward = params_.backward;
-    store(grad_key_, GradKeyPart::first_row(), GradKeyPart::first_column(), backward.softmax_scale,
-          backward.grad_key, backward.heads.head_dim, params_.aligned_grad_key);
-    store(grad_value_, GradValuePart::first_row(), GradValuePart::first_column(), 1,
-          backward.grad_value, backward.heads.head_dim_v, params_.aligned_grad_value);
+    leave();
   }
 
  private:
@@ -405,6 +413,49 @@ class ItemGradients {
     for (int m = 0; m < kFragments; ++m) cute::clear(sums[m]);
   }
 
+  // Stores dK and dV of the item, or, in the turns of the items of its keys, adds them up.
+  __device__ void leave() {
+    const BackwardParams& backward = params_.backward;
+    const WorkOrder& order = params_.order;
+    const KeySums& key_sums = params_.key_sums;
+    const bool any_steps = shared_.plan.planned > 0;
+    const bool cut = order.num_parts > 1 && place_.part != kWholeWalk;
+    KeyTurn turn;
+    if (cut) turn = KeyTurn(backward, order, key_sums.tickets, place_, any_steps, 1, 0);
+    if (turn.any_sums() && (any_steps || turn.last())) {
+      const auto add = [](float4* sums, auto& grad) {
+        rrattn::cuda::backward::add_sums<Traits::kThreads>(sums, grad);
+      };
+      for_each_fragment(grad_key_, key_sums.key, turn.slot(), add);
+      for_each_fragment(grad_value_, key_sums.value, turn.slot(), add);
+    }
+    if (turn.last()) {
+      store(grad_key_, GradKeyPart::first_row(), GradKeyPart::first_column(),
+            backward.softmax_scale, backward.grad_key, backward.heads.head_dim,
+            params_.aligned_grad_key);
+      store(grad_value_, GradValuePart::first_row(), GradValuePart::first_column(), 1,
+            backward.grad_value, backward.heads.head_dim_v, params_.aligned_grad_value);
+    } else if (any_steps) {
+      const auto store = [](float4* sums, const auto& grad) {
+        rrattn::cuda::backward::store_sums<Traits::kThreads>(sums, grad);
+      };
+      for_each_fragment(grad_key_, key_sums.key, turn.slot(), store);
+      for_each_fragment(grad_value_, key_sums.value, turn.slot(), store);
+    }
+    if (!cut) return;
+    __syncthreads();  // all threads have written to the sums, or read them
+    if (threadIdx.x == 0) turn.end();
+  }
+  // Calls `use` with the thread's first sums in a slot and its accumulators, of each fragment.
+  template <typename Sums, int kFragments, typename Use>
+  __device__ static void for_each_fragment(Sums (&grad)[kFragments], float* sums, int slot,
+                                           const Use& use) {
+    constexpr int kFours = decltype(cute::size(grad[0]))::value / 4 * Traits::kThreads;
+    float4* of_slot = reinterpret_cast<float4*>(sums) + int64_t{slot} * kFragments * kFours;
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) use(of_slot + m * kFours + threadIdx.x, grad[m]);
+  }
+
   // Stores `scale` times the warp's part of dK or dV.
   template <typename Sums, int kFragments>
   __device__ void store(const Sums (&sums)[kFragments], int first_row, int first_column,
@@ -439,9 +490,9 @@ template <typename Traits, bool kUnseenKeys>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ char shared_memory[];
-  ItemGradients<Traits, kUnseenKeys>(
-      params, *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory))
-      .run();
+  ItemGradients<Traits, kUnseenKeys> item(
+      params, *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory));
+  if (item.take()) item.run();
 }
 
 }  // namespace rrattn::cuda::sm80::backward

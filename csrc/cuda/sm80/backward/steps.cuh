@@ -7,27 +7,37 @@
 
 namespace rrattn::cuda::sm80::backward {
 
-// The place of a thread block's item. Section by section come the first 5 / 8 of the key blocks, under the
-// diagonal the longest items, and then the others of all heads: so no long item is left for the end, when
-// thread blocks would wait for it.
+constexpr int kWholeWalk = -1;  // as the part of a place: the item's walk is not cut
+
+// The place of an item.
 template <typename Traits>
-__device__ inline typename Traits::Place item_place(const KernelParams& params) {
-  using Place = typename Traits::Place;
+__device__ inline typename Traits::Place place_of(const KernelParams& params, int item) {
+  const WorkOrder& order = params.order;
+  if (item < order.num_items) return {params.backward, order, item};
+  // The late key tiles, one after the other, and of each the heads.
+  const int late = item - order.num_items;
+  const int tile = late / order.num_heads, head = late - tile * order.num_heads;
   const int num_heads_k = static_cast<int>(params.backward.heads.num_heads_k);
-  const int num_tiles =
-      static_cast<int>(params.backward.visibility.num_n_blocks()) * (kBlockSize / Traits::kKeys);
-  const int num_heads = params.num_items / num_tiles;
-  const int long_tiles = num_tiles * 5 / 8, num_long = num_heads * long_tiles;
-  const int item = static_cast<int>(blockIdx.x);
-  const bool is_long = item < num_long;
-  WorkPlace work = place_of_item(is_long ? item : item - num_long, num_heads,
-                                 is_long ? long_tiles : num_tiles - long_tiles,
-                                 is_long ? params.section_heads : num_heads);
-  if (!is_long) work.block += long_tiles;
-  Place place;
-  place.key_tile = work.block, place.part = 0;
-  place.key_head = work.head % num_heads_k, place.batch = work.head / num_heads_k;
+  typename Traits::Place place;
+  place.key_tile = order.num_key_tiles + tile, place.part = kWholeWalk;
+  place.batch = head / num_heads_k, place.key_head = head - place.batch * num_heads_k;
   return place;
+}
+
+// Takes the next item some of whose queries see its keys; false: none is left. All lanes of a warp
+// call it together.
+template <typename Traits>
+__device__ inline bool take_place(const KernelParams& params, typename Traits::Place& place) {
+  for (;;) {
+    const int item = take_item(params.workspace.next_item);
+    if (item >= params.num_items()) return false;
+    place = place_of<Traits>(params, item);
+    if (place.part == kWholeWalk ||
+        place.window(params.order) >=
+            place.first_window(params.backward.visibility, params.order)) {
+      return true;
+    }
+  }
 }
 
 __device__ inline void prefetch(const uint32_t* word) {
@@ -38,19 +48,28 @@ __device__ inline void prefetch(const uint32_t* word) {
 template <typename Plan, typename Place>
 __device__ inline void begin_plan(Plan& plan, const KernelParams& params, const Place& place) {
   const Visibility& visibility = params.backward.visibility;
-  const int group = static_cast<int>(group_size(visibility, params.backward.heads));
+  const WorkOrder& order = params.order;
+  const bool whole = place.part == kWholeWalk;
+  const int group =
+      static_cast<int>(visibility.num_heads) / static_cast<int>(params.backward.heads.num_heads_k);
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+  const int first_head = whole ? 0 : place.part / order.windows * order.part_heads;
+  const int first_block = whole ? 0 : place.window(order) * order.part_blocks;
   plan.planned = 0;
-  plan.head = place.key_head * group;
-  plan.end_head = plan.head + group;
+  plan.head = place.key_head * group + first_head;
+  plan.end_head = plan.head + (whole ? group : min(order.part_heads, group - first_head));
   // The diagonal passes no query block before this one.
-  const int64_t first_row =
-      visibility.causal ? int64_t{place.n_block()} * kBlockSize - visibility.shift() : 0;
-  plan.begin = max(0, static_cast<int>(first_row / kBlockSize)) / Plan::kAtOnce * Plan::kAtOnce;
-  plan.end = static_cast<int>(visibility.num_m_blocks());
+  const int first_seeing =
+      visibility.causal
+          ? max(0, place.n_block() * kBlockSize - static_cast<int>(visibility.shift())) / kBlockSize
+          : 0;
+  plan.begin = max(first_seeing / Plan::kAtOnce * Plan::kAtOnce, first_block);
+  plan.end_of_head = whole ? num_m_blocks : min(first_block + order.part_blocks, num_m_blocks);
+  plan.end = plan.end_of_head;
   plan.mask_row = params.workspace.transposed_mask +
                   ((place.batch * visibility.num_heads + plan.head) * visibility.num_n_blocks() +
                    place.n_block()) *
-                      ceil_div(visibility.num_m_blocks(), kMaskWordBits);
+                      ceil_div(num_m_blocks, kMaskWordBits);
   plan.mask_word = 0;  // read with the first block
 }
 
@@ -64,7 +83,7 @@ __device__ inline void plan_blocks(Plan& plan, const KernelParams& params, const
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks()), n_block = place.n_block();
   int planned = plan.planned, head = plan.head, end = plan.end;
-  const int end_head = plan.end_head, begin = plan.begin;
+  const int end_head = plan.end_head, begin = plan.begin, end_of_head = plan.end_of_head;
   if (planned - used >= Plan::kAhead || head == end_head) return;
   const int row_words = (num_m_blocks + kMaskWordBits - 1) / kMaskWordBits;
   const uint32_t* mask_row = plan.mask_row;
@@ -72,14 +91,15 @@ __device__ inline void plan_blocks(Plan& plan, const KernelParams& params, const
   do {
     const int first = (end - 1) / Plan::kAtOnce * Plan::kAtOnce;
     const int m_block = first + Plan::kAtOnce - 1 - lane;
-    if (end % kMaskWordBits == 0 || end == num_m_blocks) {
+    if (end % kMaskWordBits == 0 || end == end_of_head) {
       const int word = first / kMaskWordBits;
       mask_word = mask_row[word];
       // The word that comes next: by then it is there.
       const bool of_next_head = word == begin / kMaskWordBits;
       if (!of_next_head || head + 1 < end_head) {
-        prefetch(mask_row +
-                 (of_next_head ? visibility.num_n_blocks() * row_words + row_words - 1 : word - 1));
+        prefetch(mask_row + (of_next_head ? visibility.num_n_blocks() * row_words +
+                                                (end_of_head - 1) / kMaskWordBits
+                                          : word - 1));
       }
     }
     BlockKind kind = BlockKind::kHidden;
@@ -102,7 +122,7 @@ __device__ inline void plan_blocks(Plan& plan, const KernelParams& params, const
     planned += __popc(selected);
     end = first;
     if (end <= begin) {
-      end = num_m_blocks;
+      end = end_of_head;
       ++head;
       mask_row += visibility.num_n_blocks() * row_words;
     }

@@ -12,6 +12,14 @@
 
 namespace rrattn::cuda::sm90::backward {
 
+// Bytes of the queries, dO and sums of dQ of a part of a walk. See docs/tuning.md.
+constexpr int64_t kPartBytes = 32 << 20;
+
+template <typename Traits>
+WorkOrder work_order(const BackwardParams& params) {
+  return cuda::backward::choose_work_order<Traits>(params, kPartBytes).order;
+}
+
 template <typename Traits>
 KernelParams kernel_params(const BackwardParams& backward, const Workspace& workspace,
                            const PackedRows& packed, const WorkOrder& order,
@@ -59,7 +67,7 @@ int64_t Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::workspace_bytes(
   Arena arena;
   Workspace(arena, params, Traits::kHeadDim);
   PackedRows(arena, params);
-  KeySums::take<Traits>(arena, cuda::backward::choose_work_order<Traits>(params), kConsumers);
+  KeySums::take<Traits>(arena, work_order<Traits>(params), kConsumers);
   return arena.used();
 }
 
@@ -70,7 +78,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::launch(const Backwar
   Arena arena(backward.execution.workspace);
   const Workspace workspace(arena, backward, Traits::kHeadDim);
   const PackedRows packed(arena, backward);
-  const auto order = cuda::backward::choose_work_order<Traits>(backward);
+  const auto order = work_order<Traits>(backward);
   const auto key_sums = KeySums::take<Traits>(arena, order, kConsumers);
   const auto params = kernel_params<Traits>(backward, workspace, packed, order, key_sums);
   cuda::backward::prepare<typename Traits::Element, Traits::kHeadDim>(backward, workspace);
