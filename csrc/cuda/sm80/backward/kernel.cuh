@@ -219,24 +219,26 @@ class ItemGradients {
     multiply_add<Element, Traits::kHeadDim>(
         scores, FirstOperand<kQueries, false>(query_tile(step), ScorePart::first_row()),
         SecondOperand<kKeys, false>(shared_address(shared_.key), ScorePart::first_column()));
+    if (block(step).masked || (kUnseenKeys && any_not_finite_)) hide(step, scores);
     start_from(grad_score_start(step), grad_scores);
+    // P is computed and stored beside the product for dP, which leaves the time for it.
+    const TilePlace probabilities = score_place(shared_.probabilities);
     multiply_add<Element, Traits::kHeadDimV>(
         grad_scores, FirstOperand<kQueries, false>(grad_out_tile(step), ScorePart::first_row()),
-        SecondOperand<kKeys, false>(shared_address(shared_.value), ScorePart::first_column()));
-    if (block(step).masked || (kUnseenKeys && any_not_finite_)) hide(step, scores);
-#pragma unroll
-    for (int m = 0; m < ScorePart::kFragments; ++m) {
-#pragma unroll
-      for (int i = 0; i < cute::size(scores[m]); ++i)
-        scores[m](i) = exp2_approx(scores[m](i) * score_scale_);
-    }
-    store_scores(scores, shared_.probabilities);
+        SecondOperand<kKeys, false>(shared_address(shared_.value), ScorePart::first_column()),
+        [&](int part, int parts) {
+          for_each_pair(part, parts, [&](int m, int i) {
+            for (int j = i; j < i + 2; ++j) scores[m](j) = exp2_approx(scores[m](j) * score_scale_);
+            store_pair(scores, m, i, probabilities);
+          });
+        });
 #pragma unroll
     for (int m = 0; m < ScorePart::kFragments; ++m) {
 #pragma unroll
       for (int i = 0; i < cute::size(scores[m]); ++i) grad_scores[m](i) *= scores[m](i);
     }
-    store_scores(grad_scores, shared_.grad_scores);
+    const TilePlace to = score_place(shared_.grad_scores);
+    for_each_pair(0, 1, [&](int m, int i) { store_pair(grad_scores, m, i, to); });
   }
 
   // Sets the scores of each query to its number.
@@ -258,19 +260,27 @@ class ItemGradients {
   }
   __device__ int score_column() const { return ScorePart::first_column() + lane_ % 4 * 2; }
 
-  __device__ void store_scores(const Scores& scores, Element* to) const {
-    const auto place =
-        TilePlace::of<kQueries>(shared_address(to), score_row(0, 0), ScorePart::first_column());
+  // Calls `use` with the fragment and the first number of each of a part of the pairs of scores that lie
+  // side by side in a row.
+  template <typename Use>
+  __device__ static void for_each_pair(int part, int parts, const Use& use) {
+    constexpr int kPairs = ScorePart::kColumns / 4, kAll = ScorePart::kFragments * kPairs;
+    const int each = (kAll + parts - 1) / parts;
 #pragma unroll
-    for (int m = 0; m < ScorePart::kFragments; ++m) {
-#pragma unroll
-      for (int i = 0; i < cute::size(scores[m]); i += 2) {
-        const uint32_t two = pack_two<Element>(scores[m](i), scores[m](i + 1));
-        const uint32_t at =
-            place.template at<kQueries>(m * 16 + i % 4 / 2 * 8, i / 4 * 8) + lane_ % 4 * 4;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(two) : "memory");
-      }
-    }
+    for (int j = part * each; j < min((part + 1) * each, kAll); ++j)
+      use(j / kPairs, j % kPairs * 2);
+  }
+
+  // The place of the thread's first row, and the warp's first column, in a tile of P or dS.
+  __device__ TilePlace score_place(const Element* tile) const {
+    return TilePlace::of<kQueries>(shared_address(tile), score_row(0, 0),
+                                   ScorePart::first_column());
+  }
+  __device__ void store_pair(const Scores& scores, int m, int i, const TilePlace& to) const {
+    const uint32_t at = to.template at<kQueries>(m * 16 + i % 4 / 2 * 8, i / 4 * 8) + lane_ % 4 * 4;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at),
+                 "r"(pack_two<Element>(scores[m](i), scores[m](i + 1)))
+                 : "memory");
   }
 
   // Adds a part of dQ = dS K to the sums in the workspace, which are in the order of the accumulators.
