@@ -31,11 +31,12 @@ struct RowItem {
 struct KeyTile {
   int first_key;      // of a tile of means -1 - its first block, which is a multiple of kTileN
   bool plain;         // no score is hidden or increased, and the softmax scale is late
+  bool bounded;       // FlashMask, if there is one, may hide some of the scores
   bool last;          // of the mask row
   bool last_of_keys;  // no tile of keys follows in the row
 
   __device__ static KeyTile of_means(int first_block, bool last) {
-    return {-1 - first_block, false, last, true};
+    return {-1 - first_block, false, false, last, true};
   }
   __device__ bool is_of_means() const { return first_key < 0; }
   __device__ int first_block() const { return -1 - first_key; }

@@ -357,7 +357,9 @@ class Consumer {
       const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
       hidden[half] = visible < 32 ? ~0u << visible : 0;
     }
-    if (!kRagged && layout.data != nullptr) {
+    // Where FlashMask hides nothing, reading the bounds of all keys would take longer than the rest of
+    // the tile.
+    if (kUnseenKeys && !kRagged && tile.bounded && layout.data != nullptr) {
       const int32_t* bounds = row_bounds_of(layout, row.batch, visibility.bounds_head(row.head));
 #pragma unroll 4
       for (int i = 0; i < kRowScores; ++i) {

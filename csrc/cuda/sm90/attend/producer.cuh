@@ -248,7 +248,7 @@ __device__ void produce_keys(const Params& params, typename Traits::SharedStorag
       shared.row_full.arrive();
     }
     while (n_block >= 0) {
-      const bool plain = blocks.is_plain();
+      const bool plain = blocks.is_plain(), bounded = blocks.may_hold_unseen_keys();
       const int next = blocks.next();
       for (int t = Traits::kTilesPerBlock - 1; t >= 0; --t) {
         const TilePlacesOf<Traits, Params> places(params, row, n_block, t);
@@ -256,7 +256,8 @@ __device__ void produce_keys(const Params& params, typename Traits::SharedStorag
         if (leader) {
           const int first_key = first_key_of<Traits>(n_block, t);
           const bool last_of_keys = next < 0 && t == 0;
-          shared.tile[keys.slot] = {first_key, plain, last_of_keys && !means_follow, last_of_keys};
+          shared.tile[keys.slot] = {first_key, plain, bounded, last_of_keys && !means_follow,
+                                    last_of_keys};
           places.template copy<Traits::kPanels>(shared.key[keys.slot], params.key, key_head,
                                                 shared.key_full[keys.slot]);
         }
