@@ -32,13 +32,15 @@ struct Sm90 {
   using BackwardStage = sm90::backward::Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
 };
 
-// The portable gradients have no kernels of head size 96 of their own: those of 128 are for it too.
+// The portable gradients have no kernels of head size 96 of their own: those of 128 are for it too. Nor
+// has portable attention any for values of 192: those of 256 are.
 template <sm80::TileTable kTable>
 struct Sm80 {
   template <DataType kDataType, int kHeadDim, int kKeyStride>
   using EstimateStage = sm80::estimate::Stage<kDataType, kHeadDim, kKeyStride, kTable>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV>
-  using AttendStage = sm80::attend::Stage<kDataType, kHeadDim, kHeadDimV, kTable>;
+  using AttendStage = sm80::attend::Stage<kDataType, kHeadDimV == 192 ? 256 : kHeadDim,
+                                          kHeadDimV == 192 ? 256 : kHeadDimV, kTable>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
   using BackwardStage =
       sm80::backward::Stage<kDataType, kHeadDim == 96 ? 128 : kHeadDim,
@@ -93,14 +95,15 @@ auto with_head_dim(const Heads& heads, const Use& use) {
 // The head sizes of queries and keys and of values that attention is built for, as two arguments.
 template <typename Use>
 auto with_attend_head_dims(const Heads& heads, const Use& use) {
+  constexpr std::integral_constant<int, 64> k64;
+  constexpr std::integral_constant<int, 128> k128;
+  constexpr std::integral_constant<int, 192> k192;
+  constexpr std::integral_constant<int, 256> k256;
   const int64_t larger = std::max(heads.head_dim, heads.head_dim_v);
-  const auto both = [&](auto head_dim) { return use(head_dim, head_dim); };
-  if (larger <= 64) return both(std::integral_constant<int, 64>());
-  if (larger <= 128) return both(std::integral_constant<int, 128>());
-  if (heads.head_dim <= 192 && heads.head_dim_v <= 128) {
-    return use(std::integral_constant<int, 192>(), std::integral_constant<int, 128>());
-  }
-  return both(std::integral_constant<int, 256>());
+  if (larger <= 64) return use(k64, k64);
+  if (larger <= 128) return use(k128, k128);
+  if (larger <= 192) return heads.head_dim_v <= 128 ? use(k192, k128) : use(k192, k192);
+  return use(k256, k256);
 }
 
 // The same of the gradients.

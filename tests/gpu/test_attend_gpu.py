@@ -109,6 +109,7 @@ def check(query, key, value, mask, causal=True, compensate=False):
         (2000, 4333, 8, 1, 64),
         (4096, 4096, 8, 8, 128),
         (8192, 8192, 4, 2, 128),
+        (2000, 4333, 8, 1, 192),
         (1000, 8000, 4, 1, 256),
         (512, 32768, 6, 3, 128),  # two key heads in the first section of the work, one in the last
     ),
@@ -129,7 +130,13 @@ def test_long_sequences_that_are_not_causal(dtype, sizes):
 @pytest.mark.parametrize("density", (0.0, 0.1, 0.5))
 @pytest.mark.parametrize(
     "sizes",
-    ((2000, 4333, 8, 1, 64), (4096, 4096, 8, 2, 128), (300, 20000, 4, 1, 256), (512, 40000, 6, 3, 128)),
+    (
+        (2000, 4333, 8, 1, 64),
+        (4096, 4096, 8, 2, 128),
+        (1000, 9000, 4, 1, 192),
+        (300, 20000, 4, 1, 256),
+        (512, 40000, 6, 3, 128),
+    ),
     ids=str,
 )
 def test_compensation_of_long_sequences(dtype, sizes, density):

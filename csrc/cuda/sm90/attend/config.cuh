@@ -49,7 +49,7 @@ struct KernelTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;                  // of queries and keys
   static constexpr int kHeadDimV = kHeadDimV_;                // of values and out
-  static constexpr int kTileN = kHeadDimV <= 128 ? 128 : 64;  // at 256 out takes 128 registers
+  static constexpr int kTileN = kHeadDimV <= 128 ? 128 : 64;  // out has 96 or 128 registers there
   static constexpr int kTilesPerBlock = kBlockSize / kTileN;
   static constexpr int kMeanWords = kTileN / 32;  // of the block mask, for a tile of means
   static constexpr int kSlots = kHeadDim == 64 ? 4 : kHeadDim == 128 ? 3 : 2;
