@@ -153,6 +153,25 @@ def test_compensation_where_every_block_is_selected_changes_no_bit():
     assert all(map(torch.equal, plain, compensated))
 
 
+@pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
+def test_scores_far_above_those_before_in_the_last_tile(dtype, head_dim):
+    """Where its probabilities do not fit, a tile is computed again: its keys and the row's queries have to be there."""
+    query, key, value = random_inputs(4096, 4096, 8, 2, head_dim, dtype=getattr(torch, dtype))
+    key[:, :BLOCK] *= 16  # rows go from their last block to the first
+    mask = random_mask(query, key, 0.3)
+    mask[..., 0] = True
+    check(query, key, value, mask)
+
+
+@pytest.mark.parametrize("seqlen", (128, 1000, 2048))
+def test_many_short_rows(dtype, seqlen):
+    """Of one to 16 blocks, many for each multiprocessor, some of them without any between those that have some."""
+    query, key, value = random_inputs(seqlen, seqlen, 192, 96, 64, dtype=getattr(torch, dtype))
+    mask = random_mask(query, key, 0.3)
+    mask[:, ::5, ::2] = False
+    check(query, key, value, mask)
+
+
 def test_rows_without_blocks_among_others():
     query, key, value = random_inputs(4096, 4096, 8, 2, 128)
     mask = random_mask(query, key, 0.3)

@@ -42,7 +42,7 @@ struct KeyTile {
   __device__ int first_block() const { return -1 - first_key; }
 };
 
-// Shared memory (227 KB): the query block, and kSlots tiles of kTileN keys and as many of values.
+// Shared memory (227 KB): the query block, and tiles of kTileN keys and of as many values.
 // Smaller tiles, a second query block and multicast to clusters are slower: see docs/tuning.md.
 template <typename Element_, int kHeadDim_, int kHeadDimV_>
 struct KernelTraits {
@@ -52,7 +52,14 @@ struct KernelTraits {
   static constexpr int kTileN = kHeadDimV <= 128 ? 128 : 64;  // out has 96 or 128 registers there
   static constexpr int kTilesPerBlock = kBlockSize / kTileN;
   static constexpr int kMeanWords = kTileN / 32;  // of the block mask, for a tile of means
-  static constexpr int kSlots = kHeadDim == 64 ? 4 : kHeadDim == 128 ? 3 : 2;
+  // As many slots as there is room for, but for 1 KB of barriers and the like. Keys are held until their
+  // softmax is sure to fit, values are needed a tile later: where one more tile has room, it is of keys.
+  static constexpr int kKeyBytes = kTileN * kHeadDim * sizeof(Element);
+  static constexpr int kValueBytes = kTileN * kHeadDimV * sizeof(Element);
+  static constexpr int kSlotBytes =
+      226 * 1024 - kBlockSize * kHeadDim * static_cast<int>(sizeof(Element));
+  static constexpr int kValueSlots = kSlotBytes / (kKeyBytes + kValueBytes);
+  static constexpr int kKeySlots = (kSlotBytes - kValueSlots * kValueBytes) / kKeyBytes;
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again. The
   // consumers need no more than 232. Producers with 24 spill, and a slow one costs 1% to 15%.
@@ -85,15 +92,16 @@ struct KernelTraits {
 
   struct SharedStorage {
     alignas(1024) Element query[kConsumers][kConsumerRows * kHeadDim];
-    alignas(1024) Element key[kSlots][kTileN * kHeadDim];
-    alignas(1024) Element value[kSlots][kTileN * kHeadDimV];
+    alignas(1024) Element key[kKeySlots][kTileN * kHeadDim];
+    alignas(1024) Element value[kValueSlots][kTileN * kHeadDimV];
     Barrier row_full, row_empty;
     Barrier query_full[kConsumers], query_empty[kConsumers];
-    Barrier key_full[kSlots], key_empty[kSlots], value_full[kSlots], value_empty[kSlots];
-    Barrier value_uncleared[kSlots];  // values that are there, but still to be cleared
+    Barrier key_full[kKeySlots], key_empty[kKeySlots];
+    Barrier value_full[kValueSlots], value_empty[kValueSlots];
+    Barrier value_uncleared[kValueSlots];  // values that are there, but still to be cleared
     RowItem row;
-    KeyTile tile[kSlots];  // in the key slot
-    uint32_t stood_in_for[kSlots]
+    KeyTile tile[kKeySlots];  // in the key slot
+    uint32_t stood_in_for[kKeySlots]
                          [kMeanWords];  // if that is one of means: those that are not hidden
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);

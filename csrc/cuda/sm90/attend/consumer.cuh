@@ -439,7 +439,8 @@ class Consumer {
   const int consumer_;
   float product_scale_, score_scale_;  // the latter in units of log2
   RingPosition<1> queries_;
-  RingPosition<Traits::kSlots> keys_, values_;
+  RingPosition<Traits::kKeySlots> keys_;
+  RingPosition<Traits::kValueSlots> values_;
   float row_base_[2];  // that the sums are relative to
   bool unseen_;        // some row of the warp has not seen a score
   float row_sum_[2];   // the thread's share

@@ -25,9 +25,11 @@ __device__ inline void init_shared(typename Traits::SharedStorage& shared) {
     shared.query_full[consumer].init(1);
     shared.query_empty[consumer].init(kWarpGroup);
   }
-  for (int slot = 0; slot < Traits::kSlots; ++slot) {
+  for (int slot = 0; slot < Traits::kKeySlots; ++slot) {
     shared.key_full[slot].init(1);
     shared.key_empty[slot].init(kConsumerThreads);
+  }
+  for (int slot = 0; slot < Traits::kValueSlots; ++slot) {
     shared.value_full[slot].init(1);
     shared.value_uncleared[slot].init(1);
     shared.value_empty[slot].init(kConsumerWarps);

@@ -192,7 +192,7 @@ __device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, 
 // Copies the tiles of mean keys of a row.
 template <typename Traits>
 __device__ void produce_mean_keys(const KernelParams& params, const RowItem& row, int key_head,
-                                  RingPosition<Traits::kSlots>& keys,
+                                  RingPosition<Traits::kKeySlots>& keys,
                                   typename Traits::SharedStorage& shared) {
   RowMeans<Traits::kTileN> means(params.attend.visibility, params.stood_in_for, row);
   for (int block = means.next(); block >= 0;) {
@@ -220,7 +220,7 @@ __device__ void produce_keys(const Params& params, typename Traits::SharedStorag
   const int group = static_cast<int>(group_size(params.attend.visibility, params.attend.heads));
   const bool leader = threadIdx.x % 32 == 0;
   RingPosition<1> rows;
-  RingPosition<Traits::kSlots> keys;
+  RingPosition<Traits::kKeySlots> keys;
   for (;;) {
     const int item = take_item(params.next_item);
     shared.row_empty.wait(rows.parity ^ 1);  // until all have read the last row
@@ -287,7 +287,7 @@ __device__ void follow_rows(SharedStorage& shared, const Produce& produce) {
 template <typename Traits, bool kUnseenKeys, bool kCompensate, typename Params>
 __device__ void produce_values(const Params& params, typename Traits::SharedStorage& shared) {
   const int group = static_cast<int>(group_size(params.attend.visibility, params.attend.heads));
-  RingPosition<Traits::kSlots> values;
+  RingPosition<Traits::kValueSlots> values;
   follow_rows(shared, [&](const RowItem& row) {
     const int key_head = row.head / group;
     auto blocks = blocks_of<kCompensate>(params, row);
@@ -326,7 +326,7 @@ __device__ void produce_values(const Params& params, typename Traits::SharedStor
 template <typename Traits, bool kCompensate, typename Params>
 __device__ void clear_values(const Params& params, typename Traits::SharedStorage& shared) {
   constexpr bool kRagged = std::is_same_v<Params, RaggedKernelParams>;
-  RingPosition<Traits::kSlots> values;
+  RingPosition<Traits::kValueSlots> values;
   uint32_t parities = 0;  // of value_uncleared, a bit for each slot
   follow_rows(shared, [&](const RowItem& row) {
     const Visibility& visibility = attend_of(params, row).visibility;
