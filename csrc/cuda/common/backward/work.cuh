@@ -5,7 +5,7 @@
 // the L2 cache. An item is a part of the walk of a key tile. All key tiles have their turn at a
 // part before the next part begins, so that what the items in flight read stays in the cache, also
 // where some keys are selected by far more queries than others and their walks would lose step. What
-// the items of a key tile have for its dK and dV is added up in the workspace (grad_keys.cuh).
+// the items of a key tile have for its dK and dV is added up in the workspace (key_sums.cuh).
 #pragma once
 
 #include "../heads.cuh"
