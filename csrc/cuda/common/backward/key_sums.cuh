@@ -53,60 +53,53 @@ __device__ inline void store_sums(float4* sums, const Grad& grad) {
   }
 }
 
-// When an item has its turn at which sums.
-struct TurnNumbers {
-  int slot;
-  int turn, next_turn;
-  bool last;  // item of the key tile
-};
-
-template <int kKeys>
-__device__ TurnNumbers turn_numbers(const BackwardParams& params, const WorkOrder& order,
-                                    const Place<kKeys>& place) {
-  const int num_heads_k = static_cast<int>(params.heads.num_heads_k);
-  const int head = place.batch * num_heads_k + place.key_head;
-  const int section = head / order.section_heads, round = place.key_tile / order.round_tiles;
-  const int tile = place.key_tile % order.round_tiles;
-  // In each section the key tiles with this place in a round have the slot, one after the other.
-  const int section_rounds = (order.num_key_tiles - 1 - tile) / order.round_tiles + 1;
-  const int first_turn = (section * section_rounds + round) * order.num_parts;
-  return {tile * order.section_heads + head % order.section_heads, first_turn + place.first_part,
-          first_turn + place.part + 1, place.part == order.num_parts - 1};
-}
-
 // A turn of a group of threads at the sums of an item's keys.
+template <int kKeys>
 class KeyTurn {
  public:
   KeyTurn() = default;  // of an item that is its key tile's only one
 
   // Waits until it has come. `something`: whether the item has anything to add. tickets: KeySums'.
-  __device__ KeyTurn(const WorkOrder& order, int* tickets, const TurnNumbers& numbers,
-                     bool something, int groups, int group)
-      : something_(something), numbers_(numbers) {
+  __device__ KeyTurn(const BackwardParams& params, const WorkOrder& order, int* tickets,
+                     const Place<kKeys>& place, bool something, int groups, int group)
+      : something_(something) {
+    last_ = place.part == order.num_parts - 1;
     if (order.num_parts == 1) return;
-    ticket_ = tickets + numbers.slot * groups + group;
+    const int num_heads_k = static_cast<int>(params.heads.num_heads_k);
+    const int head = place.batch * num_heads_k + place.key_head;
+    const int section = head / order.section_heads, round = place.key_tile / order.round_tiles;
+    const int tile = place.key_tile % order.round_tiles;
+    slot_ = tile * order.section_heads + head % order.section_heads;
+    ticket_ = tickets + slot_ * groups + group;
+    // In each section the key tiles with this place in a round have the slot, one after the other.
+    const int section_rounds = (order.num_key_tiles - 1 - tile) / order.round_tiles + 1;
+    const int first_turn = (section * section_rounds + round) * order.num_parts;
+    const int first_window = place.first_window(params.visibility, order);
+    const int turn = first_turn + place.part / order.windows * (order.windows - first_window) +
+                     place.window(order) - first_window;
+    next_turn_ = last_ ? first_turn + order.num_parts : turn + 1;
     int ticket;
     do {  // acquires what the items before, or whoever had the slot before, wrote and read
       asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(ticket) : "l"(ticket_) : "memory");
-    } while (ticket / 2 != numbers.turn);
+    } while (ticket / 2 != turn);
     any_sums_ = ticket % 2;
   }
 
-  __device__ bool last() const { return numbers_.last; }  // item of the key tile
+  __device__ bool last() const { return last_; }  // item of the key tile
   __device__ bool something() const { return something_; }
   __device__ bool any_sums() const { return any_sums_; }  // of items before
-  __device__ int slot() const { return numbers_.slot; }
+  __device__ int slot() const { return slot_; }
 
   // Gives the next item its turn. One thread calls it, behind a barrier of the group: all have
   // written to the sums then, or read them.
   __device__ void end() const {
-    const int ticket = numbers_.next_turn * 2 + (!last() && (any_sums_ || something_));
+    const int ticket = next_turn_ * 2 + (!last_ && (any_sums_ || something_));
     asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(ticket_), "r"(ticket) : "memory");
   }
 
  private:
-  bool something_ = true, any_sums_ = false;
-  TurnNumbers numbers_{0, 0, 0, true};
+  bool something_ = true, last_ = true, any_sums_ = false;
+  int slot_ = 0, next_turn_ = 0;
   int* ticket_ = nullptr;
 };
 

@@ -6,7 +6,6 @@
 // part before the next part begins, so that what the items in flight read stays in the cache, also
 // where some keys are selected by far more queries than others and their walks would lose step. What
 // the items of a key tile have for its dK and dV is added up in the workspace (key_sums.cuh).
-// On Hopper parts in which little is selected go to the item of a later part (its item_list.cuh).
 #pragma once
 
 #include "../heads.cuh"
@@ -30,13 +29,7 @@ struct WorkOrder {
   int windows;        // of part_blocks query blocks, the last perhaps of fewer
   int num_parts;      // windows times the parts by heads
 
-  // For sums in the workspace: the key tiles of a round.
-  __host__ __device__ int num_slots() const { return section_heads * round_tiles; }
-  __host__ __device__ int rounds() const { return (num_key_tiles - 1) / round_tiles + 1; }
-  // Of the items of a part and a round.
-  __host__ __device__ int num_lists() const {
-    return num_items == 0 ? 0 : ((num_heads - 1) / section_heads + 1) * rounds() * num_parts;
-  }
+  int num_slots() const { return section_heads * round_tiles; }  // for sums in the workspace
 };
 
 // Bytes of the queries, dO and sums of dQ of a section. At short lengths a section is several key
@@ -137,9 +130,7 @@ ChosenOrder choose_work_order(const BackwardParams& params, int64_t part_bytes,
 template <int kKeys>
 struct Place {
   int key_tile, key_head, batch;
-  // Parts of the walk, which goes window by window, and so for some heads after others: the last of
-  // the item, and the first, which may be one before it that holds nothing.
-  int part, first_part;
+  int part;  // of the walk: window by window, and so for some heads after others
 
   Place() = default;
   __device__ Place(const BackwardParams& params, const WorkOrder& order, int item) {
@@ -158,9 +149,6 @@ struct Place {
     key_tile = first_tile + tile;
     batch = head / num_heads_k;
     key_head = head - batch * num_heads_k;
-    // Items of windows that the diagonal hides are left out, for those of the window after them.
-    first_part =
-        window(order) == first_window(params.visibility, order) ? part - window(order) : part;
   }
   __device__ int n_block() const { return key_tile / (kBlockSize / kKeys); }
   __device__ int first_key() const { return key_tile * kKeys; }

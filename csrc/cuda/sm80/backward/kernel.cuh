@@ -26,7 +26,7 @@ class ItemGradients {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using Place = typename Traits::Place;
-  using KeyTurn = rrattn::cuda::backward::KeyTurn;
+  using KeyTurn = rrattn::cuda::backward::KeyTurn<Traits::kKeys>;
   static constexpr auto kTiles = Traits::kTiles;
   static constexpr int kQueries = Traits::kQueries, kKeys = Traits::kKeys;
   static constexpr int kBlockTiles = kBlockSize / kQueries;
@@ -431,10 +431,7 @@ class ItemGradients {
     const bool any_steps = shared_.plan.planned > 0;
     const bool cut = order.num_parts > 1 && place_.part != kWholeWalk;
     KeyTurn turn;
-    if (cut) {
-      const auto numbers = rrattn::cuda::backward::turn_numbers(backward, order, place_);
-      turn = KeyTurn(order, key_sums.tickets, numbers, any_steps, 1, 0);
-    }
+    if (cut) turn = KeyTurn(backward, order, key_sums.tickets, place_, any_steps, 1, 0);
     if (turn.any_sums() && (any_steps || turn.last())) {
       const auto add = [](float4* sums, auto& grad) {
         rrattn::cuda::backward::add_sums<Traits::kThreads>(sums, grad);

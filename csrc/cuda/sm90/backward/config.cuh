@@ -15,8 +15,7 @@ namespace rrattn::cuda::sm90::backward {
 
 using namespace cute;
 using cuda::backward::KeySums, cuda::backward::num_padded_rows, cuda::backward::Place,
-    cuda::backward::usable_scale, cuda::backward::TurnNumbers, cuda::backward::WorkOrder,
-    cuda::backward::Workspace;
+    cuda::backward::usable_scale, cuda::backward::WorkOrder, cuda::backward::Workspace;
 
 constexpr int kConsumers = 2;  // warp groups
 constexpr int kConsumerThreads = kConsumers * kWarpGroup;
@@ -24,34 +23,11 @@ constexpr int kQueryTile = 64;                        // queries of a step
 constexpr int kQueryTiles = kBlockSize / kQueryTile;  // tiles of a query block
 constexpr uint32_t kStatisticsBytes = kQueryTile * sizeof(float);
 
-// The items of a part of the walks, of the key tiles of a round, are a list; the lists are in the
-// order of the parts, as WorkOrder says.
-constexpr int kPartsAtOnce = 32;  // an item's parts are of the same 32
-
-struct ListedItem {
-  int key_tile, key_head, batch, part;  // as in Place
-  uint32_t filled_parts;  // of the kPartsAtOnce, those of the item in which a block is selected
-  TurnNumbers turn;
-};
-
-struct ItemLists {
-  ListedItem* items;  // [lists, slots], those of a list from its start on
-  int* lengths;       // [lists]
-  int num_lists, num_slots;
-
-  ItemLists(Arena& arena, const WorkOrder& order)
-      : items(arena.take<ListedItem>(int64_t{order.num_lists()} * order.num_slots())),
-        lengths(arena.take<int>(order.num_lists())),
-        num_lists(order.num_lists()),
-        num_slots(order.num_slots()) {}
-};
-
-// Keys of a key head, against the queries of some parts of their walk that selected them: the item
+// Keys of a key head, against the queries of a part of their walk that selected them: the item
 // of work.
 template <int kKeys>
 struct Item {
   Place<kKeys> place;
-  TurnNumbers turn;
   bool none_left;  // then there is no item
   bool nothing_selected;
 };
@@ -59,10 +35,9 @@ struct Item {
 // A tile of queries of one head, against the keys of the item.
 struct QueryStep {
   int first_query;
-  int head;      // query head
-  bool masked;   // some of its scores may be hidden
-  bool bounded;  // by FlashMask
-  bool last;     // of the item
+  int head;     // query head
+  bool masked;  // some of its scores may be hidden
+  bool last;    // of the item
 };
 
 // What the kernel is built for: 65 to 128 columns of queries and keys, or of values.
@@ -180,7 +155,6 @@ struct KernelParams {
   CUtensorMap query, key, value, grad_out;
   Workspace workspace;
   KeySums key_sums;
-  ItemLists lists;
   WorkOrder order;
   bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
 };

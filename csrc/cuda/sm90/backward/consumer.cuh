@@ -37,9 +37,8 @@ class Consumer : ConsumerParts<Traits> {
         if (may_leave_unseen_keys(params_.backward.visibility)) clear_bad_rows();
         take_steps(grad_key, grad_value);
       }
-      const auto item = shared_.item;  // once more, lest all of it takes registers in the loop
       shared_.item_empty.arrive();
-      const Turn<Traits> turn(params_, item, thread_);
+      const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
       turn.add(GradKeyTarget::key(params_), grad_key);
       turn.add(GradKeyTarget::value(params_), grad_value);
       turn.end();

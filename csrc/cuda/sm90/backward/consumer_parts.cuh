@@ -172,8 +172,7 @@ class ConsumerParts {
         if (first_query + accumulator_column(i) < first_seeing)
           scores(accumulator_index(half, i)) = hidden_;
       }
-      // Bounds come from memory; the blocks on the diagonal of a document, say, do without.
-      if (!step.bounded || key >= visibility.seqlen_k) continue;
+      if (layout.data == nullptr || key >= visibility.seqlen_k) continue;
       const KeyBounds bounds = load_key_bounds(
           layout, visibility.causal,
           row_bounds_of(layout, place.batch, visibility.bounds_head(step.head)), key);

@@ -55,16 +55,17 @@ __device__ void store_rows(const GradKeyTarget& target, const Place<Traits::kKey
 // A consumer's turn, with all threads of its warp group, at dK and dV of its keys, or at one of
 // them. Consumers have tickets of their own, since none adds to sums of another.
 template <typename Traits>
-class Turn : cuda::backward::KeyTurn {
-  using Base = cuda::backward::KeyTurn;
+class Turn : cuda::backward::KeyTurn<Traits::kKeys> {
+  using Base = cuda::backward::KeyTurn<Traits::kKeys>;
 
  public:
-  // Waits until it has come.
-  __device__ Turn(const KernelParams& params, const Item<Traits::kKeys>& item, int thread)
-      : Base(params.order, params.key_sums.tickets, item.turn, !item.nothing_selected, kConsumers,
+  // Waits until it has come. `something`: whether the item adds anything.
+  __device__ Turn(const KernelParams& params, const Place<Traits::kKeys>& place, bool something,
+                  int thread)
+      : Base(params.backward, params.order, params.key_sums.tickets, place, something, kConsumers,
              thread / kWarpGroup),
         params_(params),
-        place_(item.place),
+        place_(place),
         thread_(thread) {}
 
   // Adds to a gradient. The last item of the key tile stores it.

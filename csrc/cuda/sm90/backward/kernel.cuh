@@ -11,9 +11,9 @@
 // (finish_grad_query.cuh), and grad_sink (common/backward/finish_grad_sink.cuh).
 //
 // The kernel is persistent. A thread block takes a key block of a key head, walks the query blocks
-// of the group's heads that selected it, or some parts of them (item_list.cuh), keeps dK and dV in
-// registers, and adds its share of dQ to the sums in the workspace, and that of dK and dV if these
-// were not all parts (grad_keys.cuh).
+// of the group's heads that selected it, or a part of them (common/backward/work.cuh), keeps dK and dV in registers,
+// and adds its share of dQ to the sums in the workspace, and that of dK and dV if it had a part
+// (grad_keys.cuh).
 #pragma once
 
 #include "consumer.cuh"

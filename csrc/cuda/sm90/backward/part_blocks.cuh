@@ -1,4 +1,4 @@
-// What a column of the block mask selects of some parts of its walk.
+// What a column of the block mask selects of a part of its walk.
 #pragma once
 
 #include "../../common/bit_walk.cuh"
@@ -7,14 +7,25 @@
 
 namespace rrattn::cuda::sm90::backward {
 
-// The query blocks of an item's parts that selected its key block and see it, part by part and head by
-// head, those of a head from the last to the first. All lanes of a warp call it together.
+// The query blocks of an item's part that selected its key block and see it, head by head, those of
+// a head from the last to the first. All lanes of a warp call it together.
 template <int kKeys>
 class PartBlocks {
  public:
-  // parts: those of the item that hold any, of kPartsAtOnce.
-  __device__ PartBlocks(const KernelParams& params, const Place<kKeys>& place, uint32_t parts)
-      : params_(params), place_(place), parts_(parts) {}
+  __device__ PartBlocks(const KernelParams& params, const Place<kKeys>& place)
+      : params_(params), batch_(place.batch), n_block_(place.n_block()) {
+    const WorkOrder& order = params.order;
+    const Visibility& visibility = params.backward.visibility;
+    // A division of 64 bits would take more registers than the producer has.
+    const int group = static_cast<int>(visibility.num_heads) /
+                      static_cast<int>(params.backward.heads.num_heads_k);
+    const int first_head = place.part / order.windows * order.part_heads;
+    head_ = place.key_head * group + first_head - 1;
+    last_head_ = head_ + min(order.part_heads, group - first_head);
+    first_m_block_ = place.window(order) * order.part_blocks;
+    num_m_blocks_ =
+        min(order.part_blocks, static_cast<int>(visibility.num_m_blocks()) - first_m_block_);
+  }
 
   // Goes to the next one; false: none is left.
   __device__ bool next() {
@@ -23,16 +34,11 @@ class PartBlocks {
     for (;;) {
       m_block_ = walk_.next();
       if (m_block_ < 0) {
-        if (head_ == last_head_) {
-          if (parts_ == 0) return false;
-          start_part();
-        }
+        if (head_ == last_head_) return false;
         ++head_;
-        bounds_ =
-            span_bounds_of(visibility, kBlockSize, workspace.block_bounds, place_.batch, head_);
+        bounds_ = span_bounds_of(visibility, kBlockSize, workspace.block_bounds, batch_, head_);
         const int64_t row =
-            (place_.batch * visibility.num_heads + head_) * visibility.num_n_blocks() +
-            place_.n_block();
+            (batch_ * visibility.num_heads + head_) * visibility.num_n_blocks() + n_block_;
         const int64_t row_words =
             ceil_div(static_cast<int>(visibility.num_m_blocks()), kMaskWordBits);
         walk_ =
@@ -41,7 +47,7 @@ class PartBlocks {
         continue;
       }
       m_block_ += first_m_block_;
-      kind_ = classify_block(visibility, bounds_, m_block_, place_.n_block());
+      kind_ = classify_block(visibility, bounds_, m_block_, n_block_);
       if (kind_ != BlockKind::kHidden) return true;
     }
   }
@@ -51,33 +57,13 @@ class PartBlocks {
   __device__ int head() const { return head_; }  // query head
   // Whether some of its scores may be hidden.
   __device__ bool masked() const {
-    return has_hidden_scores(params_.backward.visibility, kind_, m_block_, place_.n_block());
+    return has_hidden_scores(params_.backward.visibility, kind_, m_block_, n_block_);
   }
-  __device__ bool bounded() const { return kind_ == BlockKind::kPartial; }  // by FlashMask
 
  private:
-  // Goes to before the first head of the next part.
-  __device__ void start_part() {
-    const WorkOrder& order = params_.order;
-    const Visibility& visibility = params_.backward.visibility;
-    // A division of 64 bits would take more registers than the producer has.
-    const int group = static_cast<int>(visibility.num_heads) /
-                      static_cast<int>(params_.backward.heads.num_heads_k);
-    const int part = place_.part / kPartsAtOnce * kPartsAtOnce + __ffs(parts_) - 1;
-    parts_ &= parts_ - 1;
-    const int first_head = part / order.windows * order.part_heads;
-    head_ = place_.key_head * group + first_head - 1;
-    last_head_ = head_ + min(order.part_heads, group - first_head);
-    first_m_block_ = part % order.windows * order.part_blocks;
-    num_m_blocks_ =
-        min(order.part_blocks, static_cast<int>(visibility.num_m_blocks()) - first_m_block_);
-  }
-
   const KernelParams& params_;
-  const Place<kKeys>& place_;
-  uint32_t parts_;
-  int head_ = 0, last_head_ = 0;  // of the part
-  int first_m_block_, num_m_blocks_;
+  const int batch_, n_block_;
+  int head_, last_head_, first_m_block_, num_m_blocks_;
   int m_block_ = -1;
   BlockKind kind_ = BlockKind::kHidden;
   const SpanBounds* bounds_ = nullptr;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../common/tensor_copy.cuh"
-#include "item_list.cuh"
+#include "config.cuh"
 #include "part_blocks.cuh"
 
 namespace rrattn::cuda::sm90::backward {
@@ -30,29 +30,23 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
   const Workspace& workspace = params.workspace;
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
   const bool leader = threadIdx.x == 0;
-  ItemFinder finder;
   RingPosition<1> items;
   RingPosition<Traits::kQuerySlots> queries;
   RingPosition<Traits::kGradOutSlots> grads;
   RingPosition<Traits::kSumsSlots> sums;
 
-  int ticket = take_item(workspace.next_item);
   for (;;) {
-    if (finder.is_past(
-            ticket)) {  // not a loop of its own: the consumers' has more instructions then
-      if (!finder.advance(params.lists)) break;
-      continue;
-    }
-    const ListedItem item = finder.item(params.lists, ticket);
-    Place<Traits::kKeys> place;
-    place.key_tile = item.key_tile, place.key_head = item.key_head, place.batch = item.batch;
-    place.part = item.part;
-    PartBlocks<Traits::kKeys> blocks(params, place, item.filled_parts);
-    bool more = blocks.next();  // two reads, while the consumers are busy with the last item
-    shared.item_empty.wait(items.parity ^ 1);
+    const int item = take_item(workspace.next_item);
+    if (item >= params.order.num_items) break;
+    const Place<Traits::kKeys> place(params.backward, params.order, item);
+    if (place.window(params.order) < place.first_window(visibility, params.order)) continue;
+    shared.item_empty.wait(items.parity ^ 1);  // until the consumers are done with the last item
     items.advance();
+
+    PartBlocks<Traits::kKeys> blocks(params, place);
+    bool more = blocks.next();
     if (leader) {
-      shared.item = {place, item.turn, false, !more};
+      shared.item = {place, false, !more};
       if (more) {
         constexpr uint32_t kScaleBytes = Traits::kHeadDim * sizeof(float);
         shared.item_full.arrive_and_expect(sizeof(shared.key) + sizeof(shared.value) +
@@ -75,7 +69,7 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
     }
     while (more) {
       const int m_block = blocks.m_block(), head = blocks.head();
-      const bool masked = blocks.masked(), bounded = blocks.bounded();
+      const bool masked = blocks.masked();
       more = blocks.next();
       for (int t = kQueryTiles - 1; t >= 0; --t) {
         const int first_query = m_block * kBlockSize + t * kQueryTile;
@@ -85,7 +79,7 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
         const int64_t statistics = static_cast<int64_t>(tile) * kQueryTile;
         shared.query_empty[queries.slot].wait(queries.parity ^ 1);
         if (leader) {
-          shared.step[queries.slot] = {first_query, head, masked, bounded, !more && t == 0};
+          shared.step[queries.slot] = {first_query, head, masked, !more && t == 0};
           shared.sums_tile[sums.slot] = tile;
           Barrier& full = shared.query_full[queries.slot];
           full.arrive_and_expect(sizeof(shared.query[0]) +
@@ -113,7 +107,6 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
         grads.advance();
       }
     }
-    ticket = take_item(workspace.next_item);
   }
   shared.item_empty.wait(items.parity ^ 1);
   if (leader) {

@@ -23,7 +23,7 @@ WorkOrder work_order(const BackwardParams& params) {
 template <typename Traits>
 KernelParams kernel_params(const BackwardParams& backward, const Workspace& workspace,
                            const PackedRows& packed, const WorkOrder& order,
-                           const KeySums& key_sums, const ItemLists& lists) {
+                           const KeySums& key_sums) {
   const Visibility& visibility = backward.visibility;
   const cudaStream_t stream = stream_of(backward.execution);
   const auto map = [&](const Rows& rows, const TensorShape& shape, void* copy, int box_rows) {
@@ -37,7 +37,6 @@ KernelParams kernel_params(const BackwardParams& backward, const Workspace& work
           map(backward.grad_out, out_shape_of(visibility, heads), packed.grad_out, kQueryTile),
           workspace,
           key_sums,
-          lists,
           order,
           aligned_rows(backward.grad_key),
           aligned_rows(backward.grad_value),
@@ -68,9 +67,7 @@ int64_t Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::workspace_bytes(
   Arena arena;
   Workspace(arena, params, Traits::kHeadDim);
   PackedRows(arena, params);
-  const auto order = work_order<Traits>(params);
-  KeySums::take<Traits>(arena, order, kConsumers);
-  ItemLists(arena, order);
+  KeySums::take<Traits>(arena, work_order<Traits>(params), kConsumers);
   return arena.used();
 }
 
@@ -83,11 +80,9 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::launch(const Backwar
   const PackedRows packed(arena, backward);
   const auto order = work_order<Traits>(backward);
   const auto key_sums = KeySums::take<Traits>(arena, order, kConsumers);
-  const ItemLists lists(arena, order);
-  const auto params = kernel_params<Traits>(backward, workspace, packed, order, key_sums, lists);
+  const auto params = kernel_params<Traits>(backward, workspace, packed, order, key_sums);
   cuda::backward::prepare<typename Traits::Element, Traits::kHeadDim>(backward, workspace);
   key_sums.clear_tickets(order, kConsumers, stream);
-  list_items<Traits>(backward, workspace, order, lists, stream);
   if (order.num_items > 0) {
     if constexpr (kHeadDim > 128) {
       launch_persistent<Traits>(wide::backward_kernel<Traits>, order.num_items, stream, params);

@@ -44,9 +44,8 @@ class Consumer : protected ConsumerParts<Traits> {
         if (may_leave_unseen_keys(params_.backward.visibility)) this->clear_bad_rows();
         take_steps(grad);
       }
-      const auto item = shared_.item;  // once more, lest all of it takes registers in the loop
       shared_.item_empty.arrive();
-      const Turn<Traits> turn(params_, item, thread_);
+      const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
       turn.add(target, grad);
       turn.end();
     }
