@@ -144,7 +144,6 @@ def test_check_passes_here():
             "bfloat16",
             *check.FEATURES,
             "compensation",
-            "eight bits",
             "ragged batches",
             "bad arguments",
         ):
@@ -260,7 +259,7 @@ def does_not(option):
 
 DTYPES = ("float32", "float16", "bfloat16")
 PLAIN = (*DTYPES, *check.FEATURES)
-ATTENTION = (*PLAIN, "compensation", "eight bits")
+ATTENTION = (*PLAIN, "compensation")
 CASES_OF_FAULTS = check.CASES[2:4]
 
 
@@ -351,7 +350,6 @@ def test_check_fails_where_a_kernel_is_wrong(monkeypatch, one_case, capsys, modu
     here = [check.DirectKernels(direct.simd()), check.OperatorKernels("cpu")]  # the fault is before instruction sets
     monkeypatch.setattr(check, "kernels_here", lambda: (here, []))
     monkeypatch.setattr(check, "CASES", CASES_OF_FAULTS)
-    monkeypatch.setattr(check, "QUANTIZED_CASES", CASES_OF_FAULTS)
     monkeypatch.setattr(module, name, fault(getattr(module, name)))
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
