@@ -26,23 +26,11 @@ class Consumer : ConsumerParts<Traits> {
   using Parts::Parts;
 
   __device__ void consume_items() {
-    for (RingPosition<1> items;; items.advance()) {
-      shared_.item_full.wait(items.parity);
-      item_ = shared_.item;
-      if (item_.none_left) break;
-      GradKey grad_key, grad_value;
-      clear(grad_key);
-      clear(grad_value);
-      if (!item_.nothing_selected) {
-        if (may_leave_unseen_keys(params_.backward.visibility)) clear_bad_rows();
-        take_steps(grad_key, grad_value);
-      }
-      shared_.item_empty.arrive();
-      const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
-      turn.add(GradKeyTarget::key(params_), grad_key);
-      turn.add(GradKeyTarget::value(params_), grad_value);
-      turn.end();
-    }
+    this->template consume<GradKey, 2>([&](GradKey(&grads)[2]) { take_steps(grads[0], grads[1]); },
+                                       [&](const Turn<Traits>& turn, GradKey(&grads)[2]) {
+                                         turn.add(GradKeyTarget::key(params_), grads[0]);
+                                         turn.add(GradKeyTarget::value(params_), grads[1]);
+                                       });
     shared_.sums_empty.wait(sums_.parity ^ 1);
     shared_.sums_full.arrive();  // the writer finds that no step is left
   }
@@ -176,9 +164,9 @@ class Consumer : ConsumerParts<Traits> {
     unsent_.advance();
   }
 
-  using Parts::accumulate, Parts::clear_bad_rows, Parts::multiply, Parts::softmax,
-      Parts::start_from, Parts::store_transposed, Parts::tile_row;
-  using Parts::consumer_, Parts::item_, Parts::params_, Parts::shared_, Parts::thread_;
+  using Parts::accumulate, Parts::multiply, Parts::softmax, Parts::start_from,
+      Parts::store_transposed, Parts::tile_row;
+  using Parts::consumer_, Parts::params_, Parts::shared_, Parts::thread_;
 
   RingPosition<Traits::kQuerySlots> queries_, unsent_;
   RingPosition<Traits::kGradOutSlots> grads_;

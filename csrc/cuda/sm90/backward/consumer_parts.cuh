@@ -34,6 +34,27 @@ class ConsumerParts {
         hidden_(score_scale_ > 0 ? -INFINITY : INFINITY) {}
 
  protected:
+  // Takes items until none is left. `take_steps(grads)` adds an item's steps to the gradients of its
+  // keys, of its values or of both, and `add(turn, grads)` adds these to their targets.
+  template <typename Grad, int kGrads, typename TakeSteps, typename Add>
+  __device__ void consume(const TakeSteps& take_steps, const Add& add) {
+    for (RingPosition<1> items;; items.advance()) {
+      shared_.item_full.wait(items.parity);
+      item_ = shared_.item;
+      if (item_.none_left) return;
+      Grad grads[kGrads];
+      for (Grad& grad : grads) clear(grad);
+      if (!item_.nothing_selected) {
+        if (may_leave_unseen_keys(params_.backward.visibility)) clear_bad_rows();
+        take_steps(grads);
+      }
+      shared_.item_empty.arrive();
+      const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
+      add(turn, grads);
+      turn.end();
+    }
+  }
+
   // Zeroes keys and values that hold a NaN or infinity: even times a probability of 0 it would make
   // queries NaN that do not see it. Queries that do see it are given NaN by `hide`. Also zeroes
   // keys and values that no query sees and that are so large that dP may overflow.

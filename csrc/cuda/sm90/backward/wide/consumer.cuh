@@ -31,26 +31,6 @@ class Consumer : protected ConsumerParts<Traits> {
     float query_scale[2];
   };
 
-  // `take_steps(place, grad)` adds up the gradient, of keys or of values, over an item's steps.
-  template <typename Grad, typename TakeSteps>
-  __device__ void consume(const GradKeyTarget& target, const TakeSteps& take_steps) {
-    for (RingPosition<1> items;; items.advance()) {
-      shared_.item_full.wait(items.parity);
-      item_ = shared_.item;
-      if (item_.none_left) return;
-      Grad grad;
-      clear(grad);
-      if (!item_.nothing_selected) {
-        if (may_leave_unseen_keys(params_.backward.visibility)) this->clear_bad_rows();
-        take_steps(grad);
-      }
-      shared_.item_empty.arrive();
-      const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
-      turn.add(target, grad);
-      turn.end();
-    }
-  }
-
   // The sums of the step in a slot of queries.
   __device__ Sums sums_of(int query_slot) const {
     Sums sums{shared_.sums_tile[query_slot], {}};
@@ -98,7 +78,7 @@ class Consumer : protected ConsumerParts<Traits> {
     return reinterpret_cast<float4*>(shared_.probabilities) + thread_ % kWarpGroup;
   }
 
-  using Parts::consumer_, Parts::item_, Parts::params_, Parts::shared_, Parts::thread_;
+  using Parts::consumer_, Parts::params_, Parts::shared_, Parts::thread_;
   RingPosition<Traits::kQuerySlots> queries_;
   RingPosition<Traits::kGradOutSlots> grads_;
   RingPosition<Traits::kGradScoreSlots> grad_scores_;
@@ -119,8 +99,10 @@ class ValueConsumer : Consumer<Traits> {
   using Base::Base;
 
   __device__ void consume_items() {
-    this->template consume<GradValue>(GradKeyTarget::value(params_),
-                                      [&](GradValue& grad_value) { take_steps(grad_value); });
+    const auto target = GradKeyTarget::value(params_);
+    this->template consume<GradValue, 1>(
+        [&](GradValue(&grads)[1]) { take_steps(grads[0]); },
+        [&](const Turn<Traits>& turn, GradValue(&grads)[1]) { turn.add(target, grads[0]); });
   }
 
  private:
@@ -204,8 +186,10 @@ class KeyConsumer : Consumer<Traits> {
   using Base::Base;
 
   __device__ void consume_items() {
-    this->template consume<GradKey>(GradKeyTarget::key(params_),
-                                    [&](GradKey& grad_key) { take_steps(grad_key); });
+    const auto target = GradKeyTarget::key(params_);
+    this->template consume<GradKey, 1>(
+        [&](GradKey(&grads)[1]) { take_steps(grads[0]); },
+        [&](const Turn<Traits>& turn, GradKey(&grads)[1]) { turn.add(target, grads[0]); });
   }
 
  private:
