@@ -19,7 +19,6 @@ The ranks talk over `paddle.distributed` groups, those of fleet among them, with
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import paddle
@@ -49,6 +48,7 @@ from .sequence_chunks import (
     HeadGroup,
     chunk_places,
     chunks_here,
+    groups_arriving,
     head_groups,
 )
 
@@ -267,20 +267,15 @@ class _GatheredKeys:
     def arriving(
         self, key: Tensor, value: Tensor, most: int
     ) -> Iterator[tuple[HeadGroup, _Gathering, _Gathering, Callable[[], None]]]:
-        """Yields each of up to `most` groups of heads, its keys and values on their way, and what is to be called once
-        these have arrived: it sends for those of the next."""
+        """Up to `most` groups of heads with their keys and values, as `groups_arriving` yields them."""
         groups = head_groups(self.num_heads, self.num_heads_k, key[:, :, 0].size * key.element_size(), most)
         order = chunk_places(self.layout, self.group.nranks)
-        not_sent_for = iter(groups)
-        coming: list[_Gathering] = []
 
-        def send_for_next() -> None:
-            for heads in islice(not_sent_for, 1):
-                coming.extend(_Gathering(tensor[:, :, heads.keys], self.group, order) for tensor in (key, value))
+        def gather(heads: HeadGroup) -> tuple[_Gathering, _Gathering]:
+            keys, values = (_Gathering(tensor[:, :, heads.keys], self.group, order) for tensor in (key, value))
+            return keys, values
 
-        send_for_next()
-        for heads in groups:
-            yield heads, coming.pop(0), coming.pop(0), send_for_next
+        return groups_arriving(groups, gather)
 
     def sum_of_ranks(self, of_chunks: list[Tensor]) -> _Summing:
         """This rank's tokens [B, S / n, H, D] of the sum, over chunks and ranks, of gradients of their first keys."""

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
 
 from .config import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+OnItsWay = TypeVar("OnItsWay")
 
 MESSAGE_BYTES = 2 << 20
 """The least that a rank sends of the keys of a group of heads, where there is more than one group. With 4 query heads a
@@ -104,3 +111,25 @@ def head_groups(num_heads: int, num_heads_k: int, head_bytes: int, most: int) ->
     number = max((groups for groups in range(1, most + 1) if num_heads_k % groups == 0), default=1)
     heads, heads_k = num_heads // number, num_heads_k // number
     return [HeadGroup(slice(i * heads_k, (i + 1) * heads_k), slice(i * heads, (i + 1) * heads)) for i in range(number)]
+
+
+def groups_arriving(
+    groups: Sequence[HeadGroup], gather: Callable[[HeadGroup], tuple[OnItsWay, OnItsWay]]
+) -> Iterator[tuple[HeadGroup, OnItsWay, OnItsWay, Callable[[], None]]]:
+    """Yields each group, its keys and values on their way, and what is to be called once these have arrived: it sends
+    for those of the next.
+
+    Parameters
+    ----------
+    gather : callable
+        Sends for the keys and values of a group.
+    """
+    not_sent_for = iter(groups)
+    coming: list[tuple[OnItsWay, OnItsWay]] = []
+
+    def send_for_next() -> None:
+        coming.extend(gather(heads) for heads in islice(not_sent_for, 1))
+
+    send_for_next()
+    for heads in groups:
+        yield heads, *coming.pop(0), send_for_next

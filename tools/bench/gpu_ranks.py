@@ -26,7 +26,6 @@ rank's tokens those of its chunks, one after the other (rrattn.sequence_chunks).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ from rrattn.sequence_chunks import (
     HeadGroup,
     chunks_here,
     chunks_of_rank,
+    groups_arriving,
     head_groups,
 )
 
@@ -151,17 +151,12 @@ class Attended(NamedTuple):
 
 
 def arriving_groups(groups, share, wire):
-    """Yields each of these groups of heads, its keys and values on their way, and what is to be called once these have
-    arrived: it sends for those of the next."""
-    not_sent_for, coming = iter(groups), []
+    """These groups of heads with their keys and values, as `groups_arriving` yields them."""
 
-    def send_for_next():
-        for heads in islice(not_sent_for, 1):
-            coming.extend(wire.gather(tensor[:, :, heads.keys]) for tensor in (share.key, share.value))
+    def gather(heads):
+        return wire.gather(share.key[:, :, heads.keys]), wire.gather(share.value[:, :, heads.keys])
 
-    send_for_next()
-    for heads in groups:
-        yield heads, coming.pop(0), coming.pop(0), send_for_next
+    return groups_arriving(groups, gather)
 
 
 def attend(share, wire, block_masks=None):
