@@ -71,6 +71,7 @@ CASES = (
     Case("random", None, ("forward",)),
     Case("structured", {}),
 )
+DATA = tuple(dict.fromkeys(case.data for case in CASES))
 SILENCE = NoWire()
 
 
@@ -297,9 +298,9 @@ def measure_wire(tokens):
     }
 
 
-def check(layouts):
+def check(cases, layouts):
     """Ends the run where a short sequence is not attended as one GPU does."""
-    for case in CASES:
+    for case in cases:
         problem = Problem(TOKENS_TRIED, case, layouts)
         for layout in layouts:
             for each in case.passes:
@@ -317,6 +318,7 @@ def parse_arguments():
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=TOKENS, help="of the whole sequence; default: %(default)s"
     )
+    parser.add_argument("--data", choices=DATA, nargs="+", default=DATA, help="only these")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the records to FILE, beside its others")
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     arguments = parser.parse_args()
@@ -356,14 +358,15 @@ def main():
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         **records.fields_of_run(__spec__.name, arguments.commit, ("torchrun", "--nproc-per-node", here)),
     }
-    check(arguments.layout)
+    cases = [case for case in CASES if case.data in arguments.data]
+    check(cases, arguments.layout)
     if is_first:
         where = f"{dist.get_world_size()} {common['gpu']}, CUDA {common['cuda']}, NCCL {common['nccl']}"
         print(f"{where}, kernels {common['kernels']}: {TOKENS_TRIED} tokens are attended as one GPU does", flush=True)
     measured = []
     for tokens in arguments.tokens:
         wire = measure_wire(tokens)
-        for case in CASES:
+        for case in cases:
             for record in measure(tokens, case, arguments.layout, wire):
                 if not is_first:
                     continue
