@@ -125,7 +125,7 @@ for command in ("calibrate model config --text file --held-out file", "visualize
     assert "Paddle: not installed, so that only rrattn.direct is there" in told.splitlines()
     assert "GPU: none without Paddle" in told.splitlines()
     assert "not checked: Paddle's operators: Paddle is not installed" in checked.splitlines()
-    assert checked.splitlines()[-1].startswith(f"all {9 * len(direct.available_simd())} groups passed")
+    assert checked.splitlines()[-1].startswith(f"all {10 * len(direct.available_simd())} groups passed")
     for name in ("calibrate", "visualize"):
         assert f"rrattn {name}: error: needs Paddle, which is not installed" in process.stderr
 
@@ -144,6 +144,7 @@ def test_check_passes_here():
             "bfloat16",
             *check.FEATURES,
             "compensation",
+            "eight bits",
             "ragged batches",
             "bad arguments",
         ):
@@ -259,7 +260,7 @@ def does_not(option):
 
 DTYPES = ("float32", "float16", "bfloat16")
 PLAIN = (*DTYPES, *check.FEATURES)
-ATTENTION = (*PLAIN, "compensation")
+ATTENTION = (*PLAIN, "compensation", "eight bits")
 CASES_OF_FAULTS = check.CASES[2:4]
 
 
@@ -350,6 +351,7 @@ def test_check_fails_where_a_kernel_is_wrong(monkeypatch, one_case, capsys, modu
     here = [check.DirectKernels(direct.simd()), check.OperatorKernels("cpu")]  # the fault is before instruction sets
     monkeypatch.setattr(check, "kernels_here", lambda: (here, []))
     monkeypatch.setattr(check, "CASES", CASES_OF_FAULTS)
+    monkeypatch.setattr(check, "QUANTIZED_CASES", CASES_OF_FAULTS)
     monkeypatch.setattr(module, name, fault(getattr(module, name)))
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -400,9 +402,9 @@ def test_a_device_that_cannot_be_used_fails_its_groups_alone(monkeypatch, one_ca
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(", ")[1] for line in lines if " FAILED" in line and "operators" in line] == ["gpu:99"] * 8
-    assert sum(" ok " in line for line in lines) == 9
+    assert sum(" ok " in line for line in lines) == 10
     assert sum(line.startswith("    ") and "Error: " in line for line in lines) == 8
-    assert lines[-1].startswith("8 of 17 groups FAILED")
+    assert lines[-1].startswith("8 of 18 groups FAILED")
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
