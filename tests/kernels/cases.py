@@ -226,7 +226,7 @@ HEADS = [
     Case(260, 260, num_heads=heads, num_heads_k=heads_k, head_dim=32, batch=1 + (heads == 8))
     for heads, heads_k in ((1, 1), (8, 1), (8, 2), (8, 8), (32, 1), (32, 2), (32, 8))
 ]
-HEAD_DIMS = [Case(200, 330, head_dim=d) for d in (8, 64, 72, 96, 128, 192, 256)]
+HEAD_DIMS = [Case(200, 330, head_dim=d) for d in (8, 64, 72, 128, 192, 256)]
 SAMPLING = [Case(1000, 1000, stride=s) for s in STRIDES] + [Case(129, 331, stride=s) for s in STRIDES]
 MASKED = [
     Case(sq, 600, causal, 4, 2, 32, batch=batch, flashmask=generator.__name__, flashmask_heads=heads)
