@@ -110,7 +110,7 @@ def record(each="forward", layout="dual_chunk", tokens=262144, **others):
     }
     run = {"gpu": "H100", "cuda": "13.0", "nccl": "2.28", "commit": "abc", "command": "torchrun x"}
     shape = {"num_heads": 32, "num_heads_k": 8, "head_dim": 128, "dtype": "bfloat16"}
-    return {**given, **others, **run, **shape}
+    return {**given, **run, **shape, **others}
 
 
 def test_what_a_record_says():
@@ -170,6 +170,8 @@ def test_the_tables_of_the_page():
     text = context_parallel.measured_tables([record(), record("backward", baselines={})])
     assert text.startswith("2 H100 of one host, NCCL 2.28, CUDA 13.0, bfloat16")
     assert "(`torchrun x` at commit abc)" in text
+    of_two = context_parallel.measured_tables([record(), record("backward", gpu="H200", commit="abd")])
+    assert "(`torchrun x` at commit abc, `torchrun x` at commit abd on H200)" in of_two
     for row in (
         "| 262,144 | dual_chunk | forward | random | 50.0% | 4 | 475.0 ms | 250.0 ms | 1.90 x | 1.6% | 2.00 ms |"
         " 1000.0 ms |",

@@ -120,7 +120,11 @@ def verdicts(records):
 def measured_tables(records):
     """What passes take, and what the wire takes and a rank holds."""
     one = records[0]
-    sources = dict.fromkeys(f"`{record['command']}` at commit {record['commit']}" for record in records)
+    sources = dict.fromkeys(
+        f"`{record['command']}` at commit {record['commit']}"
+        + (f" on {record['gpu']}" if record["gpu"] != one["gpu"] else "")
+        for record in records
+    )
     lines = [
         f"{one['ranks']} {one['gpu']} of one host, NCCL {one['nccl']}, CUDA {one['cuda']}, {one['dtype']}, batch 1,"
         f" {one['num_heads']} query heads over {one['num_heads_k']} key heads, head size {one['head_dim']}, causal"
