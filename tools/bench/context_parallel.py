@@ -7,7 +7,6 @@ rank with nothing sent, `ms` that of all together.
 
 from __future__ import annotations
 
-
 # What is to be reached, by pass and by kind of data: in GOAL_LAYOUT on two GPUs, over blocks that are selected.
 GOAL_LAYOUT, GOAL_TOKENS = "dual_chunk", 262144
 SPEEDUP = {"forward": 1.85, "backward": 1.8}  # at GOAL_TOKENS, of random data
