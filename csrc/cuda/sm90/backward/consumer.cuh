@@ -26,11 +26,8 @@ class Consumer : ConsumerParts<Traits> {
   using Parts::Parts;
 
   __device__ void consume_items() {
-    this->template consume<GradKey, 2>([&](GradKey(&grads)[2]) { take_steps(grads[0], grads[1]); },
-                                       [&](const Turn<Traits>& turn, GradKey(&grads)[2]) {
-                                         turn.add(GradKeyTarget::key(params_), grads[0]);
-                                         turn.add(GradKeyTarget::value(params_), grads[1]);
-                                       });
+    this->template consume<GradKey, GradKeyTarget::key, GradKeyTarget::value>(
+        [&](GradKey(&grads)[2]) { take_steps(grads[0], grads[1]); });
     shared_.sums_empty.wait(sums_.parity ^ 1);
     shared_.sums_full.arrive();  // the writer finds that no step is left
   }

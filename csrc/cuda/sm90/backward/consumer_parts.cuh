@@ -34,15 +34,15 @@ class ConsumerParts {
         hidden_(score_scale_ > 0 ? -INFINITY : INFINITY) {}
 
  protected:
-  // Takes items until none is left. `take_steps(grads)` adds an item's steps to the gradients of its
-  // keys, of its values or of both, and `add(turn, grads)` adds these to their targets.
-  template <typename Grad, int kGrads, typename TakeSteps, typename Add>
-  __device__ void consume(const TakeSteps& take_steps, const Add& add) {
+  // Takes items until none is left. `take_steps(grads)` adds an item's steps to the gradients that
+  // kTargets name, of its keys, of its values or of both.
+  template <typename Grad, auto... kTargets, typename TakeSteps>
+  __device__ void consume(const TakeSteps& take_steps) {
     for (RingPosition<1> items;; items.advance()) {
       shared_.item_full.wait(items.parity);
       item_ = shared_.item;
       if (item_.none_left) return;
-      Grad grads[kGrads];
+      Grad grads[sizeof...(kTargets)];
       for (Grad& grad : grads) clear(grad);
       if (!item_.nothing_selected) {
         if (may_leave_unseen_keys(params_.backward.visibility)) clear_bad_rows();
@@ -50,7 +50,8 @@ class ConsumerParts {
       }
       shared_.item_empty.arrive();
       const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
-      add(turn, grads);
+      int i = 0;
+      (turn.add(kTargets(params_), grads[i++]), ...);
       turn.end();
     }
   }

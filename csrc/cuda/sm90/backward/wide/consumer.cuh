@@ -99,10 +99,8 @@ class ValueConsumer : Consumer<Traits> {
   using Base::Base;
 
   __device__ void consume_items() {
-    const auto target = GradKeyTarget::value(params_);
-    this->template consume<GradValue, 1>(
-        [&](GradValue(&grads)[1]) { take_steps(grads[0]); },
-        [&](const Turn<Traits>& turn, GradValue(&grads)[1]) { turn.add(target, grads[0]); });
+    this->template consume<GradValue, GradKeyTarget::value>(
+        [&](GradValue(&grads)[1]) { take_steps(grads[0]); });
   }
 
  private:
@@ -186,10 +184,8 @@ class KeyConsumer : Consumer<Traits> {
   using Base::Base;
 
   __device__ void consume_items() {
-    const auto target = GradKeyTarget::key(params_);
-    this->template consume<GradKey, 1>(
-        [&](GradKey(&grads)[1]) { take_steps(grads[0]); },
-        [&](const Turn<Traits>& turn, GradKey(&grads)[1]) { turn.add(target, grads[0]); });
+    this->template consume<GradKey, GradKeyTarget::key>(
+        [&](GradKey(&grads)[1]) { take_steps(grads[0]); });
   }
 
  private:
