@@ -59,9 +59,11 @@ class KeyTurn {
  public:
   KeyTurn() = default;  // of an item that is its key tile's only one
 
-  // Waits until it has come. `something`: whether the item has anything to add. tickets: KeySums'.
+  // Waits until it has come. parts_before: those just before the item's part that have no item of
+  // their own. `something`: whether the item has anything to add. tickets: KeySums'.
   __device__ KeyTurn(const BackwardParams& params, const WorkOrder& order, int* tickets,
-                     const Place<kKeys>& place, bool something, int groups, int group)
+                     const Place<kKeys>& place, int parts_before, bool something, int groups,
+                     int group)
       : something_(something) {
     last_ = place.part == order.num_parts - 1;
     if (order.num_parts == 1) return;
@@ -74,10 +76,8 @@ class KeyTurn {
     // In each section the key tiles with this place in a round have the slot, one after the other.
     const int section_rounds = (order.num_key_tiles - 1 - tile) / order.round_tiles + 1;
     const int first_turn = (section * section_rounds + round) * order.num_parts;
-    const int first_window = place.first_window(params.visibility, order);
-    const int turn = first_turn + place.part / order.windows * (order.windows - first_window) +
-                     place.window(order) - first_window;
-    next_turn_ = last_ ? first_turn + order.num_parts : turn + 1;
+    const int turn = first_turn + place.part - parts_before;
+    next_turn_ = first_turn + place.part + 1;
     int ticket;
     do {  // acquires what the items before, or whoever had the slot before, wrote and read
       asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(ticket) : "l"(ticket_) : "memory");

@@ -38,8 +38,12 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const unsigned token = tile % (padded / kRows) * kRows + threadIdx.x / kLanes;
   const int64_t row = (batch * num_heads + head) * padded + token;
   const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
-  auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns) + lane;
-  sums[0] = sums[kLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's
+  if (workspace.sums_state == nullptr) {
+    auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns) + lane;
+    sums[0] = sums[kLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's
+  } else if (lane == 0 && token % workspace.sums_rows == 0) {
+    workspace.sums_state[row / workspace.sums_rows] = 0;
+  }
   float delta = 0, norm = 0;
   if (token < visibility.seqlen_q) {
     const auto eight = [&](const Rows& rows) {

@@ -29,6 +29,15 @@ struct WorkOrder {
   int windows;        // of part_blocks query blocks, the last perhaps of fewer
   int num_parts;      // windows times the parts by heads
 
+  // The number of an item; Place is the other way round.
+  __device__ int item_of(int head, int key_tile, int part) const {
+    const int first_head = head / section_heads * section_heads;
+    const int heads = min(section_heads, num_heads - first_head);
+    const int first_tile = key_tile / round_tiles * round_tiles;
+    const int tiles = min(round_tiles, num_key_tiles - first_tile);
+    return ((first_head * num_key_tiles + first_tile * heads) * num_parts) + part * heads * tiles +
+           (key_tile - first_tile) * heads + head - first_head;
+  }
   int num_slots() const { return section_heads * round_tiles; }  // for sums in the workspace
 };
 

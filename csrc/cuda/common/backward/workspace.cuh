@@ -29,14 +29,19 @@ struct Workspace {
   // [B, Hq, Mq, kBlockSize * columns], the tiles of a block one after the other, each in the order
   // of the kernel's accumulators.
   uint32_t* grad_query;
+  // Of each sums_rows of these rows: whether there are any sums. Zeros at the start, and so are, where
+  // this is null, the sums.
+  int* sums_state;
+  int sums_rows;
   int* next_item;
   // If deterministic: the largest over all keys, as the bits of a float32 that is not negative.
   uint32_t* key_column;  // |K|: [B, Hkv, columns]
   uint32_t* value_norm;  // |V_j|^2: [B, Hkv]
   float* key_scale;      // [B, Hkv, columns]
 
-  // Columns: the padded head size of queries and keys.
-  Workspace(Arena& arena, const BackwardParams& params, int columns) {
+  // Columns: the padded head size of queries and keys. sums_rows 0: there are no states.
+  Workspace(Arena& arena, const BackwardParams& params, int columns, int sums_rows = 0)
+      : sums_rows(sums_rows) {
     const Visibility& visibility = params.visibility;
     const int64_t rows = num_padded_rows(visibility);
     const int64_t key_heads = visibility.batch * params.heads.num_heads_k;
@@ -48,6 +53,7 @@ struct Workspace {
     grad_score_start = arena.take<float>(rows);
     query_scale = arena.take<float>(params.deterministic ? rows : 0);
     grad_query = arena.take<uint32_t>(rows * columns);
+    sums_state = sums_rows == 0 ? nullptr : arena.take<int>(rows / sums_rows);
     next_item = arena.take<int>(1);
     key_column = arena.take<uint32_t>(params.deterministic ? key_heads * columns : 0);
     value_norm = arena.take<uint32_t>(params.deterministic ? key_heads : 0);

@@ -431,7 +431,11 @@ class ItemGradients {
     const bool any_steps = shared_.plan.planned > 0;
     const bool cut = order.num_parts > 1 && place_.part != kWholeWalk;
     KeyTurn turn;
-    if (cut) turn = KeyTurn(backward, order, key_sums.tickets, place_, any_steps, 1, 0);
+    if (cut) {
+      const int first_window = place_.first_window(backward.visibility, order);
+      const int parts_before = place_.window(order) == first_window ? first_window : 0;
+      turn = KeyTurn(backward, order, key_sums.tickets, place_, parts_before, any_steps, 1, 0);
+    }
     if (turn.any_sums() && (any_steps || turn.last())) {
       const auto add = [](float4* sums, auto& grad) {
         rrattn::cuda::backward::add_sums<Traits::kThreads>(sums, grad);

@@ -28,16 +28,28 @@ constexpr uint32_t kStatisticsBytes = kQueryTile * sizeof(float);
 template <int kKeys>
 struct Item {
   Place<kKeys> place;
-  bool none_left;  // then there is no item
+  int parts_before;  // that it includes besides its own (merge_parts.cuh)
+  bool none_left;    // then there is no item
   bool nothing_selected;
+};
+
+// A consumer's turn at the sums of dK and dV of an item's keys (turns.cuh).
+template <int kKeys>
+struct Turn {
+  Place<kKeys> place;
+  int slot;        // of the sums
+  bool last;       // item of the key tile
+  bool any_sums;   // of items before
+  bool something;  // to add
 };
 
 // A tile of queries of one head, against the keys of the item.
 struct QueryStep {
   int first_query;
-  int head;     // query head
-  bool masked;  // some of its scores may be hidden
-  bool last;    // of the item
+  int head;      // query head
+  bool masked;   // some of its scores may be hidden
+  bool bounded;  // perhaps by FlashMask
+  bool last;     // of the item
 };
 
 // What the kernel is built for: 65 to 128 columns of queries and keys, or of values.
@@ -61,9 +73,9 @@ struct KernelTraits {
   static constexpr int kQuerySlots = 3;     // one is the last step's, whose dQ is not sent yet
   static constexpr int kGradOutSlots = 2;
   static constexpr int kGradScoreSlots = 3;
-  static constexpr int kSumsTiles = 1;                         // that are sent at once
-  static constexpr int kSumsSlots = kQuerySlots + kSumsTiles;  // the writer may be one step behind
-  static constexpr int kGradQueryThreads = kConsumerThreads;   // that have dQ of a tile
+  static constexpr int kSumsTiles = 1;                        // that are sent at once
+  static constexpr int kSumsRows = kSumsTiles * kQueryTile;   // whose first share is stored
+  static constexpr int kGradQueryThreads = kConsumerThreads;  // that have dQ of a tile
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
   static constexpr int kProducerRegisters = 24;
@@ -116,15 +128,17 @@ struct KernelTraits {
     alignas(128) float query_scale[kQuerySlots][kQueryTile];  // if deterministic
     alignas(128) float key_scale[kHeadDim];                   // if deterministic
     Barrier item_full, item_empty;
+    Barrier turn_full[kConsumers], turn_empty[kConsumers];      // between keepers and consumers
     Barrier query_full[kQuerySlots], query_empty[kQuerySlots];  // score_start, query_scale, step
     Barrier grad_out_full[kGradOutSlots], grad_out_empty[kGradOutSlots];  // grad_score_start
     Barrier grad_scores_full[kGradScoreSlots];
     Barrier sums_full, sums_empty;  // between the consumers and the writer
     Item<kKeys> item;
+    Turn<kKeys> turn[kConsumers];
     QueryStep step[kQuerySlots];
     // For each step the tile of [B, Hq, Mq * kQueryTiles] to which its dQ is to be added; < 0: no
     // step is left.
-    int sums_tile[kSumsSlots];
+    int sums_tile[kQuerySlots];
     // A bit for each key of the item, then for each value: whether it is not finite and some query
     // sees it. It is zero in `key` or `value` then.
     uint32_t not_finite[2 * kBlockSize / 32];
@@ -155,6 +169,7 @@ struct KernelParams {
   CUtensorMap query, key, value, grad_out;
   Workspace workspace;
   KeySums key_sums;
+  const int* parts_before;  // of each item (merge_parts.cuh), or null: none has any
   WorkOrder order;
   bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
 };

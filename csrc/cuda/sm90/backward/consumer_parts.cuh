@@ -49,10 +49,15 @@ class ConsumerParts {
         take_steps(grads);
       }
       shared_.item_empty.arrive();
-      const Turn<Traits> turn(params_, item_.place, !item_.nothing_selected, thread_);
+      int consumer = consumer_;
+      asm volatile(
+          ""
+          : "+r"(consumer));  // else addresses are computed ahead of the steps, and spilled
+      shared_.turn_full[consumer].wait(items.parity);
+      const Turn<Traits::kKeys> turn = shared_.turn[consumer];
       int i = 0;
-      (turn.add(kTargets(params_), grads[i++]), ...);
-      turn.end();
+      (add_to<Traits>(kTargets(params_), params_, turn, thread_, grads[i++]), ...);
+      shared_.turn_empty[consumer].arrive();
     }
   }
 
@@ -194,7 +199,7 @@ class ConsumerParts {
         if (first_query + accumulator_column(i) < first_seeing)
           scores(accumulator_index(half, i)) = hidden_;
       }
-      if (layout.data == nullptr || key >= visibility.seqlen_k) continue;
+      if (!step.bounded || key >= visibility.seqlen_k) continue;
       const KeyBounds bounds = load_key_bounds(
           layout, visibility.causal,
           row_bounds_of(layout, place.batch, visibility.bounds_head(step.head)), key);

@@ -19,14 +19,19 @@ __global__ void __launch_bounds__(Traits::kGradQueryThreads)
   const int64_t tiles = visibility.num_m_blocks() * kQueryTiles;
   const int64_t head = blockIdx.x / tiles % visibility.num_heads;
   const int64_t batch = blockIdx.x / tiles / visibility.num_heads;
-  const uint32_t* from = params.workspace.grad_query +
-                         static_cast<int64_t>(blockIdx.x) * (kQueryTile * Traits::kHeadDim) +
-                         threadIdx.x * 4;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kQueryTile;
+  const uint32_t* from =
+      params.workspace.grad_query + first_row * Traits::kHeadDim + threadIdx.x * 4;
   auto sums = make_tensor<float>(Shape<Int<kValues>>{});
+  const int* states = params.workspace.sums_state;
+  if (states == nullptr || states[first_row / params.workspace.sums_rows] != 0) {
 #pragma unroll
-  for (int i = 0; i < kValues; i += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(from + i * kThreads);
-    sums(i) = four.x, sums(i + 1) = four.y, sums(i + 2) = four.z, sums(i + 3) = four.w;
+    for (int i = 0; i < kValues; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i * kThreads);
+      sums(i) = four.x, sums(i + 1) = four.y, sums(i + 2) = four.z, sums(i + 3) = four.w;
+    }
+  } else {
+    clear(sums);
   }
   // Of two consumers each has half of the columns.
   const int first_column =
@@ -39,8 +44,7 @@ __global__ void __launch_bounds__(Traits::kGradQueryThreads)
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const float query_scale =
-          params.workspace.query_scale[static_cast<int64_t>(blockIdx.x) * kQueryTile + row_in_tile +
-                                       i % 4 / 2 * 8];
+          params.workspace.query_scale[first_row + row_in_tile + i % 4 / 2 * 8];
       const float key_scale =
           params.workspace.key_scale[key_head * Traits::kHeadDim + first_column + i / 4 * 8 +
                                      threadIdx.x % 4 * 2 + i % 2];

@@ -52,57 +52,29 @@ __device__ void store_rows(const GradKeyTarget& target, const Place<Traits::kKey
   }
 }
 
-// A consumer's turn, with all threads of its warp group, at dK and dV of its keys, or at one of
-// them. Consumers have tickets of their own, since none adds to sums of another.
-template <typename Traits>
-class Turn : cuda::backward::KeyTurn<Traits::kKeys> {
-  using Base = cuda::backward::KeyTurn<Traits::kKeys>;
-
- public:
-  // Waits until it has come. `something`: whether the item adds anything.
-  __device__ Turn(const KernelParams& params, const Place<Traits::kKeys>& place, bool something,
-                  int thread)
-      : Base(params.backward, params.order, params.key_sums.tickets, place, something, kConsumers,
-             thread / kWarpGroup),
-        params_(params),
-        place_(place),
-        thread_(thread) {}
-
-  // Adds to a gradient. The last item of the key tile stores it.
-  template <typename Grad>
-  __device__ void add(const GradKeyTarget& target, Grad& grad) const {
-    constexpr int kFours = decltype(size(grad))::value / 4;
-    constexpr int kThreads = kThreadsOfKeys<Traits>;
-    float4* sums = reinterpret_cast<float4*>(target.sums) +
-                   static_cast<int64_t>(this->slot()) * (kFours * kThreads) + thread_ % kThreads;
-    if (this->last()) {
-      if (this->any_sums()) cuda::backward::add_sums<kThreads>(sums, grad);
-      store_rows<Traits>(target, place_, params_.backward.visibility.seqlen_k, thread_, grad);
-    } else if (this->something()) {
+// Adds to a gradient of an item's keys, or values. The last item of the key tile stores it.
+template <typename Traits, typename Grad>
+__device__ void add_to(const GradKeyTarget& target, const KernelParams& params,
+                       const Turn<Traits::kKeys>& turn, int thread, Grad& grad) {
+  constexpr int kFours = decltype(size(grad))::value / 4;
+  constexpr int kThreads = kThreadsOfKeys<Traits>;
+  float4* sums = reinterpret_cast<float4*>(target.sums) +
+                 static_cast<int64_t>(turn.slot) * (kFours * kThreads) + thread % kThreads;
+  if (turn.last) {
+    if (turn.any_sums) cuda::backward::add_sums<kThreads>(sums, grad);
+    store_rows<Traits>(target, turn.place, params.backward.visibility.seqlen_k, thread, grad);
+  } else if (turn.something) {
 #pragma unroll
-      for (int i = 0; i < kFours; ++i) {
-        const float4 four =
-            make_float4(grad(i * 4), grad(i * 4 + 1), grad(i * 4 + 2), grad(i * 4 + 3));
-        if (this->any_sums()) {
-          atomicAdd(sums + i * kThreads, four);
-        } else {
-          __stcg(sums + i * kThreads, four);
-        }
+    for (int i = 0; i < kFours; ++i) {
+      const float4 four =
+          make_float4(grad(i * 4), grad(i * 4 + 1), grad(i * 4 + 2), grad(i * 4 + 3));
+      if (turn.any_sums) {
+        atomicAdd(sums + i * kThreads, four);
+      } else {
+        __stcg(sums + i * kThreads, four);
       }
     }
   }
-
-  // Gives the next item its turn.
-  __device__ void end() const {
-    if (params_.order.num_parts == 1) return;
-    cutlass::arch::NamedBarrier::sync(kWarpGroup, 1 + thread_ / kWarpGroup);
-    if (thread_ % kWarpGroup == 0) Base::end();
-  }
-
- private:
-  const KernelParams& params_;
-  const Place<Traits::kKeys>& place_;
-  const int thread_;  // of both consumers
-};
+}
 
 }  // namespace rrattn::cuda::sm90::backward

@@ -19,6 +19,7 @@
 #include "consumer.cuh"
 #include "narrow/consumer.cuh"
 #include "producer.cuh"
+#include "turns.cuh"
 #include "writer.cuh"
 
 namespace rrattn::cuda::sm90::backward {
@@ -45,6 +46,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x < 32) produce_steps<Traits>(params, shared);
     if (threadIdx.x / 32 == 1) add_sums<Traits>(params, shared);
+    if (threadIdx.x / 32 >= 2) keep_turns<Traits>(params, shared, threadIdx.x / 32 - 2);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     Consumer<Traits>(params, shared, warp_group - 1).consume_items();

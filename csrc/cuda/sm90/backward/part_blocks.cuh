@@ -12,19 +12,14 @@ namespace rrattn::cuda::sm90::backward {
 template <int kKeys>
 class PartBlocks {
  public:
-  __device__ PartBlocks(const KernelParams& params, const Place<kKeys>& place)
-      : params_(params), batch_(place.batch), n_block_(place.n_block()) {
-    const WorkOrder& order = params.order;
-    const Visibility& visibility = params.backward.visibility;
-    // A division of 64 bits would take more registers than the producer has.
-    const int group = static_cast<int>(visibility.num_heads) /
-                      static_cast<int>(params.backward.heads.num_heads_k);
-    const int first_head = place.part / order.windows * order.part_heads;
-    head_ = place.key_head * group + first_head - 1;
-    last_head_ = head_ + min(order.part_heads, group - first_head);
-    first_m_block_ = place.window(order) * order.part_blocks;
-    num_m_blocks_ =
-        min(order.part_blocks, static_cast<int>(visibility.num_m_blocks()) - first_m_block_);
+  __device__ PartBlocks(const KernelParams& params, const Place<kKeys>& place, int parts_before)
+      : params_(params),
+        batch_(place.batch),
+        key_head_(place.key_head),
+        n_block_(place.n_block()),
+        parts_left_(parts_before),
+        part_(place.part - parts_before) {
+    start_part();
   }
 
   // Goes to the next one; false: none is left.
@@ -34,7 +29,12 @@ class PartBlocks {
     for (;;) {
       m_block_ = walk_.next();
       if (m_block_ < 0) {
-        if (head_ == last_head_) return false;
+        if (head_ == last_head_) {
+          if (parts_left_ == 0) return false;
+          --parts_left_;
+          ++part_;
+          start_part();
+        }
         ++head_;
         bounds_ = span_bounds_of(visibility, kBlockSize, workspace.block_bounds, batch_, head_);
         const int64_t row =
@@ -59,10 +59,27 @@ class PartBlocks {
   __device__ bool masked() const {
     return has_hidden_scores(params_.backward.visibility, kind_, m_block_, n_block_);
   }
+  __device__ bool bounded() const { return kind_ == BlockKind::kPartial; }  // by FlashMask
 
  private:
+  // Goes to the part's start, before its first head.
+  __device__ void start_part() {
+    const WorkOrder& order = params_.order;
+    const Visibility& visibility = params_.backward.visibility;
+    // A division of 64 bits would take more registers than the producer has.
+    const int group = static_cast<int>(visibility.num_heads) /
+                      static_cast<int>(params_.backward.heads.num_heads_k);
+    const int first_head = part_ / order.windows * order.part_heads;
+    head_ = key_head_ * group + first_head - 1;
+    last_head_ = head_ + min(order.part_heads, group - first_head);
+    first_m_block_ = part_ % order.windows * order.part_blocks;
+    num_m_blocks_ =
+        min(order.part_blocks, static_cast<int>(visibility.num_m_blocks()) - first_m_block_);
+  }
+
   const KernelParams& params_;
-  const int batch_, n_block_;
+  const int batch_, key_head_, n_block_;
+  int parts_left_, part_;
   int head_, last_head_, first_m_block_, num_m_blocks_;
   int m_block_ = -1;
   BlockKind kind_ = BlockKind::kHidden;

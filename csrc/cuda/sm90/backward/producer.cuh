@@ -13,7 +13,11 @@ template <typename Traits>
 __device__ inline void init_steps(typename Traits::SharedStorage& shared) {
   shared.any_not_finite = false;
   shared.item_full.init(1);
-  shared.item_empty.init(kConsumerThreads);
+  shared.item_empty.init(kConsumerThreads + kConsumers * 32);  // consumers and keepers
+  for (int consumer = 0; consumer < kConsumers; ++consumer) {
+    shared.turn_full[consumer].init(32);
+    shared.turn_empty[consumer].init(kWarpGroup);
+  }
   for (int slot = 0; slot < Traits::kQuerySlots; ++slot) {
     shared.query_full[slot].init(1);
     shared.query_empty[slot].init(kConsumerThreads);
@@ -22,6 +26,31 @@ __device__ inline void init_steps(typename Traits::SharedStorage& shared) {
     shared.grad_out_full[slot].init(1);
     shared.grad_out_empty[slot].init(kConsumerThreads);
   }
+}
+
+// Gives the consumers and keepers an item, with its keys and values if it has any steps.
+template <typename Traits>
+__device__ inline void give_item(const KernelParams& params, typename Traits::SharedStorage& shared,
+                                 const Item<Traits::kKeys>& item) {
+  shared.item = item;
+  if (item.nothing_selected) {
+    shared.item_full.arrive();
+    return;
+  }
+  const auto& place = item.place;
+  constexpr uint32_t kScaleBytes = Traits::kHeadDim * sizeof(float);
+  shared.item_full.arrive_and_expect(sizeof(shared.key) + sizeof(shared.value) +
+                                     (Traits::kDeterministic ? kScaleBytes : 0));
+  if constexpr (Traits::kDeterministic) {
+    SM90_BULK_COPY_G2S::copy(
+        params.workspace.key_scale +
+            (place.batch * params.backward.heads.num_heads_k + place.key_head) * Traits::kHeadDim,
+        shared.item_full.raw(), shared.key_scale, kScaleBytes);
+  }
+  copy_rows<Traits::kPanels>(shared.key, params.key, Traits::kKeys, place.first_key(),
+                             place.key_head, place.batch, shared.item_full);
+  copy_rows<Traits::kValuePanels>(shared.value, params.value, Traits::kKeys, place.first_key(),
+                                  place.key_head, place.batch, shared.item_full);
 }
 
 template <typename Traits>
@@ -33,43 +62,21 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
   RingPosition<1> items;
   RingPosition<Traits::kQuerySlots> queries;
   RingPosition<Traits::kGradOutSlots> grads;
-  RingPosition<Traits::kSumsSlots> sums;
 
   for (;;) {
-    const int item = take_item(workspace.next_item);
-    if (item >= params.order.num_items) break;
-    const Place<Traits::kKeys> place(params.backward, params.order, item);
-    if (place.window(params.order) < place.first_window(visibility, params.order)) continue;
-    shared.item_empty.wait(items.parity ^ 1);  // until the consumers are done with the last item
-    items.advance();
-
-    PartBlocks<Traits::kKeys> blocks(params, place);
+    const int number = take_item(workspace.next_item);
+    if (number >= params.order.num_items) break;
+    const int parts_before = params.parts_before == nullptr ? 0 : params.parts_before[number];
+    if (parts_before < 0) continue;
+    const Place<Traits::kKeys> place(params.backward, params.order, number);
+    PartBlocks<Traits::kKeys> blocks(params, place, parts_before);
     bool more = blocks.next();
-    if (leader) {
-      shared.item = {place, false, !more};
-      if (more) {
-        constexpr uint32_t kScaleBytes = Traits::kHeadDim * sizeof(float);
-        shared.item_full.arrive_and_expect(sizeof(shared.key) + sizeof(shared.value) +
-                                           (Traits::kDeterministic ? kScaleBytes : 0));
-        if constexpr (Traits::kDeterministic) {
-          SM90_BULK_COPY_G2S::copy(
-              workspace.key_scale +
-                  (place.batch * params.backward.heads.num_heads_k + place.key_head) *
-                      Traits::kHeadDim,
-              shared.item_full.raw(), shared.key_scale, kScaleBytes);
-        }
-        copy_rows<Traits::kPanels>(shared.key, params.key, Traits::kKeys, place.first_key(),
-                                   place.key_head, place.batch, shared.item_full);
-        copy_rows<Traits::kValuePanels>(shared.value, params.value, Traits::kKeys,
-                                        place.first_key(), place.key_head, place.batch,
-                                        shared.item_full);
-      } else {
-        shared.item_full.arrive();
-      }
-    }
+    shared.item_empty.wait(items.parity ^ 1);  // until all are done with the last item
+    items.advance();
+    if (leader) give_item<Traits>(params, shared, {place, parts_before, false, !more});
     while (more) {
       const int m_block = blocks.m_block(), head = blocks.head();
-      const bool masked = blocks.masked();
+      const bool masked = blocks.masked(), bounded = blocks.bounded();
       more = blocks.next();
       for (int t = kQueryTiles - 1; t >= 0; --t) {
         const int first_query = m_block * kBlockSize + t * kQueryTile;
@@ -79,8 +86,8 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
         const int64_t statistics = static_cast<int64_t>(tile) * kQueryTile;
         shared.query_empty[queries.slot].wait(queries.parity ^ 1);
         if (leader) {
-          shared.step[queries.slot] = {first_query, head, masked, !more && t == 0};
-          shared.sums_tile[sums.slot] = tile;
+          shared.step[queries.slot] = {first_query, head, masked, bounded, !more && t == 0};
+          shared.sums_tile[queries.slot] = tile;
           Barrier& full = shared.query_full[queries.slot];
           full.arrive_and_expect(sizeof(shared.query[0]) +
                                  kStatisticsBytes * (Traits::kDeterministic ? 2 : 1));
@@ -94,7 +101,6 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
           }
         }
         queries.advance();
-        sums.advance();
         shared.grad_out_empty[grads.slot].wait(grads.parity ^ 1);
         if (leader) {
           Barrier& full = shared.grad_out_full[grads.slot];
@@ -109,9 +115,11 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
     }
   }
   shared.item_empty.wait(items.parity ^ 1);
+  shared.query_empty[queries.slot].wait(queries.parity ^ 1);
   if (leader) {
     shared.item.none_left = true;
-    shared.sums_tile[sums.slot] = -1;
+    shared.sums_tile[queries.slot] = -1;
+    shared.query_full[queries.slot].arrive();
     shared.item_full.arrive();
   }
 }

@@ -7,6 +7,7 @@
 #include "../../common/rows.cuh"
 #include "finish_grad_query.cuh"
 #include "kernel.cuh"
+#include "merge_parts.cuh"
 #include "stage.h"
 #include "wide/kernel.cuh"
 
@@ -23,7 +24,7 @@ WorkOrder work_order(const BackwardParams& params) {
 template <typename Traits>
 KernelParams kernel_params(const BackwardParams& backward, const Workspace& workspace,
                            const PackedRows& packed, const WorkOrder& order,
-                           const KeySums& key_sums) {
+                           const KeySums& key_sums, const int* parts_before) {
   const Visibility& visibility = backward.visibility;
   const cudaStream_t stream = stream_of(backward.execution);
   const auto map = [&](const Rows& rows, const TensorShape& shape, void* copy, int box_rows) {
@@ -37,6 +38,7 @@ KernelParams kernel_params(const BackwardParams& backward, const Workspace& work
           map(backward.grad_out, out_shape_of(visibility, heads), packed.grad_out, kQueryTile),
           workspace,
           key_sums,
+          parts_before,
           order,
           aligned_rows(backward.grad_key),
           aligned_rows(backward.grad_value),
@@ -65,9 +67,11 @@ int64_t Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::workspace_bytes(
     const BackwardParams& params) {
   using Traits = TraitsOf<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
   Arena arena;
-  Workspace(arena, params, Traits::kHeadDim);
+  Workspace(arena, params, Traits::kHeadDim, Traits::kSumsRows);
   PackedRows(arena, params);
-  KeySums::take<Traits>(arena, work_order<Traits>(params), kConsumers);
+  const auto order = work_order<Traits>(params);
+  KeySums::take<Traits>(arena, order, kConsumers);
+  take_parts_before(arena, order);
   return arena.used();
 }
 
@@ -76,13 +80,16 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::launch(const Backwar
   using Traits = TraitsOf<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
   const cudaStream_t stream = stream_of(backward.execution);
   Arena arena(backward.execution.workspace);
-  const Workspace workspace(arena, backward, Traits::kHeadDim);
+  const Workspace workspace(arena, backward, Traits::kHeadDim, Traits::kSumsRows);
   const PackedRows packed(arena, backward);
   const auto order = work_order<Traits>(backward);
   const auto key_sums = KeySums::take<Traits>(arena, order, kConsumers);
-  const auto params = kernel_params<Traits>(backward, workspace, packed, order, key_sums);
+  int* parts_before = take_parts_before(arena, order);
+  const auto params =
+      kernel_params<Traits>(backward, workspace, packed, order, key_sums, parts_before);
   cuda::backward::prepare<typename Traits::Element, Traits::kHeadDim>(backward, workspace);
   key_sums.clear_tickets(order, kConsumers, stream);
+  merge_parts(backward, workspace, order, kBlockSize / Traits::kKeys, parts_before);
   if (order.num_items > 0) {
     if constexpr (kHeadDim > 128) {
       launch_persistent<Traits>(wide::backward_kernel<Traits>, order.num_items, stream, params);

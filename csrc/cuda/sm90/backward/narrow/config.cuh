@@ -21,9 +21,9 @@ struct KernelTraits {
   static constexpr int kGradScoreBlocks = 2;
   static constexpr int kQuerySlots = kQueryBlocks * kQueryTiles;
   static constexpr int kGradOutSlots = kGradOutBlocks * kQueryTiles;
-  static constexpr int kSumsTiles = kQueryTiles;               // that are sent at once
-  static constexpr int kSumsSlots = kQuerySlots + kSumsTiles;  // the writer may be one block behind
-  static constexpr int kGradQueryThreads = kWarpGroup;         // that have dQ of a tile
+  static constexpr int kSumsTiles = kQueryTiles;             // that are sent at once
+  static constexpr int kSumsRows = kSumsTiles * kQueryTile;  // whose first share is stored
+  static constexpr int kGradQueryThreads = kWarpGroup;       // that have dQ of a tile
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
   static constexpr int kProducerRegisters = 24;
@@ -73,15 +73,17 @@ struct KernelTraits {
     alignas(128) float query_scale[kQuerySlots][kQueryTile];  // if deterministic
     alignas(128) float key_scale[kHeadDim];                   // if deterministic
     Barrier item_full, item_empty;
+    Barrier turn_full[kConsumers], turn_empty[kConsumers];      // between keepers and consumers
     Barrier query_full[kQuerySlots], query_empty[kQuerySlots];  // score_start, query_scale, step
     Barrier grad_out_full[kGradOutSlots], grad_out_empty[kGradOutSlots];  // grad_score_start
     Barrier grad_scores_full[kGradScoreBlocks];
     Barrier sums_full, sums_empty;  // between the consumers and the writer
     Item<kKeys> item;
+    Turn<kKeys> turn[kConsumers];
     QueryStep step[kQuerySlots];
     // For each step the tile of [B, Hq, Mq * kQueryTiles] to which its dQ is to be added; < 0: no
     // step is left.
-    int sums_tile[kSumsSlots];
+    int sums_tile[kQuerySlots];
     // A bit for each key of the item, then for each value: whether it is not finite and some query
     // sees it. It is zero in `key` or `value` then.
     uint32_t not_finite[2 * kKeys / 32];

@@ -34,8 +34,6 @@ class Consumer : ConsumerParts<Traits> {
   __device__ void consume_items() {
     this->template consume<GradKey, GradKeyTarget::key, GradKeyTarget::value>(
         [&](GradKey(&grads)[2]) { take_blocks(grads[0], grads[1]); });
-    shared_.sums_empty.wait(sums_.parity ^ 1);
-    shared_.sums_full.arrive();  // the writer finds that no step is left
   }
 
  private:

@@ -19,7 +19,7 @@ struct KernelTraits {
   static constexpr int kQuerySlots = 2;
   static constexpr int kGradOutSlots = 2;
   static constexpr int kGradScoreSlots = 2;
-  static constexpr int kSumsSlots = kQuerySlots;
+  static constexpr int kSumsRows = 0;                         // all shares are added
   static constexpr int kGradQueryThreads = kConsumerThreads;  // that have dQ of a tile
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
   // A thread block starts with 168 registers a thread, which the warp groups share out again.
@@ -77,14 +77,16 @@ struct KernelTraits {
     alignas(128) float query_scale[kQuerySlots][kQueryTile];  // if deterministic
     alignas(128) float key_scale[kHeadDim];                   // if deterministic
     Barrier item_full, item_empty;
+    Barrier turn_full[kConsumers], turn_empty[kConsumers];      // between keepers and consumers
     Barrier query_full[kQuerySlots], query_empty[kQuerySlots];  // score_start, query_scale, step
     Barrier grad_out_full[kGradOutSlots], grad_out_empty[kGradOutSlots];  // grad_score_start
     Barrier probabilities_full, probabilities_empty;  // from the first consumer to the second
     Barrier grad_scores_full[kGradScoreSlots], grad_scores_empty[kGradScoreSlots];  // and back
     Item<kKeys> item;
+    Turn<kKeys> turn[kConsumers];
     QueryStep step[kQuerySlots];
     // For the step in each slot the tile of [B, Hq, Mq * kQueryTiles] to which its dQ is to be added.
-    int sums_tile[kSumsSlots];
+    int sums_tile[kQuerySlots];
     // A bit for each key of the item, then for each value: whether it is not finite and some query
     // sees it. It is zero in `key` or `value` then.
     uint32_t not_finite[2 * kKeys / 32];

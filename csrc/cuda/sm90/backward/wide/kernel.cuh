@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../producer.cuh"
+#include "../turns.cuh"
 #include "consumer.cuh"
 
 namespace rrattn::cuda::sm90::backward::wide {
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp_group == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x < 32) produce_steps<Traits>(params, shared);
+    if (threadIdx.x / 32 >= 2) keep_turns<Traits>(params, shared, threadIdx.x / 32 - 2);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     if (warp_group == 1) {
