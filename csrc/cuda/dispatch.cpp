@@ -32,15 +32,16 @@ struct Sm90 {
   using BackwardStage = sm90::backward::Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
 };
 
-// The portable gradients have no kernels of head size 96 of their own: those of 128 are for it too. Nor
-// has portable attention any for values of 192: those of 256 are.
+// The portable kernels have none of head size 96 of their own: those of 128 are for it too. Nor has
+// portable attention any for values of 192: those of 256 are.
 template <sm80::TileTable kTable>
 struct Sm80 {
   template <DataType kDataType, int kHeadDim, int kKeyStride>
   using EstimateStage = sm80::estimate::Stage<kDataType, kHeadDim, kKeyStride, kTable>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV>
-  using AttendStage = sm80::attend::Stage<kDataType, kHeadDimV == 192 ? 256 : kHeadDim,
-                                          kHeadDimV == 192 ? 256 : kHeadDimV, kTable>;
+  using AttendStage =
+      sm80::attend::Stage<kDataType, kHeadDim == 96 ? 128 : (kHeadDimV == 192 ? 256 : kHeadDim),
+                          kHeadDimV == 96 ? 128 : (kHeadDimV == 192 ? 256 : kHeadDimV), kTable>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
   using BackwardStage =
       sm80::backward::Stage<kDataType, kHeadDim == 96 ? 128 : kHeadDim,
@@ -96,11 +97,13 @@ auto with_head_dim(const Heads& heads, const Use& use) {
 template <typename Use>
 auto with_attend_head_dims(const Heads& heads, const Use& use) {
   constexpr std::integral_constant<int, 64> k64;
+  constexpr std::integral_constant<int, 96> k96;
   constexpr std::integral_constant<int, 128> k128;
   constexpr std::integral_constant<int, 192> k192;
   constexpr std::integral_constant<int, 256> k256;
   const int64_t larger = std::max(heads.head_dim, heads.head_dim_v);
   if (larger <= 64) return use(k64, k64);
+  if (larger <= 96) return use(k96, k96);
   if (larger <= 128) return use(k128, k128);
   if (larger <= 192) return heads.head_dim_v <= 128 ? use(k192, k128) : use(k192, k192);
   return use(k256, k256);

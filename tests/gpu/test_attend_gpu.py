@@ -107,6 +107,8 @@ def check(query, key, value, mask, causal=True, compensate=False):
     (
         (2048, 2048, 8, 2, 64),
         (2000, 4333, 8, 1, 64),
+        (2000, 4333, 8, 1, 72),
+        (8192, 8192, 4, 2, 96),
         (4096, 4096, 8, 8, 128),
         (8192, 8192, 4, 2, 128),
         (2000, 4333, 8, 1, 192),
@@ -120,7 +122,9 @@ def test_long_sequences(dtype, sizes, density):
     check(*inputs, random_mask(*inputs[:2], density))
 
 
-@pytest.mark.parametrize("sizes", ((3000, 5000, 4, 2, 64), (5000, 3000, 4, 1, 128)), ids=str)
+@pytest.mark.parametrize(
+    "sizes", ((3000, 5000, 4, 2, 64), (3000, 5000, 4, 2, 72), (5000, 3000, 4, 1, 96), (5000, 3000, 4, 1, 128)), ids=str
+)
 def test_long_sequences_that_are_not_causal(dtype, sizes):
     query, key, value = random_inputs(*sizes, dtype=getattr(torch, dtype))
     shape = 1, sizes[2], *(reference.num_blocks(x.shape[1]) for x in (query, key))
@@ -132,6 +136,8 @@ def test_long_sequences_that_are_not_causal(dtype, sizes):
     "sizes",
     (
         (2000, 4333, 8, 1, 64),
+        (2000, 4333, 8, 1, 80),
+        (3000, 5000, 4, 2, 96),
         (4096, 4096, 8, 2, 128),
         (1000, 9000, 4, 1, 192),
         (300, 20000, 4, 1, 256),
@@ -153,7 +159,7 @@ def test_compensation_where_every_block_is_selected_changes_no_bit():
     assert all(map(torch.equal, plain, compensated))
 
 
-@pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 192, 256))
 def test_scores_far_above_those_before_in_the_last_tile(dtype, head_dim):
     """Where its probabilities do not fit, a tile is computed again: its keys and the row's queries have to be there."""
     query, key, value = random_inputs(4096, 4096, 8, 2, head_dim, dtype=getattr(torch, dtype))

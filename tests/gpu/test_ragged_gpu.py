@@ -148,7 +148,7 @@ LONG = [(3000, 9000), (1, 4097), (128, 128), (0, 3), (2049, 2049), (640, 12000),
 
 
 @pytest.mark.parametrize("page_size", (None, 64, 128))
-@pytest.mark.parametrize("size", (64, 128))
+@pytest.mark.parametrize("size", (64, 72, 96, 128))
 def test_long_requests(kernels, page_size, size):
     requests = Requests(LONG, 8, 2, size, size, dtype="bfloat16", kernels=kernels)
     arrays = requests.in_one_piece if page_size is None else requests.in_pages(page_size)

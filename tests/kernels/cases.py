@@ -226,7 +226,12 @@ HEADS = [
     Case(260, 260, num_heads=heads, num_heads_k=heads_k, head_dim=32, batch=1 + (heads == 8))
     for heads, heads_k in ((1, 1), (8, 1), (8, 2), (8, 8), (32, 1), (32, 2), (32, 8))
 ]
-HEAD_DIMS = [Case(200, 330, head_dim=d) for d in (8, 64, 72, 128, 192, 256)]
+HEAD_DIMS = [Case(200, 330, head_dim=d) for d in (8, 64, 72, 80, 96, 128, 192, 256)] + [
+    # Hopper has kernels of its own for these, with another layout in shared memory.
+    Case(450, 700, True, 4, 2, 72, flashmask="document"),
+    Case(450, 700, True, 4, 2, 80, batch=2, flashmask="window_with_full_tail", flashmask_heads="Hq"),
+    Case(450, 700, False, 4, 2, 96, batch=2, flashmask="two_random_intervals", flashmask_heads="Hkv"),
+]
 SAMPLING = [Case(1000, 1000, stride=s) for s in STRIDES] + [Case(129, 331, stride=s) for s in STRIDES]
 MASKED = [
     Case(sq, 600, causal, 4, 2, 32, batch=batch, flashmask=generator.__name__, flashmask_heads=heads)
@@ -237,7 +242,7 @@ MASKED = [
 
 VALUE_HEAD_DIMS = [
     Case(200, 330, num_heads=4, num_heads_k=2, head_dim=d, head_dim_v=dv)
-    for d, dv in ((192, 128), (128, 64), (64, 128), (72, 8), (8, 256), (256, 8), (40, 120))
+    for d, dv in ((192, 128), (128, 64), (64, 128), (72, 8), (80, 96), (64, 88), (8, 256), (256, 8), (40, 120))
 ]
 SINKS = [
     Case(1, 1, sink=True),

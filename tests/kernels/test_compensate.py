@@ -16,6 +16,8 @@ LONG_CASES = [
     Case(20, 33000),
     Case(1, 16500, num_heads=1, head_dim=8),
     Case(100, 16500, causal=False, batch=2, head_dim=128),
+    Case(130, 17000, num_heads=4, num_heads_k=2, head_dim=80),
+    Case(130, 17000, causal=False, head_dim=96),
     Case(130, 8500, head_dim=256),
     Case(130, 17000, flashmask="share_question"),
 ]

@@ -78,7 +78,9 @@ def test_in_every_dtype_with_its_own_head_size_of_values(kernels, layout, dtype)
     assert_each_as_alone(requests, requests.call(*arrays, **options, threshold=0.5), threshold=0.5)
 
 
-@pytest.mark.parametrize("head_dim, head_dim_v", ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256)))
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v", ((64, 64), (72, 72), (80, 96), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+)
 @pytest.mark.parametrize("layout", ("one piece", "64", "384"))
 def test_in_every_head_size(kernels, main_dtype, layout, head_dim, head_dim_v):
     sizes = {"num_heads": 3, "num_heads_k": 3, "head_dim": head_dim, "head_dim_v": head_dim_v}

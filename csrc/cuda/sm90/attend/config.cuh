@@ -73,22 +73,27 @@ struct KernelTraits {
       GMMA::rs_op_selector<Element, Element, float,
                            Shape<Int<kConsumerRows>, Int<kHeadDimV>, Int<kTileN>>, GMMA::Major::K,
                            GMMA::Major::MN>()));
-  // All three lie in panels of 64 columns, as the copies bring them; the layout of a value tile is
-  // the transposed view.
-  using QueryLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
-                                             Shape<Int<kConsumerRows>, Int<kHeadDim>>{}));
-  using KeyLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
-                                           Shape<Int<kTileN>, Int<kHeadDim>>{}));
-  using ValueLayout = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
-                                             Shape<Int<kHeadDimV>, Int<kTileN>>{}, Step<_2, _1>{}));
+  // All three lie in panels of 64 columns, for head size 96 of 32, as the copies bring them; the layout
+  // of a value tile is the transposed view.
+  static constexpr int kPanelColumns = kHeadDim % kPanel == 0 ? kPanel : kNarrowPanel;
+  using RowsAtom = std::conditional_t<kPanelColumns == kPanel, GMMA::Layout_K_SW128_Atom<Element>,
+                                      GMMA::Layout_K_SW64_Atom<Element>>;
+  using ColumnsAtom =
+      std::conditional_t<kPanelColumns == kPanel, GMMA::Layout_MN_SW128_Atom<Element>,
+                         GMMA::Layout_MN_SW64_Atom<Element>>;
+  using QueryLayout =
+      decltype(tile_to_shape(RowsAtom{}, Shape<Int<kConsumerRows>, Int<kHeadDim>>{}));
+  using KeyLayout = decltype(tile_to_shape(RowsAtom{}, Shape<Int<kTileN>, Int<kHeadDim>>{}));
+  using ValueLayout =
+      decltype(tile_to_shape(ColumnsAtom{}, Shape<Int<kHeadDimV>, Int<kTileN>>{}, Step<_2, _1>{}));
   // For the same scores by products of a single warp: the instruction, and where elements lie.
   using WarpScoreMma =
       std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
                          SM80_16x8x16_F32BF16BF16F32_TN, SM80_16x8x16_F32F16F16F32_TN>;
   using QueryOffsets = decltype(as_position_independent_swizzle_layout(QueryLayout{}));
   using KeyOffsets = decltype(as_position_independent_swizzle_layout(KeyLayout{}));
-  static constexpr int kPanels = kHeadDim / kPanel;
-  static constexpr int kValuePanels = kHeadDimV / kPanel;
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kValuePanels = kHeadDimV / kPanelColumns;
 
   struct SharedStorage {
     alignas(1024) Element query[kConsumers][kConsumerRows * kHeadDim];

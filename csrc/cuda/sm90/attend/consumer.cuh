@@ -115,8 +115,9 @@ class Consumer {
     for (int i = static_cast<int>(threadIdx.x) % kWarpGroup; i < Traits::kPanels * kConsumerRows;
          i += kWarpGroup) {
       if (i % kConsumerRows < there) continue;
-      auto* chunks = reinterpret_cast<uint4*>(shared_.query[consumer_] + i * kPanel);
-      for (int chunk = 0; chunk < kPanel / 8; ++chunk) chunks[chunk] = make_uint4(0, 0, 0, 0);
+      auto* chunks = reinterpret_cast<uint4*>(shared_.query[consumer_] + i * Traits::kPanelColumns);
+      for (int chunk = 0; chunk < Traits::kPanelColumns / 8; ++chunk)
+        chunks[chunk] = make_uint4(0, 0, 0, 0);
     }
     fence_async_proxy_shared();  // wgmma reads what these stores wrote
     // Until all of the warp group have.

@@ -107,9 +107,10 @@ class TilePlaces {
   template <int kPanels>
   __device__ void copy(typename Traits::Element* to, const CUtensorMap& map, int key_head,
                        Barrier& full) const {
-    full.arrive_and_expect(kPanels * kPanel * Traits::kTileN * sizeof(typename Traits::Element));
-    copy_rows<kPanels>(to, map, Traits::kTileN, first_key_of<Traits>(n_block_, tile_), key_head,
-                       batch_, full);
+    full.arrive_and_expect(kPanels * Traits::kPanelColumns * Traits::kTileN *
+                           sizeof(typename Traits::Element));
+    copy_rows<kPanels, Traits::kPanelColumns>(
+        to, map, Traits::kTileN, first_key_of<Traits>(n_block_, tile_), key_head, batch_, full);
   }
 
  private:
@@ -149,13 +150,15 @@ class RaggedTilePlaces {
   template <int kPanels>
   __device__ void copy(typename Traits::Element* to, const CUtensorMap& map, int key_head,
                        Barrier& full) const {
-    full.arrive_and_expect(kPanels * kPanel * Traits::kTileN * sizeof(typename Traits::Element));
+    full.arrive_and_expect(kPanels * Traits::kPanelColumns * Traits::kTileN *
+                           sizeof(typename Traits::Element));
 #pragma unroll
     for (int box = 0; box < kMaxBoxes; ++box) {
       if (box * box_rows_ >= Traits::kTileN) break;
       for (int panel = 0; panel < kPanels; ++panel) {
-        copy_box(to + (panel * Traits::kTileN + box * box_rows_) * kPanel, map, panel * kPanel,
-                 places_[box].row, key_head, places_[box].batch, full);
+        copy_box(to + (panel * Traits::kTileN + box * box_rows_) * Traits::kPanelColumns, map,
+                 panel * Traits::kPanelColumns, places_[box].row, key_head, places_[box].batch,
+                 full);
       }
     }
   }
@@ -185,8 +188,10 @@ __device__ inline RowBlocks<kCompensate, false> blocks_of(const RaggedKernelPara
 template <typename Traits, int kPanels>
 __device__ void copy_tile(typename Traits::Element* to, const CUtensorMap& map, int first_key,
                           int key_head, int batch, Barrier& full) {
-  full.arrive_and_expect(kPanels * kPanel * Traits::kTileN * sizeof(typename Traits::Element));
-  copy_rows<kPanels>(to, map, Traits::kTileN, first_key, key_head, batch, full);
+  full.arrive_and_expect(kPanels * Traits::kPanelColumns * Traits::kTileN *
+                         sizeof(typename Traits::Element));
+  copy_rows<kPanels, Traits::kPanelColumns>(to, map, Traits::kTileN, first_key, key_head, batch,
+                                            full);
 }
 
 // Copies the tiles of mean keys of a row.
@@ -351,9 +356,10 @@ __device__ void clear_values(const Params& params, typename Traits::SharedStorag
             continue;
           }
           for (int panel = 0; panel < Traits::kValuePanels; ++panel) {
-            auto* chunks = reinterpret_cast<uint4*>(shared.value[values.slot] +
-                                                    (panel * Traits::kTileN + i) * kPanel);
-            constexpr int kChunks = kPanel * sizeof(typename Traits::Element) / sizeof(uint4);
+            auto* chunks = reinterpret_cast<uint4*>(
+                shared.value[values.slot] + (panel * Traits::kTileN + i) * Traits::kPanelColumns);
+            constexpr int kChunks =
+                Traits::kPanelColumns * sizeof(typename Traits::Element) / sizeof(uint4);
             for (int chunk = 0; chunk < kChunks; ++chunk) chunks[chunk] = make_uint4(0, 0, 0, 0);
           }
         }
@@ -380,17 +386,17 @@ __device__ void produce_queries(const Params& params, typename Traits::SharedSto
     };
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       if (!leader) continue;
-      prefetch_rows<Traits::kPanels>(params.query, place(consumer).row, row.head,
-                                     place(consumer).batch);
+      prefetch_rows<Traits::kPanels, Traits::kPanelColumns>(params.query, place(consumer).row,
+                                                            row.head, place(consumer).batch);
     }
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       // Until it is done with the last ones.
       shared.query_empty[consumer].wait(queries.parity ^ 1);
       if (!leader) continue;
       shared.query_full[consumer].arrive_and_expect(kBytes);
-      copy_rows<Traits::kPanels>(shared.query[consumer], params.query, kConsumerRows,
-                                 place(consumer).row, row.head, place(consumer).batch,
-                                 shared.query_full[consumer]);
+      copy_rows<Traits::kPanels, Traits::kPanelColumns>(
+          shared.query[consumer], params.query, kConsumerRows, place(consumer).row, row.head,
+          place(consumer).batch, shared.query_full[consumer]);
     }
     queries.advance();
   });

@@ -38,9 +38,12 @@ void Stage<kDataType, kHeadDim, kHeadDimV>::launch(const AttendParams& attend) {
   const TensorShape query_shape = query_shape_of(visibility, attend.heads);
   const TensorShape key_shape = key_shape_of(visibility, attend.heads);
   const TensorShape value_shape = value_shape_of(visibility, attend.heads);
-  params.query = map_rows(attend.query, query_shape, workspace.query, kConsumerRows, stream);
-  params.key = map_rows(attend.key, key_shape, workspace.key, Traits::kTileN, stream);
-  params.value = map_rows(attend.value, value_shape, workspace.value, Traits::kTileN, stream);
+  params.query = map_rows(attend.query, query_shape, workspace.query, kConsumerRows, stream,
+                          Traits::kPanelColumns);
+  params.key =
+      map_rows(attend.key, key_shape, workspace.key, Traits::kTileN, stream, Traits::kPanelColumns);
+  params.value = map_rows(attend.value, value_shape, workspace.value, Traits::kTileN, stream,
+                          Traits::kPanelColumns);
   params.block_bounds = workspace.block_bounds;
   params.next_item = workspace.next_item;
   params.num_items =
@@ -49,13 +52,17 @@ void Stage<kDataType, kHeadDim, kHeadDimV>::launch(const AttendParams& attend) {
   params.aligned_out = aligned_rows(attend.out);
 
   if (attend.compensate) {
-    constexpr int kMeanColumns = kHeadDim <= 128 ? kHeadDim : 256;  // a power of 2
+    constexpr int kMeanColumns =  // a power of 2
+        kHeadDim <= 64    ? 64
+        : kHeadDim <= 128 ? 128
+                          : 256;
     launch_block_means<typename Traits::Element, kMeanColumns>(attend, workspace.mean_key,
                                                                workspace.mean_value, stream);
     find_stood_in_for(attend, workspace.block_bounds, workspace.stood_in_for, stream);
     params.stood_in_for = workspace.stood_in_for;
     const auto map_means = [&](const Rows& means, const TensorShape& shape) {
-      return map_rows(means, Workspace::means_of(shape), nullptr, Traits::kTileN, stream);
+      return map_rows(means, Workspace::means_of(shape), nullptr, Traits::kTileN, stream,
+                      Traits::kPanelColumns);
     };
     params.mean_key = map_means(workspace.mean_key, key_shape);
     params.mean_value = map_means(workspace.mean_value, value_shape);
@@ -115,9 +122,12 @@ void Stage<kDataType, kHeadDim, kHeadDimV>::launch_ragged(const RaggedParams& ba
     params.page_size = cutlass::FastDivmod(static_cast<int>(batch.page_size));
     params.box_rows = std::min(params.box_rows, static_cast<int>(batch.page_size));
   }
-  params.query = map_rows(attend.query, rows.query_shape, rows.query, kConsumerRows, stream);
-  params.key = map_rows(attend.key, rows.key_shape, rows.key, params.box_rows, stream);
-  params.value = map_rows(attend.value, rows.value_shape, rows.value, params.box_rows, stream);
+  params.query = map_rows(attend.query, rows.query_shape, rows.query, kConsumerRows, stream,
+                          Traits::kPanelColumns);
+  params.key = map_rows(attend.key, rows.key_shape, rows.key, params.box_rows, stream,
+                        Traits::kPanelColumns);
+  params.value = map_rows(attend.value, rows.value_shape, rows.value, params.box_rows, stream,
+                          Traits::kPanelColumns);
   params.next_item = rows.next_item;
   params.section_heads = attend_section_heads(longest_call(batch), kSectionBytes);
   params.aligned_out = aligned_rows(attend.out);

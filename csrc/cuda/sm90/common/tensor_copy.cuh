@@ -20,21 +20,21 @@ __device__ inline void copy_box(void* to, const CUtensorMap& map, int column, in
       : "memory");
 }
 
-// Copies `rows` rows of a head, panel after panel of kPanel columns.
-template <int kPanels, typename Element>
+// Copies `rows` rows of a head, panel after panel of kColumns columns.
+template <int kPanels, int kColumns = kPanel, typename Element>
 __device__ inline void copy_rows(Element* to, const CUtensorMap& map, int rows, int first_row,
                                  int head, int batch, Barrier& barrier) {
   for (int panel = 0; panel < kPanels; ++panel) {
-    copy_box(to + panel * rows * kPanel, map, panel * kPanel, first_row, head, batch, barrier);
+    copy_box(to + panel * rows * kColumns, map, panel * kColumns, first_row, head, batch, barrier);
   }
 }
 
 // Brings the same rows to the L2 cache.
-template <int kPanels>
+template <int kPanels, int kColumns = kPanel>
 __device__ inline void prefetch_rows(const CUtensorMap& map, int first_row, int head, int batch) {
   for (int panel = 0; panel < kPanels; ++panel) {
     asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map),
-                 "r"(panel * kPanel), "r"(first_row), "r"(head), "r"(batch)
+                 "r"(panel * kColumns), "r"(first_row), "r"(head), "r"(batch)
                  : "memory");
   }
 }

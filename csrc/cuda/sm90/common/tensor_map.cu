@@ -62,7 +62,7 @@ int64_t elements_to_pack(const Rows& rows, const TensorShape& shape) {
 }
 
 CUtensorMap map_rows(const Rows& rows, const TensorShape& shape, void* packed, int box_rows,
-                     cudaStream_t stream) {
+                     cudaStream_t stream, int panel) {
   if (num_elements(shape) == 0) return {};  // never read from
   static const auto encode = find_encoder();
   const Rows mapped = can_map(rows, shape) ? rows : pack_rows(rows, shape, packed, stream);
@@ -78,13 +78,14 @@ CUtensorMap map_rows(const Rows& rows, const TensorShape& shape, void* packed, i
   const cuuint64_t strides[] = {bytes(shape.seqlen, mapped.row_stride),
                                 bytes(shape.num_heads, mapped.head_stride),
                                 bytes(shape.batch, mapped.batch_stride)};
-  const cuuint32_t box[] = {kPanel, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(panel), static_cast<cuuint32_t>(box_rows), 1,
+                            1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result =
       encode(&map, type, 4, mapped.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             panel == kPanel ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with error " + std::to_string(result));
   }

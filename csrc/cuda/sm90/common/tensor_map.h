@@ -8,7 +8,8 @@
 
 namespace rrattn::cuda::sm90 {
 
-constexpr int kPanel = 64;  // columns of a copied box: 128 bytes, the widest swizzle
+constexpr int kPanel = 64;        // columns of a copied box: 128 bytes, the widest swizzle
+constexpr int kNarrowPanel = 32;  // for head sizes that are no multiple of that
 
 struct TensorShape {
   int64_t batch, seqlen, num_heads, head_dim;
@@ -33,10 +34,10 @@ inline TensorShape out_shape_of(const Visibility& visibility, const Heads& heads
 // bytes or are broadcast, the size of a packed copy that they can read.
 int64_t elements_to_pack(const Rows& rows, const TensorShape& shape);
 
-// A map of boxes of `box_rows` rows by kPanel columns of one head, swizzled as wgmma reads them.
+// A map of boxes of `box_rows` rows by `panel` columns of one head, swizzled as wgmma reads them.
 // What lies outside the tensor reads as zero. Coordinates are column, row, head, batch. `packed`
 // has room for elements_to_pack elements, and is filled on the stream.
 CUtensorMap map_rows(const Rows& rows, const TensorShape& shape, void* packed, int box_rows,
-                     cudaStream_t stream);
+                     cudaStream_t stream, int panel = kPanel);
 
 }  // namespace rrattn::cuda::sm90
