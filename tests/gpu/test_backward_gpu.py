@@ -65,6 +65,8 @@ def check(inputs, mask, grad_out, deterministic):
         (2048, 2304, 4, 2, 256),
         (8192, 8192, 12, 3, 128),  # two key heads in the first section of the work, one in the last
         (4096, 4096, 32, 1, 128),  # many parts of a walk, by heads
+        (8192, 8192, 4, 1, 128),  # where all items wait for one another at once
+        (8192, 8192, 4, 1, 64),
     ),
     ids=str,
 )
@@ -153,6 +155,7 @@ def gathered_backward(query, key, value, mask, grad_out):
         (40_000, 2, 2, 256),
         (140_000, 2, 1, 64),
         (16_384, 40, 8, 128),  # where the last key blocks of all heads may come last
+        (8_192, 192, 1, 128),  # more than 32 parts
     ),
     ids=str,
 )
@@ -174,6 +177,26 @@ def test_more_keys_than_sums_in_the_workspace(sizes, deterministic):
         assert (actual.float() - expected).norm() <= 0.01 * expected.norm()
     again = backward(inputs, words(mask), grad_out, deterministic=deterministic)
     assert all(map(torch.equal, again[0 if deterministic else 1 :], grads[0 if deterministic else 1 :]))
+
+
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_documents_have_the_gradients_that_they_have_apart(deterministic):
+    """Most parts of a key block's walk hold little: many heads, of which each sees one document of FlashMask's."""
+    length, count = 2048, 4
+    inputs = random_inputs(length * count, length * count, 32, 1, 128)
+    mask, grad_out = random_mask(*inputs[:2], 0.5), torch.randn_like(inputs[0])
+    document = np.arange(length * count // 128) // (length // 128)
+    mask &= document[:, None] == document
+    row = torch.arange(length * count, device="cuda", dtype=torch.int32)
+    ends = (row // length + 1)[None, None, :, None] * length
+    together = backward(inputs, words(mask), grad_out, deterministic=deterministic, startend_row_indices=ends)
+    for first in range(0, length * count, length):
+        rows, blocks = slice(first, first + length), slice(first // 128, (first + length) // 128)
+        own = [x[:, rows] for x in (*inputs, grad_out)]
+        apart = backward(own[:3], words(mask[:, :, blocks, blocks].copy()), own[3], deterministic=deterministic)
+        for packed, alone in zip(together, apart):
+            alone = alone.float()
+            assert (packed[:, rows].float() - alone).norm() <= 0.005 * alone.norm()
 
 
 @pytest.mark.parametrize("deterministic", (False, True))

@@ -20,31 +20,70 @@ __device__ inline void transpose_quad(uint32_t (&words)[4]) {
   words[3] = upper ? high1 : far1;
 }
 
-// Stores `scale` times one of the thread's two rows of accumulators, the second of which (`half` 1)
-// is 8 rows further on, to head_dim elements from `row` on. A quad holds a row; each of its lanes
-// stores 16 bytes at a time.
+// A chunk of 8 columns of `scale` times one of the thread's two rows of accumulators, the second of which
+// (`half` 1) is 8 rows further on. A quad holds a row, and each of its lanes gets a chunk of every four.
+template <typename Element, typename Accumulators>
+__device__ inline void take_chunk(const Accumulators& accumulators, int four, int half, float scale,
+                                  uint32_t (&words)[4]) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int i = (four * 4 + c) * 4 + half * 2;
+    const Element pair[2] = {static_cast<Element>(accumulators(i) * scale),
+                             static_cast<Element>(accumulators(i + 1) * scale)};
+    words[c] = *reinterpret_cast<const uint32_t*>(pair);
+  }
+  transpose_quad(words);
+}
+
+// Stores such a chunk to its place in a row of head_dim elements, 16 bytes at once if that is aligned.
+template <typename Element>
+__device__ inline void store_chunk(const uint32_t (&words)[4], int four, Element* row, int head_dim,
+                                   bool aligned) {
+  const int column = (four * 4 + static_cast<int>(threadIdx.x) % 4) * 8;
+  if (column >= head_dim) return;
+  if (aligned) {
+    *reinterpret_cast<uint4*>(row + column) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) row[column + e] = reinterpret_cast<const Element*>(words)[e];
+  }
+}
+
+template <typename Accumulators>
+constexpr int kFoursOf = decltype(cute::size(std::declval<Accumulators>()))::value / 16;
+
+// Stores `scale` times one of the thread's two rows of accumulators to `row`, if it is valid.
 template <typename Element, typename Accumulators>
 __device__ inline void store_row(const Accumulators& accumulators, int half, float scale,
                                  Element* row, bool valid, int head_dim, bool aligned) {
-  static_assert(decltype(cute::size(accumulators))::value % 16 == 0);  // 32 columns
 #pragma unroll
-  for (int four = 0; four < cute::size(accumulators) / 16; ++four) {  // chunks of 8 columns
+  for (int four = 0; four < kFoursOf<Accumulators>; ++four) {
     uint32_t words[4];
+    take_chunk<Element>(accumulators, four, half, scale, words);
+    if (valid) store_chunk(words, four, row, head_dim, aligned);
+  }
+}
+
+// Stores both rows. All shuffles come before the first store: with a branch after each four of chunks
+// they would wait for one another. It takes registers for both rows.
+template <typename Element, typename Accumulators>
+__device__ inline void store_rows(const Accumulators& accumulators, const float (&scales)[2],
+                                  Element* const (&rows)[2], const bool (&valid)[2], int head_dim,
+                                  bool aligned) {
+  constexpr int kFours = kFoursOf<Accumulators>;
+  uint32_t words[2][kFours][4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int i = (four * 4 + c) * 4 + half * 2;
-      const Element pair[2] = {static_cast<Element>(accumulators(i) * scale),
-                               static_cast<Element>(accumulators(i + 1) * scale)};
-      words[c] = *reinterpret_cast<const uint32_t*>(pair);
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int four = 0; four < kFours; ++four) {
+      take_chunk<Element>(accumulators, four, half, scales[half], words[half][four]);
     }
-    transpose_quad(words);
-    const int column = (four * 4 + static_cast<int>(threadIdx.x) % 4) * 8;
-    if (!valid || column >= head_dim) continue;
-    if (aligned) {
-      *reinterpret_cast<uint4*>(row + column) = make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
+  }
 #pragma unroll
-      for (int e = 0; e < 8; ++e) row[column + e] = reinterpret_cast<const Element*>(words)[e];
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int four = 0; four < kFours; ++four) {
+      if (valid[half]) store_chunk(words[half][four], four, rows[half], head_dim, aligned);
     }
   }
 }

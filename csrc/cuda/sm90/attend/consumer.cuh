@@ -80,7 +80,9 @@ class Consumer {
     if constexpr (kRagged) clear_missing_queries(row);
     shared_.key_full[keys_.slot].wait(keys_.parity);
     KeyTile tile = shared_.tile[keys_.slot];
+    take_turn();
     multiply_keys(scores);
+    give_turn(1 - consumer_);
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
     if (kCompensate && tile.is_of_means()) {
@@ -398,21 +400,28 @@ class Consumer {
   __device__ void write(const RowItem& row, Out& out) {
     const AttendParams& attend = attend_of(params_, row);
     const Visibility& visibility = attend.visibility;
-    const int head_dim = static_cast<int>(attend.heads.head_dim_v);
+    float sums[2], scales[2];
+    Element* rows[2];
+    bool valid[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(row_sum_[half]);
-      const float scale = sum == 0 ? 0 : 1 / sum;
+      sums[half] = sum;
+      scales[half] = sum == 0 ? 0 : __fdividef(1, sum);
       const int64_t token = row_token(row, half);
-      Element* out_row = static_cast<Element*>(attend.out.data) +
-                         (kRagged ? 0 : row.batch * attend.out.batch_stride) +
-                         row.head * attend.out.head_stride + token * attend.out.row_stride;
-      if (token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
-        attend.lse[head_lse(row, visibility) + token] =
-            sum == 0 ? -INFINITY : (row_base_[half] + log2f(sum)) * kLn2;
+      valid[half] = token < visibility.seqlen_q;
+      rows[half] = static_cast<Element*>(attend.out.data) +
+                   (kRagged ? 0 : row.batch * attend.out.batch_stride) +
+                   row.head * attend.out.head_stride + token * attend.out.row_stride;
+    }
+    store_rows(out, scales, rows, valid, static_cast<int>(attend.heads.head_dim_v),
+               params_.aligned_out);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (valid[half] && threadIdx.x % 4 == 0) {
+        attend.lse[head_lse(row, visibility) + row_token(row, half)] =
+            sums[half] == 0 ? -INFINITY : (row_base_[half] + __log2f(sums[half])) * kLn2;
       }
-      store_row(out, half, scale, out_row, token < visibility.seqlen_q, head_dim,
-                params_.aligned_out);
     }
   }
 
