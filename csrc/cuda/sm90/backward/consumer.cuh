@@ -141,7 +141,7 @@ class Consumer : ConsumerParts<Traits> {
         grad_query(i) = __int_as_float(__float2int_rn(grad_query(i) * scale));
       }
     }
-    shared_.sums_empty.wait(sums_.parity ^ 1);
+    shared_.sums_empty.wait(sums_.parity);
     auto* to = reinterpret_cast<float4*>(shared_.grad_query) + thread_;
 #pragma unroll
     for (int i = 0; i < size(grad_query); i += 4) {

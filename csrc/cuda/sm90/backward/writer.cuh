@@ -67,30 +67,24 @@ __device__ void add_sums(const KernelParams& params, typename Traits::SharedStor
   int* states = params.workspace.sums_state;
   const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared.grad_query));
   RingPosition<Traits::kQuerySlots> steps;
-  // The first of the next tiles that are sent at once, which come from the last to the first; < 0:
-  // none is left.
-  const auto next_tile = [&] {
+  for (RingPosition<1> sums;; sums.advance()) {
     shared.query_full[steps.slot].wait(steps.parity);
-    const int tile = shared.sums_tile[steps.slot];
+    // The first of the tiles that are sent at once, which come from the last to the first.
+    const int tile = shared.sums_tile[steps.slot] - (Traits::kSumsTiles - 1);
     for (int i = 0; i < Traits::kSumsTiles; ++i) steps.advance();
-    return tile - (Traits::kSumsTiles - 1);
-  };
-  int tile = next_tile();
-  for (RingPosition<1> sums; tile >= 0; sums.advance()) {
+    __syncwarp();
+    shared.sums_empty.arrive();  // the consumers may write dQ of these, and then free their slots
+    if (tile < 0) return;
     int* state = states + tile / Traits::kSumsTiles;
     const int found = states == nullptr ? kSums : load_state(state);  // while dQ is computed
     shared.sums_full.wait(sums.parity);
-    if (threadIdx.x % 32 == 0) {
-      const bool first_share = !wait_for_sums(state, found);
-      send_sums<Traits>(params.workspace.grad_query +
-                            static_cast<int64_t>(tile) * (kQueryTile * Traits::kHeadDim),
-                        from, first_share);
-      // Before this warp waits for anything: others wait for it, and their items' turns for theirs.
-      if (first_share) publish_sums(state);
-    }
-    tile = next_tile();  // before the consumers go on and its slot is filled again
-    __syncwarp();
-    shared.sums_empty.arrive();
+    if (threadIdx.x % 32 != 0) continue;
+    const bool first_share = !wait_for_sums(state, found);
+    send_sums<Traits>(
+        params.workspace.grad_query + static_cast<int64_t>(tile) * (kQueryTile * Traits::kHeadDim),
+        from, first_share);
+    // Before this warp waits for anything: others wait for it, and their items' turns for theirs.
+    if (first_share) publish_sums(state);
   }
 }
 
