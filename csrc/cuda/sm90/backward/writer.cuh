@@ -6,6 +6,9 @@
 
 namespace rrattn::cuda::sm90::backward {
 
+// Of the sums of a tile, or those that are sent at once.
+enum SumsState : int { kNoSums, kFirstUnderWay, kSums };
+
 __device__ inline int load_state(const int* state) {
   int found;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(found) : "l"(state) : "memory");
