@@ -38,7 +38,7 @@ def cpu_table():
 
 
 def gpu_tables(records):
-    """A table for each group of stages that has records."""
+    """A table for each group of stages that has records, and each GPU that they are of."""
     tables = (
         (sampling_table, "estimate+select"),
         (attend_table, "attend"),
@@ -46,8 +46,12 @@ def gpu_tables(records):
         (rr_attention_table, "rr_attention"),
         (shapes_table, "shapes"),
     )
-    rows_of = {stage: [row for row in records if row["stage"] == stage] for _, stage in tables}
-    return "\n\n".join(table(rows_of[stage]) for table, stage in tables if rows_of[stage])
+    texts = []
+    for table, stage in tables:
+        rows = [row for row in records if row["stage"] == stage]
+        for gpu in dict.fromkeys(row["gpu"] for row in rows):
+            texts.append(table([row for row in rows if row["gpu"] == gpu]))
+    return "\n\n".join(texts)
 
 
 def gpu_setting(rows, data):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cute/tensor.hpp>
+#include <utility>
 
 namespace rrattn::cuda {
 
@@ -49,15 +50,20 @@ __device__ inline void store_chunk(const uint32_t (&words)[4], int four, Element
   }
 }
 
+// Fours of chunks of a row of accumulators.
 template <typename Accumulators>
-constexpr int kFoursOf = decltype(cute::size(std::declval<Accumulators>()))::value / 16;
+struct Fours {
+  static constexpr int kSize = decltype(cute::size(std::declval<Accumulators>()))::value;
+  static_assert(kSize % 16 == 0);  // 32 columns
+  static constexpr int kCount = kSize / 16;
+};
 
 // Stores `scale` times one of the thread's two rows of accumulators to `row`, if it is valid.
 template <typename Element, typename Accumulators>
 __device__ inline void store_row(const Accumulators& accumulators, int half, float scale,
                                  Element* row, bool valid, int head_dim, bool aligned) {
 #pragma unroll
-  for (int four = 0; four < kFoursOf<Accumulators>; ++four) {
+  for (int four = 0; four < Fours<Accumulators>::kCount; ++four) {
     uint32_t words[4];
     take_chunk<Element>(accumulators, four, half, scale, words);
     if (valid) store_chunk(words, four, row, head_dim, aligned);
@@ -70,7 +76,7 @@ template <typename Element, typename Accumulators>
 __device__ inline void store_rows(const Accumulators& accumulators, const float (&scales)[2],
                                   Element* const (&rows)[2], const bool (&valid)[2], int head_dim,
                                   bool aligned) {
-  constexpr int kFours = kFoursOf<Accumulators>;
+  constexpr int kFours = Fours<Accumulators>::kCount;
   uint32_t words[2][kFours][4];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
