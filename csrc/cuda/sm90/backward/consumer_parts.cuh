@@ -50,9 +50,8 @@ class ConsumerParts {
       }
       shared_.item_empty.arrive();
       int consumer = consumer_;
-      asm volatile(
-          ""
-          : "+r"(consumer));  // else addresses are computed ahead of the steps, and spilled
+      // Else addresses are computed ahead of the steps, and spilled.
+      asm volatile("" : "+r"(consumer));
       shared_.turn_full[consumer].wait(items.parity);
       const Turn<Traits::kKeys> turn = shared_.turn[consumer];
       int i = 0;
