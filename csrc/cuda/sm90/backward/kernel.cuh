@@ -10,10 +10,10 @@
 // of dQ; the transposed block mask. Those after it write the sums of dQ, scaled, as grad_query
 // (finish_grad_query.cuh), and grad_sink (common/backward/finish_grad_sink.cuh).
 //
-// The kernel is persistent. A thread block takes a key block of a key head, walks the query blocks
-// of the group's heads that selected it, or a part of them (common/backward/work.cuh), keeps dK and dV in registers,
-// and adds its share of dQ to the sums in the workspace, and that of dK and dV if it had a part
-// (grad_keys.cuh).
+// The kernel is persistent. A thread block takes a key block of a key head, walks the query blocks of
+// the group's heads that selected it, or some parts of that walk (common/backward/work.cuh,
+// merge_parts.cuh), keeps dK and dV in registers, and adds its share of dQ to the sums in the
+// workspace (writer.cuh), and that of dK and dV if it had parts (turns.cuh, grad_keys.cuh).
 #pragma once
 
 #include "consumer.cuh"
