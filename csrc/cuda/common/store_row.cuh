@@ -36,12 +36,13 @@ __device__ inline void take_chunk(const Accumulators& accumulators, int four, in
   transpose_quad(words);
 }
 
-// Stores such a chunk to its place in a row of head_dim elements, 16 bytes at once if that is aligned.
+// Stores such a chunk to its place in a row of head_dim elements, if that is valid, 16 bytes at once if
+// it is aligned.
 template <typename Element>
-__device__ inline void store_chunk(const uint32_t (&words)[4], int four, Element* row, int head_dim,
-                                   bool aligned) {
+__device__ inline void store_chunk(const uint32_t (&words)[4], int four, Element* row, bool valid,
+                                   int head_dim, bool aligned) {
   const int column = (four * 4 + static_cast<int>(threadIdx.x) % 4) * 8;
-  if (column >= head_dim) return;
+  if (!valid || column >= head_dim) return;
   if (aligned) {
     *reinterpret_cast<uint4*>(row + column) = make_uint4(words[0], words[1], words[2], words[3]);
   } else {
@@ -58,7 +59,7 @@ struct Fours {
   static constexpr int kCount = kSize / 16;
 };
 
-// Stores `scale` times one of the thread's two rows of accumulators to `row`, if it is valid.
+// Stores `scale` times one of the thread's two rows of accumulators to `row`, if that is valid.
 template <typename Element, typename Accumulators>
 __device__ inline void store_row(const Accumulators& accumulators, int half, float scale,
                                  Element* row, bool valid, int head_dim, bool aligned) {
@@ -66,7 +67,7 @@ __device__ inline void store_row(const Accumulators& accumulators, int half, flo
   for (int four = 0; four < Fours<Accumulators>::kCount; ++four) {
     uint32_t words[4];
     take_chunk<Element>(accumulators, four, half, scale, words);
-    if (valid) store_chunk(words, four, row, head_dim, aligned);
+    store_chunk(words, four, row, valid, head_dim, aligned);
   }
 }
 
@@ -89,7 +90,7 @@ __device__ inline void store_rows(const Accumulators& accumulators, const float 
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int four = 0; four < kFours; ++four) {
-      if (valid[half]) store_chunk(words[half][four], four, rows[half], head_dim, aligned);
+      if (valid[half]) store_chunk(words[half][four], four, rows[half], true, head_dim, aligned);
     }
   }
 }
