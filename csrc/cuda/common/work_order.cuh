@@ -14,6 +14,13 @@ __device__ inline int take_item(int* next_item) {
   return __shfl_sync(~0u, item, 0);
 }
 
+// What another thread block has released, and all that it wrote before.
+__device__ inline int load_acquire(const int* value) {
+  int found;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(found) : "l"(value) : "memory");
+  return found;
+}
+
 struct WorkPlace {
   int head;   // over all batch entries
   int block;  // of the head, in the order of the work

@@ -80,7 +80,7 @@ class KeyTurn {
     next_turn_ = first_turn + place.part + 1;
     int ticket;
     do {  // acquires what the items before, or whoever had the slot before, wrote and read
-      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(ticket) : "l"(ticket_) : "memory");
+      ticket = load_acquire(ticket_);
     } while (ticket / 2 != turn);
     any_sums_ = ticket % 2;
   }

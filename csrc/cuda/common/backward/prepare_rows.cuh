@@ -1,6 +1,7 @@
 // What S, dP and the sums of dQ start from, and in deterministic mode the units of these sums.
 #pragma once
 
+#include "../block_masking.cuh"
 #include "row_parts.cuh"
 
 namespace rrattn::cuda::backward {
@@ -22,6 +23,22 @@ __device__ inline float query_scale(float grad_out_norm, float value_norm, float
   return scale_to(lse < INFINITY ? bound : NAN, 1 << 30, -60);
 }
 
+// Whether a query block of a head selected most of the key blocks that it sees. Then its sums start as
+// zeros: thread blocks come to it at about the same time, and would wait for one another's first share.
+// All lanes of a warp call it together.
+__device__ inline bool mostly_selected(const BackwardParams& params, int64_t head, int m_block) {
+  const Visibility& visibility = params.visibility;
+  const int num_words = static_cast<int>(visibility.num_mask_words());
+  const uint32_t* words =
+      params.block_mask + (head * visibility.num_m_blocks() + m_block) * num_words;
+  int selected = 0;
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < num_words; i += 32) {
+    selected += __popc(words[i]);
+  }
+  const int seen = ceil_div(first_hidden_key(visibility, m_block), kBlockSize);
+  return __reduce_add_sync(~0u, selected) * 8 > seen * 7;
+}
+
 // For every row, rows past the end included. The heads of a token, which lie side by side in
 // memory, are read at about the same time.
 template <typename Element, int kColumns>
@@ -38,12 +55,6 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const unsigned token = tile % (padded / kRows) * kRows + threadIdx.x / kLanes;
   const int64_t row = (batch * num_heads + head) * padded + token;
   const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
-  if (workspace.sums_state == nullptr) {
-    auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns) + lane;
-    sums[0] = sums[kLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's
-  } else if (lane == 0 && token % workspace.sums_rows == 0) {
-    workspace.sums_state[row / workspace.sums_rows] = 0;
-  }
   float delta = 0, norm = 0;
   if (token < visibility.seqlen_q) {
     const auto eight = [&](const Rows& rows) {
@@ -56,6 +67,16 @@ __global__ void __launch_bounds__(kPrepareThreads)
       delta += element<Element>(out, e) * grad;
       norm += grad * grad;
     }
+  }
+  const bool zeros =
+      workspace.sums_state == nullptr ||
+      mostly_selected(params, batch * num_heads + head, static_cast<int>(token) / kBlockSize);
+  if (zeros) {
+    auto* sums = reinterpret_cast<uint4*>(workspace.grad_query + row * kColumns) + lane;
+    sums[0] = sums[kLanes] = make_uint4(0, 0, 0, 0);  // 8 of the row's
+  }
+  if (workspace.sums_state != nullptr && lane == 0 && token % workspace.sums_rows == 0) {
+    workspace.sums_state[row / workspace.sums_rows] = zeros ? kZerosAtFirst : kNoSums;
   }
   for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
     delta += __shfl_xor_sync(~0u, delta, lanes);

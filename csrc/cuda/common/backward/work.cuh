@@ -19,6 +19,12 @@ namespace rrattn::cuda::backward {
 // in a part key tile by key tile, from the first, under the diagonal those of the longest items, to
 // the last; and of each the heads of the section.
 struct WorkOrder {
+  // A part of a walk.
+  struct Part {
+    int first_head, heads;    // query heads, of the key head's group
+    int first_block, blocks;  // query blocks, of each head
+  };
+
   int num_items;
   int num_heads;      // key heads of all batch entries
   int num_key_tiles;  // of a key head
@@ -37,6 +43,12 @@ struct WorkOrder {
     const int tiles = min(round_tiles, num_key_tiles - first_tile);
     return ((first_head * num_key_tiles + first_tile * heads) * num_parts) + part * heads * tiles +
            (key_tile - first_tile) * heads + head - first_head;
+  }
+  // group: the query heads of a key head.
+  __device__ Part part_of(int part, int group, int num_m_blocks) const {
+    const int first_head = part / windows * part_heads, first_block = part % windows * part_blocks;
+    return {first_head, min(part_heads, group - first_head), first_block,
+            min(part_blocks, num_m_blocks - first_block)};
   }
   int num_slots() const { return section_heads * round_tiles; }  // for sums in the workspace
 };

@@ -11,6 +11,10 @@ inline int64_t num_padded_rows(const Visibility& visibility) {
   return visibility.batch * visibility.num_heads * visibility.num_m_blocks() * kBlockSize;
 }
 
+// Of the sums of some rows of dQ: whether there are any to add to. Either they started as zeros, before
+// the kernel that adds shares, or its first share is stored.
+enum SumsState : int { kNoSums, kFirstUnderWay, kSums, kZerosAtFirst };
+
 // grad_query holds the sums of dS K. In float32 they depend on the order in which the key blocks
 // are added. In deterministic mode they are therefore whole numbers of 32 bits, in units of
 // 1 / (query_scale * key_scale): powers of 2 such that no sum, of any row and column, reaches 2^30.
@@ -29,9 +33,7 @@ struct Workspace {
   // [B, Hq, Mq, kBlockSize * columns], the tiles of a block one after the other, each in the order
   // of the kernel's accumulators.
   uint32_t* grad_query;
-  // Of each sums_rows of these rows: whether there are any sums. Zeros at the start, and so are, where
-  // this is null, the sums.
-  int* sums_state;
+  int* sums_state;  // a SumsState of each sums_rows of these rows, or null: they start as zeros
   int sums_rows;
   int* next_item;
   // If deterministic: the largest over all keys, as the bits of a float32 that is not negative.

@@ -48,23 +48,22 @@ __device__ inline void prefetch(const uint32_t* word) {
 template <typename Plan, typename Place>
 __device__ inline void begin_plan(Plan& plan, const KernelParams& params, const Place& place) {
   const Visibility& visibility = params.backward.visibility;
-  const WorkOrder& order = params.order;
-  const bool whole = place.part == kWholeWalk;
   const int group =
       static_cast<int>(visibility.num_heads) / static_cast<int>(params.backward.heads.num_heads_k);
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
-  const int first_head = whole ? 0 : place.part / order.windows * order.part_heads;
-  const int first_block = whole ? 0 : place.window(order) * order.part_blocks;
+  const WorkOrder::Part part = place.part == kWholeWalk
+                                   ? WorkOrder::Part{0, group, 0, num_m_blocks}
+                                   : params.order.part_of(place.part, group, num_m_blocks);
   plan.planned = 0;
-  plan.head = place.key_head * group + first_head;
-  plan.end_head = plan.head + (whole ? group : min(order.part_heads, group - first_head));
+  plan.head = place.key_head * group + part.first_head;
+  plan.end_head = plan.head + part.heads;
   // The diagonal passes no query block before this one.
   const int first_seeing =
       visibility.causal
           ? max(0, place.n_block() * kBlockSize - static_cast<int>(visibility.shift())) / kBlockSize
           : 0;
-  plan.begin = max(first_seeing / Plan::kAtOnce * Plan::kAtOnce, first_block);
-  plan.end_of_head = whole ? num_m_blocks : min(first_block + order.part_blocks, num_m_blocks);
+  plan.begin = max(first_seeing / Plan::kAtOnce * Plan::kAtOnce, part.first_block);
+  plan.end_of_head = part.first_block + part.blocks;
   plan.end = plan.end_of_head;
   plan.mask_row = params.workspace.transposed_mask +
                   ((place.batch * visibility.num_heads + plan.head) * visibility.num_n_blocks() +

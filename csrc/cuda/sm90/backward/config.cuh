@@ -14,8 +14,10 @@
 namespace rrattn::cuda::sm90::backward {
 
 using namespace cute;
-using cuda::backward::KeySums, cuda::backward::num_padded_rows, cuda::backward::Place,
-    cuda::backward::usable_scale, cuda::backward::WorkOrder, cuda::backward::Workspace;
+using cuda::backward::KeySums, cuda::backward::kFirstUnderWay, cuda::backward::kNoSums,
+    cuda::backward::kSums, cuda::backward::kZerosAtFirst, cuda::backward::num_padded_rows,
+    cuda::backward::Place, cuda::backward::usable_scale, cuda::backward::WorkOrder,
+    cuda::backward::Workspace;
 
 constexpr int kConsumers = 2;  // warp groups
 constexpr int kConsumerThreads = kConsumers * kWarpGroup;

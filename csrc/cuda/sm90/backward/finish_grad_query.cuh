@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Traits::kGradQueryThreads)
       params.workspace.grad_query + first_row * Traits::kHeadDim + threadIdx.x * 4;
   auto sums = make_tensor<float>(Shape<Int<kValues>>{});
   const int* states = params.workspace.sums_state;
-  if (states == nullptr || states[first_row / params.workspace.sums_rows] != 0) {
+  if (states == nullptr || states[first_row / params.workspace.sums_rows] != kNoSums) {
 #pragma unroll
     for (int i = 0; i < kValues; i += 4) {
       const float4 four = *reinterpret_cast<const float4*>(from + i * kThreads);

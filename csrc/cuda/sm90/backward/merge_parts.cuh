@@ -34,25 +34,22 @@ static __global__ void __launch_bounds__(kMergeThreads)
   const int num_n_blocks = static_cast<int>(visibility.num_n_blocks());
   const int group =
       static_cast<int>(visibility.num_heads) / static_cast<int>(params.heads.num_heads_k);
-  const int row_words = static_cast<int>(ceil_div(visibility.num_m_blocks(), kMaskWordBits));
-  const int part_words = order.part_blocks / kMaskWordBits;
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+  const int row_words = ceil_div(num_m_blocks, kMaskWordBits);
   const auto selected_in = [&](int part) {
-    const int first_head = part / order.windows * order.part_heads;
-    const int heads = min(order.part_heads, group - first_head);
-    const int first_word = part % order.windows * part_words;
-    const int words = min(part_words, row_words - first_word);
+    const WorkOrder::Part of = order.part_of(part, group, num_m_blocks);
+    const int first_word = of.first_block / kMaskWordBits;
+    const int words = ceil_div(of.blocks, kMaskWordBits);
     int selected = 0;
-    for (int at = lane; at < heads * words; at += 32) {
+    for (int at = lane; at < of.heads * words; at += 32) {
       const int64_t row =
-          static_cast<int64_t>(head * group + first_head + at / words) * num_n_blocks +
+          static_cast<int64_t>(head * group + of.first_head + at / words) * num_n_blocks +
           tile / tiles_of_block;
       selected += __popc(transposed_mask[row * row_words + first_word + at % words]);
     }
     return __reduce_add_sync(~0u, selected);
   };
-  const int least = min(
-      kLeastBlocks,
-      order.part_heads * min(order.part_blocks, static_cast<int>(visibility.num_m_blocks())) / 16);
+  const int least = min(kLeastBlocks, order.part_heads * min(order.part_blocks, num_m_blocks) / 16);
   int first_part = 0, taken = 0;  // of the next item
   for (int first = 0; first < order.num_parts; first += 32) {
     const int parts = min(32, order.num_parts - first);

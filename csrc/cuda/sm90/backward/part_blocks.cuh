@@ -64,17 +64,15 @@ class PartBlocks {
  private:
   // Goes to the part's start, before its first head.
   __device__ void start_part() {
-    const WorkOrder& order = params_.order;
     const Visibility& visibility = params_.backward.visibility;
     // A division of 64 bits would take more registers than the producer has.
     const int group = static_cast<int>(visibility.num_heads) /
                       static_cast<int>(params_.backward.heads.num_heads_k);
-    const int first_head = part_ / order.windows * order.part_heads;
-    head_ = key_head_ * group + first_head - 1;
-    last_head_ = head_ + min(order.part_heads, group - first_head);
-    first_m_block_ = part_ % order.windows * order.part_blocks;
-    num_m_blocks_ =
-        min(order.part_blocks, static_cast<int>(visibility.num_m_blocks()) - first_m_block_);
+    const WorkOrder::Part part =
+        params_.order.part_of(part_, group, static_cast<int>(visibility.num_m_blocks()));
+    head_ = key_head_ * group + part.first_head - 1;
+    last_head_ = head_ + part.heads;
+    first_m_block_ = part.first_block, num_m_blocks_ = part.blocks;
   }
 
   const KernelParams& params_;

@@ -1,28 +1,20 @@
 // The writer warp of the gradients: adds the consumers' shares of dQ to the sums in the workspace.
-// The first share of a tile is stored, so that no zeros have to be written and read before.
+// The first share of most tiles is stored, so that no zeros have to be written and read before.
 #pragma once
 
 #include "config.cuh"
 
 namespace rrattn::cuda::sm90::backward {
 
-// Of the sums of a tile, or those that are sent at once.
-enum SumsState : int { kNoSums, kFirstUnderWay, kSums };
-
-__device__ inline int load_state(const int* state) {
-  int found;
-  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(found) : "l"(state) : "memory");
-  return found;
-}
-
 // Waits until there are sums to add to. False: there are none yet, and the caller is to store the
 // first. found: the state a while ago.
 __device__ inline bool wait_for_sums(int* state, int found) {
+  if (found == kZerosAtFirst) return true;
   if (found == kNoSums) {
     found = atomicCAS(state, kNoSums, kFirstUnderWay);
     if (found == kNoSums) return false;
   }
-  while (found != kSums) found = load_state(state);
+  while (found != kSums) found = load_acquire(state);
   asm volatile("fence.proxy.async.global;" ::: "memory");  // before the bulk copy that adds
   return true;
 }
@@ -76,7 +68,7 @@ __device__ void add_sums(const KernelParams& params, typename Traits::SharedStor
     shared.sums_empty.arrive();  // the consumers may write dQ of these, and then free their slots
     if (tile < 0) return;
     int* state = states + tile / Traits::kSumsTiles;
-    const int found = states == nullptr ? kSums : load_state(state);  // while dQ is computed
+    const int found = load_acquire(state);  // while dQ is computed
     shared.sums_full.wait(sums.parity);
     if (threadIdx.x % 32 != 0) continue;
     const bool first_share = !wait_for_sums(state, found);
