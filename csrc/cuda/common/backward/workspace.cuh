@@ -64,7 +64,7 @@ struct Workspace {
 };
 
 // The softmax scale, or 2^-100 where it is closer to 0: lse / scale must be a number.
-__device__ inline float usable_scale(float scale) {
+__host__ __device__ inline float usable_scale(float scale) {
   return fabsf(scale) >= 0x1p-100f ? scale : 0x1p-100f;
 }
 

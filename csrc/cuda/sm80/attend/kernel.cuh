@@ -25,7 +25,7 @@ namespace rrattn::cuda::sm80::attend {
 constexpr float kRoom = 10;
 
 // The tiles of a row, keys first, then with compensation means, both from the last to the first.
-template <typename Traits, bool kCompensate, bool kRagged>
+template <typename Traits, bool kCompensate, bool kFlashMask>
 class RowTiles {
  public:
   __device__ RowTiles(const KernelParams& params, const Row& row)
@@ -57,7 +57,7 @@ class RowTiles {
     __device__ NoMeans(const Visibility&, const uint32_t*, const Row&) {}
   };
 
-  RowBlocks<kCompensate, !kRagged> blocks_;
+  RowBlocks<kCompensate, kFlashMask> blocks_;
   std::conditional_t<kCompensate, RowMeans<Traits::kTileN>, NoMeans> means_;
   KeyTile tile_ = KeyTile::of_keys(0, false, false);  // the last one
 };
@@ -66,7 +66,8 @@ class RowTiles {
 template <typename Traits, bool kUnseenKeys, bool kCompensate, bool kRagged>
 class RowAttention {
   using Params = std::conditional_t<kRagged, RequestParams, KernelParams>;
-  using Tiles = RowTiles<Traits, kCompensate, kRagged>;
+  static constexpr bool kFlashMask = kUnseenKeys && !kRagged;  // whether there may be one
+  using Tiles = RowTiles<Traits, kCompensate, kFlashMask>;
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   static constexpr int kM = Traits::kWarpRows / 16;  // products side by side, of 16 rows
@@ -388,7 +389,9 @@ class RowAttention {
     const int keys = max(end - first, 0);
     const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
     uint32_t hidden = visible < 32 ? ~0u << visible : 0;
-    if (!kRagged && layout.data != nullptr) {
+    // Where FlashMask hides nothing, reading the bounds of all keys would take longer than the rest of
+    // the tile.
+    if (kFlashMask && tile.may_be_unseen() && layout.data != nullptr) {
       const int32_t* bounds = row_bounds_of(layout, row_.batch, visibility.bounds_head(row_.head));
 #pragma unroll 4
       for (int i = 0; i < kRowScores; ++i) {
@@ -424,7 +427,7 @@ class RowAttention {
   __device__ void clear_values(KeyTile tile, int slot) const {
     const Visibility& visibility = params_.attend.visibility;
     const int32_t* bounds =
-        !kRagged && visibility.row_bounds.data
+        kFlashMask && visibility.row_bounds.data
             ? row_bounds_of(visibility.row_bounds, row_.batch, visibility.bounds_head(row_.head))
             : nullptr;
     const int64_t first_row = row_.m_block * kBlockSize;
@@ -485,12 +488,20 @@ class RowAttention {
   float row_sum_[kM][2];   // the thread's share
 };
 
+// The thread block's row in shared memory, for a loop that has no registers for it.
+template <typename SharedStorage>
+__device__ inline const Row& share_row(const Row& row, SharedStorage& shared) {
+  if (threadIdx.x == 0) shared.row = row;
+  __syncthreads();
+  return shared.row;
+}
+
 // kUnseenKeys: whether some blocks may hold keys that no row sees. Their values are then zeroed.
 // kCompensate: whether means stand in for blocks.
 template <typename Traits, bool kUnseenKeys, bool kCompensate>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attend_kernel(const __grid_constant__ KernelParams params) {
-  extern __shared__ char shared_memory[];
+  extern __shared__ __align__(128) char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
   const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
@@ -500,7 +511,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int m_block = num_m_blocks - 1 - place.block;  // under the diagonal the longest first
   const Row row{place.head * num_m_blocks + m_block, m_block, place.head % num_heads,
                 place.head / num_heads};
-  RowAttention<Traits, kUnseenKeys, kCompensate, false>(params, row, shared).run();
+  using Attention = RowAttention<Traits, kUnseenKeys, kCompensate, false>;
+  if constexpr (kUnseenKeys) {
+    Attention(params, share_row(row, shared), shared).run();
+  } else {
+    Attention(params, row, shared).run();
+  }
 }
 
 // Brings what is needed of a request's call to shared memory, and returns when it is there.
@@ -526,7 +542,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     ragged_attend_kernel(const __grid_constant__ KernelParams all,
                          const __grid_constant__ RaggedPlan plan) {
-  extern __shared__ char shared_memory[];
+  extern __shared__ __align__(128) char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   __shared__ alignas(16) char params_memory[sizeof(RequestParams)];
   auto& params = *reinterpret_cast<RequestParams*>(params_memory);
@@ -539,7 +555,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   copy_call(plan.attend[part.request], all, params);
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
   const Row row{place.head * num_m_blocks + part.index, part.index, place.head, 0};
-  RowAttention<Traits, true, false, true>(params, row, shared).run();
+  RowAttention<Traits, true, false, true>(params, share_row(row, shared), shared).run();
 }
 
 }  // namespace rrattn::cuda::sm80::attend

@@ -77,6 +77,7 @@ struct KernelTraits {
   static constexpr int kKeys = kTiles.keys, kQueries = kTiles.queries;
   static constexpr int kThreads = kTiles.warps * 32;
   using Place = rrattn::cuda::backward::Place<kKeys>;
+  using KeyTurn = rrattn::cuda::backward::KeyTurn<kKeys>;
   // Tiles of P and dS have whole panels.
   static constexpr int kScoreColumns = kKeys < kPanel ? kPanel : kKeys;
 
@@ -88,12 +89,10 @@ struct KernelTraits {
     static constexpr int kFragments = kRows / 16;
     static_assert(kRows % 16 == 0 && kColumns % 16 == 0);
     using Sums = RowSums<kColumns>[kFragments];
-    __device__ static int first_row() {
-      return static_cast<int>(threadIdx.x) / 32 % kRowWarps * kRows;
-    }
-    __device__ static int first_column() {
-      return static_cast<int>(threadIdx.x) / 32 / kRowWarps * kColumns;
-    }
+    __device__ static int first_row() { return first_row(static_cast<int>(threadIdx.x)); }
+    __device__ static int first_column() { return first_column(static_cast<int>(threadIdx.x)); }
+    __device__ static int first_row(int thread) { return thread / 32 % kRowWarps * kRows; }
+    __device__ static int first_column(int thread) { return thread / 32 / kRowWarps * kColumns; }
   };
   using ScorePart = Part<kQueries, kKeys, kTiles.score_warps>;
   using GradValuePart = Part<kKeys, kHeadDimV, kTiles.key_warps>;
@@ -109,9 +108,10 @@ struct KernelTraits {
     alignas(128) Element grad_scores[kQueries * kScoreColumns];    // dS
     alignas(16) float score_start[2][kQueries];
     alignas(16) float grad_score_start[2][kQueries];
-    bool any_item;
+    bool any_item, any_not_finite;
     Place place;
     Plan<kTiles.planned_at_once> plan;
+    KeyTurn turn;
     // A bit for each key of the item, then for each value: whether it is not finite and some query
     // sees it. It is zero in `key` or `value` then.
     uint32_t not_finite[2 * kKeys / 32];
@@ -128,6 +128,7 @@ struct KernelParams {
   // their walks whole.
   WorkOrder order;
   int late_tiles;
+  float score_scale;  // in units of log2
   bool aligned_query, aligned_key, aligned_value, aligned_grad_out;
   bool aligned_grad_query, aligned_grad_key, aligned_grad_value;
 

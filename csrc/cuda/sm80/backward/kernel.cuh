@@ -19,14 +19,12 @@
 
 namespace rrattn::cuda::sm80::backward {
 
-using rrattn::cuda::backward::usable_scale;
-
 template <typename Traits, bool kUnseenKeys>
 class ItemGradients {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using Place = typename Traits::Place;
-  using KeyTurn = rrattn::cuda::backward::KeyTurn<Traits::kKeys>;
+  using KeyTurn = typename Traits::KeyTurn;
   static constexpr auto kTiles = Traits::kTiles;
   static constexpr int kQueries = Traits::kQueries, kKeys = Traits::kKeys;
   static constexpr int kBlockTiles = kBlockSize / kQueries;
@@ -42,9 +40,7 @@ class ItemGradients {
       : params_(params),
         shared_(shared),
         place_(shared.place),
-        lane_(static_cast<int>(threadIdx.x) % 32),
-        score_scale_(usable_scale(params.backward.softmax_scale) * kLog2E),
-        hidden_(score_scale_ > 0 ? -INFINITY : INFINITY) {}
+        lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   // Takes an item; false: none is left.
   __device__ bool take() {
@@ -167,18 +163,18 @@ class ItemGradients {
   __device__ void copy_rows(uint32_t to, const void* block_rows, const Rows& rows, int step,
                             int64_t head_dim, bool aligned) const {
     using Copy = TileCopy<kQueries, kColumns, Traits::kThreads>;
-    const int first = row_in_block(step);
+    const int first = row_in_block(step), thread = thread_here();
     Copy::start(
         to,
         static_cast<const Element*>(block_rows) + first * rows.row_stride +
-            Copy::offset(rows.row_stride),
+            Copy::offset(rows.row_stride, thread),
         rows.row_stride,
         static_cast<int>(params_.backward.visibility.seqlen_q) - block(step).first_query - first,
-        static_cast<int>(head_dim), aligned);
+        static_cast<int>(head_dim), aligned, thread);
   }
   // The first warp has the plan to do.
   __device__ void copy_numbers(int step) const {
-    const int number = (static_cast<int>(threadIdx.x) - 32) * 4;
+    const int number = (thread_here() - 32) * 4;
     static_assert(2 * kQueries / 4 <= Traits::kThreads - 32);
     if (number < 0 || number >= 2 * kQueries) return;
     const bool of_scores = number < kQueries;
@@ -219,7 +215,7 @@ class ItemGradients {
     multiply_add<Element, Traits::kHeadDim>(
         scores, FirstOperand<kQueries, false>(query_tile(step), ScorePart::first_row()),
         SecondOperand<kKeys, false>(shared_address(shared_.key), ScorePart::first_column()));
-    if (block(step).masked || (kUnseenKeys && any_not_finite_)) hide(step, scores);
+    if (block(step).masked || (kUnseenKeys && shared_.any_not_finite)) hide(step, scores);
     start_from(grad_score_start(step), grad_scores);
     // P is computed and stored beside the product for dP, which leaves the time for it.
     const TilePlace probabilities = score_place(shared_.probabilities);
@@ -228,7 +224,8 @@ class ItemGradients {
         SecondOperand<kKeys, false>(shared_address(shared_.value), ScorePart::first_column()),
         [&](int part, int parts) {
           for_each_pair(part, parts, [&](int m, int i) {
-            for (int j = i; j < i + 2; ++j) scores[m](j) = exp2_approx(scores[m](j) * score_scale_);
+            for (int j = i; j < i + 2; ++j)
+              scores[m](j) = exp2_approx(scores[m](j) * params_.score_scale);
             store_pair(scores, m, i, probabilities);
           });
         });
@@ -243,22 +240,26 @@ class ItemGradients {
 
   // Sets the scores of each query to its number.
   __device__ void start_from(const float* of_query, Scores& scores) const {
+    // In deterministic mode there is no register for the place either.
+    const int thread = Traits::kDeterministic ? thread_here() : static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int m = 0; m < ScorePart::kFragments; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float number = of_query[score_row(m, half)];
+        const float number = of_query[score_row(thread, m, half)];
 #pragma unroll
         for (int i = 0; i < kRowScores; ++i) scores[m](accumulator_index(half, i)) = number;
       }
     }
   }
 
-  // The thread's rows of the tile, and its first column.
-  __device__ int score_row(int m, int half) const {
-    return ScorePart::first_row() + m * 16 + lane_ / 4 + half * 8;
+  // A thread's rows of the tile, and its first column.
+  __device__ static int score_row(int thread, int m, int half) {
+    return ScorePart::first_row(thread) + m * 16 + thread % 32 / 4 + half * 8;
   }
-  __device__ int score_column() const { return ScorePart::first_column() + lane_ % 4 * 2; }
+  __device__ static int score_column(int thread) {
+    return ScorePart::first_column(thread) + thread % 4 * 2;
+  }
 
   // Calls `use` with the fragment and the first number of each of a part of the pairs of scores that lie
   // side by side in a row.
@@ -271,13 +272,18 @@ class ItemGradients {
       use(j / kPairs, j % kPairs * 2);
   }
 
-  // The place of the thread's first row, and the warp's first column, in a tile of P or dS.
+  // The place of the thread's first score in a tile of P or dS. Above a head size of 128, where the loop
+  // spills anyway and runs 2% faster so, it is that of the warp's column, and the thread's comes later.
+  static constexpr bool kColumnInPlace = Traits::kHeadDim <= 128;
   __device__ TilePlace score_place(const Element* tile) const {
-    return TilePlace::of<kQueries>(shared_address(tile), score_row(0, 0),
-                                   ScorePart::first_column());
+    const auto thread = static_cast<int>(threadIdx.x);
+    return TilePlace::of<kQueries>(
+        shared_address(tile), score_row(thread, 0, 0),
+        kColumnInPlace ? score_column(thread) : ScorePart::first_column(thread));
   }
   __device__ void store_pair(const Scores& scores, int m, int i, const TilePlace& to) const {
-    const uint32_t at = to.template at<kQueries>(m * 16 + i % 4 / 2 * 8, i / 4 * 8) + lane_ % 4 * 4;
+    const uint32_t at = to.template at<kQueries>(m * 16 + i % 4 / 2 * 8, i / 4 * 8) +
+                        (kColumnInPlace ? 0 : lane_ % 4 * 4);
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(at),
                  "r"(pack_two<Element>(scores[m](i), scores[m](i + 1)))
                  : "memory");
@@ -316,17 +322,19 @@ class ItemGradients {
   __device__ void hide(int step, Scores& scores) const {
     const Visibility& visibility = params_.backward.visibility;
     const int end_key = static_cast<int>(visibility.seqlen_k);
-    if (kUnseenKeys && any_not_finite_) {
-      for_each_score(scores, [&](float& score, int, int column) {
+    const float hidden = copysignf(INFINITY, -params_.score_scale);  // whose probability is 0
+    const int thread = thread_here();
+    if (kUnseenKeys && shared_.any_not_finite) {
+      for_each_score(thread, scores, [&](float& score, int, int column) {
         // Not for queries past the end or that see nothing.
-        if (is_not_finite(column) && score != hidden_) score = NAN;
+        if (is_not_finite(column) && score != hidden) score = NAN;
       });
     }
     // The ends of the columns, and of those that the tile's first row sees.
     const int first = first_query(step), end = end_key - place_.first_key();
     const int causal_end = first + static_cast<int>(visibility.shift()) + 1 - place_.first_key();
-    for_each_score(scores, [&](float& score, int row, int column) {
-      if (column >= (visibility.causal ? min(causal_end + row, end) : end)) score = hidden_;
+    for_each_score(thread, scores, [&](float& score, int row, int column) {
+      if (column >= (visibility.causal ? min(causal_end + row, end) : end)) score = hidden;
     });
     const RowBounds& layout = visibility.row_bounds;
     if (layout.data == nullptr) return;
@@ -334,32 +342,32 @@ class ItemGradients {
         row_bounds_of(layout, place_.batch, visibility.bounds_head(block(step).head));
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) {
-      const int key = place_.first_key() + score_column() + accumulator_column(i);
+      const int key = place_.first_key() + score_column(thread) + accumulator_column(i);
       if (key >= end_key) break;
       const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, bounds, key);
-      for_each_row(scores, i, [&](float& score, int row) {
-        if (key_bounds.mask(first + row)) score = hidden_;
+      for_each_row(thread, scores, i, [&](float& score, int row) {
+        if (key_bounds.mask(first + row)) score = hidden;
       });
     }
   }
 
   // Calls `use` with each of the thread's scores, its row and its column in the tile.
   template <typename Use>
-  __device__ void for_each_score(Scores& scores, const Use& use) const {
+  __device__ void for_each_score(int thread, Scores& scores, const Use& use) const {
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) {
-      const int column = score_column() + accumulator_column(i);
-      for_each_row(scores, i, [&](float& score, int row) { use(score, row, column); });
+      const int column = score_column(thread) + accumulator_column(i);
+      for_each_row(thread, scores, i, [&](float& score, int row) { use(score, row, column); });
     }
   }
   // The same of a column.
   template <typename Use>
-  __device__ void for_each_row(Scores& scores, int i, const Use& use) const {
+  __device__ void for_each_row(int thread, Scores& scores, int i, const Use& use) const {
 #pragma unroll
     for (int m = 0; m < ScorePart::kFragments; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        use(scores[m](accumulator_index(half, i)), score_row(m, half));
+        use(scores[m](accumulator_index(half, i)), score_row(thread, m, half));
     }
   }
 
@@ -408,7 +416,8 @@ class ItemGradients {
       const uint32_t bits = __ballot_sync(~0u, not_finite);
       if (lane_ == 0) shared_.not_finite[thread / 32] = bits;
     }
-    any_not_finite_ = __syncthreads_or(not_finite);
+    const bool any = __syncthreads_or(not_finite);
+    if (thread == 0) shared_.any_not_finite = any;
   }
 
   // Whether a key of the item or its value is not finite.
@@ -426,16 +435,11 @@ class ItemGradients {
   // Stores dK and dV of the item, or, in the turns of the items of its keys, adds them up.
   __device__ void leave() {
     const BackwardParams& backward = params_.backward;
-    const WorkOrder& order = params_.order;
     const KeySums& key_sums = params_.key_sums;
     const bool any_steps = shared_.plan.planned > 0;
-    const bool cut = order.num_parts > 1 && place_.part != kWholeWalk;
-    KeyTurn turn;
-    if (cut) {
-      const int first_window = place_.first_window(backward.visibility, order);
-      const int parts_before = place_.window(order) == first_window ? first_window : 0;
-      turn = KeyTurn(backward, order, key_sums.tickets, place_, parts_before, any_steps, 1, 0);
-    }
+    if (threadIdx.x == 0) shared_.turn = turn_of_item(any_steps);
+    __syncthreads();  // the turn has come
+    const KeyTurn& turn = shared_.turn;
     if (turn.any_sums() && (any_steps || turn.last())) {
       const auto add = [](float4* sums, auto& grad) {
         rrattn::cuda::backward::add_sums<Traits::kThreads>(sums, grad);
@@ -456,9 +460,21 @@ class ItemGradients {
       for_each_fragment(grad_key_, key_sums.key, turn.slot(), store);
       for_each_fragment(grad_value_, key_sums.value, turn.slot(), store);
     }
-    if (!cut) return;
+    if (!is_cut()) return;
     __syncthreads();  // all threads have written to the sums, or read them
-    if (threadIdx.x == 0) turn.end();
+    if (thread_here() == 0) turn.end();
+  }
+  // Whether the walk of the item's keys is cut into parts.
+  __device__ bool is_cut() const {
+    return params_.order.num_parts > 1 && place_.part != kWholeWalk;
+  }
+  __device__ KeyTurn turn_of_item(bool any_steps) const {
+    if (!is_cut()) return {};
+    const BackwardParams& backward = params_.backward;
+    const WorkOrder& order = params_.order;
+    const int first_window = place_.first_window(backward.visibility, order);
+    const int parts_before = place_.window(order) == first_window ? first_window : 0;
+    return {backward, order, params_.key_sums.tickets, place_, parts_before, any_steps, 1, 0};
   }
   // Calls `use` with the thread's first sums in a slot and its accumulators, of each fragment.
   template <typename Sums, int kFragments, typename Use>
@@ -474,11 +490,12 @@ class ItemGradients {
   template <typename Sums, int kFragments>
   __device__ void store(const Sums (&sums)[kFragments], int first_row, int first_column,
                         float scale, const Rows& rows, int64_t head_dim, bool aligned) const {
+    const int lane = thread_here() % 32;
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t key = place_.first_key() + first_row + m * 16 + lane_ / 4 + half * 8;
+        const int64_t key = place_.first_key() + first_row + m * 16 + lane / 4 + half * 8;
         Element* row = static_cast<Element*>(rows.data) + place_.batch * rows.batch_stride +
                        place_.key_head * rows.head_stride + key * rows.row_stride;
         store_row(sums[m], half, scale, row + first_column,
@@ -492,9 +509,6 @@ class ItemGradients {
   SharedStorage& shared_;
   const Place& place_;
   const int lane_;
-  const float score_scale_;
-  const float hidden_;  // a score whose probability is 0
-  bool any_not_finite_ = false;
   typename GradKeyPart::Sums grad_key_;
   typename GradValuePart::Sums grad_value_;
 };

@@ -11,6 +11,8 @@
 
 namespace rrattn::cuda::sm80::backward {
 
+using rrattn::cuda::backward::usable_scale;
+
 // Bytes of the queries, dO and sums of dQ of a part of a walk. See docs/tuning.md.
 constexpr int64_t kPartBytes = 64 << 20;
 
@@ -68,6 +70,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic, kTable>::launch(
                             KeySums::take<Traits>(arena, order, 1),
                             order,
                             late_tiles,
+                            usable_scale(backward.softmax_scale) * kLog2E,
                             aligned_rows(backward.query),
                             aligned_rows(backward.key),
                             aligned_rows(backward.value),

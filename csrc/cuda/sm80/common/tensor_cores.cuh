@@ -60,11 +60,21 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t row)
 constexpr int kPanel = 64;
 constexpr int kPanelRowBytes = kPanel * 2;
 
-// Where the chunk of a row from `column` on lies.
+// Where the element of a row and column lies.
 template <int kRows>
 __device__ inline uint32_t tile_offset(int row, int column) {
   const int chunk = column % kPanel / 8 ^ row % 8;
-  return static_cast<uint32_t>((column / kPanel * kRows + row) * kPanelRowBytes + chunk * 16);
+  return static_cast<uint32_t>((column / kPanel * kRows + row) * kPanelRowBytes + chunk * 16 +
+                               column % 8 * 2);
+}
+
+// The thread's number, read anew. What follows from threadIdx.x may be computed ahead of a loop that has no
+// registers for it.
+__device__ inline int thread_here() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  __builtin_assume(thread >= 0 && thread < 1024);
+  return thread;
 }
 
 // A lane's place in a tile, and from there the same place `row` rows and `column` columns further on,
@@ -102,14 +112,16 @@ class TileCopy {
   // thread's first chunk, as `offset` says. `aligned`: as aligned_rows says; otherwise the tile is there when this returns.
   template <typename Element>
   __device__ static void start(uint32_t to, const Element* from, int64_t row_stride, int rows,
-                               int head_dim, bool aligned) {
-    const uint32_t at = to + tile_offset<kRows>(row(), column());
+                               int head_dim, bool aligned,
+                               int thread = static_cast<int>(threadIdx.x)) {
+    const int row = row_of(thread), column = column_of(thread);
+    const uint32_t at = to + tile_offset<kRows>(row, column);
     if (aligned && rows >= kRows) {
 #pragma unroll
       for (int i = 0; i < kRows; i += kStep, from += kStep * row_stride) {
 #pragma unroll
         for (int panel = 0; panel < kColumns; panel += kPanel)
-          copy_async(at + tile_offset<kRows>(i, panel), from + panel, column() + panel < head_dim);
+          copy_async(at + tile_offset<kRows>(i, panel), from + panel, column + panel < head_dim);
       }
       return;
     }
@@ -117,7 +129,7 @@ class TileCopy {
     for (int i = 0; i < kRows; i += kStep, from += kStep * row_stride) {
 #pragma unroll 1
       for (int panel = 0; panel < kColumns; panel += kPanel) {
-        const bool valid = row() + i < rows && column() + panel < head_dim;
+        const bool valid = row + i < rows && column + panel < head_dim;
         const uint32_t chunk = at + tile_offset<kRows>(i, panel);
         if (aligned) {
           copy_async(chunk, from + panel, valid);
@@ -129,11 +141,13 @@ class TileCopy {
     }
   }
 
-  __device__ static int64_t offset(int64_t row_stride) { return row() * row_stride + column(); }
+  __device__ static int64_t offset(int64_t row_stride, int thread = static_cast<int>(threadIdx.x)) {
+    return row_of(thread) * row_stride + column_of(thread);
+  }
 
  private:
-  __device__ static int row() { return static_cast<int>(threadIdx.x) / 8; }
-  __device__ static int column() { return static_cast<int>(threadIdx.x) % 8 * 8; }
+  __device__ static int row_of(int thread) { return thread / 8; }
+  __device__ static int column_of(int thread) { return thread % 8 * 8; }
 };
 
 template <typename Element>
