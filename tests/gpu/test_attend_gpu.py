@@ -189,6 +189,28 @@ def test_rows_without_blocks_among_others():
     assert not out.transpose(1, 2)[nothing].any()
 
 
+@pytest.mark.parametrize("causal", (True, False))
+def test_long_rows_among_short_ones(causal):
+    """Where some rows have many times the blocks of others they are taken first, but none twice and none never.
+
+    A row's bits are those that it has in a call of fewer heads, where rows are not sorted.
+    """
+    query, key, value = random_inputs(16384, 32768, 12, 3, 64)
+    mask = random_mask(query, key, 0.01)
+    mask[:, ::2, -1] = True  # as keep_last does
+    mask[:, 5, 40:50] = True
+    mask[:, 7, :, ::3] = True
+    mask[:, 3, 17] = False
+    mask = words(mask)
+    out, lse = attend(query, key, value, mask, causal)
+    assert not out.isnan().any() and not lse.isnan().any()
+    for head in range(0, 12, 4):
+        of_group, of_key = slice(head, head + 4), slice(head // 4, head // 4 + 1)
+        some = query[:, :, of_group], key[:, :, of_key], value[:, :, of_key], mask[:, of_group].contiguous()
+        own_out, own_lse = attend(*(x.contiguous() for x in some), causal)
+        assert torch.equal(out[:, :, of_group], own_out) and torch.equal(lse[:, of_group], own_lse)
+
+
 def empty_results(query, key):
     """(block_scores, block_mask, out, lse), poisoned."""
     heads, (blocks_q, blocks_k) = query.shape[2], (reference.num_blocks(x.shape[1]) for x in (query, key))

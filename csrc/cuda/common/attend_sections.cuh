@@ -18,6 +18,22 @@ inline int attend_section_heads(const AttendParams& attend, int64_t section_byte
          static_cast<int>(group_size(visibility, attend.heads));
 }
 
+// A row of the block mask.
+struct AttendRow {
+  int index;  // in [B, Hq, Mq]
+  int m_block;
+  int head;  // over all batch entries
+};
+
+// The row at a place of the order by sections: query blocks go from the last, under the diagonal the
+// longest, to the first.
+__device__ inline AttendRow row_of_place(int place, int num_heads, int num_m_blocks,
+                                         int section_heads) {
+  const WorkPlace at = place_of_item(place, num_heads, num_m_blocks, section_heads);
+  const int m_block = num_m_blocks - 1 - at.block;
+  return {at.head * num_m_blocks + m_block, m_block, at.head};
+}
+
 // A request of a ragged batch that has as many keys as any may have, for its sections.
 inline AttendParams longest_call(const RaggedParams& batch) {
   AttendParams longest = batch.attend;

@@ -75,18 +75,6 @@ class RowBlocks {
   }
 
  private:
-  // The end of the keys that the last row may see, when causal.
-  __device__ static int end_key(const Visibility& visibility, int m_block) {
-    const int64_t end_row =
-        min((static_cast<int64_t>(m_block) + 1) * kBlockSize, visibility.seqlen_q);
-    return static_cast<int>(end_row + visibility.shift());
-  }
-  // The end of the blocks that hold such keys, causal or not.
-  __device__ static int end_block(const Visibility& visibility, int m_block) {
-    if (!visibility.causal) return static_cast<int>(visibility.num_n_blocks());
-    return (end_key(visibility, m_block) + kBlockSize - 1) / kBlockSize;
-  }
-
   const Visibility& visibility_;
   const SpanBounds* bounds_;
   const int m_block_, plain_end_, seen_end_;

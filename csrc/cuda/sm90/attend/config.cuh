@@ -6,6 +6,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "../../common/row_order.cuh"
 #include "../../common/span_bounds.cuh"
 #include "../common/barrier.cuh"
 #include "../common/tensor_map.h"
@@ -115,14 +116,16 @@ struct KernelTraits {
 struct Workspace {
   SpanBounds* block_bounds;  // [B, bounds heads, Mk]
   int* next_item;
+  RowOrder order;
   void *query, *key, *value;  // copies of what no tensor map can describe; else empty
   // With compensation:
   Rows mean_key, mean_value;  // [B, Mk, Hkv, D], [B, Mk, Hkv, Dv]
   uint32_t* stood_in_for;     // [B, Hq, Mq, words]
 
-  Workspace(Arena& arena, const AttendParams& params) {
-    block_bounds = arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize));
-    next_item = arena.take<int>(1);
+  Workspace(Arena& arena, const AttendParams& params)
+      : block_bounds(arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize))),
+        next_item(arena.take<int>(1)),
+        order(arena, params) {
     const TensorShape query_shape = query_shape_of(params.visibility, params.heads);
     const TensorShape key_shape = key_shape_of(params.visibility, params.heads);
     const TensorShape value_shape = value_shape_of(params.visibility, params.heads);

@@ -6,6 +6,7 @@
 
 #include <cutlass/fast_math.h>
 
+#include "../../common/attend_sections.cuh"
 #include "../../common/heads.cuh"
 #include "../../common/ragged_plan.cuh"
 #include "../../common/row_blocks.cuh"
@@ -23,6 +24,7 @@ struct KernelParams {
   int* next_item;
   int num_items;
   int section_heads;  // query heads of a section
+  const int* places;  // RowOrder's
   bool aligned_out;
   // With compensation:
   CUtensorMap mean_key, mean_value;
@@ -47,16 +49,14 @@ __device__ inline int num_items_of(const RaggedKernelParams& params) {
   return params.plan.num_row_blocks() * static_cast<int>(params.attend.visibility.num_heads);
 }
 
-// The mask row of an item; whether it has any tiles is not known yet. Query blocks go from the
-// last, under the diagonal the longest, to the first.
+// The mask row of an item; whether it has any tiles is not known yet.
 __device__ inline RowItem row_of_item(const KernelParams& params, int item) {
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
   const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
-  const WorkPlace place =
-      place_of_item(item, params.num_items / num_m_blocks, num_m_blocks, params.section_heads);
-  const int m_block = num_m_blocks - 1 - place.block;
-  return {place.head * num_m_blocks + m_block, m_block, place.head % num_heads,
-          place.head / num_heads, false};
+  const int place = params.places == nullptr ? item : params.places[item];
+  const AttendRow row =
+      row_of_place(place, params.num_items / num_m_blocks, num_m_blocks, params.section_heads);
+  return {row.index, row.m_block, row.head % num_heads, row.head / num_heads, false};
 }
 // The longest of all requests come first.
 __device__ inline RowItem row_of_item(const RaggedKernelParams& params, int item) {

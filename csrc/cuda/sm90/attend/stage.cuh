@@ -49,7 +49,9 @@ void Stage<kDataType, kHeadDim, kHeadDimV>::launch(const AttendParams& attend) {
   params.num_items =
       static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
   params.section_heads = attend_section_heads(attend, kSectionBytes);
+  params.places = workspace.order.places;
   params.aligned_out = aligned_rows(attend.out);
+  workspace.order.find(attend, params.section_heads);
 
   if (attend.compensate) {
     constexpr int kMeanColumns =  // a power of 2

@@ -1,0 +1,118 @@
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "attend_sections.cuh"
+#include "block_masking.cuh"
+#include "row_order.cuh"
+
+namespace rrattn::cuda {
+
+namespace {
+
+constexpr int64_t kLeastKeyBlocks = 256, kLeastRows = 1024;
+// A row is long that has at least this share of the blocks that a multiprocessor attends altogether.
+// Long ones are sorted by how many such shares they have, up to kMostShares.
+constexpr int kSharesOfAll = 16, kMostShares = 255;
+
+constexpr int kCountThreads = 256, kOrderThreads = 1024;
+
+// A warp counts the blocks of the row at a place of the order by sections. Those that FlashMask hides
+// count if the mask has them.
+__global__ void __launch_bounds__(kCountThreads)
+    count_blocks_kernel(const __grid_constant__ AttendParams params, int num_rows,
+                        int section_heads, int* num_blocks) {
+  const Visibility& visibility = params.visibility;
+  const int place = static_cast<int>(blockIdx.x * kCountThreads + threadIdx.x) / 32;
+  if (place >= num_rows) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+  const AttendRow row = row_of_place(place, num_rows / num_m_blocks, num_m_blocks, section_heads);
+  const int end = end_block(visibility, row.m_block);
+  const uint32_t* words = params.block_mask + row.index * visibility.num_mask_words();
+  int count = 0;
+  for (int word = lane; word * kMaskWordBits < end; word += 32) {
+    const int bits = min(end - word * kMaskWordBits, kMaskWordBits);
+    count += __popc(words[word] & ~0u >> (kMaskWordBits - bits));
+  }
+  count = __reduce_add_sync(~0u, count);
+  if (lane == 0) num_blocks[place] = count;
+}
+
+// A thread block orders all places, of which a thread has some that follow one another.
+__global__ void __launch_bounds__(kOrderThreads)
+    order_places_kernel(const int* num_blocks, int num_rows, int multiprocessors, int* places) {
+  using Sum = cub::BlockReduce<int64_t, kOrderThreads>;
+  using Scan = cub::BlockScan<int, kOrderThreads>;
+  __shared__ union {
+    typename Sum::TempStorage sum;
+    typename Scan::TempStorage scan;
+  } storage;
+  __shared__ float shares_of_block;
+  __shared__ int next_of_shares[kMostShares + 1];  // where the next row that is so long goes
+  const int thread = static_cast<int>(threadIdx.x);
+  const int own_rows = ceil_div(num_rows, kOrderThreads);
+  const int first = thread * own_rows, end = min(first + own_rows, num_rows);
+  int64_t all_blocks = 0;
+  for (int place = first; place < end; ++place) all_blocks += num_blocks[place];
+  all_blocks = Sum(storage.sum).Sum(all_blocks);
+  if (thread == 0) {
+    shares_of_block = static_cast<float>(multiprocessors * kSharesOfAll) /
+                      static_cast<float>(max(all_blocks, int64_t{1}));
+  }
+  if (thread <= kMostShares) next_of_shares[thread] = 0;
+  __syncthreads();
+  const auto shares_of = [&](int place) {  // 0: it is not long
+    return min(static_cast<int>(static_cast<float>(num_blocks[place]) * shares_of_block),
+               kMostShares);
+  };
+  int not_long = 0;
+  for (int place = first; place < end; ++place) {
+    const int shares = shares_of(place);
+    if (shares == 0) {
+      ++not_long;
+    } else {
+      atomicAdd(&next_of_shares[shares], 1);
+    }
+  }
+  __syncthreads();
+  const int shares = kMostShares - thread;  // the longest come first
+  int before, num_long, next;
+  Scan(storage.scan).ExclusiveSum(shares > 0 ? next_of_shares[shares] : 0, before, num_long);
+  __syncthreads();
+  if (shares > 0) next_of_shares[shares] = before;
+  Scan(storage.scan).ExclusiveSum(not_long, next);
+  next += num_long;
+  __syncthreads();
+  for (int place = first; place < end; ++place) {
+    const int shares = shares_of(place);
+    places[shares == 0 ? next++ : atomicAdd(&next_of_shares[shares], 1)] = place;
+  }
+}
+
+int num_rows_of(const Visibility& visibility) {
+  return static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
+}
+
+}  // namespace
+
+RowOrder::RowOrder(Arena& arena, const AttendParams& params) {
+  const int num_rows = num_rows_of(params.visibility);
+  if (params.visibility.num_n_blocks() < kLeastKeyBlocks || num_rows < kLeastRows) return;
+  places = arena.take<int>(num_rows);
+  num_blocks = arena.take<int>(num_rows);
+}
+
+void RowOrder::find(const AttendParams& params, int section_heads) const {
+  if (places == nullptr) return;
+  const cudaStream_t stream = stream_of(params.execution);
+  const int num_rows = num_rows_of(params.visibility);
+  const auto grid = static_cast<unsigned>(ceil_div(int64_t{num_rows} * 32, kCountThreads));
+  count_blocks_kernel<<<grid, kCountThreads, 0, stream>>>(params, num_rows, section_heads,
+                                                          num_blocks);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+  order_places_kernel<<<1, kOrderThreads, 0, stream>>>(num_blocks, num_rows, num_multiprocessors(),
+                                                       places);
+  RRATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace rrattn::cuda
