@@ -56,6 +56,7 @@ CHIPS = {
 TABLES = sorted({chip.table for chip in CHIPS.values()})
 REGISTERS = 255  # that a thread can have
 FILE_REGISTERS = 16384  # of each of a multiprocessor's four parts, which warps take 256 at a time of
+TILE_ALIGNMENT = 128  # bytes; kTileAlignment of csrc/cuda/sm80/common/tensor_cores.cuh
 RESERVED = 1024  # bytes of shared memory that the driver takes for each thread block
 # What main kernels of head sizes up to 128 spill at most, by what they compute and head sizes: how many bytes on which
 # compute capabilities, and why that is left so.
@@ -350,6 +351,11 @@ def problems(record):
             found.append(f"{kernel.title} takes {kernel.registers} registers, of {REGISTERS}")
         if kernel.shared > limit:
             found.append(f"{kernel.title} takes {kernel.shared} bytes of shared memory, of {limit}")
+        if kernel.is_main and kernel.static_shared % TILE_ALIGNMENT:
+            found.append(
+                f"{kernel.title} takes {kernel.static_shared} bytes of static shared memory, which its tiles follow:"
+                f" not a multiple of {TILE_ALIGNMENT}"
+            )
         if kernel.is_main and not kernel.thread_blocks:
             found.append(f"{kernel.title} has no room on a multiprocessor")
     for (variant, head_sizes, capability), spilled in spills(record).items():

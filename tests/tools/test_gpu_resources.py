@@ -96,8 +96,9 @@ def problems(record):
             "attend_kernel<KernelTraits<half_t, 128, 128>, true, true> on 8.6 takes 256 registers, of 255",
         ),
         (1, {"registers": 256}, "block_means_kernel<half_t, 128> on 8.6 takes 256 registers, of 255"),
-        (0, {"static_shared": 52225}, "true> on 8.6 takes 101377 bytes of shared memory, of 101376"),
+        (0, {"static_shared": 52352}, "true> on 8.6 takes 101504 bytes of shared memory, of 101376"),
         (1, {"static_shared": 101377}, "block_means_kernel<half_t, 128> on 8.6 takes 101377 bytes of shared memory"),
+        (0, {"static_shared": 448}, "true> on 8.6 takes 448 bytes of static shared memory, which its tiles follow: not a"),
         (0, {"spill_stores": 8}, "attend, compensated, head size 128, on 8.6 spills 8 bytes, where 0 are known"),
     ],
 )
@@ -107,7 +108,7 @@ def test_what_a_chip_has_not_is_a_problem(sound, which, change, problem):
     kernels[which]["on"]["86"].update(change)
     assert [problem in one for one in problems(sound)][:1] == [True]
     kernels[which]["on"]["86"].update(registers=255, spill_stores=0, static_shared=0)
-    kernels[which]["on"]["80"].update(static_shared=52225)  # which has more
+    kernels[which]["on"]["80"].update(static_shared=52352)  # which has more
     assert problems(sound) == []
 
 

@@ -41,9 +41,9 @@ struct KernelTraits {
   static constexpr int kTilesPerBlock = kBlockSize / kTileN;
 
   struct SharedStorage {
-    alignas(128) Element query[kBlockSize * kHeadDim];
-    alignas(128) Element key[kSlots][kTileN * kHeadDim];
-    alignas(128) Element value[kSlots][kTileN * kHeadDimV];
+    alignas(kTileAlignment) Element query[kBlockSize * kHeadDim];
+    alignas(kTileAlignment) Element key[kSlots][kTileN * kHeadDim];
+    alignas(kTileAlignment) Element value[kSlots][kTileN * kHeadDimV];
     Row row;  // see share_row
   };
   static_assert(sizeof(SharedStorage) <= shared_bytes(kTable));

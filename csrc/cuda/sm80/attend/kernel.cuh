@@ -501,7 +501,7 @@ __device__ inline const Row& share_row(const Row& row, SharedStorage& shared) {
 template <typename Traits, bool kUnseenKeys, bool kCompensate>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attend_kernel(const __grid_constant__ KernelParams params) {
-  extern __shared__ __align__(128) char shared_memory[];
+  extern __shared__ __align__(kTileAlignment) char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
   const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
@@ -542,7 +542,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     ragged_attend_kernel(const __grid_constant__ KernelParams all,
                          const __grid_constant__ RaggedPlan plan) {
-  extern __shared__ __align__(128) char shared_memory[];
+  extern __shared__ __align__(kTileAlignment) char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   __shared__ alignas(16) char params_memory[sizeof(RequestParams)];
   auto& params = *reinterpret_cast<RequestParams*>(params_memory);

@@ -3,6 +3,7 @@
 
 #include "../../common/backward/key_sums.cuh"
 #include "../../common/backward/workspace.cuh"
+#include "../common/thread_here.cuh"
 #include "../common/tile_table.h"
 #include "../common/warp_product.cuh"
 
@@ -100,12 +101,12 @@ struct KernelTraits {
   using GradQueryPart = Part<kQueries, kHeadDim, kTiles.query_warps>;
 
   struct SharedStorage {
-    alignas(128) Element key[kKeys * kHeadDim];
-    alignas(128) Element value[kKeys * kHeadDimV];
-    alignas(128) Element query[kTiles.query_slots][kQueries * kHeadDim];
-    alignas(128) Element grad_out[kTiles.grad_out_slots][kQueries * kHeadDimV];
-    alignas(128) Element probabilities[kQueries * kScoreColumns];  // P
-    alignas(128) Element grad_scores[kQueries * kScoreColumns];    // dS
+    alignas(kTileAlignment) Element key[kKeys * kHeadDim];
+    alignas(kTileAlignment) Element value[kKeys * kHeadDimV];
+    alignas(kTileAlignment) Element query[kTiles.query_slots][kQueries * kHeadDim];
+    alignas(kTileAlignment) Element grad_out[kTiles.grad_out_slots][kQueries * kHeadDimV];
+    alignas(kTileAlignment) Element probabilities[kQueries * kScoreColumns];  // P
+    alignas(kTileAlignment) Element grad_scores[kQueries * kScoreColumns];    // dS
     alignas(16) float score_start[2][kQueries];
     alignas(16) float grad_score_start[2][kQueries];
     bool any_item, any_not_finite;

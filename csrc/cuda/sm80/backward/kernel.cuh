@@ -517,7 +517,7 @@ class ItemGradients {
 template <typename Traits, bool kUnseenKeys>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ KernelParams params) {
-  extern __shared__ char shared_memory[];
+  extern __shared__ __align__(kTileAlignment) char shared_memory[];
   ItemGradients<Traits, kUnseenKeys> item(
       params, *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory));
   if (item.take()) item.run();

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../../common/rows.cuh"
+#include "../common/thread_here.cuh"
 #include "block_sums.cuh"
 
 namespace rrattn::cuda::sm80::estimate {
@@ -262,15 +263,16 @@ class WarpRows {
     return exp2_approx(sink - log2f(static_cast<float>(kKeyStride)) - reference);
   }
 
-  __device__ static int first_row() {
-    return static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows;
-  }
+  __device__ static int first_row_of(int thread) { return thread / 32 * Traits::kWarpRows; }
   __device__ static int quad_lane() { return threadIdx.x % 4; }
   // The thread's row r in the item.
   __device__ static int row(int r) {
-    return first_row() + static_cast<int>(threadIdx.x) % 32 / 4 + r * 8;
+    const int thread = thread_here();
+    return first_row_of(thread) + thread % 32 / 4 + r * 8;
   }
-  __device__ const RowTile& rows() const { return shared_.item.rows[first_row() / kTileQueries]; }
+  __device__ const RowTile& rows() const {
+    return shared_.item.rows[first_row_of(static_cast<int>(threadIdx.x)) / kTileQueries];
+  }
 
   __device__ int row_token(int r) const {
     return rows().first_token + row(r) % kTileQueries * static_cast<int>(params_.sampling.stride);
