@@ -28,7 +28,7 @@ STAGES = ("estimate+select", "attend", "backward", "ragged")
 # queries, keys, query heads, key heads, bounds of FlashMask or 0
 SHAPES = [(129, 1000, 2, 1, 0), (450, 700, 4, 2, 2), (300, 300, 8, 2, 1)]
 REQUESTS = [(129, 300), (0, 70), (1, 200), (200, 200)]  # (queries, keys) of a ragged batch
-HEAD_DIMS_V = {64: 64, 128: 128, 256: 256, 192: 128}  # head size of queries and keys: that of values
+HEAD_DIMS_V = {64: 64, 96: 96, 128: 128, 256: 256, 192: 128}  # head size of queries and keys: that of values
 SETTINGS = [RRAttentionConfig(), RRAttentionConfig(stride=16, key_stride=1, compensate=True)]
 
 
