@@ -72,7 +72,6 @@ CASES = (
     Case("structured", {}),
 )
 DATA = tuple(dict.fromkeys(case.data for case in CASES))
-SILENCE = NoWire()
 
 
 # Of the ranks
@@ -157,10 +156,10 @@ class Sharer:
 
     def with_nothing_sent(self, whole):
         """The calls of both passes, with the keys and values of a share of the whole sequence."""
-        share = replace(self.share, key=whole.key, value=whole.value)
+        share, wire = replace(self.share, key=whole.key, value=whole.value), NoWire()
         return {
-            "forward": partial(attend, share, SILENCE, self.given_masks),
-            "backward": partial(gradients, share, SILENCE, self.attended, self.grad_out),
+            "forward": partial(attend, share, wire, self.given_masks),
+            "backward": partial(gradients, share, wire, self.attended, self.grad_out),
         }
 
     def memory(self, each, whole):
@@ -215,7 +214,7 @@ class Problem:
         self.ranks, rank = dist.get_world_size(), dist.get_rank()
         *tensors, grad_out = inputs(tokens, case.data)
         whole = whole_share(*tensors, RRAttentionConfig(**(case.settings or {})))
-        self.one = Sharer(whole, SILENCE, grad_out, case)
+        self.one = Sharer(whole, NoWire(), grad_out, case)
         self.of_layout = {}
         for layout in layouts:
             share = share_of_rank(whole, layout, self.ranks, rank)

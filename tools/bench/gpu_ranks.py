@@ -122,11 +122,18 @@ def in_order(tensor, order):
 class NoWire:
     """In place of a Wire, for a rank whose keys and values are those of the whole sequence: nothing is sent.
 
-    So for a group of one, and to time what ranks compute.
+    So for a group of one, and to time what ranks compute. Keys and values of a group of heads lie in memory by
+    themselves, as a Wire leaves them: they are copied when they are first asked for, and kept.
     """
 
+    def __init__(self):
+        self.gathered = {}
+
     def gather(self, whole):
-        return AtHand(whole)
+        place = whole.data_ptr(), whole.shape
+        if place not in self.gathered:
+            self.gathered[place] = whole, whole.contiguous()  # the first so that nothing else comes to lie there
+        return AtHand(self.gathered[place][1])
 
     def sum(self, whole):
         return AtHand(whole)
