@@ -10,14 +10,11 @@ namespace rrattn::cuda {
 namespace {
 
 constexpr int64_t kLeastKeyBlocks = 256, kLeastRows = 1024;
-// A row is long that has at least this share of the blocks that a multiprocessor attends altogether,
-// and more of those that it sees than most rows: where all have about as many, they go by sections.
+// A row is long that has at least this share of the blocks that a multiprocessor attends altogether.
 // Long ones are sorted by how many such shares they have, up to kMostShares.
-constexpr int kSharesOfAll = 64, kMostShares = 255;
-constexpr float kDenserThanAll = 1.5f;
+constexpr int kSharesOfAll = 16, kMostShares = 255;
 
 constexpr int kCountThreads = 256, kOrderThreads = 1024;
-constexpr int kAtOnce = 8;  // rows that a thread reads at once, since it would wait for each
 
 // A warp counts the blocks of the row at a place of the order by sections. Those that FlashMask hides
 // count if the mask has them.
@@ -38,7 +35,7 @@ __global__ void __launch_bounds__(kCountThreads)
     count += __popc(words[word] & ~0u >> (kMaskWordBits - bits));
   }
   count = __reduce_add_sync(~0u, count);
-  if (lane == 0) num_blocks[place] = count | max(end, 0) << 16;
+  if (lane == 0) num_blocks[place] = count;
 }
 
 // A thread block orders all places, of which a thread has some that follow one another.
@@ -50,51 +47,33 @@ __global__ void __launch_bounds__(kOrderThreads)
     typename Sum::TempStorage sum;
     typename Scan::TempStorage scan;
   } storage;
-  __shared__ float shares_of_block, dense;
+  __shared__ float shares_of_block;
   __shared__ int next_of_shares[kMostShares + 1];  // where the next row that is so long goes
   const int thread = static_cast<int>(threadIdx.x);
   const int own_rows = ceil_div(num_rows, kOrderThreads);
   const int first = thread * own_rows, end = min(first + own_rows, num_rows);
-  // Calls `use` with each of the thread's places and the blocks of its row.
-  const auto for_each_place = [&](const auto& use) {
-    for (int place = first; place < end; place += kAtOnce) {
-      int blocks[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        blocks[i] = place + i < end ? __ldg(num_blocks + place + i) : 0;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (place + i < end) use(place + i, blocks[i]);
-      }
-    }
-  };
-  int64_t all_blocks = 0, all_seen = 0;
-  for_each_place([&](int, int blocks) { all_blocks += blocks & 0xffff, all_seen += blocks >> 16; });
+  int64_t all_blocks = 0;
+  for (int place = first; place < end; ++place) all_blocks += num_blocks[place];
   all_blocks = Sum(storage.sum).Sum(all_blocks);
-  __syncthreads();
-  all_seen = Sum(storage.sum).Sum(all_seen);
   if (thread == 0) {
-    dense = kDenserThanAll * static_cast<float>(all_blocks) /
-            static_cast<float>(max(all_seen, int64_t{1}));
     shares_of_block = static_cast<float>(multiprocessors * kSharesOfAll) /
                       static_cast<float>(max(all_blocks, int64_t{1}));
   }
   if (thread <= kMostShares) next_of_shares[thread] = 0;
   __syncthreads();
-  const auto shares_of = [&](int blocks) {  // 0: the row is not long
-    const auto selected = static_cast<float>(blocks & 0xffff);
-    if (selected <= dense * static_cast<float>(blocks >> 16)) return 0;
-    return min(static_cast<int>(selected * shares_of_block), kMostShares);
+  const auto shares_of = [&](int place) {  // 0: it is not long
+    return min(static_cast<int>(static_cast<float>(num_blocks[place]) * shares_of_block),
+               kMostShares);
   };
   int not_long = 0;
-  for_each_place([&](int, int blocks) {
-    const int shares = shares_of(blocks);
+  for (int place = first; place < end; ++place) {
+    const int shares = shares_of(place);
     if (shares == 0) {
       ++not_long;
     } else {
       atomicAdd(&next_of_shares[shares], 1);
     }
-  });
+  }
   __syncthreads();
   const int shares = kMostShares - thread;  // the longest come first
   int before, num_long, next;
@@ -104,10 +83,10 @@ __global__ void __launch_bounds__(kOrderThreads)
   Scan(storage.scan).ExclusiveSum(not_long, next);
   next += num_long;
   __syncthreads();
-  for_each_place([&](int place, int blocks) {
-    const int shares = shares_of(blocks);
+  for (int place = first; place < end; ++place) {
+    const int shares = shares_of(place);
     places[shares == 0 ? next++ : atomicAdd(&next_of_shares[shares], 1)] = place;
-  });
+  }
 }
 
 int num_rows_of(const Visibility& visibility) {
