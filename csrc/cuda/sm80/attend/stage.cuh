@@ -44,7 +44,6 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch(const AttendParams& a
   params.num_items =
       static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
   set_launch(params, section_heads_of(attend));
-  workspace.order.find(attend, params.section_heads);
 
   const auto run = [&](auto kernel) {
     launch_kernel<Traits>(kernel, params.num_items, stream, params);
