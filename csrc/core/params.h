@@ -75,6 +75,8 @@ struct Visibility {
   RRATTN_HOST_DEVICE int64_t shift() const { return seqlen_k - seqlen_q; }
   RRATTN_HOST_DEVICE int64_t num_m_blocks() const { return ceil_div(seqlen_q, kBlockSize); }
   RRATTN_HOST_DEVICE int64_t num_n_blocks() const { return ceil_div(seqlen_k, kBlockSize); }
+  // Rows of the block mask, [B, Hq, Mq], and words of each.
+  RRATTN_HOST_DEVICE int64_t num_mask_rows() const { return batch * num_heads * num_m_blocks(); }
   RRATTN_HOST_DEVICE int64_t num_mask_words() const {
     return ceil_div(num_n_blocks(), kMaskWordBits);
   }

@@ -421,8 +421,7 @@ inline void run_estimate(const Calls<EstimateCall>& calls) {
     compute_span_bounds(visibility, all.key_stride, num_threads, pooled[c].bounds);
     if (!calls[c].scores_wanted) continue;
     memset(calls[c].params.block_scores, 0,
-           visibility.batch * visibility.num_heads * visibility.num_m_blocks() *
-               visibility.num_n_blocks() * sizeof(float));
+           visibility.num_mask_rows() * visibility.num_n_blocks() * sizeof(float));
   }
 
   const int64_t num_heads = longest.visibility.batch * longest.visibility.num_heads;

@@ -99,11 +99,6 @@ void keep_by_rule(const SelectParams& params, int64_t m_block, const SelectScrat
 
 namespace {
 
-int64_t num_rows_of(const SelectParams& params) {
-  const Visibility& visibility = params.visibility;
-  return visibility.batch * visibility.num_heads * visibility.num_m_blocks();
-}
-
 // Of the call with the most.
 int64_t most_n_blocks(const Calls<SelectParams>& calls) {
   int64_t most = 0;
@@ -161,7 +156,8 @@ void run_select(const Calls<SelectParams>& calls) {
   };
   constexpr int64_t kWorkPerBlock = 512;  // classify and sort, as multiply-adds of the kernels
   parallel_for_calls(
-      execution.num_threads, calls.count, [&](int64_t c) { return num_rows_of(calls[c]); },
+      execution.num_threads, calls.count,
+      [&](int64_t c) { return calls[c].visibility.num_mask_rows(); },
       grain_for(num_n_blocks * kWorkPerBlock), select_rows);
 }
 

@@ -89,14 +89,10 @@ __global__ void __launch_bounds__(kOrderThreads)
   }
 }
 
-int num_rows_of(const Visibility& visibility) {
-  return static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
-}
-
 }  // namespace
 
 RowOrder::RowOrder(Arena& arena, const AttendParams& params) {
-  const int num_rows = num_rows_of(params.visibility);
+  const auto num_rows = static_cast<int>(params.visibility.num_mask_rows());
   if (params.visibility.num_n_blocks() < kLeastKeyBlocks || num_rows < kLeastRows) return;
   places = arena.take<int>(num_rows);
   num_blocks = arena.take<int>(num_rows);
@@ -105,7 +101,7 @@ RowOrder::RowOrder(Arena& arena, const AttendParams& params) {
 void RowOrder::find(const AttendParams& params, int section_heads) const {
   if (places == nullptr) return;
   const cudaStream_t stream = stream_of(params.execution);
-  const int num_rows = num_rows_of(params.visibility);
+  const auto num_rows = static_cast<int>(params.visibility.num_mask_rows());
   const auto grid = static_cast<unsigned>(ceil_div(int64_t{num_rows} * 32, kCountThreads));
   count_blocks_kernel<<<grid, kCountThreads, 0, stream>>>(params, num_rows, section_heads,
                                                           num_blocks);

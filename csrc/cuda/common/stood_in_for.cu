@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
 void find_stood_in_for(const AttendParams& params, const SpanBounds* block_bounds, uint32_t* words,
                        cudaStream_t stream) {
   const Visibility& visibility = params.visibility;
-  const int64_t rows = visibility.batch * visibility.num_heads * visibility.num_m_blocks();
+  const int64_t rows = visibility.num_mask_rows();
   const auto thread_blocks = static_cast<unsigned>(ceil_div(rows * 32, kThreads));
   stood_in_for_kernel<<<thread_blocks, kThreads, 0, stream>>>(params, block_bounds, words);
   RRATTN_CUDA_CHECK(cudaGetLastError());

@@ -13,7 +13,7 @@ int64_t Stage<kWarps, kWords>::workspace_bytes(const SelectParams& params) {
 template <int kWarps, int kWords>
 void Stage<kWarps, kWords>::launch(const SelectParams& params) {
   const Visibility& visibility = params.visibility;
-  const int64_t num_rows = visibility.batch * visibility.num_heads * visibility.num_m_blocks();
+  const int64_t num_rows = visibility.num_mask_rows();
   if (num_rows == 0) return;
   const cudaStream_t stream = stream_of(params.execution);
   Arena arena(params.execution.workspace);

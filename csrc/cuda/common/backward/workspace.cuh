@@ -8,7 +8,7 @@ namespace rrattn::cuda::backward {
 
 // Rows of [B, Hq, Mq, kBlockSize], those past the end included.
 inline int64_t num_padded_rows(const Visibility& visibility) {
-  return visibility.batch * visibility.num_heads * visibility.num_m_blocks() * kBlockSize;
+  return visibility.num_mask_rows() * kBlockSize;
 }
 
 // Of the sums of some rows of dQ: whether there are any to add to. Either they started as zeros, before

@@ -12,6 +12,7 @@
 // ever rescaled.
 #pragma once
 
+#include "../../common/attend_sections.cuh"
 #include "../../common/heads.cuh"
 #include "../../common/softmax.cuh"
 #include "../../common/store_row.cuh"
@@ -505,12 +506,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
   const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
-  const WorkPlace place =
-      place_of_item(static_cast<int>(blockIdx.x), params.num_items / num_m_blocks, num_m_blocks,
-                    params.section_heads);
-  const int m_block = num_m_blocks - 1 - place.block;  // under the diagonal the longest first
-  const Row row{place.head * num_m_blocks + m_block, m_block, place.head % num_heads,
-                place.head / num_heads};
+  const AttendRow taken =
+      row_of_place(static_cast<int>(blockIdx.x), params.num_items / num_m_blocks, num_m_blocks,
+                   params.section_heads);
+  const Row row{taken.index, taken.m_block, taken.head % num_heads, taken.head / num_heads};
   using Attention = RowAttention<Traits, kUnseenKeys, kCompensate, false>;
   if constexpr (kUnseenKeys) {
     Attention(params, share_row(row, shared), shared).run();

@@ -41,8 +41,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch(const AttendParams& a
   KernelParams params{attend, Workspace(arena, attend)};
   const Workspace& workspace = params.workspace;
   compute_span_bounds(visibility, kBlockSize, workspace.block_bounds, stream);
-  params.num_items =
-      static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
+  params.num_items = static_cast<int>(visibility.num_mask_rows());
   set_launch(params, section_heads_of(attend));
 
   const auto run = [&](auto kernel) {

@@ -46,8 +46,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV>::launch(const AttendParams& attend) {
                           Traits::kPanelColumns);
   params.block_bounds = workspace.block_bounds;
   params.next_item = workspace.next_item;
-  params.num_items =
-      static_cast<int>(visibility.batch * visibility.num_heads * visibility.num_m_blocks());
+  params.num_items = static_cast<int>(visibility.num_mask_rows());
   params.section_heads = attend_section_heads(attend, kSectionBytes);
   params.places = workspace.order.places;
   params.aligned_out = aligned_rows(attend.out);
