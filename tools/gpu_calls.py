@@ -27,6 +27,7 @@ from .bench.gpu_inputs import pack
 STAGES = ("estimate+select", "attend", "backward", "ragged")
 # queries, keys, query heads, key heads, bounds of FlashMask or 0
 SHAPES = [(129, 1000, 2, 1, 0), (450, 700, 4, 2, 2), (300, 300, 8, 2, 1)]
+LONG_ROWS = (1500, 32700, 86, 1)  # enough rows and key blocks for some to be taken first, as row_order.cuh does
 REQUESTS = [(129, 300), (0, 70), (1, 200), (200, 200)]  # (queries, keys) of a ragged batch
 HEAD_DIMS_V = {64: 64, 96: 96, 128: 128, 256: 256, 192: 128}  # head size of queries and keys: that of values
 SETTINGS = [RRAttentionConfig(), RRAttentionConfig(stride=16, key_stride=1, compensate=True)]
@@ -63,6 +64,18 @@ def run(stages, shape, head_dim, dtype):
         pipeline.with_workspace([call])[0]()
     torch.cuda.synchronize()
     return len(calls)
+
+
+def run_long_rows(head_dim, dtype):
+    """The calls of attend where few rows have most of the blocks; their number."""
+    seqlen_q, seqlen_k, heads, heads_k = LONG_ROWS
+    sizes = (seqlen_q, heads, head_dim), (seqlen_k, heads_k, head_dim), (seqlen_k, heads_k, HEAD_DIMS_V[head_dim])
+    pipeline = Pipeline(*(torch.randn(1, *size, device="cuda", dtype=dtype) for size in sizes))
+    mask = torch.rand(1, heads, -(-seqlen_q // 128), -(-seqlen_k // 128), device="cuda") < 0.005
+    mask[:, ::40, -1] = True
+    pipeline.with_workspace([pipeline.attend(pack(mask))])[0]()
+    torch.cuda.synchronize()
+    return 1
 
 
 def run_ragged(head_dim, dtype):
@@ -103,6 +116,7 @@ def main():
     stages = arguments.stage or STAGES
     kinds = [*itertools.product(arguments.head_dim or HEAD_DIMS_V, (torch.bfloat16, torch.float16))]
     count = sum(run(stages, shape, *kind) for shape in SHAPES for kind in kinds)
+    count += sum(run_long_rows(*kind) for kind in kinds) if "attend" in stages else 0
     count += sum(run_ragged(*kind) for kind in kinds) if "ragged" in stages else 0
     print(f"{count} calls on {direct.gpu_kernels()}")
 

@@ -1,9 +1,19 @@
-// Walking the bits of a row of the packed block mask.
+// Counting and walking the bits of a row of the packed block mask.
 #pragma once
 
 #include <cstdint>
 
 namespace rrattn::cuda {
+
+// How many bits before `end` are set. All lanes of a warp call it together.
+__device__ inline int count_bits(const uint32_t* words, int end) {
+  int count = 0;
+  for (int word = static_cast<int>(threadIdx.x) % 32; word * 32 < end; word += 32) {
+    const int bits = min(end - word * 32, 32);
+    count += __popc(words[word] & ~0u >> (32 - bits));
+  }
+  return __reduce_add_sync(~0u, count);
+}
 
 // The set bits before `end`, from the last to the first. All lanes of a warp call it together; each
 // holds one of 32 words.

@@ -2,6 +2,7 @@
 #include <cub/block/block_scan.cuh>
 
 #include "attend_sections.cuh"
+#include "bit_walk.cuh"
 #include "block_masking.cuh"
 #include "row_order.cuh"
 
@@ -15,6 +16,7 @@ constexpr int64_t kLeastKeyBlocks = 256, kLeastRows = 1024;
 constexpr int kSharesOfAll = 16, kMostShares = 255;
 
 constexpr int kCountThreads = 256, kOrderThreads = 1024;
+constexpr int kAtOnce = 8;  // rows that a thread reads at once, since it would wait for each
 
 // A warp counts the blocks of the row at a place of the order by sections. Those that FlashMask hides
 // count if the mask has them.
@@ -24,18 +26,11 @@ __global__ void __launch_bounds__(kCountThreads)
   const Visibility& visibility = params.visibility;
   const int place = static_cast<int>(blockIdx.x * kCountThreads + threadIdx.x) / 32;
   if (place >= num_rows) return;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
   const AttendRow row = row_of_place(place, num_rows / num_m_blocks, num_m_blocks, section_heads);
-  const int end = end_block(visibility, row.m_block);
   const uint32_t* words = params.block_mask + row.index * visibility.num_mask_words();
-  int count = 0;
-  for (int word = lane; word * kMaskWordBits < end; word += 32) {
-    const int bits = min(end - word * kMaskWordBits, kMaskWordBits);
-    count += __popc(words[word] & ~0u >> (kMaskWordBits - bits));
-  }
-  count = __reduce_add_sync(~0u, count);
-  if (lane == 0) num_blocks[place] = count;
+  const int count = count_bits(words, end_block(visibility, row.m_block));
+  if (threadIdx.x % 32 == 0) num_blocks[place] = count;
 }
 
 // A thread block orders all places, of which a thread has some that follow one another.
@@ -52,8 +47,21 @@ __global__ void __launch_bounds__(kOrderThreads)
   const int thread = static_cast<int>(threadIdx.x);
   const int own_rows = ceil_div(num_rows, kOrderThreads);
   const int first = thread * own_rows, end = min(first + own_rows, num_rows);
+  // Calls `use` with each of the thread's places and the blocks of its row.
+  const auto for_each_place = [&](const auto& use) {
+    for (int place = first; place < end; place += kAtOnce) {
+      int blocks[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        blocks[i] = place + i < end ? __ldg(num_blocks + place + i) : 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (place + i < end) use(place + i, blocks[i]);
+      }
+    }
+  };
   int64_t all_blocks = 0;
-  for (int place = first; place < end; ++place) all_blocks += num_blocks[place];
+  for_each_place([&](int, int blocks) { all_blocks += blocks; });
   all_blocks = Sum(storage.sum).Sum(all_blocks);
   if (thread == 0) {
     shares_of_block = static_cast<float>(multiprocessors * kSharesOfAll) /
@@ -61,19 +69,18 @@ __global__ void __launch_bounds__(kOrderThreads)
   }
   if (thread <= kMostShares) next_of_shares[thread] = 0;
   __syncthreads();
-  const auto shares_of = [&](int place) {  // 0: it is not long
-    return min(static_cast<int>(static_cast<float>(num_blocks[place]) * shares_of_block),
-               kMostShares);
+  const auto shares_of = [&](int blocks) {  // 0: the row is not long
+    return min(static_cast<int>(static_cast<float>(blocks) * shares_of_block), kMostShares);
   };
   int not_long = 0;
-  for (int place = first; place < end; ++place) {
-    const int shares = shares_of(place);
+  for_each_place([&](int, int blocks) {
+    const int shares = shares_of(blocks);
     if (shares == 0) {
       ++not_long;
     } else {
       atomicAdd(&next_of_shares[shares], 1);
     }
-  }
+  });
   __syncthreads();
   const int shares = kMostShares - thread;  // the longest come first
   int before, num_long, next;
@@ -83,10 +90,10 @@ __global__ void __launch_bounds__(kOrderThreads)
   Scan(storage.scan).ExclusiveSum(not_long, next);
   next += num_long;
   __syncthreads();
-  for (int place = first; place < end; ++place) {
-    const int shares = shares_of(place);
+  for_each_place([&](int place, int blocks) {
+    const int shares = shares_of(blocks);
     places[shares == 0 ? next++ : atomicAdd(&next_of_shares[shares], 1)] = place;
-  }
+  });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What S, dP and the sums of dQ start from, and in deterministic mode the units of these sums.
 #pragma once
 
+#include "../bit_walk.cuh"
 #include "../block_masking.cuh"
 #include "row_parts.cuh"
 
@@ -28,15 +29,10 @@ __device__ inline float query_scale(float grad_out_norm, float value_norm, float
 // All lanes of a warp call it together.
 __device__ inline bool mostly_selected(const BackwardParams& params, int64_t head, int m_block) {
   const Visibility& visibility = params.visibility;
-  const int num_words = static_cast<int>(visibility.num_mask_words());
-  const uint32_t* words =
-      params.block_mask + (head * visibility.num_m_blocks() + m_block) * num_words;
-  int selected = 0;
-  for (int i = static_cast<int>(threadIdx.x) % 32; i < num_words; i += 32) {
-    selected += __popc(words[i]);
-  }
-  const int seen = ceil_div(first_hidden_key(visibility, m_block), kBlockSize);
-  return __reduce_add_sync(~0u, selected) * 8 > seen * 7;
+  const uint32_t* words = params.block_mask + (head * visibility.num_m_blocks() + m_block) *
+                                                  visibility.num_mask_words();
+  const int seen = end_block(visibility, m_block);
+  return count_bits(words, seen) * 8 > seen * 7;
 }
 
 // For every row, rows past the end included. The heads of a token, which lie side by side in

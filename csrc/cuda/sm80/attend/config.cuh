@@ -4,6 +4,7 @@
 #include "../../common/launch.cuh"
 #include "../../common/ragged_plan.cuh"
 #include "../../common/row_blocks.cuh"
+#include "../../common/row_order.cuh"
 #include "../../common/span_bounds.cuh"
 #include "../common/tile_table.h"
 #include "../common/warp_product.cuh"
@@ -77,13 +78,15 @@ class KeyTile {
 
 struct Workspace {
   SpanBounds* block_bounds;  // [B, bounds heads, Mk]
+  RowOrder order;
   // With compensation:
   Rows mean_key, mean_value;  // [B, Mk, Hkv, D], [B, Mk, Hkv, Dv]
   uint32_t* stood_in_for;     // [B, Hq, Mq, words]
 
-  Workspace(Arena& arena, const AttendParams& params) {
+  Workspace(Arena& arena, const AttendParams& params)
+      : block_bounds(arena.take<SpanBounds>(params.visibility.num_span_bounds(kBlockSize))),
+        order(arena, params) {
     const Visibility& visibility = params.visibility;
-    block_bounds = arena.take<SpanBounds>(visibility.num_span_bounds(kBlockSize));
     if (!params.compensate) return;
     const auto take_means = [&](int64_t head_dim) -> Rows {
       const int64_t row_stride = params.heads.num_heads_k * head_dim;

@@ -506,9 +506,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
   const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
+  const int* places = params.workspace.order.places;
   const AttendRow taken =
-      row_of_place(static_cast<int>(blockIdx.x), params.num_items / num_m_blocks, num_m_blocks,
-                   params.section_heads);
+      row_of_place(places == nullptr ? static_cast<int>(blockIdx.x) : places[blockIdx.x],
+                   params.num_items / num_m_blocks, num_m_blocks, params.section_heads);
   const Row row{taken.index, taken.m_block, taken.head % num_heads, taken.head / num_heads};
   using Attention = RowAttention<Traits, kUnseenKeys, kCompensate, false>;
   if constexpr (kUnseenKeys) {

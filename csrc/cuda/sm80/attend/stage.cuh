@@ -43,6 +43,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kTable>::launch(const AttendParams& a
   compute_span_bounds(visibility, kBlockSize, workspace.block_bounds, stream);
   params.num_items = static_cast<int>(visibility.num_mask_rows());
   set_launch(params, section_heads_of(attend));
+  workspace.order.find(attend, params.section_heads);
 
   const auto run = [&](auto kernel) {
     launch_kernel<Traits>(kernel, params.num_items, stream, params);

@@ -2,17 +2,21 @@
 //
 // An item costs some microseconds besides its query blocks (common/backward/work.cuh). Where walks
 // are cut as if half of the blocks were selected, but few are, most parts would have a block or none.
-// So a part is merged into the next, until kLeastBlocks are selected.
+// So a part is merged into the next, until enough are selected.
 #pragma once
 
 #include "config.cuh"
 
 namespace rrattn::cuda::sm90::backward {
 
-// Of an item, and of what follows it: but a sixteenth of a part, if that is less, which was made short to
-// give all thread blocks work. See docs/tuning.md.
-constexpr int kLeastBlocks = 8;
 constexpr int kMergeThreads = 256;
+
+// How many blocks are selected at least of an item, and of what follows it; part_blocks: all blocks of a
+// part, which is short where all thread blocks would not have work otherwise. See docs/tuning.md.
+__device__ inline int least_blocks(const Visibility& visibility, int part_blocks) {
+  return visibility.row_bounds.data == nullptr ? min(8, part_blocks / 16)
+                                               : min(64, part_blocks / 4);
+}
 
 // Room for what merge_parts writes, of each item; null where walks are not cut.
 inline int* take_parts_before(Arena& arena, const WorkOrder& order) {
@@ -49,7 +53,8 @@ static __global__ void __launch_bounds__(kMergeThreads)
     }
     return __reduce_add_sync(~0u, selected);
   };
-  const int least = min(kLeastBlocks, order.part_heads * min(order.part_blocks, num_m_blocks) / 16);
+  const int least =
+      least_blocks(visibility, order.part_heads * min(order.part_blocks, num_m_blocks));
   int first_part = 0, taken = 0;  // of the next item
   for (int first = 0; first < order.num_parts; first += 32) {
     const int parts = min(32, order.num_parts - first);
