@@ -101,7 +101,7 @@ def record(each="forward", layout="dual_chunk", tokens=262144, **others):
         "density": 0.5,
         "ms": 250.0,
         "one_gpu_ms": [480.0, 475.0],
-        "compute_ms": [240.0, 248.0],
+        "share_ms": [[240.0, 244.0], [252.0, 248.0]],
         "differing_blocks": 0,
         "errors": {"out": 0.001},
         "memory": {"peak": 3.25e9, "share": 4e9} if each == "forward" else {"peak": 5.75e9, "share": 6e9},
@@ -115,7 +115,9 @@ def record(each="forward", layout="dual_chunk", tokens=262144, **others):
 
 def test_what_a_record_says():
     assert context_parallel.speedup(record()) == 475 / 250  # of the faster GPU
-    assert context_parallel.apart(record()) == pytest.approx(248 / 240 - 1)
+    assert context_parallel.apart(record()) == pytest.approx(250 / 242 - 1)  # by the means over the GPUs
+    own_alone = record(share_ms=[[240.0, None], [None, 248.0]])
+    assert context_parallel.apart(own_alone) == pytest.approx(248 / 240 - 1)
     assert context_parallel.not_hidden_ms(record()) == 2
     assert context_parallel.is_exact(record())
     assert not context_parallel.is_exact(record(differing_blocks=1))
@@ -146,7 +148,7 @@ def test_goals_are_judged_where_they_are_set():
         ],
     ]
     over = {"peak": 4000000001, "share": 4000000000}
-    missed = record(ms=270.0, compute_ms=[200.0, 240.0], differing_blocks=3, memory=over)
+    missed = record(ms=270.0, share_ms=[[200.0, 201.0], [240.0, 239.0]], differing_blocks=3, memory=over)
     assert [text[:7] for text in context_parallel.verdicts([missed])] == ["MISSED "] * 4
     assert context_parallel.verdicts([record(ranks=4)]) == ["reached  equality with one GPU: 1 of 1 passes"]
 

@@ -1,11 +1,13 @@
 """The figures of gpu_context_parallel.py as text: no torch, so that tables.py draws them anywhere.
 
 A record is one pass, "forward" or "backward", of one length, layout and kind of data, over blocks that are selected or
-all ("blocks"). `one_gpu_ms` has the time of the whole sequence on each of the GPUs by itself, `compute_ms` that of each
-rank with nothing sent, `ms` that of all together.
+all ("blocks"). `one_gpu_ms` has the time of the whole sequence on each of the GPUs by itself, `share_ms` those of each
+rank's share on each of the GPUs with nothing sent, None where it was not measured, `ms` that of all together.
 """
 
 from __future__ import annotations
+
+import statistics
 
 # What is to be reached, by pass and by kind of data: in GOAL_LAYOUT on two GPUs, over blocks that are selected.
 GOAL_LAYOUT, GOAL_TOKENS = "dual_chunk", 262144
@@ -19,14 +21,20 @@ def speedup(record):
     return min(record["one_gpu_ms"]) / record["ms"]
 
 
+def compute_ms(record):
+    """The time of each rank's share on its own GPU, with nothing sent."""
+    return [of_gpus[rank] for rank, of_gpus in enumerate(record["share_ms"])]
+
+
 def apart(record):
-    """How much longer the slowest rank computes than the fastest."""
-    return max(record["compute_ms"]) / min(record["compute_ms"]) - 1
+    """How much longer the largest share takes than the smallest: the mean over the GPUs, which differ themselves."""
+    means = [statistics.mean(ms for ms in of_gpus if ms is not None) for of_gpus in record["share_ms"]]
+    return max(means) / min(means) - 1
 
 
 def not_hidden_ms(record):
     """What communication adds to the time of the slowest rank."""
-    return record["ms"] - max(record["compute_ms"])
+    return record["ms"] - max(compute_ms(record))
 
 
 def is_exact(record):
@@ -46,7 +54,7 @@ def line(record):
     return (
         f"{record['seqlen_q']:7} {record['layout']:10} {record['pass']:8} {data_text(record):10}"
         f" {100 * record['density']:5.1f}% | one GPU {times_text(record['one_gpu_ms'])} | {record['ranks']} GPUs"
-        f" {record['ms']:.2f} ms, with nothing sent {times_text(record['compute_ms'])} |"
+        f" {record['ms']:.2f} ms, with nothing sent {times_text(compute_ms(record))} |"
         f" {record['differing_blocks']} blocks differ, {errors} | cudnn dense"
         f" {f'{dense:.2f} ms' if dense else 'not measured'}"
     )
@@ -128,7 +136,8 @@ def measured_tables(records):
         f" {one['num_heads']} query heads over {one['num_heads_k']} key heads, head size {one['head_dim']}, causal"
         f" ({', '.join(sources)}). *Groups* are those of key heads that ranks work in. *One GPU* has the whole"
         " sequence, and so has cuDNN's dense attention. *Not hidden* is what the time of the ranks has over that of the"
-        " slowest when nothing is sent, *apart* how much longer that one computes than the fastest.",
+        " slowest when nothing is sent, *apart* how much longer the largest share computes than the smallest, by the"
+        " means over the GPUs that computed it.",
         "",
         "| tokens | layout | pass | data | blocks | groups | one GPU | ranks | ratio | apart | not hidden | cuDNN |",
         "|---" * 12 + "|",

@@ -11,7 +11,8 @@ Blocks are those that are selected, about half of random data (gpu_attend.HALF),
 (gpu_inputs.structured, with the defaults), or all. Backward is over the same blocks as forward. Of each are measured
 
 - the whole sequence on each GPU by itself, while the others wait, and cuDNN's dense attention on the first;
-- the ranks together, and the same with nothing sent, for which each has all keys and values;
+- the ranks together, and the same with nothing sent, for which each has all keys and values: each GPU with the share of
+  its rank, and then with those of the others, so that how GPUs differ does not count as a difference of shares;
 - whether each rank selects the blocks that one GPU does, bit for bit, and how far its results are from that one's;
 - the most memory that a rank holds, by torch's allocator, which does not see NCCL's buffers, and the most that it is
   to hold: its own tensors and the gathered keys and values of all heads.
@@ -154,14 +155,6 @@ class Sharer:
             return {"out": self.attended.out}
         return dict(zip(("grad_query", "grad_key", "grad_value"), self.backward()))
 
-    def with_nothing_sent(self, whole):
-        """The calls of both passes, with the keys and values of a share of the whole sequence."""
-        share, wire = replace(self.share, key=whole.key, value=whole.value), NoWire()
-        return {
-            "forward": partial(attend, share, wire, self.given_masks),
-            "backward": partial(gradients, share, wire, self.attended, self.grad_out),
-        }
-
     def memory(self, each, whole):
         """Bytes of a pass: the peak, and what this rank's own tensors and all keys and values take."""
         share, attended = self.share, self.attended
@@ -207,18 +200,25 @@ def errors(one, sharer, each):
 
 
 class Problem:
-    """A case at a length: the whole sequence, and this rank's share of it in each layout."""
+    """A case at a length: the whole sequence, and in each layout this rank's share, and all with nothing sent."""
 
     def __init__(self, tokens, case, layouts):
         self.tokens, self.case = tokens, case
-        self.ranks, rank = dist.get_world_size(), dist.get_rank()
+        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         *tensors, grad_out = inputs(tokens, case.data)
         whole = whole_share(*tensors, RRAttentionConfig(**(case.settings or {})))
-        self.one = Sharer(whole, NoWire(), grad_out, case)
-        self.of_layout = {}
+        no_wire = NoWire()
+        self.one = Sharer(whole, no_wire, grad_out, case)
+        self.of_layout, self.with_nothing_sent = {}, {}
         for layout in layouts:
-            share = share_of_rank(whole, layout, self.ranks, rank)
-            self.of_layout[layout] = Sharer(share, Wire(layout, self.ranks), held(grad_out, share.chunks), case)
+            shares = [share_of_rank(whole, layout, self.ranks, rank) for rank in range(self.ranks)]
+            grads = [held(grad_out, share.chunks) for share in shares]
+            own = shares[self.rank], Wire(layout, self.ranks), grads[self.rank]
+            self.of_layout[layout] = Sharer(*own, case)
+            self.with_nothing_sent[layout] = [
+                Sharer(replace(share, key=whole.key, value=whole.value), no_wire, grad, case)
+                for share, grad in zip(shares, grads)
+            ]
 
     def comparison(self, layout, each):
         """What of a record says whether results are one GPU's."""
@@ -242,8 +242,15 @@ class Problem:
         calls = {("one GPU", rank): Timed(getattr(one, each), only=rank) for rank in range(self.ranks)}
         for layout, sharer in self.of_layout.items():
             calls["ranks", layout] = Timed(getattr(sharer, each))
-            calls["alone", layout] = Timed(sharer.with_nothing_sent(one.share)[each])
+            for turn in range(self.ranks):
+                of_rank = self.with_nothing_sent[layout][(self.rank + turn) % self.ranks]
+                calls["alone", layout, turn] = Timed(getattr(of_rank, each))
         return {**calls, **(self.dense(each) if self.case.rivals else {})}
+
+    def share_ms(self, ms, layout):
+        """Of each rank's share what each GPU takes for it with nothing sent."""
+        ranks = range(self.ranks)
+        return [[ms["alone", layout, (rank - gpu) % self.ranks][gpu] for gpu in ranks] for rank in ranks]
 
     def density(self):
         if self.case.settings is None:
@@ -271,7 +278,7 @@ def measure(tokens, case, layouts, wire):
                 "density": problem.density(),
                 "head_groups": len(getattr(sharer.share, f"{each}_groups")),
                 "ms": max(ms["ranks", layout]),
-                "compute_ms": ms["alone", layout],
+                "share_ms": problem.share_ms(ms, layout),
                 "one_gpu_ms": [ms["one GPU", rank][0] for rank in range(problem.ranks)],
                 **problem.comparison(layout, each),
                 "memory": sharer.memory(each, problem.one.share),
@@ -332,7 +339,7 @@ def parse_arguments():
     for tokens in arguments.tokens:
         if tokens < 1 or tokens % step or tokens > MAX_SEQLEN_K_ON_GPU:
             parser.error(f"--tokens must be multiples of {step} up to {MAX_SEQLEN_K_ON_GPU}, got {tokens}")
-    if arguments.json:
+    if arguments.json and os.environ["RANK"] == "0":  # which writes it
         check_output_file(parser, "--json", arguments.json)
     return arguments
 
