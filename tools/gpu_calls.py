@@ -39,16 +39,21 @@ def random_bounds(bounds, seqlen_q, seqlen_k):
     return first if bounds == 1 else torch.cat([first, (first + 40).clamp(max=seqlen_q)], dim=-1)
 
 
-def run(stages, shape, head_dim, dtype):
-    """The calls of one shape; their number."""
-    seqlen_q, seqlen_k, heads, heads_k, bounds = shape
+def random_inputs(shape, head_dim, dtype, density):
+    """(query, key, value, block mask [1, Hq, Mq, Mk]) of queries, keys and heads in numbers."""
+    seqlen_q, seqlen_k, heads, heads_k = shape
     sizes = (seqlen_q, heads, head_dim), (seqlen_k, heads_k, head_dim), (seqlen_k, heads_k, HEAD_DIMS_V[head_dim])
     inputs = [torch.randn(1, *size, device="cuda", dtype=dtype) for size in sizes]
-    startend = random_bounds(bounds, seqlen_q, seqlen_k) if bounds else None
-    pipeline = Pipeline(*inputs, startend)
-    blocks = -(-seqlen_q // 128), -(-seqlen_k // 128)
-    words = pack(torch.rand(1, heads, *blocks, device="cuda") < 0.6)
-    scores, selected = empty(torch.float32, 1, heads, *blocks), empty(torch.int32, *words.shape)
+    return *inputs, torch.rand(1, heads, -(-seqlen_q // 128), -(-seqlen_k // 128), device="cuda") < density
+
+
+def run(stages, shape, head_dim, dtype):
+    """The calls of one shape; their number."""
+    *shape, bounds = shape
+    *inputs, mask = random_inputs(shape, head_dim, dtype, density=0.6)
+    pipeline = Pipeline(*inputs, random_bounds(bounds, *shape[:2]) if bounds else None)
+    words = pack(mask)
+    scores, selected = empty(torch.float32, *mask.shape), empty(torch.int32, *words.shape)
     calls = []
     for settings in SETTINGS:
         estimate, select, _ = pipeline.stages(scores, selected, settings)
@@ -68,11 +73,9 @@ def run(stages, shape, head_dim, dtype):
 
 def run_long_rows(head_dim, dtype):
     """The calls of attend where few rows have most of the blocks; their number."""
-    seqlen_q, seqlen_k, heads, heads_k = LONG_ROWS
-    sizes = (seqlen_q, heads, head_dim), (seqlen_k, heads_k, head_dim), (seqlen_k, heads_k, HEAD_DIMS_V[head_dim])
-    pipeline = Pipeline(*(torch.randn(1, *size, device="cuda", dtype=dtype) for size in sizes))
-    mask = torch.rand(1, heads, -(-seqlen_q // 128), -(-seqlen_k // 128), device="cuda") < 0.005
+    *inputs, mask = random_inputs(LONG_ROWS, head_dim, dtype, density=0.005)
     mask[:, ::40, -1] = True
+    pipeline = Pipeline(*inputs)
     pipeline.with_workspace([pipeline.attend(pack(mask))])[0]()
     torch.cuda.synchronize()
     return 1

@@ -31,7 +31,7 @@ import random
 import statistics
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Callable
 
@@ -200,25 +200,30 @@ def errors(one, sharer, each):
 
 
 class Problem:
-    """A case at a length: the whole sequence, and in each layout this rank's share, and all with nothing sent."""
+    """A case at a length: the whole sequence, and this rank's share of it in each layout."""
 
     def __init__(self, tokens, case, layouts):
         self.tokens, self.case = tokens, case
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         *tensors, grad_out = inputs(tokens, case.data)
         whole = whole_share(*tensors, RRAttentionConfig(**(case.settings or {})))
-        no_wire = NoWire()
-        self.one = Sharer(whole, no_wire, grad_out, case)
-        self.of_layout, self.with_nothing_sent = {}, {}
+        self.one = Sharer(whole, NoWire(), grad_out, case)
+        self.of_layout = {}
         for layout in layouts:
-            shares = [share_of_rank(whole, layout, self.ranks, rank) for rank in range(self.ranks)]
-            grads = [held(grad_out, share.chunks) for share in shares]
-            own = shares[self.rank], Wire(layout, self.ranks), grads[self.rank]
-            self.of_layout[layout] = Sharer(*own, case)
-            self.with_nothing_sent[layout] = [
-                Sharer(replace(share, key=whole.key, value=whole.value), no_wire, grad, case)
-                for share, grad in zip(shares, grads)
-            ]
+            share = share_of_rank(whole, layout, self.ranks, self.rank)
+            self.of_layout[layout] = Sharer(share, Wire(layout, self.ranks), held(grad_out, share.chunks), case)
+
+    @cached_property
+    def with_nothing_sent(self):
+        """{layout: the share of each rank, with all keys and values}, on every rank: made when it is to be timed."""
+        one, wire = self.one, NoWire()
+
+        def of_rank(layout, rank):
+            share = share_of_rank(one.share, layout, self.ranks, rank)
+            with_all_keys = replace(share, key=one.share.key, value=one.share.value)
+            return Sharer(with_all_keys, wire, held(one.grad_out, share.chunks), self.case)
+
+        return {layout: [of_rank(layout, rank) for rank in range(self.ranks)] for layout in self.of_layout}
 
     def comparison(self, layout, each):
         """What of a record says whether results are one GPU's."""
