@@ -10,6 +10,7 @@
 #include "../../common/backward/workspace.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
+#include "merge_parts.cuh"
 
 namespace rrattn::cuda::sm90::backward {
 
@@ -171,7 +172,7 @@ struct KernelParams {
   CUtensorMap query, key, value, grad_out;
   Workspace workspace;
   KeySums key_sums;
-  const int* parts_before;  // of each item (merge_parts.cuh), or null: none has any
+  const MergedItem* items;  // (merge_parts.cuh), or null: those of the order
   WorkOrder order;
   bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
 };

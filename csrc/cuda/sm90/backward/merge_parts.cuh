@@ -5,86 +5,32 @@
 // So a part is merged into the next, until enough are selected.
 #pragma once
 
-#include "config.cuh"
+#include "../../../core/params.h"
+#include "../../common/backward/work.cuh"
+#include "../../common/launch.cuh"
 
 namespace rrattn::cuda::sm90::backward {
 
-constexpr int kMergeThreads = 256;
+using rrattn::cuda::backward::WorkOrder;
 
-// How many blocks are selected at least of an item, and of what follows it; part_blocks: all blocks of a
-// part, which is short where all thread blocks would not have work otherwise. See docs/tuning.md.
-__device__ inline int least_blocks(const Visibility& visibility, int part_blocks) {
-  return visibility.row_bounds.data == nullptr ? min(8, part_blocks / 16)
-                                               : min(64, part_blocks / 4);
-}
+struct MergedItem {
+  int number;        // in the WorkOrder; < 0: no item is left
+  int parts_before;  // that it includes besides its own; < 0: a later item includes its own
+};
 
-// Room for what merge_parts writes, of each item; null where walks are not cut.
-inline int* take_parts_before(Arena& arena, const WorkOrder& order) {
-  return order.num_parts > 1 ? arena.take<int>(order.num_items) : nullptr;
-}
+// In the workspace.
+struct MergedParts {
+  MergedItem* all = nullptr;    // by number; null: walks are not cut, or none
+  MergedItem* items = nullptr;  // that are left, by number, and behind them none
+  int* num_left = nullptr;
+  void* memory = nullptr;
+  size_t items_bytes = 0, memory_bytes = 0;
 
-// For each item of a key tile, the parts before its own that it includes; < 0: a later one includes
-// its own. A warp takes a key tile. Blocks that the diagonal or FlashMask hides are counted as well if
-// the mask has them.
-static __global__ void __launch_bounds__(kMergeThreads)
-    merge_parts_kernel(const __grid_constant__ BackwardParams params,
-                       const uint32_t* transposed_mask, const __grid_constant__ WorkOrder order,
-                       int tiles_of_block, int* parts_before) {
-  const int column = static_cast<int>(blockIdx.x * kMergeThreads + threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (column >= order.num_heads * order.num_key_tiles) return;
-  const int head = column / order.num_key_tiles, tile = column % order.num_key_tiles;
-  const Visibility& visibility = params.visibility;
-  const int num_n_blocks = static_cast<int>(visibility.num_n_blocks());
-  const int group =
-      static_cast<int>(visibility.num_heads) / static_cast<int>(params.heads.num_heads_k);
-  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
-  const int row_words = ceil_div(num_m_blocks, kMaskWordBits);
-  const auto selected_in = [&](int part) {
-    const WorkOrder::Part of = order.part_of(part, group, num_m_blocks);
-    const int first_word = of.first_block / kMaskWordBits;
-    const int words = ceil_div(of.blocks, kMaskWordBits);
-    int selected = 0;
-    for (int at = lane; at < of.heads * words; at += 32) {
-      const int64_t row =
-          static_cast<int64_t>(head * group + of.first_head + at / words) * num_n_blocks +
-          tile / tiles_of_block;
-      selected += __popc(transposed_mask[row * row_words + first_word + at % words]);
-    }
-    return __reduce_add_sync(~0u, selected);
-  };
-  const int least =
-      least_blocks(visibility, order.part_heads * min(order.part_blocks, num_m_blocks));
-  int first_part = 0, taken = 0;  // of the next item
-  for (int first = 0; first < order.num_parts; first += 32) {
-    const int parts = min(32, order.num_parts - first);
-    int of_lane = 0, left = 0;
-    for (int i = 0; i < parts; ++i) {
-      const int selected = selected_in(first + i);
-      if (lane == i) of_lane = selected;
-      left += selected;
-    }
-    int before = -1;
-    for (int i = 0; i < parts; ++i) {
-      const int selected = __shfl_sync(~0u, of_lane, i);
-      taken += selected, left -= selected;
-      if (first + i == order.num_parts - 1 || (taken >= least && left >= least)) {
-        if (lane == i) before = first + i - first_part;
-        first_part = first + i + 1, taken = 0;
-      }
-    }
-    if (lane < parts) parts_before[order.item_of(head, tile, first + lane)] = before;
-  }
-}
+  MergedParts(Arena& arena, const WorkOrder& order);
 
-inline void merge_parts(const BackwardParams& params, const Workspace& workspace,
-                        const WorkOrder& order, int tiles_of_block, int* parts_before) {
-  if (parts_before == nullptr) return;
-  const auto grid =
-      static_cast<unsigned>(ceil_div(order.num_heads * order.num_key_tiles * 32, kMergeThreads));
-  merge_parts_kernel<<<grid, kMergeThreads, 0, stream_of(params.execution)>>>(
-      params, workspace.transposed_mask, order, tiles_of_block, parts_before);
-  RRATTN_CUDA_CHECK(cudaGetLastError());
-}
+  // tiles_of_block: key tiles of a key block.
+  void find(const BackwardParams& params, const uint32_t* transposed_mask, const WorkOrder& order,
+            int tiles_of_block) const;
+};
 
 }  // namespace rrattn::cuda::sm90::backward

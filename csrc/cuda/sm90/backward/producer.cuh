@@ -64,11 +64,15 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
   RingPosition<Traits::kGradOutSlots> grads;
 
   for (;;) {
-    const int number = take_item(workspace.next_item);
-    if (number >= params.order.num_items) break;
-    const int parts_before = params.parts_before == nullptr ? 0 : params.parts_before[number];
-    if (parts_before < 0) continue;
-    const Place<Traits::kKeys> place(params.backward, params.order, number);
+    MergedItem taken{take_item(workspace.next_item), 0};
+    if (params.items != nullptr) {
+      taken = params.items[taken.number];
+    } else if (taken.number >= params.order.num_items) {
+      taken.number = -1;
+    }
+    if (taken.number < 0) break;
+    const int parts_before = taken.parts_before;
+    const Place<Traits::kKeys> place(params.backward, params.order, taken.number);
     PartBlocks<Traits::kKeys> blocks(params, place, parts_before);
     bool more = blocks.next();
     shared.item_empty.wait(items.parity ^ 1);  // until all are done with the last item

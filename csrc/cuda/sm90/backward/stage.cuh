@@ -24,7 +24,7 @@ WorkOrder work_order(const BackwardParams& params) {
 template <typename Traits>
 KernelParams kernel_params(const BackwardParams& backward, const Workspace& workspace,
                            const PackedRows& packed, const WorkOrder& order,
-                           const KeySums& key_sums, const int* parts_before) {
+                           const KeySums& key_sums, const MergedItem* items) {
   const Visibility& visibility = backward.visibility;
   const cudaStream_t stream = stream_of(backward.execution);
   const auto map = [&](const Rows& rows, const TensorShape& shape, void* copy, int box_rows) {
@@ -38,7 +38,7 @@ KernelParams kernel_params(const BackwardParams& backward, const Workspace& work
           map(backward.grad_out, out_shape_of(visibility, heads), packed.grad_out, kQueryTile),
           workspace,
           key_sums,
-          parts_before,
+          items,
           order,
           aligned_rows(backward.grad_key),
           aligned_rows(backward.grad_value),
@@ -71,7 +71,7 @@ int64_t Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::workspace_bytes(
   PackedRows(arena, params);
   const auto order = work_order<Traits>(params);
   KeySums::take<Traits>(arena, order, kConsumers);
-  take_parts_before(arena, order);
+  MergedParts(arena, order);
   return arena.used();
 }
 
@@ -84,12 +84,12 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::launch(const Backwar
   const PackedRows packed(arena, backward);
   const auto order = work_order<Traits>(backward);
   const auto key_sums = KeySums::take<Traits>(arena, order, kConsumers);
-  int* parts_before = take_parts_before(arena, order);
+  const MergedParts merged(arena, order);
   const auto params =
-      kernel_params<Traits>(backward, workspace, packed, order, key_sums, parts_before);
+      kernel_params<Traits>(backward, workspace, packed, order, key_sums, merged.items);
   cuda::backward::prepare<typename Traits::Element, Traits::kHeadDim>(backward, workspace);
   key_sums.clear_tickets(order, kConsumers, stream);
-  merge_parts(backward, workspace, order, kBlockSize / Traits::kKeys, parts_before);
+  merged.find(backward, workspace.transposed_mask, order, kBlockSize / Traits::kKeys);
   if (order.num_items > 0) {
     if constexpr (kHeadDim > 128) {
       launch_persistent<Traits>(wide::backward_kernel<Traits>, order.num_items, stream, params);
