@@ -55,24 +55,34 @@ class Consumer {
   }
 
   __device__ void consume_rows() {
+    Out out;
+    RowItem last{-1, 0, 0, 0, true};  // the row before, still to be written
     for (RingPosition<1> rows;; rows.advance()) {
       shared_.row_full.wait(rows.parity);
       const RowItem row = shared_.row;
       shared_.row_empty.arrive();
-      if (row.index < 0) return;
-      Out out;
-      clear(out);
-      row_base_[0] = row_base_[1] = -INFINITY;
-      unseen_ = true;
-      row_sum_[0] = row_sum_[1] = 0;
-      if (!row.without_tiles) attend(row, out);
+      if (row.index < 0 || row.without_tiles) {
+        finish(last, out);
+        if (row.index < 0) return;
+      } else {
+        attend(row, last, out);
+      }
       if (params_.attend.sink != nullptr) add_sink(row, out);
-      write(row, out);
+      last = row;
     }
   }
 
  private:
-  __device__ void attend(const RowItem& row, Out& out) {
+  // Writes the last row, and is ready for another.
+  __device__ __forceinline__ void finish(const RowItem& last, Out& out) {
+    write(last, out);
+    clear(out);
+    row_base_[0] = row_base_[1] = -INFINITY;
+    unseen_ = true;
+    row_sum_[0] = row_sum_[1] = 0;
+  }
+
+  __device__ void attend(const RowItem& row, const RowItem& last, Out& out) {
     Scores scores;
     Probabilities probabilities;
     shared_.query_full[consumer_].wait(queries_.parity);
@@ -83,6 +93,7 @@ class Consumer {
     take_turn();
     multiply_keys(scores);
     give_turn(1 - consumer_);
+    finish(last, out);  // while the first products are under way
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
     if (kCompensate && tile.is_of_means()) {
@@ -396,8 +407,8 @@ class Consumer {
     for (int i = 0; i < size(scores); ++i) probabilities(i) = static_cast<Element>(scores(i));
   }
 
-  // Divides by the row sums and writes out and lse.
-  __device__ void write(const RowItem& row, Out& out) {
+  // Divides by the row sums and writes out and lse; of no row if its index is < 0.
+  __device__ __forceinline__ void write(const RowItem& row, Out& out) {
     const AttendParams& attend = attend_of(params_, row);
     const Visibility& visibility = attend.visibility;
     float sums[2], scales[2];
@@ -409,7 +420,7 @@ class Consumer {
       sums[half] = sum;
       scales[half] = sum == 0 ? 0 : __fdividef(1, sum);
       const int64_t token = row_token(row, half);
-      valid[half] = token < visibility.seqlen_q;
+      valid[half] = row.index >= 0 && token < visibility.seqlen_q;
       rows[half] = static_cast<Element*>(attend.out.data) +
                    (kRagged ? 0 : row.batch * attend.out.batch_stride) +
                    row.head * attend.out.head_stride + token * attend.out.row_stride;
