@@ -87,8 +87,7 @@ class Pipeline:
             given = {"block_mask": block_mask, "causal": True, **self.lengths, **config.keep_rules()}
             return direct.select_blocks(scores, config.threshold, **given, **options)
 
-        kind = {"compensate": config.compensate, "quantization": config.quantization}
-        return [estimate, select, lambda **options: attend(**kind, **options)]
+        return [estimate, select, lambda **options: attend(compensate=config.compensate, **options)]
 
 
 def rivals_ms(ms, density, dense, sparse):

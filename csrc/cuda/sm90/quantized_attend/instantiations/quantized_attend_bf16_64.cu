@@ -1,3 +1,0 @@
-#include "../stage.cuh"
-
-template struct rrattn::cuda::sm90::quantized_attend::Stage<rrattn::DataType::kBFloat16, 64>;
