@@ -3,7 +3,7 @@
 //
 // While the softmax of one tile is computed, the tensor cores multiply the previous tile's
 // probabilities by its values. The two consumers also take turns at the tensor cores, so that the
-// softmax of one overlaps the products of the other.
+// softmax of one overlaps the products of the other. A row is written beside the next one's first product.
 //
 // Probabilities are relative to a base of their row: its largest score in the first tile in which
 // it sees anything. Later tiles need no maximum and no rescaling, because floats have room for
