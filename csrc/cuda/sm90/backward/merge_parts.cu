@@ -76,7 +76,8 @@ struct IsLeft {
   __device__ bool operator()(const MergedItem& item) const { return item.parts_before >= 0; }
 };
 
-// What CUB needs, or with memory does.
+// Lists the items that are left. Without memory it does nothing; either way it returns the bytes of memory
+// that CUB needs for it.
 size_t select_items(void* memory, size_t bytes, const MergedParts& merged, int num_items,
                     cudaStream_t stream) {
   RRATTN_CUDA_CHECK(cub::DeviceSelect::If(memory, bytes, merged.all, merged.items, merged.num_left,
