@@ -95,8 +95,8 @@ CASES = (
 # Those in which means stand in for some blocks: with more than a word of them, with a short last one, with FlashMask.
 COMPENSATED_CASES = (CASES[2], CASES[3], CASES[5], CASES[9])
 
+# Those in eight bits: both padded head sizes of Hopper, with FlashMask, with a sink.
 QUANTIZATION = "qk_int8_pv_fp8"
-# Those in eight bits, on CPUs alone: head sizes up to 64 and above, with FlashMask, with a sink.
 QUANTIZED_CASES = (CASES[2], CASES[3], CASES[5], replace(CASES[7], sink=True), CASES[9])
 
 REQUESTS = ((129, 300), (0, 70), (1, 200), (200, 200))  # (queries, keys) of each in a ragged batch
@@ -196,6 +196,7 @@ class DirectKernels:
 
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     on_gpu = False
+    has_eight_bits = True
 
     def __init__(self, simd: str) -> None:
         self.name, self.simd = f"rrattn.direct, {simd}", simd
@@ -323,9 +324,10 @@ def room_for_mask(batch: int, num_heads: int, blocks_q: int, blocks_k: int) -> A
 class OperatorKernels:
     """The same through Paddle's operators on a device, by Paddle's name for it."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, has_eight_bits: bool = True) -> None:
         self.name, self.device = f"Paddle's operators, {device}", device
         self.on_gpu = device != "cpu"
+        self.has_eight_bits = has_eight_bits
         self.dtypes = ("float16", "bfloat16") if self.on_gpu else DirectKernels.dtypes
 
     @contextlib.contextmanager
@@ -639,7 +641,7 @@ def kernels_here() -> tuple[list[Kernels], list[str]]:
         left_out.append("GPUs: this Paddle is a CPU build")
     for gpu in info.gpus():
         if gpu.kernels:
-            found.append(OperatorKernels(f"gpu:{gpu.index}"))
+            found.append(OperatorKernels(f"gpu:{gpu.index}", gpu.kernels == info.HOPPER_KERNELS))
         else:
             left_out.append(str(gpu))
     return found, left_out
@@ -654,7 +656,7 @@ def run() -> int:
         groups += [(f"{kernels.name}, {x}", kernels, partial(check_dtype, kernels, x)) for x in kernels.dtypes]
         groups += [(f"{kernels.name}, {x}", kernels, partial(check_feature, kernels, x)) for x in FEATURES]
         groups.append((f"{kernels.name}, compensation", kernels, partial(check_compensation, kernels)))
-        if not kernels.on_gpu:
+        if kernels.has_eight_bits:
             groups.append((f"{kernels.name}, eight bits", kernels, partial(check_quantization, kernels)))
         groups.append((f"{kernels.name}, ragged batches", kernels, partial(check_ragged, kernels)))
         groups.append((f"{kernels.name}, bad arguments", kernels, partial(check_refusal, kernels)))

@@ -108,8 +108,8 @@ class RRAttentionConfig:
         leave it out. For inference alone: a call that would record gradients is refused.
     quantization : str, optional
         "qk_int8_pv_fp8": attention multiplies numbers of eight bits, INT8 queries and keys, and FP8 probabilities and
-        values (docs/quantization.md). The estimate and decoding steps stay as they are. On a CPU alone, for inference
-        alone, and without `compensate`. Default: none.
+        values (docs/quantization.md). The estimate and decoding steps stay as they are. On a CPU and on Hopper (there
+        for head sizes up to 128), for inference alone, and without `compensate`. Default: none.
 
     Numbers and flags may be NumPy's, and sequences arrays of NumPy or iterators; they are kept as plain Python.
 

@@ -208,7 +208,8 @@ def rr_attention(
         gradients of this: a call that would record them is refused, and a traced program raises in its backward pass.
     quantization : str, optional
         "qk_int8_pv_fp8": multiply INT8 queries and keys, and FP8 probabilities and values; see docs/quantization.md. On
-        a CPU alone, without gradients (as `compensate`) and without `compensate`. Default: none.
+        a CPU and on Hopper (there for head sizes up to 128), without gradients (as `compensate`) and without
+        `compensate`. Default: none.
     sink : Tensor, optional
         [Hq] float32, float16 or bfloat16: a logit for each query head that joins the softmax of each of its rows, as
         one more key that all see and that has no value. It is not multiplied by softmax_scale. -inf is the same as

@@ -17,6 +17,7 @@ if _HAS_PADDLE:
     from . import _build_info
 
 MODEL_LIBRARIES = {"paddlefleet": "PaddleFleet", "paddleformers": "PaddleFormers", "paddlenlp": "PaddleNLP"}
+HOPPER_KERNELS = "Hopper's own kernels"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _kernels_of(index: int) -> str:
     except (RuntimeError, ValueError) as error:  # of a driver, or of libraries that were not built together
         return f"kernels that rrattn.direct cannot tell ({error})"
     if name == "hopper":
-        return "Hopper's own kernels"
+        return HOPPER_KERNELS
     return f"portable kernels, tiles for {name.rpartition('-')[2].replace('KB', ' KB')} of shared memory"
 
 

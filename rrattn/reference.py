@@ -378,8 +378,9 @@ def quantized_attend(
     - Values become e4m3, divided by a power of two for each column of a key head: the smallest, from 2^-100 on, with
       which the largest magnitude of the column is at most 448.
     - The *base* of a row is its largest visible score, or the sink's if larger, rounded up to a whole number.
-      Probabilities are 256 * 2^(score - base), rounded to e4m3. A kernel may use the largest score so far: as bases are
-      whole, that changes probabilities by powers of two, but for those below 2^-14, where e4m3 has fewer bits.
+      Probabilities are 256 * 2^(score - base), rounded to e4m3. A kernel may use the largest score so far, or a base a
+      little above or below: as bases are whole, that changes probabilities by powers of two, but for those below 2^-14
+      of the base's, where e4m3 has fewer bits.
     - A row's sum is of rounded probabilities, so that their rounding cancels where one key has most of the mass; the
       sink adds its own, not rounded. out is the sum of products with values over it.
     """

@@ -61,6 +61,8 @@ def run(stages, shape, head_dim, dtype):
         attend = pipeline.attend(words)
         if "attend" in stages:
             calls.append(lambda attend=attend, c=settings.compensate, **options: attend(compensate=c, **options))
+    if "attend" in stages and direct.gpu_kernels() == "hopper" and head_dim <= 128:
+        calls.append(lambda **options: pipeline.attend(words)(quantization="qk_int8_pv_fp8", **options))
     if "backward" in stages:
         grad_out, grads = torch.randn_like(pipeline.out), tuple(map(torch.empty_like, inputs))
         calls += [backward(pipeline, words, grad_out, grads, deterministic) for deterministic in (False, True)]

@@ -17,6 +17,14 @@
 
 namespace rrattn {
 
+#if defined(RRATTN_WITH_CUDA)
+using cuda::DeviceGuard;
+#else
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+#endif
+
 template <typename Params>
 struct Kernel {
   int64_t (*workspace_bytes)(const Params&) = nullptr;
@@ -65,6 +73,9 @@ inline constexpr Stage<AttendParams> kAttend = {
 inline constexpr Stage<AttendParams> kQuantizedAttend = {
     "attention with quantization",
     {cpu::quantized_attend_workspace_bytes, cpu::run_quantized_attend},
+#if defined(RRATTN_WITH_CUDA)
+    {cuda::quantized_attend_workspace_bytes, cuda::run_quantized_attend},
+#endif
 };
 
 // Attention as the user asked for it. What does not go together is refused here.
@@ -77,7 +88,14 @@ inline const Kernel<AttendParams>& attend_kernel_for(const Array& first,
                                 "\", but attention in eight bits is not compensated: give "
                                 "compensate=False");
   }
-  return kQuantizedAttend.kernel_for(first);
+  const Kernel<AttendParams>& kernel = kQuantizedAttend.kernel_for(first);
+#if defined(RRATTN_WITH_CUDA)
+  if (first.gpu >= 0) {
+    const DeviceGuard guard(first.gpu);
+    cuda::check_quantized_attend(first.shape.empty() ? 0 : first.shape.back());
+  }
+#endif
+  return kernel;
 }
 
 inline constexpr Stage<BackwardParams> kBackward = {
@@ -106,18 +124,12 @@ inline constexpr Stage<RaggedParams> kRaggedOnGpu = {
 };
 
 #if defined(RRATTN_WITH_CUDA)
-using cuda::DeviceGuard;
-
 // The name of the kernels that a GPU gets by this path.
 inline std::string gpu_kernels(int device, const cuda::WantedPath& wanted) {
   const DeviceGuard guard(device);
   return name_of(choose_gpu_path(cuda::current_gpu(), cuda::built_cuda_archs(), wanted));
 }
 #else
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
-};
-
 [[noreturn]] inline std::string gpu_kernels(int, const cuda::WantedPath&) {
   throw std::invalid_argument("this build of rrattn has no GPU kernels");
 }

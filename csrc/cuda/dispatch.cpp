@@ -16,6 +16,7 @@
 #include "sm90/attend/stage.h"
 #include "sm90/backward/stage.h"
 #include "sm90/estimate/stage.h"
+#include "sm90/quantized_attend/stage.h"
 #include "stages.h"
 
 namespace rrattn::cuda {
@@ -28,6 +29,8 @@ struct Sm90 {
   using EstimateStage = sm90::estimate::Stage<kDataType, kHeadDim, kKeyStride>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV>
   using AttendStage = sm90::attend::Stage<kDataType, kHeadDim, kHeadDimV>;
+  template <DataType kDataType, int kHeadDim>
+  using QuantizedAttendStage = sm90::quantized_attend::Stage<kDataType, kHeadDim>;
   template <DataType kDataType, int kHeadDim, int kHeadDimV, bool kDeterministic>
   using BackwardStage = sm90::backward::Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>;
 };
@@ -123,6 +126,16 @@ auto with_backward_head_dims(const Heads& heads, const Use& use) {
   return heads.head_dim_v <= 128 ? use(k256, k128) : use(k256, k256);
 }
 
+// The head size that attention in eight bits is built for.
+template <typename Use>
+auto with_quantized_head_dim(const Heads& heads, const Use& use) {
+  const int64_t larger = std::max(heads.head_dim, heads.head_dim_v);
+  if (larger <= 64) return use(std::integral_constant<int, 64>());
+  if (larger <= 128) return use(std::integral_constant<int, 128>());
+  throw std::invalid_argument("head_dim is " + std::to_string(larger) +
+                              ", but with quantization on a GPU must be at most 128");
+}
+
 template <typename Use>
 auto with_key_stride(int64_t key_stride, const Use& use) {
   switch (key_stride) {
@@ -200,6 +213,24 @@ auto with_stage(const AttendParams& params, const Use& use) {
   });
 }
 
+// Attention in eight bits, which Hopper's kernels alone have. `use` returns a Result.
+template <typename Result, typename Use>
+Result with_quantized_stage(const AttendParams& params, const Use& use) {
+  return with_architecture([&](auto architecture) -> Result {
+    if constexpr (std::is_same_v<decltype(architecture), Sm90>) {
+      return with_data_type(params.heads, [&](auto data_type) {
+        return with_quantized_head_dim(params.heads, [&](auto head_dim) {
+          return use(typename Sm90::QuantizedAttendStage<decltype(data_type)::value,
+                                                         decltype(head_dim)::value>());
+        });
+      });
+    }
+    throw std::invalid_argument("the GPU is " + current_gpu().name +
+                                " with portable kernels, but rrattn runs attention with "
+                                "quantization on: CPU, GPU with Hopper's kernels");
+  });
+}
+
 template <typename Use>
 auto with_stage(const BackwardParams& params, const Use& use) {
   return with_architecture([&](auto architecture) {
@@ -259,6 +290,10 @@ bool is_empty(const RaggedParams& batch) {
 int64_t estimate_workspace_bytes(const EstimateParams& params) { return workspace_bytes(params); }
 int64_t select_workspace_bytes(const SelectParams& params) { return workspace_bytes(params); }
 int64_t attend_workspace_bytes(const AttendParams& params) { return workspace_bytes(params); }
+int64_t quantized_attend_workspace_bytes(const AttendParams& params) {
+  return with_quantized_stage<int64_t>(params,
+                                       [&](auto stage) { return stage.workspace_bytes(params); });
+}
 int64_t backward_workspace_bytes(const BackwardParams& params) { return workspace_bytes(params); }
 int64_t dense_mask_workspace_bytes(const DenseMaskParams& params) {
   return workspace_bytes(params);
@@ -277,6 +312,14 @@ int64_t ragged_workspace_bytes(const RaggedParams& batch) {
 void run_estimate(const EstimateParams& params) { launch(params); }
 void run_select(const SelectParams& params) { launch(params); }
 void run_attend(const AttendParams& params) { launch(params); }
+void check_quantized_attend(int64_t head_dim) {
+  AttendParams params;
+  params.heads = {1, head_dim, head_dim, DataType::kBFloat16};
+  with_quantized_stage<void>(params, [](auto) {});
+}
+void run_quantized_attend(const AttendParams& params) {
+  with_quantized_stage<void>(params, [&](auto stage) { stage.launch(params); });
+}
 void run_backward(const BackwardParams& params) { launch(params); }
 void run_dense_mask(const DenseMaskParams& params) { launch(params); }
 

@@ -1,6 +1,6 @@
 """Attention in eight bits against the oracle's own eight-bit semantics, and these against exact attention.
 
-A GPU has no kernels of it: `test_support.py` sees that it refuses.
+Hopper's kernels have it for head sizes up to 128: `test_support.py` sees that all others refuse.
 """
 
 from dataclasses import replace
@@ -13,9 +13,21 @@ from test_hidden_values import every_mask, hidden_keys, with_bad_rows
 
 from rrattn import direct, reference
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = pytest.mark.one_path
 BLOCK = reference.BLOCK
 QUANTIZATION = "qk_int8_pv_fp8"
+LARGEST_HEAD_SIZE_ON_GPU = 128
+
+
+@pytest.fixture(autouse=True)
+def eight_bits_are_here(platform, request):
+    if platform == "cpu":
+        return
+    if direct.gpu_kernels() != "hopper":
+        pytest.skip("Hopper's kernels alone have eight bits")
+    case = request.node.callspec.params.get("case")
+    if case is not None and max(case.head_dim, case.head_dim_v or 0) > LARGEST_HEAD_SIZE_ON_GPU:
+        pytest.skip("refused on a GPU")
 
 
 def run(kernels, case, dtype="bfloat16", inputs=None, **options):
@@ -33,7 +45,7 @@ def check(kernels, case, dtype="bfloat16", inputs=None, **options):
     """(out, lse) of the kernel, found within twice what it costs to round the oracle's to bfloat16.
 
     Where float32 rounds a score or a probability to the other neighbour, lse shows it. Rows in which that counts are
-    few, and left out.
+    few, and left out. They are more on a GPU, whose tensor cores cut small probabilities that they add to a large one.
     """
     inputs = inputs or make_inputs(case, dtype)
     results = run(kernels, case, dtype, inputs, **options)
@@ -44,7 +56,7 @@ def check(kernels, case, dtype="bfloat16", inputs=None, **options):
     assert error.max(initial=0) < 0.07  # two neighbours of e4m3 are this far from each other
     assert reference.rms(error[seen]) <= 1e-3 * max(1, np.abs(lse[seen]).max(initial=0) / 100)
     same = np.swapaxes(error < 1e-3, 1, 2)
-    assert (~same).sum() <= max(2, 0.01 * same.size)
+    assert (~same).sum() <= max(2, (0.01 if "float32" in kernels.dtypes else 0.05) * same.size)
     assert_as_good_as_naive(results[0][same], out[same], reference.cast(out, "bfloat16")[same])
     return results
 
@@ -76,27 +88,27 @@ def test_the_oracle_is_near_exact_attention(case):
     assert np.array_equal(seen, np.isfinite(lse)) and np.abs(lse[seen] - exact[1][seen]).max() < 0.08
 
 
-def test_the_mean_key_changes_no_score(kernels):
+def test_the_mean_key_changes_no_score(kernels, main_dtype):
     """Keys far from zero all the same way: INT8 numbers of these would be alike."""
     case = Case(300, 700, num_heads=4, num_heads_k=2, sink=True)
-    inputs = make_inputs(case, query_scale=0.5)
-    key = inputs.key + np.float32(30) * np.sign(inputs.key[:, :1])
+    inputs = make_inputs(case, main_dtype, query_scale=0.5)
+    key = reference.cast(inputs.key + np.float32(30) * np.sign(inputs.key[:, :1]), main_dtype)
     shifted = replace(inputs, key=key)
-    out, lse = check(kernels, case, "float32", shifted)
+    out, lse = check(kernels, case, main_dtype, shifted)
     exact = reference.attend(*shifted.forward, inputs.block_mask, causal=True, sink=inputs.sink)
     assert reference.rms(out - exact[0]) < 0.05 * reference.rms(exact[0])
     assert np.abs(lse - exact[1]).max() < 0.08
 
 
 @pytest.mark.parametrize("head_dim", (64, 72, 128))
-def test_one_element_far_above_the_others_costs_little(kernels, head_dim):
+def test_one_element_far_above_the_others_costs_little(kernels, main_dtype, head_dim):
     """Of keys, as models have them: INT8 numbers of the others would have few bits. Ten times the error unturned."""
     case = Case(300, 700, num_heads=4, num_heads_k=2, head_dim=head_dim)
-    inputs = make_inputs(case, query_scale=0.5)
+    inputs = make_inputs(case, main_dtype, query_scale=0.5)
     query, key = inputs.query.copy(), inputs.key.copy()
-    key[..., 5] *= 30
-    query[..., 5] /= 30
-    out, _ = check(kernels, case, "float32", replace(inputs, query=query, key=key))
+    key[..., 5] *= 32
+    query[..., 5] /= 32
+    out, _ = check(kernels, case, main_dtype, replace(inputs, query=query, key=key))
     exact, _ = reference.attend(query, key, inputs.value, inputs.block_mask, causal=True)
     assert reference.rms(out - exact) < 0.07 * reference.rms(exact)
 
@@ -109,6 +121,12 @@ def test_out_and_lse(kernels, case):
     check(kernels, case)
 
 
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_every_dtype(kernels, case, dtype):
+    check(kernels, case, dtype)
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_every_simd_level(kernels, simd, case, dtype):
     check(kernels, case, dtype)
@@ -128,7 +146,7 @@ def test_large_and_small_logits(kernels, query_scale):
     assert reference.rms(out - oracle) < 2.0**-8 * reference.rms(oracle)
 
 
-@pytest.mark.parametrize("rise", (-120, 30, 120))
+@pytest.mark.parametrize("rise", (-120, -5, -1, 30, 120))
 def test_scores_far_above_those_before(kernels, rise):
     """Bases rise and fall from block to block: what is summed up so far is rescaled by powers of two."""
     case = Case(400, 1100, num_heads=4, num_heads_k=2)
@@ -140,16 +158,17 @@ def test_scores_far_above_those_before(kernels, rise):
 
 
 @pytest.mark.parametrize("scale", (0.0, 1e-36, 1e-20, 1e20))
-def test_zeros_and_extreme_magnitudes(kernels, scale):
+def test_zeros_and_extreme_magnitudes(kernels, scale, main_dtype):
     """Scales neither divide by zero nor overflow."""
     case = FEW_CASES[0]
-    inputs = make_inputs(case, "float32")
+    inputs = make_inputs(case, main_dtype)
     query, key, value = (x.copy() for x in inputs.forward)
     query[:, ::3] *= np.float32(scale)
     value[..., ::2] *= np.float32(scale)
     key[:, :BLOCK] = 0  # a block of zeros, and no mean
-    out, lse = run(kernels, case, "float32", replace(inputs, query=query, key=key, value=value))
-    oracle = oracle_of(case, replace(inputs, query=query, key=key, value=value))
+    given = replace(inputs, query=reference.cast(query, main_dtype), key=key, value=reference.cast(value, main_dtype))
+    out, lse = run(kernels, case, main_dtype, given)
+    oracle = oracle_of(case, given)
     seen = np.isfinite(oracle[1])
     for half in (slice(0, None, 2), slice(1, None, 2)):
         largest = np.abs(oracle[0][..., half]).max()
@@ -163,11 +182,13 @@ def test_layouts_are_read_and_written_in_place(kernels, make_kernels, case, layo
     assert_identical(run(make_kernels(layout), case), run(kernels, case))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_thread_count_changes_nothing(kernels, make_kernels, case):
     assert_identical(run(make_kernels(num_threads=3), case), run(kernels, case))
 
 
+@pytest.mark.cpu_only
 def test_out_may_be_the_query(kernels):
     case = FEW_CASES[0]
     query, key, value = (kernels.input(x, "float32") for x in make_inputs(case).forward)

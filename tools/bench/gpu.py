@@ -27,6 +27,9 @@ rr_attention
     Estimate, select and attend in a row, with the settings of gpu_attend.RR_ATTENTION_SETTINGS, on queries and keys
     with structure (gpu_inputs.structured) and on random ones, and cuDNN's dense attention in turns. TFLOP/s count
     the attended blocks as above over the time of all three stages.
+quantized
+    attend in eight bits, and rr_attention with it at about half of the blocks, of random data: in turns with the same
+    in 16 bits, from which its result must not be far, and cuDNN's dense attention. TFLOP/s as of attend.
 shapes
     attend and backward of what shapes.SHAPES lists: other head sizes, numbers of heads and batches, documents by
     FlashMask, a low density. Rivals in turns: both dense attentions of torch and their backward passes, which take
@@ -54,12 +57,12 @@ import torch
 from rrattn import direct
 from rrattn.command_line import check_output_file
 
-from . import gpu_attend, gpu_backward, gpu_serving, gpu_shapes, records, serving, shapes
+from . import gpu_attend, gpu_backward, gpu_quantized, gpu_serving, gpu_shapes, records, serving, shapes
 from .gpu_inputs import HEAD_DIM, NUM_HEADS, NUM_HEADS_K, density_of, normal
 from .gpu_rivals import DENSE, elapsed_ms
 
 SAMPLING_STAGES = ("estimate", "select", "estimate+select")
-STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention", "shapes", "serving")
+STAGES = (*SAMPLING_STAGES, "attend", "backward", "rr_attention", "quantized", "shapes", "serving")
 THRESHOLD = 0.9
 # seqlen_q, seqlen_k, stride, key stride
 SHAPES = [
@@ -252,6 +255,9 @@ def main():
     if "rr_attention" in stages:
         for record in gpu_attend.measure_all_rr_attention(arguments.tokens):
             report(record, gpu_attend.line(record))
+    if "quantized" in stages:
+        for record in gpu_quantized.measure():
+            report(record, gpu_quantized.line(record))
     if "shapes" in stages:
         measured = []
         for record in gpu_shapes.measure(arguments.shape):

@@ -87,7 +87,8 @@ class Pipeline:
             given = {"block_mask": block_mask, "causal": True, **self.lengths, **config.keep_rules()}
             return direct.select_blocks(scores, config.threshold, **given, **options)
 
-        return [estimate, select, lambda **options: attend(compensate=config.compensate, **options)]
+        kind = {"compensate": config.compensate, "quantization": config.quantization}
+        return [estimate, select, lambda **options: attend(**kind, **options)]
 
 
 def rivals_ms(ms, density, dense, sparse):

@@ -9,6 +9,7 @@
 #include "../../common/row_order.cuh"
 #include "../../common/span_bounds.cuh"
 #include "../common/barrier.cuh"
+#include "../common/mask_rows.cuh"
 #include "../common/tensor_map.h"
 
 namespace rrattn::cuda::sm90::attend {
@@ -18,14 +19,6 @@ using namespace cute;
 constexpr int kConsumers = 2;  // warp groups of 64 rows each, together a query block
 constexpr int kConsumerThreads = kConsumers * kWarpGroup;
 constexpr int kConsumerRows = kBlockSize / kConsumers;
-
-// The item of work: one row of the block mask.
-struct RowItem {
-  int index;  // in [B, Hq, Mq]; < 0: no row is left
-  int m_block, head;
-  int batch;  // of a ragged batch the request
-  bool without_tiles;
-};
 
 // Keys of a selected block, or with compensation the mean keys of some blocks: what the consumers
 // take at a time.

@@ -13,7 +13,6 @@
 // these and other variants are in docs/tuning.md.
 #pragma once
 
-#include "../../common/softmax.cuh"
 #include "../../common/store_row.cuh"
 #include "../common/wgmma.cuh"
 #include "producer.cuh"
@@ -338,7 +337,9 @@ class Consumer {
       last = static_cast<int>(params_.attend.visibility.num_n_blocks()) - 1 - tile.first_block() -
              first;
     } else {
-      find_hidden(row, tile, hidden);
+      find_hidden<kUnseenKeys, kRowScores>(
+          attend_of(params_, row).visibility, row, tile.first_key, !kRagged && tile.bounded,
+          [&](int half) { return row_token(row, half); }, hidden);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -353,42 +354,8 @@ class Consumer {
     }
   }
 
-  // Of keys. Bit i of hidden[half]: score i is hidden.
-  __device__ void find_hidden(const RowItem& row, const KeyTile& tile,
-                              uint32_t (&hidden)[2]) const {
-    const Visibility& visibility = attend_of(params_, row).visibility;
-    const RowBounds& layout = visibility.row_bounds;
-    const int first = tile.first_key + static_cast<int>(threadIdx.x) % 4 * 2;
-    const int end_key = static_cast<int>(visibility.seqlen_k);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = row_token(row, half);
-      int end = visibility.causal ? min(token + static_cast<int>(visibility.shift()) + 1, end_key)
-                                  : end_key;
-      // Rows past the end see nothing: what an unseen key holds must not show in their warp.
-      if (kUnseenKeys && token >= static_cast<int>(visibility.seqlen_q)) end = 0;
-      const int keys = max(end - first, 0);
-      const int visible = keys / 8 * 2 + min(keys % 8, 2);  // accumulator_column(i) < keys
-      hidden[half] = visible < 32 ? ~0u << visible : 0;
-    }
-    // Where FlashMask hides nothing, reading the bounds of all keys would take longer than the rest of
-    // the tile.
-    if (kUnseenKeys && !kRagged && tile.bounded && layout.data != nullptr) {
-      const int32_t* bounds = row_bounds_of(layout, row.batch, visibility.bounds_head(row.head));
-#pragma unroll 4
-      for (int i = 0; i < kRowScores; ++i) {
-        const int key = first + accumulator_column(i);
-        if (key >= end_key) break;
-        const KeyBounds key_bounds = load_key_bounds(layout, visibility.causal, bounds, key);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          hidden[half] |= static_cast<uint32_t>(key_bounds.mask(row_token(row, half))) << i;
-        }
-      }
-    }
-  }
-
-  // The same of a tile of means, for all rows. The thread has columns first + accumulator_column(i).
+  // Of a tile of means, for all rows: bit i, score i is hidden. The thread has columns first +
+  // accumulator_column(i).
   __device__ uint32_t hidden_means(int first) const {
     uint32_t hidden = 0;
 #pragma unroll

@@ -10,7 +10,6 @@
 #include "../../common/heads.cuh"
 #include "../../common/ragged_plan.cuh"
 #include "../../common/row_blocks.cuh"
-#include "../../common/work_order.cuh"
 #include "../common/tensor_copy.cuh"
 #include "config.cuh"
 
@@ -49,15 +48,7 @@ __device__ inline int num_items_of(const RaggedKernelParams& params) {
   return params.plan.num_row_blocks() * static_cast<int>(params.attend.visibility.num_heads);
 }
 
-// The mask row of an item; whether it has any tiles is not known yet.
-__device__ inline RowItem row_of_item(const KernelParams& params, int item) {
-  const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
-  const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
-  const int place = params.places == nullptr ? item : params.places[item];
-  const AttendRow row =
-      row_of_place(place, params.num_items / num_m_blocks, num_m_blocks, params.section_heads);
-  return {row.index, row.m_block, row.head % num_heads, row.head / num_heads, false};
-}
+using sm90::row_of_item;  // of a usual call
 // The longest of all requests come first.
 __device__ inline RowItem row_of_item(const RaggedKernelParams& params, int item) {
   const RaggedPlan& plan = params.plan;
