@@ -80,8 +80,27 @@ class Consumer {
   }
 
  private:
-  // Scores of a query and a key with scales of this product are below 2^22, where floats have halves.
-  static constexpr float kSteepScale = 1;
+  // The largest product of a query's and a key's scale with which a score becomes an exponent by one
+  // multiply-add: as ExponentShift says, or scores below 2^22, where floats have halves.
+  static constexpr float kSteepScale = Traits::kFloatScores ? 0x1p-9f : 1.f;
+
+  // What is added to scale * score_as_float(score) for the exponent of a probability, and, since it is
+  // rounded (by less than the scale), the factor by which probabilities come out too small.
+  struct ExponentShift {
+    float shift, factor;
+
+    __device__ ExponentShift(float scale, float base) : shift(kProbabilityBits - base), factor(1) {
+      if constexpr (Traits::kFloatScores) {
+        const float whole = shift, product = __fmul_rn(Traits::kWhole, scale);
+        shift = __fsub_rn(whole, product);
+        // What the two roundings lost, exactly (Knuth's TwoSum for the difference).
+        const float subtracted = __fsub_rn(whole, shift);
+        const float lost = __fsub_rn(__fsub_rn(subtracted, product),
+                                     __fsub_rn(__fadd_rn(shift, subtracted), whole));
+        factor = fmaf(lost - fmaf(Traits::kWhole, scale, -product), kLn2, 1.f);
+      }
+    }
+  };
 
   __device__ void attend(const RowItem& row, Out& out) {
     shared_.query_full[queries_.slot].wait(queries_.parity);
@@ -137,9 +156,12 @@ class Consumer {
     warpgroup_fence_operand(scores);
     bool done = plain;
     if (plain) {
-      exponentiate_plain(scale, scores);
+      float factor[2];
+      exponentiate_plain(scale, scores, factor);
       const uint32_t saturated =
           convert(scores, probabilities, [&] { finish_values(tile_out, out); });
+      tile_factor_[0] = factor[0];
+      tile_factor_[1] = factor[1];
       if (__any_sync(~0u, (saturated & 0x80808080) != 0)) {
         done = lower_probabilities(scores, probabilities, out);
         if (!done) multiply_keys_again(scores);
@@ -169,11 +191,16 @@ class Consumer {
     if (threadIdx.x % 32 == 0) shared_.value_empty[values_.slot].arrive();
     values_.advance();
 #pragma unroll
-    for (int i = 0; i < size(out); ++i) out(i) += tile_out(i);
-#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row_sum_[half] += tile_out(accumulator_index(half, kRowOuts)) +
-                        tile_out(accumulator_index(half, kRowOuts + 1));
+      const float factor = Traits::kFloatScores ? tile_factor_[half] : 1.f;
+#pragma unroll
+      for (int i = 0; i < kRowOuts; ++i) {
+        const int at = accumulator_index(half, i);
+        out(at) = fmaf(tile_out(at), factor, out(at));
+      }
+      row_sum_[half] = fmaf(tile_out(accumulator_index(half, kRowOuts)) +
+                                tile_out(accumulator_index(half, kRowOuts + 1)),
+                            factor, row_sum_[half]);
     }
   }
 
@@ -247,14 +274,16 @@ class Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float base = finite(row_base_[half]);
+      const ExponentShift shift(scale[half], base);
+      tile_factor_[half] = steep ? 1 : shift.factor;
 #pragma unroll
       for (int i = 0; i < kRowScores; ++i) {
         int& score = scores(accumulator_index(half, i));
-        const float number = number_of(score);
         // If not steep as exponentiate_plain, whichever of the two the other rows of the warp ask for.
         const float exponent =
-            steep ? __fadd_rn(__fsub_rn(__fmul_rn(number, scale[half]), base), kProbabilityBits)
-                  : fmaf(number, scale[half], kProbabilityBits - base);
+            steep ? __fadd_rn(__fsub_rn(__fmul_rn(number_of(score), scale[half]), base),
+                              kProbabilityBits)
+                  : fmaf(score_as_float(score), scale[half], shift.shift);
         score = hidden[half] >> i & 1 ? 0 : __float_as_int(exp2_approx(exponent));
       }
     }
@@ -263,15 +292,19 @@ class Consumer {
 
   // Turns scores into the bits of probabilities in float32. No score is hidden, and all are small
   // enough for one multiply-add to subtract the base.
-  __device__ __forceinline__ void exponentiate_plain(float key_scale, Scores& scores) const {
+  __device__ __forceinline__ void exponentiate_plain(float key_scale, Scores& scores,
+                                                     float (&factor)[2]) const {
     const float scale[2] = {query_scale_[0] * key_scale, query_scale_[1] * key_scale};
-    const float shift[2] = {kProbabilityBits - row_base_[0], kProbabilityBits - row_base_[1]};
+    const ExponentShift shift[2] = {{scale[0], row_base_[0]}, {scale[1], row_base_[1]}};
+    factor[0] = shift[0].factor;
+    factor[1] = shift[1].factor;
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int& score = scores(accumulator_index(half, i));
-        score = __float_as_int(exp2_approx(fmaf(number_of(score), scale[half], shift[half])));
+        score = __float_as_int(
+            exp2_approx(fmaf(score_as_float(score), scale[half], shift[half].shift)));
       }
     }
   }
@@ -426,10 +459,12 @@ class Consumer {
     return saturated;
   }
 
-  // A score, a whole number below 2^22, which floats have exactly.
+  // A score, a whole number below 2^22, which floats have exactly; with kFloatScores plus kWhole.
+  __device__ static float score_as_float(int score) {
+    return Traits::kFloatScores ? __int_as_float(score) : static_cast<float>(score);
+  }
   __device__ static float number_of(int score) {
-    return Traits::kFloatScores ? __int_as_float(score) - Traits::kWhole
-                                : static_cast<float>(score);
+    return score_as_float(score) - (Traits::kFloatScores ? Traits::kWhole : 0.f);
   }
 
   __device__ float key_scale() const { return shared_.key[keys_.slot].scale; }
@@ -506,7 +541,9 @@ class Consumer {
   float steep_key_scale_;  // from which on scores may have no place for fractions
   float row_base_[2];      // that the sums are relative to
   float row_sum_[2];       // of the thread's columns of ones
-  bool unseen_;            // some row of the warp has not seen a score
+  float tile_factor_
+      [2];       // what its probabilities times values are to be multiplied by, of ExponentShift
+  bool unseen_;  // some row of the warp has not seen a score
 };
 
 }  // namespace rrattn::cuda::sm90::quantized_attend
