@@ -80,27 +80,8 @@ class Consumer {
   }
 
  private:
-  // The largest product of a query's and a key's scale with which a score becomes an exponent by one
-  // multiply-add: as ExponentShift says, or scores below 2^22, where floats have halves.
-  static constexpr float kSteepScale = Traits::kFloatScores ? 0x1p-9f : 1.f;
-
-  // What is added to scale * score_as_float(score) for the exponent of a probability, and, since it is
-  // rounded (by less than the scale), the factor by which probabilities come out too small.
-  struct ExponentShift {
-    float shift, factor;
-
-    __device__ ExponentShift(float scale, float base) : shift(kProbabilityBits - base), factor(1) {
-      if constexpr (Traits::kFloatScores) {
-        const float whole = shift, product = __fmul_rn(Traits::kWhole, scale);
-        shift = __fsub_rn(whole, product);
-        // What the two roundings lost, exactly (Knuth's TwoSum for the difference).
-        const float subtracted = __fsub_rn(whole, shift);
-        const float lost = __fsub_rn(__fsub_rn(subtracted, product),
-                                     __fsub_rn(__fadd_rn(shift, subtracted), whole));
-        factor = fmaf(lost - fmaf(Traits::kWhole, scale, -product), kLn2, 1.f);
-      }
-    }
-  };
+  // Scores of a query and a key with scales of this product are below 2^22, where floats have halves.
+  static constexpr float kSteepScale = 1;
 
   __device__ void attend(const RowItem& row, Out& out) {
     shared_.query_full[queries_.slot].wait(queries_.parity);
@@ -156,12 +137,9 @@ class Consumer {
     warpgroup_fence_operand(scores);
     bool done = plain;
     if (plain) {
-      float factor[2];
-      exponentiate_plain(scale, scores, factor);
+      exponentiate_plain(scale, scores);
       const uint32_t saturated =
           convert(scores, probabilities, [&] { finish_values(tile_out, out); });
-      tile_factor_[0] = factor[0];
-      tile_factor_[1] = factor[1];
       if (__any_sync(~0u, (saturated & 0x80808080) != 0)) {
         done = lower_probabilities(scores, probabilities, out);
         if (!done) multiply_keys_again(scores);
@@ -191,16 +169,11 @@ class Consumer {
     if (threadIdx.x % 32 == 0) shared_.value_empty[values_.slot].arrive();
     values_.advance();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float factor = Traits::kFloatScores ? tile_factor_[half] : 1.f;
+    for (int i = 0; i < size(out); ++i) out(i) += tile_out(i);
 #pragma unroll
-      for (int i = 0; i < kRowOuts; ++i) {
-        const int at = accumulator_index(half, i);
-        out(at) = fmaf(tile_out(at), factor, out(at));
-      }
-      row_sum_[half] = fmaf(tile_out(accumulator_index(half, kRowOuts)) +
-                                tile_out(accumulator_index(half, kRowOuts + 1)),
-                            factor, row_sum_[half]);
+    for (int half = 0; half < 2; ++half) {
+      row_sum_[half] += tile_out(accumulator_index(half, kRowOuts)) +
+                        tile_out(accumulator_index(half, kRowOuts + 1));
     }
   }
 
@@ -218,10 +191,9 @@ class Consumer {
 
   // Starts scores = Q K^T of the current slot.
   __device__ void multiply_keys(Scores& scores) {
-    if constexpr (Traits::kFloatScores) fill(scores, int{Traits::kWholeBits});
     typename Traits::ScoreMma mma;
     auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
-    start_product<Traits::kFloatScores ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero>(
+    start_product<GMMA::ScaleOut::Zero>(
         mma,
         thread_mma.partition_fragment_A(
             make_tensor(make_smem_ptr(query_rows()), typename Traits::QueryLayout{})),
@@ -274,16 +246,14 @@ class Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float base = finite(row_base_[half]);
-      const ExponentShift shift(scale[half], base);
-      tile_factor_[half] = steep ? 1 : shift.factor;
 #pragma unroll
       for (int i = 0; i < kRowScores; ++i) {
         int& score = scores(accumulator_index(half, i));
+        const auto number = static_cast<float>(score);
         // If not steep as exponentiate_plain, whichever of the two the other rows of the warp ask for.
         const float exponent =
-            steep ? __fadd_rn(__fsub_rn(__fmul_rn(number_of(score), scale[half]), base),
-                              kProbabilityBits)
-                  : fmaf(score_as_float(score), scale[half], shift.shift);
+            steep ? __fadd_rn(__fsub_rn(__fmul_rn(number, scale[half]), base), kProbabilityBits)
+                  : fmaf(number, scale[half], kProbabilityBits - base);
         score = hidden[half] >> i & 1 ? 0 : __float_as_int(exp2_approx(exponent));
       }
     }
@@ -292,19 +262,17 @@ class Consumer {
 
   // Turns scores into the bits of probabilities in float32. No score is hidden, and all are small
   // enough for one multiply-add to subtract the base.
-  __device__ __forceinline__ void exponentiate_plain(float key_scale, Scores& scores,
-                                                     float (&factor)[2]) const {
+  __device__ __forceinline__ void exponentiate_plain(float key_scale, Scores& scores) const {
     const float scale[2] = {query_scale_[0] * key_scale, query_scale_[1] * key_scale};
-    const ExponentShift shift[2] = {{scale[0], row_base_[0]}, {scale[1], row_base_[1]}};
-    factor[0] = shift[0].factor;
-    factor[1] = shift[1].factor;
+    const float shift[2] = {kProbabilityBits - row_base_[0], kProbabilityBits - row_base_[1]};
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int& score = scores(accumulator_index(half, i));
-        score = __float_as_int(
-            exp2_approx(fmaf(score_as_float(score), scale[half], shift[half].shift)));
+        // A whole number below 2^22, which floats have exactly.
+        const auto number = static_cast<float>(score);
+        score = __float_as_int(exp2_approx(fmaf(number, scale[half], shift[half])));
       }
     }
   }
@@ -395,7 +363,7 @@ class Consumer {
     float largest = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) {
-      const float score = number_of(scores(accumulator_index(half, i))) * scale;
+      const float score = static_cast<float>(scores(accumulator_index(half, i))) * scale;
       largest = fmaxf(largest, hidden >> i & 1 ? -INFINITY : score);
     }
     return quad_max(largest);
@@ -408,7 +376,7 @@ class Consumer {
     const int8_t* query =
         query_rows() + static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 * kHeadDim;
     const int8_t* key = shared_.key[keys_.slot].numbers;
-    fill(scores, Traits::kFloatScores ? int{Traits::kWholeBits} : 0);
+    clear(scores);
 #pragma unroll 1
     for (int k = lane % 4 * 4; k < kHeadDim; k += 32) {
       // Eight rows lie side by side, and all eights alike.
@@ -457,14 +425,6 @@ class Consumer {
       saturated |= word + 0x02020202;
     }
     return saturated;
-  }
-
-  // A score, a whole number below 2^22, which floats have exactly; with kFloatScores plus kWhole.
-  __device__ static float score_as_float(int score) {
-    return Traits::kFloatScores ? __int_as_float(score) : static_cast<float>(score);
-  }
-  __device__ static float number_of(int score) {
-    return score_as_float(score) - (Traits::kFloatScores ? Traits::kWhole : 0.f);
   }
 
   __device__ float key_scale() const { return shared_.key[keys_.slot].scale; }
@@ -541,9 +501,7 @@ class Consumer {
   float steep_key_scale_;  // from which on scores may have no place for fractions
   float row_base_[2];      // that the sums are relative to
   float row_sum_[2];       // of the thread's columns of ones
-  float tile_factor_
-      [2];       // what its probabilities times values are to be multiplied by, of ExponentShift
-  bool unseen_;  // some row of the warp has not seen a score
+  bool unseen_;            // some row of the warp has not seen a score
 };
 
 }  // namespace rrattn::cuda::sm90::quantized_attend
