@@ -1,5 +1,7 @@
 """Attention in eight bits on a GPU over long rows, whose products the tensor cores add up with few bits."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -39,35 +41,14 @@ def test_a_call_stays_in_its_workspace_and_in_a_graph():
 
     def call(out, lse):
         options = {"out": out, "lse": lse, "causal": True, "quantization": QUANTIZATION}
-        with_workspace(direct.block_sparse_attention, query, key, value, mask, **options)
+        return partial(direct.block_sparse_attention, query, key, value, mask, **options)
 
-    call(*results[0])
-    size = direct.block_sparse_attention(
-        query,
-        key,
-        value,
-        mask,
-        out=results[1][0],
-        lse=results[1][1],
-        causal=True,
-        quantization=QUANTIZATION,
-        size_only=True,
-    )
-    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+    with_workspace(call(*results[0]))
+    captured = call(*results[1])
+    workspace = torch.empty(captured(size_only=True), dtype=torch.uint8, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        direct.block_sparse_attention(
-            query,
-            key,
-            value,
-            mask,
-            out=results[1][0],
-            lse=results[1][1],
-            causal=True,
-            quantization=QUANTIZATION,
-            workspace=workspace,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+        captured(workspace=workspace, stream=torch.cuda.current_stream().cuda_stream)
     for tensor in results[1]:
         tensor.fill_(float("nan"))
     graph.replay()

@@ -84,6 +84,7 @@ def sampling_table(rows):
 
 
 RIVALS = {
+    "16 bits": "16 bits",
     "cudnn dense": "cuDNN, dense",
     "flash dense": "FlashAttention, dense",
     "flex": "FlexAttention",
@@ -226,19 +227,18 @@ def quantization_tables(results):
 def quantized_speed_table(rows):
     """Attention in eight bits beside its own of 16 bits and cuDNN's dense attention."""
     one = rows[0]
-    lines = [
+    intro = (
         f"{one['gpu']}, CUDA {one['cuda']}, {one['dtype']}, batch 1, {one['num_heads']} query heads over"
         f" {one['num_heads_k']} key heads, causal, random data (`{one['command']}` at commit {one['commit']}), all that"
         " turns inputs into eight bits included. In turns with the same in 16 bits and with cuDNN's dense attention of"
-        " all blocks; *n x* is their time over that of eight bits.",
-        "",
-        "| | tokens | head size | blocks | eight bits | TFLOP/s | 16 bits | cuDNN, dense |",
-        "|---" * 8 + "|",
-    ]
-    for row in rows:
-        cells = row["shape"], f"{row['seqlen_q']:,}", str(row["head_dim"]), *work_cells(row)
-        lines.append(f"| {' | '.join([*cells, *(times(row, rival) for rival in ('16 bits', 'cudnn dense'))])} |")
-    return "\n".join(lines)
+        " all blocks; *n x* is their time over that of eight bits."
+    )
+    columns = "call", "tokens", "head size", "blocks", "eight bits", "TFLOP/s"
+    return rivals_table(
+        intro,
+        columns,
+        [(row, (row["shape"], f"{row['seqlen_q']:,}", str(row["head_dim"]), *work_cells(row))) for row in rows],
+    )
 
 
 def smollm2_table(rows):
