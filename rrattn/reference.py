@@ -370,11 +370,12 @@ def quantized_attend(
     - Queries and keys are *rotated*: multiplied, n neighbouring elements together, by the Hadamard matrix of n over n,
       where n is the largest power of two that D is a multiple of, in float32, from neighbours to those n / 2 apart.
       Their products are then 1 / n of what they were.
-    - Queries become INT8 with a scale for each row, keys with one for each block of 128: x becomes the nearest whole
-      number to x * (127 / largest), ties to even, where `largest` is the largest magnitude of the row or block. Zeros
-      where that is below 2^-100. Of a query that is not finite the scale is NaN, and so are its scores.
-    - Scores are exponents of 2: the product of whole numbers, times largest / 127 of either, times softmax_scale *
-      log2(e) * n.
+    - Queries become INT8 with a scale for each row, keys with one for each block of 128: largest / 127 * factor,
+      rounded away from zero to bfloat16, where `largest` is the largest magnitude of the row or block, and `factor` 1
+      for keys and softmax_scale * log2(e) * n for queries. x becomes the nearest whole number to x * (factor / scale),
+      ties to even. Zeros where `largest` is below 2^-100. Of a query that is not finite the scale is NaN, and so are
+      its scores.
+    - Scores are exponents of 2: the product of whole numbers, times both scales.
     - Values become e4m3, divided by a power of two for each column of a key head: the smallest, from 2^-100 on, with
       which the largest magnitude of the column is at most 448.
     - The *base* of a row is its largest visible score, or the sink's if larger, rounded up to a whole number.
@@ -388,6 +389,7 @@ def quantized_attend(
     seqlen_k, num_heads_k = key.shape[1:3]
     group = num_heads // num_heads_k
     scale = np.float32(head_dim**-0.5 if softmax_scale is None else softmax_scale)
+    factor = scale * np.float32(np.log2(np.e)) * np.float32(head_dim & -head_dim)
     visible = selected_tokens(query, key, block_mask, startend, causal)
     seen = token_mask(
         startend, causal=causal, batch=batch, num_heads=num_heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k
@@ -406,10 +408,9 @@ def quantized_attend(
         q[bad_query] = 0
         of_mean = (q.astype(np.float64) @ mean) * scale  # [Lq]
         q = _rotated(q)
-        largest = np.abs(q).max(-1, initial=0)
-        q_scale = largest / np.float32(127) * (scale * np.float32(np.log2(np.e))) * np.float32(head_dim & -head_dim)
+        q, q_scale = to_int8(q, np.abs(q).max(-1, initial=0), factor)
         q_scale[bad_query] = np.nan
-        score = (_to_int8(q, largest[:, None]) @ k.T) * np.outer(q_scale, k_scale)  # [Lq, Lk]
+        score = (q @ k.T) * np.outer(q_scale, k_scale)  # [Lq, Lk]
         score = np.where(visible[b, h], score, -np.inf)
         of_sink = np.full(seqlen_q, -np.inf) if sink is None else (sink[h] - of_mean) / np.log(2)
         base = np.ceil(np.maximum(score.max(-1, initial=-np.inf), of_sink))
@@ -436,12 +437,13 @@ def _rotated(x: Array) -> Array:
     return x
 
 
-def _to_int8(x: Array, largest: Array) -> Array:
-    """Whole numbers, in float64, of float32 rows with these largest magnitudes."""
-    zero = largest < np.float32(2.0**-100)
-    inverse = np.where(zero, np.float32(0), np.float32(127) / np.where(zero, np.float32(1), largest))
-    rounded: Array = np.rint(x * inverse) + 0.0
-    return rounded
+def to_int8(x: Array, largest: Array, factor: np.float32) -> tuple[Array, Array]:
+    """(whole numbers [L, D] in float64, scale of each row float32 [L]) of `factor` times the float32 rows `x`."""
+    scale = largest / np.float32(127) * factor
+    scale = ((scale.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+    zero = (largest < np.float32(2.0**-100)) | (scale == 0)
+    inverse = np.where(zero, np.float32(0), factor / np.where(zero, np.float32(1), scale))
+    return np.rint(x * inverse[:, None]).astype(np.float64), scale
 
 
 def _quantized_keys(key: Array, counts: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
@@ -456,7 +458,8 @@ def _quantized_keys(key: Array, counts: NDArray[np.bool_]) -> tuple[Array, Array
     largest = np.zeros(len(key), np.float32)
     for first in range(0, len(key), BLOCK):
         largest[first : first + BLOCK] = np.abs(centred[first : first + BLOCK]).max()
-    return _to_int8(centred, largest[:, None]).astype(np.float64), mean, largest / np.float32(127)
+    numbers, scale = to_int8(centred, largest, np.float32(1))
+    return numbers, mean, scale
 
 
 def _quantized_values(value: Array, counts: NDArray[np.bool_]) -> Array:

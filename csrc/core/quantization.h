@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "params.h"
@@ -22,8 +24,8 @@ constexpr float kLargestInt8 = 127;  // -128 is not used
 constexpr float kLargestE4m3 = 448;
 constexpr float kSmallestNormalE4m3 = 0x1p-6f;
 
-// Rows and blocks whose largest element is below this count as zeros: 127 over a smaller number
-// might be infinite.
+// Rows and blocks whose largest element is below this count as zeros: the inverse of a smaller
+// number's scale might be infinite.
 constexpr float kSmallestScaled = 0x1p-100f;
 
 // The largest e4m3 number of a probability, which is 2^8 at most: a row's base is its largest score
@@ -37,10 +39,22 @@ RRATTN_HOST_DEVICE inline int64_t rotated_together(int64_t head_dim) {
   return head_dim & -head_dim;
 }
 
-// What elements are multiplied by to become INT8, of a row or block with this largest element.
-RRATTN_HOST_DEVICE inline float int8_inverse(float largest) {
-  return largest < kSmallestScaled ? 0.f : kLargestInt8 / largest;
-}
+// What INT8 numbers of a row or block are multiplied by to be `factor` times its elements: bfloat16,
+// away from zero. The product of two such scales and 1.5 * 2^23 is exact in float32, which Hopper's
+// kernel makes use of.
+struct Int8Scale {
+  float scale;
+  float inverse;  // what elements are multiplied by to become INT8
+
+  RRATTN_HOST_DEVICE Int8Scale(float largest, float factor)
+      : scale(largest / kLargestInt8 * factor), inverse(0) {
+    uint32_t bits;
+    memcpy(&bits, &scale, sizeof(bits));
+    bits = (bits + 0xffff) & 0xffff0000;
+    memcpy(&scale, &bits, sizeof(bits));
+    if (largest >= kSmallestScaled && scale != 0) inverse = factor / scale;
+  }
+};
 
 // The exponent of the power of two that a column of values is divided by: the smallest one from -100
 // on with which its largest element is an e4m3 number.

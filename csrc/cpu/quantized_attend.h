@@ -187,8 +187,9 @@ inline void read_quantized_tiles(const AttendParams& params, const KeyHeadScales
       value_row[d] = round_to_e4m3(value_row[d] / value_scale[d]);
     }
   }
-  round_to_int8(scratch.key_tile, num_keys * head_dim, int8_inverse(largest));
-  scratch.key_scale = largest / kLargestInt8;
+  const Int8Scale key_scale(largest, 1);
+  round_to_int8(scratch.key_tile, num_keys * head_dim, key_scale.inverse);
+  scratch.key_scale = key_scale.scale;
 }
 
 // The queries of a head as whole numbers, their scales, and their scores of the mean key. A row that
@@ -204,6 +205,8 @@ inline void read_quantized_queries(const AttendParams& params, const KeyHeadScal
   float* row = scratch.row_buffer;
   memset(strips, 0, kBlockSize * head_dim * sizeof(float));
   const int64_t num_queries = clip_count(first_query, params.visibility.seqlen_q, kBlockSize);
+  const float factor =
+      params.softmax_scale * kLog2E * static_cast<float>(rotated_together(head_dim));
   for (int64_t c = 0; c < kBlockSize; ++c) {
     float& scale = scratch.query_scale[slot * kBlockSize + c];
     float& mean_score = scratch.mean_score[slot * kBlockSize + c];
@@ -219,10 +222,9 @@ inline void read_quantized_queries(const AttendParams& params, const KeyHeadScal
     }
     mean_score = score;
     rotate(row, head_dim);
-    const float largest = largest_of(row, head_dim);
-    scale = largest / kLargestInt8 * (params.softmax_scale * kLog2E) *
-            static_cast<float>(rotated_together(head_dim));
-    round_to_int8(row, head_dim, int8_inverse(largest));
+    const Int8Scale row_scale(largest_of(row, head_dim), factor);
+    round_to_int8(row, head_dim, row_scale.inverse);
+    scale = row_scale.scale;
     float* column = strips + c / kStrip * kStrip * head_dim + c % kStrip;
     for (int64_t d = 0; d < head_dim; ++d) column[d * kStrip] = row[d];
   }

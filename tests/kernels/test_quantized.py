@@ -77,6 +77,22 @@ def test_e4m3_has_the_numbers_of_the_format():
     assert np.array_equal(reference.to_e4m3(np.nextafter(middle, 0)), numbers[:-1])
 
 
+@pytest.mark.parametrize("factor", (1.0, 0.127, -30.0, 1e-30, 0.0))
+def test_int8_scales_are_bfloat16(factor):
+    """And just large enough: numbers use at least 126 of 127, and are the elements to half a unit."""
+    x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    x *= np.float32(2.0) ** np.arange(-90, 38, 2, dtype=np.float32)[:, None]
+    numbers, scale = reference.to_int8(x, np.abs(x).max(-1), np.float32(factor))
+    assert np.array_equal(scale, reference.cast(scale, "bfloat16"))
+    if factor == 0:
+        assert not numbers.any() and not scale.any()
+        return
+    largest, normal = np.abs(numbers).max(-1), np.abs(scale) >= 2.0**-126
+    assert (largest <= 127).all() and (largest[normal] >= 126).all() and normal.sum() > 10
+    error = np.abs(x.astype(np.float64) * np.float32(factor) - numbers * scale[:, None])
+    assert (error <= 0.5001 * np.abs(scale)[:, None])[normal].all()
+
+
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_the_oracle_is_near_exact_attention(case):
     """Of inputs whose scores are about as wide as a model's."""

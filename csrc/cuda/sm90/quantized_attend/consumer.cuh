@@ -83,6 +83,12 @@ class Consumer {
   // Scores of a query and a key with scales of this product are below 2^22, where floats have halves.
   static constexpr float kSteepScale = 1;
 
+  // What is added to scale * score_as_float(score) for the exponent of a probability. The scale has 16
+  // bits, its product with kWhole 18, which bases of scores that it is not too steep for join exactly.
+  __device__ static float exponent_shift(float scale, float base) {
+    return kProbabilityBits - base - (Traits::kFloatScores ? Traits::kWhole * scale : 0.f);
+  }
+
   __device__ void attend(const RowItem& row, Out& out) {
     shared_.query_full[queries_.slot].wait(queries_.parity);
     float largest_scale = 0;
@@ -191,9 +197,10 @@ class Consumer {
 
   // Starts scores = Q K^T of the current slot.
   __device__ void multiply_keys(Scores& scores) {
+    if constexpr (Traits::kFloatScores) fill(scores, int{Traits::kWholeBits});
     typename Traits::ScoreMma mma;
     auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
-    start_product<GMMA::ScaleOut::Zero>(
+    start_product<Traits::kFloatScores ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero>(
         mma,
         thread_mma.partition_fragment_A(
             make_tensor(make_smem_ptr(query_rows()), typename Traits::QueryLayout{})),
@@ -246,14 +253,15 @@ class Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float base = finite(row_base_[half]);
+      const float shift = exponent_shift(scale[half], base);
 #pragma unroll
       for (int i = 0; i < kRowScores; ++i) {
         int& score = scores(accumulator_index(half, i));
-        const auto number = static_cast<float>(score);
         // If not steep as exponentiate_plain, whichever of the two the other rows of the warp ask for.
         const float exponent =
-            steep ? __fadd_rn(__fsub_rn(__fmul_rn(number, scale[half]), base), kProbabilityBits)
-                  : fmaf(number, scale[half], kProbabilityBits - base);
+            steep ? __fadd_rn(__fsub_rn(__fmul_rn(number_of(score), scale[half]), base),
+                              kProbabilityBits)
+                  : fmaf(score_as_float(score), scale[half], shift);
         score = hidden[half] >> i & 1 ? 0 : __float_as_int(exp2_approx(exponent));
       }
     }
@@ -264,15 +272,14 @@ class Consumer {
   // enough for one multiply-add to subtract the base.
   __device__ __forceinline__ void exponentiate_plain(float key_scale, Scores& scores) const {
     const float scale[2] = {query_scale_[0] * key_scale, query_scale_[1] * key_scale};
-    const float shift[2] = {kProbabilityBits - row_base_[0], kProbabilityBits - row_base_[1]};
+    const float shift[2] = {exponent_shift(scale[0], row_base_[0]),
+                            exponent_shift(scale[1], row_base_[1])};
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int& score = scores(accumulator_index(half, i));
-        // A whole number below 2^22, which floats have exactly.
-        const auto number = static_cast<float>(score);
-        score = __float_as_int(exp2_approx(fmaf(number, scale[half], shift[half])));
+        score = __float_as_int(exp2_approx(fmaf(score_as_float(score), scale[half], shift[half])));
       }
     }
   }
@@ -363,7 +370,7 @@ class Consumer {
     float largest = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) {
-      const float score = static_cast<float>(scores(accumulator_index(half, i))) * scale;
+      const float score = number_of(scores(accumulator_index(half, i))) * scale;
       largest = fmaxf(largest, hidden >> i & 1 ? -INFINITY : score);
     }
     return quad_max(largest);
@@ -376,7 +383,7 @@ class Consumer {
     const int8_t* query =
         query_rows() + static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 * kHeadDim;
     const int8_t* key = shared_.key[keys_.slot].numbers;
-    clear(scores);
+    fill(scores, Traits::kFloatScores ? int{Traits::kWholeBits} : 0);
 #pragma unroll 1
     for (int k = lane % 4 * 4; k < kHeadDim; k += 32) {
       // Eight rows lie side by side, and all eights alike.
@@ -425,6 +432,14 @@ class Consumer {
       saturated |= word + 0x02020202;
     }
     return saturated;
+  }
+
+  // A score, a whole number below 2^22, which floats have exactly; with kFloatScores plus kWhole.
+  __device__ static float score_as_float(int score) {
+    return Traits::kFloatScores ? __int_as_float(score) : static_cast<float>(score);
+  }
+  __device__ static float number_of(int score) {
+    return score_as_float(score) - (Traits::kFloatScores ? Traits::kWhole : 0.f);
   }
 
   __device__ float key_scale() const { return shared_.key[keys_.slot].scale; }

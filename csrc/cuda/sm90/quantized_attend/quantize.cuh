@@ -344,16 +344,15 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   const uint32_t warp_largest = __reduce_max_sync(~0u, __float_as_uint(largest));
   if (threadIdx.x % 32 == 0) atomicMax(&block_largest, warp_largest);
   __syncthreads();
-  largest = __uint_as_float(block_largest);
-  if (threadIdx.x == 0) key_tile.scale = largest / kLargestInt8;
-  const float inverse = int8_inverse(largest);
+  const Int8Scale key_scale(__uint_as_float(block_largest), 1);
+  if (threadIdx.x == 0) key_tile.scale = key_scale.scale;
 #pragma unroll
   for (int r = 0; r < Turned::kRows; ++r) {
 #pragma unroll
     for (int i = 0; i < Turned::kEights; ++i) {
       *reinterpret_cast<uint2*>(key_tile.numbers +
                                 typename Traits::KeyOffsets{}(Turned::row(r), Turned::column(i))) =
-          to_int8(rotated[r][i], inverse);
+          to_int8(rotated[r][i], key_scale.inverse);
     }
   }
 
@@ -437,6 +436,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
     }
   }
   const auto together = static_cast<int>(rotated_together(attend.heads.head_dim));
+  const float factor = attend.softmax_scale * kLog2E * static_cast<float>(together);
   QueryTile<kHeadDim>& tile =
       params.workspace.query_tiles[(batch * gridDim.y + query_head) * gridDim.x + m_block];
 #pragma unroll
@@ -453,17 +453,15 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
     const bool bad = !isfinite(row_largest(elements)) || !isfinite(mean_score);
     if (bad) clear_row(elements);
     rotate(elements, together);
-    const float largest = row_largest(elements), inverse = int8_inverse(largest);
+    const Int8Scale scale(row_largest(elements), factor);
 #pragma unroll
     for (int i = 0; i < Turned::kEights; ++i) {
       *reinterpret_cast<uint2*>(tile.numbers +
                                 typename Traits::KeyOffsets{}(row, Turned::column(i))) =
-          to_int8(elements[i], inverse);
+          to_int8(elements[i], scale.inverse);
     }
     if (threadIdx.x % 4 == 0) {
-      tile.scale[row] = bad ? NAN
-                            : largest / kLargestInt8 * (attend.softmax_scale * kLog2E) *
-                                  static_cast<float>(together);
+      tile.scale[row] = bad ? NAN : scale.scale;
       tile.mean_score[row] = bad ? 0 : mean_score;
       tile.base[row] = ceilf(kExpectedDeviations * deviation);
     }
