@@ -320,7 +320,9 @@ def test_all_stages_select_as_without(kernels):
     options = {"causal": True, "threshold": 0.4, "dtype": "bfloat16"}
     plain = kernels.rr_attention(*inputs.forward, **options)
     scores, mask, out, lse = kernels.rr_attention(*inputs.forward, quantization=QUANTIZATION, **options)
-    assert_identical((scores, mask), plain[:2])
+    assert_identical(mask, plain[1])
+    if scores is not None:  # which Paddle's operator keeps to itself
+        assert_identical(scores, plain[0])
     assert_identical((out, lse), run(kernels, case, "bfloat16", replace(inputs, block_mask=mask)))
     assert (out != plain[2]).any()
 
