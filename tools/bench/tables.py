@@ -58,9 +58,10 @@ def gpu_setting(rows, data):
     """What all rows have in common, and where they come from."""
     one = rows[0]
     sources = dict.fromkeys(f"`{row['command']}` at commit {row['commit']}" for row in rows)
+    head_size = f" head size {one['head_dim']}," if all(row["head_dim"] == one["head_dim"] for row in rows) else ""
     return (
         f"{one['gpu']}, CUDA {one['cuda']}, {one['dtype']}, batch 1, {one['num_heads']} query heads over"
-        f" {one['num_heads_k']} key heads, head size {one['head_dim']}, causal, {data}"
+        f" {one['num_heads_k']} key heads,{head_size} causal, {data}"
         f" ({', '.join(sources)})."
     )
 
@@ -226,12 +227,9 @@ def quantization_tables(results):
 
 def quantized_speed_table(rows):
     """Attention in eight bits beside its own of 16 bits and cuDNN's dense attention."""
-    one = rows[0]
     intro = (
-        f"{one['gpu']}, CUDA {one['cuda']}, {one['dtype']}, batch 1, {one['num_heads']} query heads over"
-        f" {one['num_heads_k']} key heads, causal, random data (`{one['command']}` at commit {one['commit']}), all that"
-        " turns inputs into eight bits included. In turns with the same in 16 bits and with cuDNN's dense attention of"
-        " all blocks; *n x* is their time over that of eight bits."
+        f"{gpu_setting(rows, 'random data')} All that turns inputs into eight bits is included. In turns with the same"
+        " in 16 bits and with cuDNN's dense attention of all blocks; *n x* is their time over that of eight bits."
     )
     columns = "call", "tokens", "head size", "blocks", "eight bits", "TFLOP/s"
     return rivals_table(

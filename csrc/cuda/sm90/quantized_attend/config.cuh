@@ -86,7 +86,6 @@ struct KernelTraits {
   // blocks), 0.87 with 64, whose products are too short for the time that setting the bits takes.
   static constexpr bool kFloatScores = kHeadDim == 128;
   static constexpr float kWhole = 0x1.8p23f;
-  static constexpr int kWholeBits = 0x4b400000;
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;

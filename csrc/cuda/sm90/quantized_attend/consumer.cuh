@@ -197,7 +197,7 @@ class Consumer {
 
   // Starts scores = Q K^T of the current slot.
   __device__ void multiply_keys(Scores& scores) {
-    if constexpr (Traits::kFloatScores) fill(scores, int{Traits::kWholeBits});
+    if constexpr (Traits::kFloatScores) fill(scores, __float_as_int(Traits::kWhole));
     typename Traits::ScoreMma mma;
     auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
     start_product<Traits::kFloatScores ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero>(
@@ -383,7 +383,7 @@ class Consumer {
     const int8_t* query =
         query_rows() + static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 * kHeadDim;
     const int8_t* key = shared_.key[keys_.slot].numbers;
-    fill(scores, Traits::kFloatScores ? int{Traits::kWholeBits} : 0);
+    fill(scores, Traits::kFloatScores ? __float_as_int(Traits::kWhole) : 0);
 #pragma unroll 1
     for (int k = lane % 4 * 4; k < kHeadDim; k += 32) {
       // Eight rows lie side by side, and all eights alike.
