@@ -29,7 +29,8 @@ rr_attention
     the attended blocks as above over the time of all three stages.
 quantized
     attend in eight bits, and rr_attention with it at about half of the blocks, of random data: in turns with the same
-    in 16 bits, from which its result must not be far, and cuDNN's dense attention. TFLOP/s as of attend.
+    in 16 bits, from which its result must not be far, cuDNN's dense attention, and beside attend FlashAttention-4 on
+    the same blocks, where it runs. TFLOP/s as of attend.
 shapes
     attend and backward of what shapes.SHAPES lists: other head sizes, numbers of heads and batches, documents by
     FlashMask, a low density. Rivals in turns: both dense attentions of torch and their backward passes, which take

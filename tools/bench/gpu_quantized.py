@@ -1,4 +1,4 @@
-"""The stage quantized of gpu.py: attention in eight bits beside its own of 16 bits and cuDNN's dense attention."""
+"""The stage quantized of gpu.py: attention in eight bits beside its own of 16 bits, cuDNN's and FlashAttention-4."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from rrattn.config import RRAttentionConfig
 
-from .gpu_attend import HALF, Pipeline, empty
+from .gpu_attend import HALF, Pipeline, empty, rivals_ms
 from .gpu_inputs import (
     HEAD_DIM,
     NUM_HEADS,
@@ -21,7 +21,7 @@ from .gpu_inputs import (
     selected_blocks,
     visible_blocks,
 )
-from .gpu_rivals import DENSE, interleaved_ms, make
+from .gpu_rivals import DENSE, SPARSE, interleaved_ms, make
 
 QUANTIZATION = "qk_int8_pv_fp8"
 # tokens, head size: densities of attend
@@ -45,7 +45,7 @@ def measured(shape, tokens, head_dim, selected, ms, name):
         "density": selected / NUM_HEADS / visible_blocks(tokens, tokens),
         "ms": ms["eight bits", name],
         "tflops": attend_flops(selected, tokens, head_dim=head_dim) / ms["eight bits", name] / 1e9,
-        "baselines": {"16 bits": ms["16 bits", name], "cudnn dense": ms["cudnn dense"]},
+        "baselines": rivals_ms(ms, name, ["cudnn dense"], ["16 bits", "fa4"]),
     }
 
 
@@ -54,7 +54,8 @@ def measure_attend(tokens, head_dim, densities):
     calls, selected = {"cudnn dense": make("cudnn dense", DENSE["cudnn dense"], *inputs)}, {}
     pipelines = {"16 bits": Pipeline(*inputs), "eight bits": Pipeline(*inputs)}
     for density in densities:
-        words = pack(random_blocks(tokens, tokens, density))
+        mask = random_blocks(tokens, tokens, density)
+        words = pack(mask)
         selected[density] = selected_blocks(words)
         for bits, pipeline in pipelines.items():
             attend = partial(pipeline.attend(words), quantization=QUANTIZATION if bits == "eight bits" else None)
@@ -64,7 +65,9 @@ def measure_attend(tokens, head_dim, densities):
         error = (quantized - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         if not error < 0.06:
             raise AssertionError(f"eight bits are {error:.3f} of the result from 16 bits at density {density}")
-    ms = interleaved_ms(calls, ROUNDS)
+        label, expected = f"fa4, head size {head_dim}, density {density}", pipelines["16 bits"].out
+        calls["fa4", density] = make(label, SPARSE["fa4"], *inputs, mask, expected=expected)
+    ms = interleaved_ms({name: call for name, call in calls.items() if call}, ROUNDS)
     for density in densities:
         yield measured("attend", tokens, head_dim, selected[density], ms, density)
 
@@ -78,7 +81,7 @@ def measure_rr_attention(tokens):
     for bits, settings in (("16 bits", config), ("eight bits", replace(config, quantization=QUANTIZATION))):
         calls[bits, None], _ = pipeline.with_workspace(pipeline.stages(scores, words, settings))
         calls[bits, None]()
-    ms = interleaved_ms(calls, ROUNDS)
+    ms = interleaved_ms({name: call for name, call in calls.items() if call}, ROUNDS)
     yield measured("rr_attention", tokens, HEAD_DIM, selected_blocks(words), ms, None)
 
 
