@@ -226,10 +226,11 @@ def quantization_tables(results):
 
 
 def quantized_speed_table(rows):
-    """Attention in eight bits beside its own of 16 bits and cuDNN's dense attention."""
+    """Attention in eight bits beside its own of 16 bits and what else took turns with it."""
     intro = (
         f"{gpu_setting(rows, 'random data')} All that turns inputs into eight bits is included. In turns with the same"
-        " in 16 bits and with cuDNN's dense attention of all blocks; *n x* is their time over that of eight bits."
+        " in 16 bits, cuDNN's dense attention of all blocks and FlashAttention-4 on the same blocks; *n x* is their"
+        " time over that of eight bits."
     )
     columns = "call", "tokens", "head size", "blocks", "eight bits", "TFLOP/s"
     return rivals_table(
