@@ -112,7 +112,7 @@ def measure_attend(shape, densities):
         for name, maker in SPARSE.items():
             calls[name, density] = make(f"{name}, density {density}", maker, *inputs, mask, expected=pipeline.out)
         calls["ours", density] = ours
-    ms = interleaved_ms({name: call for name, call in calls.items() if call}, rounds_for(shape[1]))
+    ms = interleaved_ms(calls, rounds_for(shape[1]))
     records = []
     for density in densities:
         num_selected = selected_blocks(words[density])
@@ -148,7 +148,7 @@ def measure_rr_attention(tokens, data):
         calls[number], workspace_bytes[number] = pipeline.with_workspace(stages)
         calls[number]()
     calls["cudnn dense"] = make("cudnn dense", DENSE["cudnn dense"], pipeline.query, pipeline.key, pipeline.value)
-    ms = interleaved_ms({name: call for name, call in calls.items() if call}, rounds_for(tokens))
+    ms = interleaved_ms(calls, rounds_for(tokens))
     records = []
     for number, settings in enumerate(all_settings):
         num_selected = selected_blocks(masks[number])

@@ -53,7 +53,7 @@ def measure_one(tokens, densities):
             calls[name, density] = make(
                 f"{name}, density {density}", maker, *inputs, mask, grad_out, expected=tuple(x.clone() for x in grads)
             )
-    ms = interleaved_ms({name: call for name, call in calls.items() if call}, rounds_for(tokens))
+    ms = interleaved_ms(calls, rounds_for(tokens))
     records = []
     for density in densities:
         num_selected = selected_blocks(words[density])

@@ -67,7 +67,7 @@ def measure_attend(tokens, head_dim, densities):
             raise AssertionError(f"eight bits are {error:.3f} of the result from 16 bits at density {density}")
         label, expected = f"fa4, head size {head_dim}, density {density}", pipelines["16 bits"].out
         calls["fa4", density] = make(label, SPARSE["fa4"], *inputs, mask, expected=expected)
-    ms = interleaved_ms({name: call for name, call in calls.items() if call}, ROUNDS)
+    ms = interleaved_ms(calls, ROUNDS)
     for density in densities:
         yield measured("attend", tokens, head_dim, selected[density], ms, density)
 
@@ -81,7 +81,7 @@ def measure_rr_attention(tokens):
     for bits, settings in (("16 bits", config), ("eight bits", replace(config, quantization=QUANTIZATION))):
         calls[bits, None], _ = pipeline.with_workspace(pipeline.stages(scores, words, settings))
         calls[bits, None]()
-    ms = interleaved_ms({name: call for name, call in calls.items() if call}, ROUNDS)
+    ms = interleaved_ms(calls, ROUNDS)
     yield measured("rr_attention", tokens, HEAD_DIM, selected_blocks(words), ms, None)
 
 

@@ -187,12 +187,14 @@ def elapsed_ms(call):
 
 
 def interleaved_ms(calls, rounds, seconds_before=SECONDS_BEFORE):
-    """{name: median ms over the rounds}, each call in every round: a GPU that slows down slows all of them.
+    """{name: median ms over the rounds} of the calls that are not None.
 
-    What ran before sets the clock that a call finds: an H200 at its power limit is faster after a light kernel than
-    after a heavy one. So each round has an order of its own, and a call runs for a while by itself before it is timed.
-    In between the GPU sleeps for about a millisecond, so that the time to launch is not counted.
+    Each runs in every round, so that a GPU that slows down slows all of them. What ran before sets the clock that
+    a call finds: an H200 at its power limit is faster after a light kernel than after a heavy one. So each round has an
+    order of its own, and a call runs for a while by itself before it is timed. In between the GPU sleeps for about a
+    millisecond, so that the time to launch is not counted.
     """
+    calls = {name: call for name, call in calls.items() if call}
     times = {name: [] for name in calls}
     shuffled = random.Random(0)
     for _ in range(rounds):
