@@ -25,23 +25,18 @@ namespace rrattn::cuda::sm90::quantized_attend {
 
 using namespace cute;
 
-// Consumer warp groups: two for each half of a query block's rows, a pair. One of a pair takes the first
-// half of a tile's keys and of the columns of out, the other the second.
-constexpr int kConsumers = 4;
+constexpr int kConsumers = 2;  // warp groups of 64 rows each, together a query block
 constexpr int kConsumerThreads = kConsumers * kWarpGroup;
-constexpr int kPairThreads = 2 * kWarpGroup;
-constexpr int kConsumerRows = kBlockSize / 2, kConsumerKeys = kBlockSize / 2;
+constexpr int kConsumerRows = kBlockSize / kConsumers;
 
-// The keys of a block have positions in its tile of values. Lane t of a quad has, of each sixteen of the
-// consumer's half of the keys, the scores of keys 2t, 2t + 1, 2t + 8 and 2t + 9. All of its keys are
-// neighbours in position, 16 bytes of a row of probabilities; those of the other half come after them, so
-// that the lanes of two rows write to different banks.
+// The keys of a block have positions in its tile of values. A thread's scores of keys 2t, 2t + 1,
+// 2t + 8 and 2t + 9 of sixteen, which the first product leaves with lane t of a quad, are then four
+// neighbours 4t to 4t + 3, which the second product takes from that lane.
 __host__ __device__ constexpr int position_of_key(int key) {
-  return (key % 8 / 2 * 2 + key / 64) * 16 + key / 16 % 4 * 4 + key / 8 % 2 * 2 + key % 2;
+  return key / 16 * 16 + key % 8 / 2 * 4 + key / 8 % 2 * 2 + key % 2;
 }
 __host__ __device__ constexpr int key_of_position(int position) {
-  return position / 16 % 2 * 64 + position / 4 % 4 * 16 + position / 2 % 2 * 8 + position / 32 * 2 +
-         position % 2;
+  return position / 16 * 16 + position / 2 % 2 * 8 + position / 4 % 4 * 2 + position % 2;
 }
 
 template <int kHeadDim>
@@ -76,12 +71,11 @@ template <typename Element_, int kHeadDim_>
 struct KernelTraits {
   using Element = Element_;  // of inputs and out
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumerColumns = kHeadDim / 2;  // of values and out
   // Eight columns behind those of the values give the sums of the rounded probabilities: column i has
   // ones for positions 16 i to 16 i + 15.
   static constexpr int kSumColumns = 8;
-  static constexpr int kOutColumns = kConsumerColumns + kSumColumns;
-  static constexpr int kKeySlots = kHeadDim == 64 ? 6 : 4, kValueSlots = kHeadDim == 64 ? 6 : 4;
+  static constexpr int kOutColumns = kHeadDim + kSumColumns;
+  static constexpr int kKeySlots = kHeadDim == 64 ? 6 : 4, kValueSlots = kHeadDim == 64 ? 6 : 3;
   static constexpr int kQuerySlots = 2;
   static constexpr int kRowSlots = 2;  // of the consumers', and the next one
   // Of bases above the largest score when they are set. More is less often too little later, and takes a
@@ -93,49 +87,36 @@ struct KernelTraits {
   static constexpr bool kFloatScores = kHeadDim == 128;
   static constexpr float kWhole = 0x1.8p23f;
   static constexpr int kThreads = kConsumerThreads + kWarpGroup;
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kConsumerRegisters = 112;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
 
   using ScoreMma = decltype(make_tiled_mma(
       GMMA::ss_op_selector<int8_t, int8_t, int32_t,
-                           Shape<Int<kConsumerRows>, Int<kConsumerKeys>, Int<kHeadDim>>>()));
+                           Shape<Int<kConsumerRows>, Int<kBlockSize>, Int<kHeadDim>>>()));
   using OutMma = decltype(make_tiled_mma(
-      std::conditional_t<kHeadDim == 64, SM90::GMMA::MMA_64x40x32_F32E4M3E4M3_SS_TN<>,
-                         SM90::GMMA::MMA_64x72x32_F32E4M3E4M3_SS_TN<>>()));
+      std::conditional_t<kHeadDim == 64, SM90::GMMA::MMA_64x72x32_F32E4M3E4M3_RS_TN<>,
+                         SM90::GMMA::MMA_64x136x32_F32E4M3E4M3_RS_TN<>>()));
   template <typename T>
   using RowAtom =
       std::conditional_t<kHeadDim == 64, GMMA::Layout_K_SW64_Atom<T>, GMMA::Layout_K_SW128_Atom<T>>;
   using QueryLayout =
       decltype(tile_to_shape(RowAtom<int8_t>{}, Shape<Int<kConsumerRows>, Int<kHeadDim>>{}));
   using KeyLayout =
-      decltype(tile_to_shape(RowAtom<int8_t>{}, Shape<Int<kConsumerKeys>, Int<kHeadDim>>{}));
-  using ProbabilityLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<float_e4m3_t>{},
-                                                   Shape<Int<kConsumerRows>, Int<kBlockSize>>{}));
+      decltype(tile_to_shape(RowAtom<int8_t>{}, Shape<Int<kBlockSize>, Int<kHeadDim>>{}));
   using ValueLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<float_e4m3_t>{},
                                              Shape<Int<kOutColumns>, Int<kBlockSize>>{}));
   // Where elements of the tiles lie.
-  using KeyOffsets = decltype(as_position_independent_swizzle_layout(
-      tile_to_shape(RowAtom<int8_t>{}, Shape<Int<kBlockSize>, Int<kHeadDim>>{})));
-  using ValueOffsets = decltype(as_position_independent_swizzle_layout(tile_to_shape(
-      GMMA::Layout_K_SW128_Atom<float_e4m3_t>{}, Shape<Int<kHeadDim>, Int<kBlockSize>>{})));
-  using OwnValueOffsets = decltype(as_position_independent_swizzle_layout(ValueLayout{}));
-  using ProbabilityOffsets = decltype(as_position_independent_swizzle_layout(ProbabilityLayout{}));
+  using KeyOffsets = decltype(as_position_independent_swizzle_layout(KeyLayout{}));
+  using ValueOffsets = decltype(as_position_independent_swizzle_layout(ValueLayout{}));
 
-  // The columns of a tile of values that one consumer of each pair takes, and its columns of ones.
-  struct alignas(1024) OwnValues {
-    uint8_t numbers[kConsumerColumns * kBlockSize];
+  struct alignas(1024) ValueSlot {
+    ValueTile<kHeadDim> tile;
     uint8_t ones[kSumColumns * kBlockSize];
-  };
-  struct ValueSlot {
-    OwnValues own[2];
   };
   struct SharedStorage {
     QueryTile<kHeadDim> query[kQuerySlots];
     KeyTile<kHeadDim> key[kKeySlots];
     ValueSlot value[kValueSlots];
-    // Of the rows of a pair, in turns: one tile's are multiplied while the next one's are written.
-    alignas(1024) uint8_t probability[2][2][kConsumerRows * kBlockSize];
-    float largest[2][kBlockSize];  // scores of rows, of each half of a tile's keys
     Barrier row_full[kRowSlots], row_empty[kRowSlots];
     Barrier query_full[kQuerySlots], query_empty[kQuerySlots];
     Barrier key_full[kKeySlots], key_empty[kKeySlots];

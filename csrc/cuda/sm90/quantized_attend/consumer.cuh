@@ -1,12 +1,12 @@
 // A consumer warp group of attention in eight bits: 64 rows of a query block, against the tiles that
-// the producer brings. Two make a pair, of the same rows: each multiplies them by one half of a tile's
-// keys, and the probabilities of both, which they share, by one half of the columns of its values.
-// Four warps on each quarter of a multiprocessor hide one another's latencies; there are no turns.
+// the producer brings. It works as that of ../attend/consumer.cuh: the tensor cores multiply the
+// previous tile's probabilities by its values while the softmax of a tile is computed, and the two
+// consumers take turns at them.
 //
 // The base of a row is what its query and the keys' variance let expect, from kHeadroom to
 // kLargestHeadroom above its largest score, rounded up, in the first tile in which it sees anything: that
 // may be of one key. Later tiles need no maximum: probabilities may grow past 256 up to the largest
-// number of e4m3. A pair in which one has come so far raises the bases of the rows concerned, which is
+// number of e4m3. A warp in which one has come so far raises the bases of the rows concerned, which is
 // rare. Bases are whole, so that no base changes the rounding of a probability, but of small ones.
 //
 // The tensor cores cut each e4m3 product to about 13 bits below the largest and below what is summed up
@@ -37,16 +37,20 @@ class Consumer {
   using SharedStorage = typename Traits::SharedStorage;
   static constexpr int kHeadDim = Traits::kHeadDim;
   using Scores = decltype(partition_fragment_C(typename Traits::ScoreMma{},
-                                               Shape<Int<kConsumerRows>, Int<kConsumerKeys>>{}));
+                                               Shape<Int<kConsumerRows>, Int<kBlockSize>>{}));
   using TileOut = decltype(partition_fragment_C(
       typename Traits::OutMma{}, Shape<Int<kConsumerRows>, Int<Traits::kOutColumns>>{}));
-  static constexpr int kRowScores = kConsumerKeys / 4;  // of a row, in one thread
-  static constexpr int kRowOuts = Traits::kConsumerColumns / 4;
+  static constexpr int kRowScores = kBlockSize / 4;  // of a row, in one thread
+  static constexpr int kRowOuts = kHeadDim / 4;
   using Out = decltype(make_tensor<float>(Shape<Int<2 * kRowOuts>>{}));
+  // The first operand of the second product: registers, four for each 32 keys.
+  using Probabilities = decltype(make_tensor<uint32_t>(Shape<_4, _1, Int<kBlockSize / 32>>{}));
 
  public:
   __device__ Consumer(const KernelParams<kHeadDim>& params, SharedStorage& shared, int consumer)
-      : params_(params), shared_(shared), pair_(consumer / 2), part_(consumer % 2) {}
+      : params_(params), shared_(shared), consumer_(consumer) {
+    if (consumer == 1) give_turn(0);
+  }
 
   __device__ void consume_rows() {
     // What rarely is needed of rows and tiles stays in shared memory: registers have no room for it.
@@ -67,8 +71,7 @@ class Consumer {
       if (!row.without_tiles) {
         mean_score[0] = shared_.query[queries_.slot].mean_score[row_in_block(0)];
         mean_score[1] = shared_.query[queries_.slot].mean_score[row_in_block(1)];
-        shared_.query_empty[queries_.slot].arrive();
-        queries_.advance();
+        release_query();
       }
       if (params_.attend.sink != nullptr) add_sink(row, mean_score, out);
       write(row, mean_score, out);
@@ -99,45 +102,78 @@ class Consumer {
     for (int lanes = 16; lanes >= 4; lanes /= 2)
       largest_scale = fmaxf(largest_scale, __shfl_xor_sync(~0u, largest_scale, lanes));
     steep_key_scale_ = kSteepScale / largest_scale;
-    bool last;
-    do {
-      last = take_tile(row, out);
-    } while (!last);
+
+    Scores scores;
+    Probabilities probabilities;
+    TileOut tile_out;
+    shared_.key_full[keys_.slot].wait(keys_.parity);
+    const TileNote note = shared_.note[keys_.slot];
+    const float scale = key_scale();
+    take_turn();
+    multiply_keys(scores);
+    give_turn(1 - consumer_);
+    await_next(note.last, values_);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(scores);
+    exponentiate_any(row, note, scale, scores, probabilities, out);
+    release_key();
+    bool last = note.last;
+    while (!last) last = take_tile(row, scores, probabilities, tile_out, out);
+    multiply_values(probabilities, tile_out);
+    finish_values(tile_out, out);
     spoil_bad_rows(out);
   }
 
-  enum class ScoresAre {
-    kPlain,  // as exponentiate_plain wants them
-    kAny,
-    kProbabilities,  // the bits of these
-  };
-
-  // Returns whether the tile is the row's last.
-  __device__ __forceinline__ bool take_tile(const RowItem& row, Out& out) {
-    shared_.key_full[keys_.slot].wait(keys_.parity);
+  // The products with the next tile, and its softmax while those of the last tile's probabilities
+  // with its values are under way. Returns whether it is the row's last.
+  __device__ __forceinline__ bool take_tile(const RowItem& row, Scores& scores,
+                                            Probabilities& probabilities, TileOut& tile_out,
+                                            Out& out) {
     const TileNote note = shared_.note[keys_.slot];
-    const float scale = shared_.key[keys_.slot].scale;
-    Scores scores;
+    const float scale = key_scale();
+    take_turn();
     multiply_keys(scores);
-    warpgroup_wait<0>();
+    multiply_values(probabilities, tile_out);
+    give_turn(1 - consumer_);
+    const bool plain = note.plain && !unseen_ && scale < steep_key_scale_;
+    RingPosition<Traits::kValueSlots> values = values_;
+    values.advance();
+    await_next(note.last, values);
+    warpgroup_wait<1>();
     warpgroup_fence_operand(scores);
-    auto scores_are =
-        note.plain && !unseen_ && scale < steep_key_scale_ ? ScoresAre::kPlain : ScoresAre::kAny;
-    for (bool again = false;; again = true) {
-      if (scores_are == ScoresAre::kPlain) exponentiate_plain(scale, scores);
-      if (scores_are == ScoresAre::kAny) exponentiate_any(row, note, scale, scores, out);
-      if (!share(scores) || again) break;
-      scores_are = lower_probabilities(scores, out);
+    bool done = plain;
+    if (plain) {
+      exponentiate_plain(scale, scores);
+      const uint32_t saturated =
+          convert(scores, probabilities, [&] { finish_values(tile_out, out); });
+      if (__any_sync(~0u, (saturated & 0x80808080) != 0)) {
+        done = lower_probabilities(scores, probabilities, out);
+        if (!done) multiply_keys_again(scores);
+      }
+    } else {
+      finish_values(tile_out, out);
     }
+    if (!done) exponentiate_any(row, note, scale, scores, probabilities, out);
     release_key();
-    shared_.value_full[values_.slot].wait(values_.parity);
-    TileOut tile_out;
-    multiply_values(tile_out);
+    return note.last;
+  }
+
+  // Waits for the tile of keys behind the current one, unless this is the last, and for its values.
+  __device__ void await_next(bool last, const RingPosition<Traits::kValueSlots>& values) {
+    if (!last) {
+      RingPosition<Traits::kKeySlots> keys = keys_;
+      keys.advance();
+      shared_.key_full[keys.slot].wait(keys.parity);
+    }
+    shared_.value_full[values.slot].wait(values.parity);
+  }
+
+  // Waits for P V, releases the values, and adds it to out and to the sums of the rows.
+  __device__ void finish_values(TileOut& tile_out, Out& out) {
     warpgroup_wait<0>();
     warpgroup_fence_operand(tile_out);
     if (threadIdx.x % 32 == 0) shared_.value_empty[values_.slot].arrive();
     values_.advance();
-    buffer_ ^= 1;
 #pragma unroll
     for (int i = 0; i < size(out); ++i) out(i) += tile_out(i);
 #pragma unroll
@@ -145,7 +181,6 @@ class Consumer {
       row_sum_[half] += tile_out(accumulator_index(half, kRowOuts)) +
                         tile_out(accumulator_index(half, kRowOuts + 1));
     }
-    return note.last;
   }
 
   // Rows whose query is not finite become NaN, where they see anything.
@@ -160,7 +195,7 @@ class Consumer {
     scale_rows(out, factor);
   }
 
-  // Starts scores = Q K^T of the current slot, of the consumer's keys.
+  // Starts scores = Q K^T of the current slot.
   __device__ void multiply_keys(Scores& scores) {
     if constexpr (Traits::kFloatScores) fill(scores, __float_as_int(Traits::kWhole));
     typename Traits::ScoreMma mma;
@@ -169,25 +204,22 @@ class Consumer {
         mma,
         thread_mma.partition_fragment_A(
             make_tensor(make_smem_ptr(query_rows()), typename Traits::QueryLayout{})),
-        thread_mma.partition_fragment_B(
-            make_tensor(make_smem_ptr(key_rows()), typename Traits::KeyLayout{})),
+        thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(shared_.key[keys_.slot].numbers),
+                                                    typename Traits::KeyLayout{})),
         scores);
   }
 
-  // Starts tile_out = P V of the current slot, of the consumer's columns.
-  __device__ void multiply_values(TileOut& tile_out) {
+  // Starts tile_out = P V of the current slot.
+  __device__ void multiply_values(Probabilities& probabilities, TileOut& tile_out) {
     typename Traits::OutMma mma;
     auto thread_mma = mma.get_thread_slice(threadIdx.x % kWarpGroup);
-    const auto* probabilities = reinterpret_cast<const float_e4m3_t*>(probability_rows());
     const auto* values =
-        reinterpret_cast<const float_e4m3_t*>(shared_.value[values_.slot].own[part_].numbers);
-    start_product<GMMA::ScaleOut::Zero>(
-        mma,
-        thread_mma.partition_fragment_A(
-            make_tensor(make_smem_ptr(probabilities), typename Traits::ProbabilityLayout{})),
-        thread_mma.partition_fragment_B(
-            make_tensor(make_smem_ptr(values), typename Traits::ValueLayout{})),
-        tile_out);
+        reinterpret_cast<const float_e4m3_t*>(shared_.value[values_.slot].tile.numbers);
+    warpgroup_fence_operand(probabilities);
+    start_product<GMMA::ScaleOut::Zero>(mma, probabilities,
+                                        thread_mma.partition_fragment_B(make_tensor(
+                                            make_smem_ptr(values), typename Traits::ValueLayout{})),
+                                        tile_out);
   }
 
   __device__ void release_key() {
@@ -196,19 +228,24 @@ class Consumer {
     keys_.advance();
   }
 
+  __device__ void release_query() {
+    shared_.query_empty[queries_.slot].arrive();
+    queries_.advance();
+  }
+
   // Probabilities of any tile, where bases may have to rise.
   __device__ __forceinline__ void exponentiate_any(const RowItem& row, const TileNote& note,
-                                                   float key_scale, Scores& scores, Out& out) {
+                                                   float key_scale, Scores& scores,
+                                                   Probabilities& probabilities, Out& out) {
     uint32_t hidden[2] = {0, 0};
     if (!note.plain) {
       find_hidden<kUnseenKeys, kRowScores>(
-          params_.attend.visibility, row, note.first_key + part_ * kConsumerKeys, note.bounded,
+          params_.attend.visibility, row, note.first_key, note.bounded,
           [&](int half) { return row_token(row, half); }, hidden);
     }
     const float scale[2] = {query_scale_[0] * key_scale, query_scale_[1] * key_scale};
-    float largest[2] = {largest_score(scores, 0, scale[0], hidden[0]),
-                        largest_score(scores, 1, scale[1], hidden[1])};
-    find_largest_of_pair(largest);
+    const float largest[2] = {largest_score(scores, 0, scale[0], hidden[0]),
+                              largest_score(scores, 1, scale[1], hidden[1])};
     float factor[2];
     raise_bases(largest, factor, out);
     unseen_ = __any_sync(~0u, row_base_[0] == -INFINITY || row_base_[1] == -INFINITY);
@@ -225,9 +262,10 @@ class Consumer {
             steep ? __fadd_rn(__fsub_rn(__fmul_rn(number_of(score), scale[half]), base),
                               kProbabilityBits)
                   : fmaf(score_as_float(score), scale[half], shift);
-        score = __float_as_int(exp2_approx(hidden[half] >> i & 1 ? -INFINITY : exponent));
+        score = hidden[half] >> i & 1 ? 0 : __float_as_int(exp2_approx(exponent));
       }
     }
+    convert(scores, probabilities, [] {});
   }
 
   // Turns scores into the bits of probabilities in float32. No score is hidden, and all are small
@@ -246,10 +284,11 @@ class Consumer {
     }
   }
 
-  // Where some of the pair's probabilities are above the largest number of e4m3: floats still have them,
-  // so that those of rows whose bases rise are brought to the new ones. Scores of a warp's rows of which
-  // some are above the largest float too are there again afterwards.
-  __device__ __forceinline__ ScoresAre lower_probabilities(Scores& scores, Out& out) {
+  // Probabilities of a plain tile of which some are above the largest number of e4m3: floats still have
+  // them, so that those of rows whose bases rise are brought to the new ones. Returns false, and does
+  // nothing, where some are above the largest float too.
+  __device__ __forceinline__ bool lower_probabilities(Scores& scores, Probabilities& probabilities,
+                                                      Out& out) {
     float largest[2], factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -259,11 +298,7 @@ class Consumer {
         p = fmaxf(p, __int_as_float(scores(accumulator_index(half, i))));
       largest[half] = row_base_[half] - kProbabilityBits + log2f(quad_max(p));
     }
-    find_largest_of_pair(largest);
-    if (__any_sync(~0u, largest[0] == INFINITY || largest[1] == INFINITY)) {
-      multiply_keys_again(scores);
-      return ScoresAre::kAny;
-    }
+    if (__any_sync(~0u, largest[0] == INFINITY || largest[1] == INFINITY)) return false;
     raise_bases(largest, factor, out);
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) {
@@ -273,21 +308,8 @@ class Consumer {
         score = __float_as_int(__int_as_float(score) * factor[half]);
       }
     }
-    return ScoresAre::kProbabilities;
-  }
-
-  // The largest scores of the warp's rows over all keys of the tile, from those over either half. The
-  // two warps of a pair that have the same rows call it together.
-  __device__ void find_largest_of_pair(float (&largest)[2]) {
-    const int warp = static_cast<int>(threadIdx.x) % kWarpGroup / 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) shared_.largest[part_][row_in_block(half)] = largest[half];
-    const int barrier = kFirstWarpBarrier + pair_ * 4 + warp;
-    synchronize(barrier, 64);
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      largest[half] = fmaxf(largest[half], shared_.largest[1 - part_][row_in_block(half)]);
-    synchronize(barrier, 64);  // before they are written again
+    convert(scores, probabilities, [] {});
+    return true;
   }
 
   // Gives rows that have seen nothing before a base, raises those of rows whose largest score gives a
@@ -342,7 +364,7 @@ class Consumer {
       row_sum_[half] += exp2_approx(score[half] - finite(row_base_[half]) + kProbabilityBits);
   }
 
-  // The largest visible score of a row, of the consumer's keys.
+  // The largest visible score of a row.
   __device__ static float largest_score(const Scores& scores, int half, float scale,
                                         uint32_t hidden) {
     float largest = -INFINITY;
@@ -360,11 +382,8 @@ class Consumer {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int8_t* query =
         query_rows() + static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 * kHeadDim;
-    const int8_t* key = key_rows();
-    // Opaque, or the compiler would have this many constants at hand in every tile.
-    int start = Traits::kFloatScores ? __float_as_int(Traits::kWhole) : 0;
-    asm volatile("" : "+r"(start));
-    fill(scores, start);
+    const int8_t* key = shared_.key[keys_.slot].numbers;
+    fill(scores, Traits::kFloatScores ? __float_as_int(Traits::kWhole) : 0);
 #pragma unroll 1
     for (int k = lane % 4 * 4; k < kHeadDim; k += 32) {
       // Eight rows lie side by side, and all eights alike.
@@ -376,7 +395,7 @@ class Consumer {
       const uint32_t a[4] = {word(query, 0), word(query + 8 * kHeadDim, 0), word(query, 1),
                              word(query + 8 * kHeadDim, 1)};
 #pragma unroll
-      for (int n = 0; n < kConsumerKeys; n += 8) {
+      for (int n = 0; n < kBlockSize; n += 8) {
         uint32_t sums[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[i] = static_cast<uint32_t>(scores(n / 2 + i));
@@ -389,30 +408,30 @@ class Consumer {
     }
   }
 
-  // Rounds probabilities to e4m3 and writes them where the pair multiplies them, and waits until both
-  // have. Returns whether any of the pair's has become the largest number of e4m3, 0x7e.
-  __device__ __forceinline__ bool share(const Scores& scores) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int row = static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 + lane / 4;
-    const int position = (lane % 4 * 2 + part_) * 16;
+  // Rounds probabilities to e4m3: of each 32 keys, of the first 16 both rows, then of the others. In
+  // the result the upper bit of a byte is set where one has become the largest number of e4m3, 0x7e.
+  // `before_writing` waits for what still reads the probabilities.
+  template <typename BeforeWriting>
+  __device__ __forceinline__ static uint32_t convert(const Scores& scores,
+                                                     Probabilities& probabilities,
+                                                     const BeforeWriting& before_writing) {
+    uint16_t twos[kRowScores];
+#pragma unroll
+    for (int i = 0; i < kRowScores; ++i) {
+      const auto p = [&](int e) {
+        return __int_as_float(scores(accumulator_index(i / 2 % 2, i / 4 * 4 + i % 2 * 2 + e)));
+      };
+      twos[i] = to_e4m3(p(0), p(1));
+    }
+    before_writing();
     uint32_t saturated = 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const auto p = [&](int e) {
-          return __int_as_float(scores(accumulator_index(half, i * 4 + e)));
-        };
-        words[i] = join(to_e4m3(p(0), p(1)), to_e4m3(p(2), p(3)));
-        saturated |= words[i] + 0x02020202;
-      }
-      *reinterpret_cast<uint4*>(probability_rows() +
-                                typename Traits::ProbabilityOffsets{}(row + half * 8, position)) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < kRowScores / 2; ++i) {
+      const uint32_t word = join(twos[i * 2], twos[i * 2 + 1]);
+      probabilities(i) = word;
+      saturated |= word + 0x02020202;
     }
-    fence_async_proxy_shared();  // wgmma reads what these stores wrote
-    return any_of_pair((saturated & 0x80808080) != 0);
+    return saturated;
   }
 
   // A score, a whole number below 2^22, which floats have exactly; with kFloatScores plus kWhole.
@@ -423,24 +442,25 @@ class Consumer {
     return score_as_float(score) - (Traits::kFloatScores ? Traits::kWhole : 0.f);
   }
 
+  __device__ float key_scale() const { return shared_.key[keys_.slot].scale; }
+
   __device__ static float finite(float base) { return base == -INFINITY ? 0 : base; }
 
-  // Divides by the row sums and writes the consumer's columns of out, and lse.
+  // Divides by the row sums and writes out and lse.
   __device__ void write(const RowItem& row, const float (&mean_score)[2], Out& out) {
     const AttendParams& attend = params_.attend;
     const Visibility& visibility = attend.visibility;
-    const int first_column = part_ * Traits::kConsumerColumns;
+    const int head_dim = static_cast<int>(attend.heads.head_dim_v);
     const int group = static_cast<int>(group_size(visibility, attend.heads));
-    const float* value_scale =
-        params_.workspace.value_scale +
-        (row.batch * attend.heads.num_heads_k + row.head / group) * kHeadDim + first_column;
+    const float* value_scale = params_.workspace.value_scale +
+                               (row.batch * attend.heads.num_heads_k + row.head / group) * kHeadDim;
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = row_sum_[half];
       inverse[half] = sum == 0 ? 0 : 1 / sum;
       const int64_t token = row_token(row, half);
-      if (part_ == 0 && token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
+      if (token < visibility.seqlen_q && threadIdx.x % 4 == 0) {
         attend.lse[(row.batch * visibility.num_heads + row.head) * visibility.seqlen_q + token] =
             sum == 0 ? -INFINITY
                      : (row_base_[half] - kProbabilityBits + log2f(sum)) * kLn2 + mean_score[half];
@@ -461,56 +481,37 @@ class Consumer {
       const int64_t token = row_token(row, half);
       Element* out_row = static_cast<Element*>(attend.out.data) +
                          row.batch * attend.out.batch_stride + row.head * attend.out.head_stride +
-                         token * attend.out.row_stride + first_column;
-      store_row(columns, half, 1.f, out_row, token < visibility.seqlen_q,
-                static_cast<int>(attend.heads.head_dim_v) - first_column, params_.aligned_out);
+                         token * attend.out.row_stride;
+      store_row(columns, half, 1.f, out_row, token < visibility.seqlen_q, head_dim,
+                params_.aligned_out);
     }
   }
 
   __device__ const int8_t* query_rows() const {
-    return shared_.query[queries_.slot].numbers + pair_ * kConsumerRows * kHeadDim;
+    return shared_.query[queries_.slot].numbers + consumer_ * kConsumerRows * kHeadDim;
   }
-  __device__ const int8_t* key_rows() const {
-    return shared_.key[keys_.slot].numbers + part_ * kConsumerKeys * kHeadDim;
-  }
-  __device__ uint8_t* probability_rows() const { return shared_.probability[pair_][buffer_]; }
   __device__ int row_in_block(int half) const {
-    return pair_ * kConsumerRows + static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 +
+    return consumer_ * kConsumerRows + static_cast<int>(threadIdx.x) % kWarpGroup / 32 * 16 +
            threadIdx.x % 32 / 4 + half * 8;
   }
   __device__ int row_token(const RowItem& row, int half) const {
     return row.m_block * kBlockSize + row_in_block(half);
   }
 
-  // Barriers of the pairs, and of the two warps of each that have the same rows. __syncthreads has 0.
-  static constexpr int kFirstPairBarrier = 1, kFirstWarpBarrier = 3;
-
-  __device__ static void synchronize(int barrier, int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  // At the tensor cores.
+  __device__ void take_turn() const {
+    cutlass::arch::NamedBarrier::sync(kConsumerThreads, consumer_);
   }
-  // Waits until the pair is here; whether any of its threads says so.
-  __device__ bool any_of_pair(bool mine) const {
-    uint32_t any;
-    asm volatile(
-        "{\n"
-        ".reg .pred p, q;\n"
-        "setp.ne.u32 p, %3, 0;\n"
-        "barrier.red.or.pred q, %1, %2, p;\n"
-        "selp.u32 %0, 1, 0, q;\n"
-        "}\n"
-        : "=r"(any)
-        : "r"(kFirstPairBarrier + pair_), "r"(kPairThreads), "r"(static_cast<uint32_t>(mine))
-        : "memory");
-    return any != 0;
+  __device__ static void give_turn(int consumer) {
+    cutlass::arch::NamedBarrier::arrive(kConsumerThreads, consumer);
   }
 
   const KernelParams<kHeadDim>& params_;
   SharedStorage& shared_;
-  const int pair_, part_;
+  const int consumer_;
   RingPosition<Traits::kQuerySlots> queries_;
   RingPosition<Traits::kKeySlots> keys_;
   RingPosition<Traits::kValueSlots> values_;
-  int buffer_ = 0;         // of probabilities, that the pair's next are written to
   float query_scale_[2];   // of the thread's rows
   float steep_key_scale_;  // from which on scores may have no place for fractions
   float row_base_[2];      // that the sums are relative to

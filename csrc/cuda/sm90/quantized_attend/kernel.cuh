@@ -40,15 +40,13 @@ template <typename Traits>
 __device__ void fill_ones(typename Traits::SharedStorage& shared) {
   constexpr uint32_t kOnes = 0x38383838;  // 1 in e4m3, four times
   for (auto& slot : shared.value) {
-    for (auto& own : slot.own) {
-      for (int i = static_cast<int>(threadIdx.x); i < Traits::kSumColumns * kBlockSize / 4;
-           i += Traits::kThreads) {
-        const int column = i / (kBlockSize / 4), position = i % (kBlockSize / 4) * 4;
-        *reinterpret_cast<uint32_t*>(
-            reinterpret_cast<uint8_t*>(&own) +
-            typename Traits::OwnValueOffsets{}(Traits::kConsumerColumns + column, position)) =
-            position / 16 == column ? kOnes : 0;
-      }
+    for (int i = static_cast<int>(threadIdx.x); i < Traits::kSumColumns * kBlockSize / 4;
+         i += Traits::kThreads) {
+      const int column = i / (kBlockSize / 4), position = i % (kBlockSize / 4) * 4;
+      *reinterpret_cast<uint32_t*>(
+          reinterpret_cast<uint8_t*>(&slot) +
+          typename Traits::ValueOffsets{}(Traits::kHeadDim + column, position)) =
+          position / 16 == column ? kOnes : 0;
     }
   }
   fence_async_proxy_shared();  // wgmma reads what these stores wrote

@@ -21,19 +21,15 @@ struct KernelParams {
   bool aligned_out;
 };
 
-// Copies bytes that lie side by side, a multiple of 16, which the barrier expects.
-__device__ inline void copy_expected(void* to, const void* from, uint32_t bytes, Barrier& full) {
+// Copies bytes that lie side by side, a multiple of 16, which the barrier counts.
+__device__ inline void copy_bytes(void* to, const void* from, uint32_t bytes, Barrier& full) {
+  full.arrive_and_expect(bytes);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
       "l"(__cvta_generic_to_global(from)), "r"(bytes),
       "r"(static_cast<uint32_t>(__cvta_generic_to_shared(full.raw())))
       : "memory");
-}
-// The same, which the barrier then expects.
-__device__ inline void copy_bytes(void* to, const void* from, uint32_t bytes, Barrier& full) {
-  full.arrive_and_expect(bytes);
-  copy_expected(to, from, bytes, full);
 }
 
 // The first tile of keys, or of values, of a row's key head.
@@ -111,12 +107,8 @@ __device__ void produce_values(const KernelParams<Traits::kHeadDim>& params,
       Barrier& full = (uncleared ? shared.value_uncleared : shared.value_full)[values.slot];
       shared.value_empty[values.slot].wait(values.parity ^ 1);
       if (threadIdx.x % 32 == 0) {
-        full.arrive_and_expect(sizeof(ValueTile<Traits::kHeadDim>));
-        constexpr uint32_t kBytes = Traits::kConsumerColumns * kBlockSize;
-        for (int half = 0; half < 2; ++half) {
-          copy_expected(shared.value[values.slot].own[half].numbers,
-                        tiles[n_block].numbers + half * kBytes, kBytes, full);
-        }
+        copy_bytes(&shared.value[values.slot].tile, tiles + n_block,
+                   sizeof(ValueTile<Traits::kHeadDim>), full);
       } else if (kUnseenKeys && !uncleared) {
         full.arrive();  // as each lane that clears values does
       }
@@ -160,12 +152,11 @@ __device__ void clear_values(const KernelParams<Traits::kHeadDim>& params,
           }
         }
       }
+      uint8_t* columns = shared.value[values.slot].tile.numbers;
 #pragma unroll 1
       for (int column = lane / 8; column < Traits::kHeadDim; column += 4) {
-        uint8_t* columns = shared.value[values.slot].own[column / Traits::kConsumerColumns].numbers;
         auto* chunk = reinterpret_cast<uint4*>(
-            columns +
-            typename Traits::OwnValueOffsets{}(column % Traits::kConsumerColumns, first_position));
+            columns + typename Traits::ValueOffsets{}(column, first_position));
         uint4 bytes = *chunk;
         bytes.x &= kept[0];
         bytes.y &= kept[1];
