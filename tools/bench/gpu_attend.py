@@ -162,7 +162,7 @@ def measure_rr_attention(tokens, data):
                 "ms": ms[number],
                 "tflops": attend_flops(num_selected, tokens) / ms[number] / 1e9,
                 "workspace_bytes": workspace_bytes[number],
-                "baselines": {"cudnn dense": ms["cudnn dense"]} if "cudnn dense" in ms else {},
+                "baselines": rivals_ms(ms, number, ["cudnn dense"], []),
             }
         )
     return records

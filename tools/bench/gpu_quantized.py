@@ -35,7 +35,7 @@ def inputs_of(tokens, head_dim):
 
 
 def measured(shape, tokens, head_dim, selected, ms, name):
-    """A record; `name` distinguishes the calls in `ms`, which has (bits, name)."""
+    """A record; `name` distinguishes the calls in `ms`, which has (bits or rival, name), and cuDNN's."""
     return {
         "stage": "quantized",
         "shape": shape,

@@ -57,7 +57,7 @@ class TimeLimit:
 
 
 def calls_of(problem, each, fa4):
-    """(name: call of ours and of what else runs here, bytes of our workspace) of a pass, or None."""
+    """({name: call} of ours and others, None where it does not run, bytes of our workspace) of a pass, or None."""
     *inputs, grad_out = problem.tensors
     pipeline, label = problem.pipeline, f"{problem.name}, {each}"
     of_pass = [] if each == "forward" else [grad_out]
@@ -81,7 +81,7 @@ def calls_of(problem, each, fa4):
         calls[name] = make(f"{name}, {label}", maker, *sequences)
     maker = (SPARSE if each == "forward" else BACKWARD_SPARSE)["fa4"]
     calls["fa4"] = fa4.make(f"fa4, {label}", maker, *inputs, problem.mask, *of_pass, expected=expected)
-    return {name: call for name, call in calls.items() if call}, workspace_bytes[0]
+    return calls, workspace_bytes[0]
 
 
 class Problem:
