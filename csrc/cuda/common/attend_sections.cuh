@@ -18,20 +18,28 @@ inline int attend_section_heads(const AttendParams& attend, int64_t section_byte
          static_cast<int>(group_size(visibility, attend.heads));
 }
 
-// A row of the block mask.
-struct AttendRow {
+// A row of the block mask: 128 queries of a head.
+struct MaskRow {
   int index;  // in [B, Hq, Mq]
-  int m_block;
-  int head;  // over all batch entries
+  int m_block, head;
+  int batch;
 };
 
-// The row at a place of the order by sections: query blocks go from the last, under the diagonal the
-// longest, to the first.
-__device__ inline AttendRow row_of_place(int place, int num_heads, int num_m_blocks,
-                                         int section_heads) {
-  const WorkPlace at = place_of_item(place, num_heads, num_m_blocks, section_heads);
+// The row at a place of the order by sections, of num_rows in all: query blocks go from the last, under
+// the diagonal the longest, to the first.
+__device__ inline MaskRow row_of_place(int place, const Visibility& visibility, int num_rows,
+                                       int section_heads) {
+  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
+  const int num_heads = static_cast<int>(visibility.num_heads);
+  const WorkPlace at = place_of_item(place, num_rows / num_m_blocks, num_m_blocks, section_heads);
   const int m_block = num_m_blocks - 1 - at.block;
-  return {at.head * num_m_blocks + m_block, m_block, at.head};
+  return {at.head * num_m_blocks + m_block, m_block, at.head % num_heads, at.head / num_heads};
+}
+
+// The row of an item of work: its place is that in `places`, the order of RowOrder, if there is one.
+__device__ inline MaskRow row_of_item(int item, const int* places, const Visibility& visibility,
+                                      int num_rows, int section_heads) {
+  return row_of_place(places == nullptr ? item : places[item], visibility, num_rows, section_heads);
 }
 
 // A request of a ragged batch that has as many keys as any may have, for its sections.

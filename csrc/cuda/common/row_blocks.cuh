@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "attend_sections.cuh"
 #include "bit_walk.cuh"
 #include "block_masking.cuh"
 
@@ -37,11 +38,10 @@ inline AddedToMeans added_to_means(const AttendParams& attend) {
 template <bool kCompensate, bool kFlashMask = true>
 class RowBlocks {
  public:
-  // `row`: its index in [B, Hq, Mq], m_block, head and batch. `block_bounds`: of all key blocks.
-  // `past_end`: whether what is copied of the last block past its keys is not zero.
-  template <typename Row>
-  __device__ RowBlocks(const AttendParams& attend, const SpanBounds* block_bounds, const Row& row,
-                       bool past_end = false)
+  // `block_bounds`: of all key blocks. `past_end`: whether what is copied of the last block past its keys
+  // is not zero.
+  __device__ RowBlocks(const AttendParams& attend, const SpanBounds* block_bounds,
+                       const MaskRow& row, bool past_end = false)
       : visibility_(attend.visibility),
         bounds_(kFlashMask
                     ? span_bounds_of(visibility_, kBlockSize, block_bounds, row.batch, row.head)
@@ -91,8 +91,8 @@ class RowMeans {
   static constexpr int kWords = kTileN / 32;  // of the block mask, for a tile
 
  public:
-  template <typename Row>
-  __device__ RowMeans(const Visibility& visibility, const uint32_t* stood_in_for, const Row& row)
+  __device__ RowMeans(const Visibility& visibility, const uint32_t* stood_in_for,
+                      const MaskRow& row)
       : num_words_(static_cast<int>(visibility.num_mask_words())),
         words_(stood_in_for + static_cast<int64_t>(row.index) * num_words_) {
     const int end = static_cast<int>(end_under_diagonal(visibility, row.m_block));

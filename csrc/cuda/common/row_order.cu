@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(kCountThreads)
   const Visibility& visibility = params.visibility;
   const int place = static_cast<int>(blockIdx.x * kCountThreads + threadIdx.x) / 32;
   if (place >= num_rows) return;
-  const int num_m_blocks = static_cast<int>(visibility.num_m_blocks());
-  const AttendRow row = row_of_place(place, num_rows / num_m_blocks, num_m_blocks, section_heads);
+  const MaskRow row = row_of_place(place, visibility, num_rows, section_heads);
   const uint32_t* words = params.block_mask + row.index * visibility.num_mask_words();
   const int count = count_bits(words, end_block(visibility, row.m_block));
   if (threadIdx.x % 32 == 0) num_blocks[place] = count;

@@ -11,12 +11,6 @@
 
 namespace rrattn::cuda::sm80::attend {
 
-// A row of the block mask: 128 queries of a head.
-struct Row {
-  int index;  // in [B, Hq, Mq]
-  int m_block, head, batch;
-};
-
 // A thread block has 128 queries, of which a warp has 32: each fragment of keys and values that it
 // loads serves two products. With values of more than 128 columns it has 16, since out alone would take
 // all registers. Two thread blocks share a multiprocessor where memory allows, so that the softmax of
@@ -45,7 +39,7 @@ struct KernelTraits {
     alignas(kTileAlignment) Element query[kBlockSize * kHeadDim];
     alignas(kTileAlignment) Element key[kSlots][kTileN * kHeadDim];
     alignas(kTileAlignment) Element value[kSlots][kTileN * kHeadDimV];
-    Row row;  // see share_row
+    MaskRow row;  // see share_row
   };
   static_assert(sizeof(SharedStorage) <= shared_bytes(kTable));
 };

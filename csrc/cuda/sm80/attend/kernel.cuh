@@ -29,7 +29,7 @@ constexpr float kRoom = 10;
 template <typename Traits, bool kCompensate, bool kFlashMask>
 class RowTiles {
  public:
-  __device__ RowTiles(const KernelParams& params, const Row& row)
+  __device__ RowTiles(const KernelParams& params, const MaskRow& row)
       : blocks_(params.attend, params.workspace.block_bounds, row),
         means_(params.attend.visibility, kCompensate ? params.workspace.stood_in_for : nullptr,
                row) {
@@ -55,7 +55,7 @@ class RowTiles {
 
  private:
   struct NoMeans {
-    __device__ NoMeans(const Visibility&, const uint32_t*, const Row&) {}
+    __device__ NoMeans(const Visibility&, const uint32_t*, const MaskRow&) {}
   };
 
   RowBlocks<kCompensate, kFlashMask> blocks_;
@@ -80,7 +80,7 @@ class RowAttention {
   static constexpr int kWords = kTileN / 32;
 
  public:
-  __device__ RowAttention(const Params& params, const Row& row, SharedStorage& shared)
+  __device__ RowAttention(const Params& params, const MaskRow& row, SharedStorage& shared)
       : params_(params),
         row_(row),
         shared_(shared),
@@ -478,7 +478,7 @@ class RowAttention {
   }
 
   const Params& params_;
-  const Row& row_;
+  const MaskRow& row_;
   SharedStorage& shared_;
   const uint32_t query_, key_, value_;  // in shared memory
   const int lane_, first_row_, key_head_;
@@ -491,7 +491,7 @@ class RowAttention {
 
 // The thread block's row in shared memory, for a loop that has no registers for it.
 template <typename SharedStorage>
-__device__ inline const Row& share_row(const Row& row, SharedStorage& shared) {
+__device__ inline const MaskRow& share_row(const MaskRow& row, SharedStorage& shared) {
   if (threadIdx.x == 0) shared.row = row;
   __syncthreads();
   return shared.row;
@@ -504,13 +504,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attend_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ __align__(kTileAlignment) char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
-  const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
-  const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
-  const int* places = params.workspace.order.places;
-  const AttendRow taken =
-      row_of_place(places == nullptr ? static_cast<int>(blockIdx.x) : places[blockIdx.x],
-                   params.num_items / num_m_blocks, num_m_blocks, params.section_heads);
-  const Row row{taken.index, taken.m_block, taken.head % num_heads, taken.head / num_heads};
+  const MaskRow row = row_of_item(static_cast<int>(blockIdx.x), params.workspace.order.places,
+                                  params.attend.visibility, params.num_items, params.section_heads);
   using Attention = RowAttention<Traits, kUnseenKeys, kCompensate, false>;
   if constexpr (kUnseenKeys) {
     Attention(params, share_row(row, shared), shared).run();
@@ -554,7 +549,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const RequestPart part = plan.row_blocks[place.block];
   copy_call(plan.attend[part.request], all, params);
   const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
-  const Row row{place.head * num_m_blocks + part.index, part.index, place.head, 0};
+  const MaskRow row{place.head * num_m_blocks + part.index, part.index, place.head, 0};
   RowAttention<Traits, true, false, true>(params, share_row(row, shared), shared).run();
 }
 

@@ -173,6 +173,7 @@ struct KernelParams {
   Workspace workspace;
   KeySums key_sums;
   const MergedItem* items;  // (merge_parts.cuh), or null: those of the order
+  const int* num_items;     // of these
   WorkOrder order;
   bool aligned_grad_key, aligned_grad_value, aligned_grad_query;
 };

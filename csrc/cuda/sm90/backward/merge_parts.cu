@@ -80,7 +80,7 @@ struct IsLeft {
 // that CUB needs for it.
 size_t select_items(void* memory, size_t bytes, const MergedParts& merged, int num_items,
                     cudaStream_t stream) {
-  RRATTN_CUDA_CHECK(cub::DeviceSelect::If(memory, bytes, merged.all, merged.items, merged.num_left,
+  RRATTN_CUDA_CHECK(cub::DeviceSelect::If(memory, bytes, merged.all, merged.items, merged.num_items,
                                           num_items, IsLeft{}, stream));
   return bytes;
 }
@@ -90,9 +90,8 @@ size_t select_items(void* memory, size_t bytes, const MergedParts& merged, int n
 MergedParts::MergedParts(Arena& arena, const WorkOrder& order) {
   if (order.num_parts == 1 || order.num_items == 0) return;
   all = arena.take<MergedItem>(order.num_items);
-  items_bytes = (order.num_items + num_multiprocessors()) * sizeof(MergedItem);
-  items = reinterpret_cast<MergedItem*>(arena.take<char>(items_bytes));
-  num_left = arena.take<int>(1);
+  items = arena.take<MergedItem>(order.num_items);
+  num_items = arena.take<int>(1);
   memory_bytes = select_items(nullptr, 0, *this, order.num_items, nullptr);
   memory = arena.take<char>(memory_bytes);
 }
@@ -106,7 +105,6 @@ void MergedParts::find(const BackwardParams& params, const uint32_t* transposed_
   merge_parts_kernel<<<grid, kMergeThreads, 0, stream>>>(params, transposed_mask, order,
                                                          tiles_of_block, all);
   RRATTN_CUDA_CHECK(cudaGetLastError());
-  RRATTN_CUDA_CHECK(cudaMemsetAsync(items, 0xff, items_bytes, stream));  // whoever takes none stops
   select_items(memory, memory_bytes, *this, order.num_items, stream);
 }
 

@@ -14,17 +14,17 @@ namespace rrattn::cuda::sm90::backward {
 using rrattn::cuda::backward::WorkOrder;
 
 struct MergedItem {
-  int number;        // in the WorkOrder; < 0: no item is left
+  int number;        // in the WorkOrder
   int parts_before;  // that it includes besides its own; < 0: a later item includes its own
 };
 
 // In the workspace.
 struct MergedParts {
   MergedItem* all = nullptr;    // by number; null: walks are not cut, or none
-  MergedItem* items = nullptr;  // that are left, by number, and behind them none
-  int* num_left = nullptr;
+  MergedItem* items = nullptr;  // that are left, by number
+  int* num_items = nullptr;     // that are left
   void* memory = nullptr;
-  size_t items_bytes = 0, memory_bytes = 0;
+  size_t memory_bytes = 0;
 
   MergedParts(Arena& arena, const WorkOrder& order);
 

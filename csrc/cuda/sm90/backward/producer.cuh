@@ -62,15 +62,13 @@ __device__ void produce_steps(const KernelParams& params, typename Traits::Share
   RingPosition<1> items;
   RingPosition<Traits::kQuerySlots> queries;
   RingPosition<Traits::kGradOutSlots> grads;
+  const bool merged = params.items != nullptr;
+  const int num_items = merged ? *params.num_items : params.order.num_items;
 
   for (;;) {
-    MergedItem taken{take_item(workspace.next_item), 0};
-    if (params.items != nullptr) {
-      taken = params.items[taken.number];
-    } else if (taken.number >= params.order.num_items) {
-      taken.number = -1;
-    }
-    if (taken.number < 0) break;
+    const int item = take_item(workspace.next_item);
+    if (item >= num_items) break;
+    const MergedItem taken = merged ? params.items[item] : MergedItem{item, 0};
     const int parts_before = taken.parts_before;
     const Place<Traits::kKeys> place(params.backward, params.order, taken.number);
     PartBlocks<Traits::kKeys> blocks(params, place, parts_before);

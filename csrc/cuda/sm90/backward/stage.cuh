@@ -24,7 +24,7 @@ WorkOrder work_order(const BackwardParams& params) {
 template <typename Traits>
 KernelParams kernel_params(const BackwardParams& backward, const Workspace& workspace,
                            const PackedRows& packed, const WorkOrder& order,
-                           const KeySums& key_sums, const MergedItem* items) {
+                           const KeySums& key_sums, const MergedParts& merged) {
   const Visibility& visibility = backward.visibility;
   const cudaStream_t stream = stream_of(backward.execution);
   const auto map = [&](const Rows& rows, const TensorShape& shape, void* copy, int box_rows) {
@@ -38,7 +38,8 @@ KernelParams kernel_params(const BackwardParams& backward, const Workspace& work
           map(backward.grad_out, out_shape_of(visibility, heads), packed.grad_out, kQueryTile),
           workspace,
           key_sums,
-          items,
+          merged.items,
+          merged.num_items,
           order,
           aligned_rows(backward.grad_key),
           aligned_rows(backward.grad_value),
@@ -85,8 +86,7 @@ void Stage<kDataType, kHeadDim, kHeadDimV, kDeterministic>::launch(const Backwar
   const auto order = work_order<Traits>(backward);
   const auto key_sums = KeySums::take<Traits>(arena, order, kConsumers);
   const MergedParts merged(arena, order);
-  const auto params =
-      kernel_params<Traits>(backward, workspace, packed, order, key_sums, merged.items);
+  const auto params = kernel_params<Traits>(backward, workspace, packed, order, key_sums, merged);
   cuda::backward::prepare<typename Traits::Element, Traits::kHeadDim>(backward, workspace);
   key_sums.clear_tickets(order, kConsumers, stream);
   merged.find(backward, workspace.transposed_mask, order, kBlockSize / Traits::kKeys);

@@ -9,23 +9,18 @@
 
 namespace rrattn::cuda::sm90 {
 
-// The item of work: one row of the block mask.
-struct RowItem {
-  int index;  // in [B, Hq, Mq]; < 0: no row is left
-  int m_block, head;
-  int batch;  // of a ragged batch the request
+// The item of work: one row of the block mask, of a ragged batch with the request as its batch entry.
+// index < 0: no row is left.
+struct RowItem : MaskRow {
   bool without_tiles;
 };
 
 // The mask row of an item of a kernel's parameters; whether it has any tiles is not known yet.
 template <typename KernelParams>
 __device__ inline RowItem row_of_item(const KernelParams& params, int item) {
-  const int num_m_blocks = static_cast<int>(params.attend.visibility.num_m_blocks());
-  const int num_heads = static_cast<int>(params.attend.visibility.num_heads);
-  const int place = params.places == nullptr ? item : params.places[item];
-  const AttendRow row =
-      row_of_place(place, params.num_items / num_m_blocks, num_m_blocks, params.section_heads);
-  return {row.index, row.m_block, row.head % num_heads, row.head / num_heads, false};
+  return {cuda::row_of_item(item, params.places, params.attend.visibility, params.num_items,
+                            params.section_heads),
+          false};
 }
 
 // Which scores of a tile of keys are hidden from a thread's two rows, the tokens token_of(half). Bit
