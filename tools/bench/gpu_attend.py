@@ -18,7 +18,7 @@ from .gpu_inputs import (
     structured,
     visible_blocks,
 )
-from .gpu_rivals import DENSE, SPARSE, interleaved_ms, make
+from .gpu_rivals import DENSE, SPARSE, interleaved_ms, make, rivals_ms
 
 # seqlen_q, seqlen_k: densities
 ATTEND_SHAPES = {
@@ -89,13 +89,6 @@ class Pipeline:
 
         kind = {"compensate": config.compensate, "quantization": config.quantization}
         return [estimate, select, lambda **options: attend(**kind, **options)]
-
-
-def rivals_ms(ms, density, dense, sparse):
-    """{name: ms} of the rivals that ran, dense ones and at this density block-sparse ones."""
-    rivals = {name: ms[name] for name in dense if name in ms}
-    rivals.update((name, ms[name, density]) for name in sparse if (name, density) in ms)
-    return rivals
 
 
 def measure_attend(shape, densities):

@@ -6,7 +6,7 @@ import torch
 
 from rrattn import direct
 
-from .gpu_attend import Pipeline, rivals_ms, rivals_text, rounds_for
+from .gpu_attend import Pipeline, rivals_text, rounds_for
 from .gpu_inputs import (
     NUM_HEADS,
     NUM_HEADS_K,
@@ -17,7 +17,7 @@ from .gpu_inputs import (
     selected_blocks,
     visible_blocks,
 )
-from .gpu_rivals import BACKWARD_DENSE, BACKWARD_SPARSE, interleaved_ms, make
+from .gpu_rivals import BACKWARD_DENSE, BACKWARD_SPARSE, interleaved_ms, make, rivals_ms
 
 TOKENS = (8192, 32768, 131072)
 DENSITIES = (1.0, 0.5, 0.25)

@@ -9,7 +9,7 @@ import torch
 
 from rrattn.config import RRAttentionConfig
 
-from .gpu_attend import HALF, Pipeline, empty, rivals_ms
+from .gpu_attend import HALF, Pipeline, empty
 from .gpu_inputs import (
     HEAD_DIM,
     NUM_HEADS,
@@ -21,7 +21,7 @@ from .gpu_inputs import (
     selected_blocks,
     visible_blocks,
 )
-from .gpu_rivals import DENSE, SPARSE, interleaved_ms, make
+from .gpu_rivals import DENSE, SPARSE, interleaved_ms, make, rivals_ms
 
 QUANTIZATION = "qk_int8_pv_fp8"
 # tokens, head size: densities of attend

@@ -194,7 +194,7 @@ def interleaved_ms(calls, rounds, seconds_before=SECONDS_BEFORE):
     order of its own, and a call runs for a while by itself before it is timed. In between the GPU sleeps for about a
     millisecond, so that the time to launch is not counted.
     """
-    calls = {name: call for name, call in calls.items() if call}
+    calls = {name: call for name, call in calls.items() if call is not None}
     times = {name: [] for name in calls}
     shuffled = random.Random(0)
     for _ in range(rounds):
@@ -207,3 +207,10 @@ def interleaved_ms(calls, rounds, seconds_before=SECONDS_BEFORE):
                 torch.cuda._sleep(2_000_000)
                 times[name].append(elapsed_ms(call))
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def rivals_ms(ms, case, of_all, of_each):
+    """{name: ms} of the rivals that ran: those that all cases share, by name, and of this case, by (name, case)."""
+    rivals = {name: ms[name] for name in of_all if name in ms}
+    rivals.update((name, ms[name, case]) for name in of_each if (name, case) in ms)
+    return rivals

@@ -78,10 +78,10 @@ struct IsLeft {
 
 // Lists the items that are left. Without memory it does nothing; either way it returns the bytes of memory
 // that CUB needs for it.
-size_t select_items(void* memory, size_t bytes, const MergedParts& merged, int num_items,
+size_t select_items(void* memory, size_t bytes, const MergedParts& merged, int num_all,
                     cudaStream_t stream) {
   RRATTN_CUDA_CHECK(cub::DeviceSelect::If(memory, bytes, merged.all, merged.items, merged.num_items,
-                                          num_items, IsLeft{}, stream));
+                                          num_all, IsLeft{}, stream));
   return bytes;
 }
 
